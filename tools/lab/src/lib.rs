@@ -1,0 +1,1 @@
+//! Real Xen in an emulator: builds it, boots it, and runs polldisk under it.

@@ -1,0 +1,3 @@
+//! The one developer entry point: `cargo xtask <command>`.
+
+fn main() {}
