@@ -1,1 +1,9 @@
-//! polldisk
+//! polldisk: a Xen PV block backend in user space.
+
+pub mod backing;
+pub mod limits;
+pub mod metrics;
+pub mod msg;
+pub mod park;
+pub mod units;
+pub mod xen;

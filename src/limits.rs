@@ -1,0 +1,72 @@
+//! Every bound in the program, with its reason. Relations between them are asserted here.
+
+/// Segments in a direct request: `BLKIF_MAX_SEGMENTS_PER_REQUEST` of Xen's `public/io/blkif.h`.
+pub const SEGMENTS_PER_REQUEST: usize = 11;
+
+/// Largest `ring-page-order` accepted anywhere: 32 pages, what FreeBSD's backend also takes.
+pub const RING_PAGE_ORDER_MAX: u32 = 5;
+
+/// Pages of the largest ring.
+pub const RING_PAGES_MAX: usize = 1 << RING_PAGE_ORDER_MAX;
+
+/// Pages that one queue keeps mapped for a guest. blkback's figure
+/// (`max_persistent_grants`): a 32-entry ring with three quarters of its indirect segments.
+pub const PERSISTENT_GRANTS_PER_QUEUE: usize = 1056;
+
+/// Grants mapped by one system call. A failing batch is mapped again one by one, so a batch is
+/// also what one bad reference can cost.
+pub const GRANTS_PER_MAP_BATCH: usize = 32 * SEGMENTS_PER_REQUEST;
+
+/// Segments in one grant copy call: bounds the bounce memory of a pass.
+pub const SEGMENTS_PER_COPY_BATCH: usize = 512;
+
+/// Transactions are tried again when another writer came between; a xenstore where that happens
+/// this often is being written in a loop.
+pub const STORE_TRANSACTION_TRIES: usize = 64;
+
+/// Watch events kept while a request waits for its answer. A guest that rewrites its `state` in a
+/// loop makes the events, so they must not pile up in memory (XSA-349): past this, equal events
+/// are folded into one, and past the bound on distinct ones the oldest connection state is re-read.
+pub const WATCH_EVENTS_KEPT: usize = 4096;
+
+/// A xenstore message's payload: `XENSTORE_PAYLOAD_MAX` of Xen's `public/io/xs_wire.h`.
+pub const XENSTORE_PAYLOAD_MAX: usize = 4096;
+
+/// An absolute xenstore path: `XENSTORE_ABS_PATH_MAX`.
+pub const XENSTORE_ABS_PATH_MAX: usize = 3072;
+
+/// A relative xenstore path: `XENSTORE_REL_PATH_MAX`.
+pub const XENSTORE_REL_PATH_MAX: usize = 2048;
+
+/// Commands waiting for one worker. Control sends a few per disk and life-cycle step.
+pub const WORKER_COMMANDS: usize = 8192;
+
+/// Events waiting for control, from all workers: two per command and one fault per queue.
+pub const WORKER_EVENTS: usize = 4 * WORKER_COMMANDS;
+
+/// Worker threads. More than this on one host is a typing error.
+pub const WORKERS_MAX: usize = 256;
+
+/// Queues on one worker: the ticket's queue field has 16 bits.
+pub const QUEUES_PER_WORKER: usize = 1 << 16;
+
+/// Event channels fetched by one read.
+pub const PORTS_PER_READ: usize = 256;
+
+/// Entries of a worker's io_uring. Deep enough for tens of busy one-page rings; more requests
+/// wait in their rings.
+pub const URING_ENTRIES: u32 = 1024;
+
+/// Requests taken from one ring in a pass, so that a full 1024-entry ring does not hold up its
+/// neighbours.
+pub const REQUESTS_PER_PASS: usize = 64;
+
+/// One line of the admin socket, in and out of it: enough for a path of 4096 bytes, escaped.
+pub const ADMIN_LINE_MAX: usize = 64 * 1024;
+
+/// Connections to the admin socket at a time.
+pub const ADMIN_CLIENTS_MAX: usize = 32;
+
+const _: () = assert!(REQUESTS_PER_PASS * SEGMENTS_PER_REQUEST >= GRANTS_PER_MAP_BATCH);
+const _: () = assert!(PERSISTENT_GRANTS_PER_QUEUE >= GRANTS_PER_MAP_BATCH);
+const _: () = assert!(XENSTORE_ABS_PATH_MAX < XENSTORE_PAYLOAD_MAX);

@@ -1,0 +1,1 @@
+//! Structures shared with Xen, the kernel's Xen devices and xenstored, byte for byte.

@@ -1,0 +1,1 @@
+//! Real Xen: `/dev/xen/gntdev` and `/dev/xen/evtchn`, and xenstored.

@@ -1,0 +1,1 @@
+//! The xenstore client: one implementation for xenstored and for the stand-in.
