@@ -1,1 +1,2 @@
+//! polldisk
 fn main() {}

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Bytes in a granted page: 4 KiB whatever page size either domain's kernel uses.
 pub const PAGE_BYTES: usize = 4096;
+const PAGE_LEN: u32 = 4096;
 
 /// A contiguous range of another domain's pages, mapped here.
 ///
@@ -58,7 +59,7 @@ impl GuestPages {
         assert!(index < self.count);
         // SAFETY: index is inside the range, which is mapped contiguously (from_raw).
         let address = unsafe { self.base.add(index * PAGE_BYTES) };
-        GuestBuf { address, len: PAGE_BYTES as u32 }
+        GuestBuf { address, len: PAGE_LEN }
     }
 }
 
