@@ -88,10 +88,13 @@ mod test {
 
     #[test]
     fn a_watch_covers_its_node_and_whatever_is_below() {
-        for (watched, path) in [("/", "/a"), ("/", "/"), ("/a", "/a"), ("/a", "/a/b"), ("a", "a/b")] {
+        for (watched, path) in [("/", "/a"), ("/", "/"), ("/a", "/a"), ("/a", "/a/b"), ("a", "a/b")]
+        {
             assert!(covers(watched, path), "{watched} {path}");
         }
-        for (watched, path) in [("/a", "/"), ("/a", "/ab"), ("/a/b", "/a"), ("/", "@x"), ("a", "/a")] {
+        for (watched, path) in
+            [("/a", "/"), ("/a", "/ab"), ("/a/b", "/a"), ("/", "@x"), ("a", "/a")]
+        {
             assert!(!covers(watched, path), "{watched} {path}");
         }
     }

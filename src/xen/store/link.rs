@@ -11,12 +11,8 @@ use std::path::{Path, PathBuf};
 use crate::xen::PlatformError;
 
 /// Where xenstored is looked for, in this order, unless `XENSTORED_PATH` names the one place.
-const PLACES: [&str; 4] = [
-    "/run/xenstored/socket",
-    "/var/run/xenstored/socket",
-    "/dev/xen/xenbus",
-    "/proc/xen/xenbus",
-];
+const PLACES: [&str; 4] =
+    ["/run/xenstored/socket", "/var/run/xenstored/socket", "/dev/xen/xenbus", "/proc/xen/xenbus"];
 
 /// One end of a stream of messages.
 #[derive(Debug)]
