@@ -1,0 +1,5 @@
+//! The stand-in for Xen.
+//!
+//! - [`store`]: a xenstore server.
+
+pub mod store;
