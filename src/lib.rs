@@ -1,6 +1,7 @@
 //! polldisk: a Xen PV block backend in user space.
 
 pub mod backing;
+pub mod blkif;
 pub mod limits;
 pub mod metrics;
 pub mod msg;
