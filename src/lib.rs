@@ -2,6 +2,7 @@
 
 pub mod backing;
 pub mod blkif;
+pub mod engine;
 pub mod limits;
 pub mod metrics;
 pub mod msg;
