@@ -2,10 +2,13 @@
 
 pub mod backing;
 pub mod blkif;
+pub mod config;
 pub mod engine;
 pub mod limits;
 pub mod metrics;
 pub mod msg;
 pub mod park;
+pub mod queue;
 pub mod units;
+pub mod worker;
 pub mod xen;

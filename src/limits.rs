@@ -70,3 +70,23 @@ pub const ADMIN_CLIENTS_MAX: usize = 32;
 const _: () = assert!(REQUESTS_PER_PASS * SEGMENTS_PER_REQUEST >= GRANTS_PER_MAP_BATCH);
 const _: () = assert!(PERSISTENT_GRANTS_PER_QUEUE >= GRANTS_PER_MAP_BATCH);
 const _: () = assert!(XENSTORE_ABS_PATH_MAX < XENSTORE_PAYLOAD_MAX);
+
+/// Bounce pages of one worker: several one-page rings full of largest requests that are copied.
+pub const BOUNCE_PAGES_PER_WORKER: usize = 2048;
+
+/// References of one queue that may fail to map before its data is only copied: a sound frontend
+/// has none.
+pub const MAP_REFUSALS_MAX: u32 = 64;
+
+/// Commands taken by a worker in one pass, so that a thousand disks connecting at once do not
+/// hold up the I/O of the others.
+pub const COMMANDS_PER_PASS: usize = 8;
+
+/// While a worker is busy it asks for the events of sleeping queues this seldom (one system call).
+/// It is what a sleeping disk's first request can wait beside a busy one.
+pub const EVENT_CHECK_NS: u64 = 20_000;
+
+/// ... and never more often than once in this many passes, however slow a pass is.
+pub const EVENT_CHECK_PASSES: u32 = 16;
+
+const _: () = assert!(BOUNCE_PAGES_PER_WORKER >= 2 * 32 * SEGMENTS_PER_REQUEST);

@@ -60,8 +60,8 @@ impl Engine for HostEngine {
         Ok(self.uring.arm()? || !self.immediate.is_empty())
     }
 
-    fn disarm(&mut self) {
-        self.uring.disarm();
+    fn disarm(&mut self, signalled: bool) {
+        self.uring.disarm(signalled);
     }
 
     fn completion_fd(&self) -> BorrowedFd<'_> {

@@ -40,8 +40,8 @@ pub trait Engine {
     /// again. `true`: something has completed, don't sleep.
     fn arm(&mut self) -> io::Result<bool>;
 
-    /// After a sleep.
-    fn disarm(&mut self);
+    /// After a sleep; `signalled`: [`Engine::completion_fd`] was readable.
+    fn disarm(&mut self, signalled: bool);
 
     /// Readable when something has completed since [`Engine::arm`].
     fn completion_fd(&self) -> BorrowedFd<'_>;

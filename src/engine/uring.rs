@@ -49,7 +49,7 @@ impl Uring {
         let completed = Doorbell::new()?;
         ring.submitter().register_eventfd(completed.as_fd().as_raw_fd())?;
         let mut uring = Uring { ring, completed, in_flight: 0, vectors };
-        uring.disarm();
+        uring.disarm(false);
         Ok(uring)
     }
 
@@ -180,10 +180,12 @@ impl Uring {
         Ok(!self.ring.completion().is_empty())
     }
 
-    /// Ends the time of sleep.
-    pub fn disarm(&mut self) {
+    /// Ends the time of sleep; `signalled`: the descriptor was readable.
+    pub fn disarm(&mut self, signalled: bool) {
         self.ring.completion().disable_eventfd();
-        self.completed.silence();
+        if signalled {
+            self.completed.silence();
+        }
     }
 
     /// Readable when something has completed since [`Uring::arm`].

@@ -76,6 +76,9 @@ pub struct GuestBuf {
 }
 
 impl GuestBuf {
+    /// No memory at all.
+    pub const EMPTY: GuestBuf = GuestBuf { address: NonNull::dangling(), len: 0 };
+
     /// Names `len` bytes at `address`.
     ///
     /// # Safety

@@ -10,10 +10,8 @@ use crate::xen::shm::LocalPages;
 fn finish(uring: &mut Uring) -> Vec<(usize, i32)> {
     let mut done = Vec::new();
     while uring.in_flight() > 0 {
-        if !uring.arm().unwrap() {
-            park::sleep(&[uring.completion_fd()], None);
-        }
-        uring.disarm();
+        let completed = uring.arm().unwrap() || park::sleep(&[uring.completion_fd()], None)[0];
+        uring.disarm(completed);
         uring.kick().unwrap();
         uring.reap(&mut done);
     }
