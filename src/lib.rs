@@ -3,6 +3,7 @@
 pub mod backing;
 pub mod blkif;
 pub mod config;
+pub mod control;
 pub mod engine;
 pub mod limits;
 pub mod metrics;

@@ -18,10 +18,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("blkif", &["backing", "limits", "msg", "units", "xen"]),
     ("engine", &["backing", "limits", "park", "xen"]),
     ("queue", &["backing", "blkif", "engine", "limits", "metrics", "msg", "units", "xen"]),
-    (
-        "worker",
-        &["backing", "engine", "limits", "metrics", "msg", "park", "queue", "units", "xen"],
-    ),
+    ("worker", &["backing", "engine", "limits", "metrics", "msg", "park", "queue", "units", "xen"]),
     ("control", &["backing", "limits", "metrics", "msg", "park", "units", "xen"]),
     ("sim", &["blkif", "limits", "msg", "park", "units", "xen"]),
 ];
@@ -69,10 +66,7 @@ fn relative(path: &Path) -> String {
 fn code_of(path: &Path) -> String {
     let text = std::fs::read_to_string(path).unwrap();
     let code = text.split("#[cfg(test)]\nmod test").next().unwrap_or("");
-    code.lines()
-        .map(|line| line.split("//").next().unwrap_or(""))
-        .collect::<Vec<_>>()
-        .join("\n")
+    code.lines().map(|line| line.split("//").next().unwrap_or("")).collect::<Vec<_>>().join("\n")
 }
 
 fn is_test(path: &Path) -> bool {
@@ -131,7 +125,8 @@ fn imports_flow_in_one_direction() {
 
 #[test]
 fn the_import_scanner_sees_all_forms() {
-    let code = "use crate::units::{A, B};\nlet x = crate::xen::linux::open();\nuse crate::{msg, sim::x};";
+    let code =
+        "use crate::units::{A, B};\nlet x = crate::xen::linux::open();\nuse crate::{msg, sim::x};";
     let found: Vec<String> = imports(code).into_iter().collect();
     assert_eq!(found, ["msg", "sim", "units", "xen::linux"]);
 }
