@@ -5,5 +5,6 @@ pub mod limits;
 pub mod metrics;
 pub mod msg;
 pub mod park;
+pub mod sim;
 pub mod units;
 pub mod xen;
