@@ -25,8 +25,8 @@ pub const SEGMENTS_PER_COPY_BATCH: usize = 512;
 pub const STORE_TRANSACTION_TRIES: usize = 64;
 
 /// Watch events kept while a request waits for its answer. A guest that rewrites its `state` in a
-/// loop makes the events, so they must not pile up in memory (XSA-349): past this, equal events
-/// are folded into one, and past the bound on distinct ones the oldest connection state is re-read.
+/// loop makes the events, so they must not pile up in memory (XSA-349): equal events are one, and
+/// past this many distinct ones each watch keeps one event for everything below its path.
 pub const WATCH_EVENTS_KEPT: usize = 4096;
 
 /// A xenstore message's payload: `XENSTORE_PAYLOAD_MAX` of Xen's `public/io/xs_wire.h`.
@@ -83,8 +83,20 @@ pub const SIM_PORTS_PER_HANDLE: usize = 4096;
 /// References in one map request to the stand-in's hypervisor: bounds its messages.
 pub const SIM_REFS_PER_MAP: usize = 4096;
 
+/// The list of one xenstore node's children, in bytes: room for every domid there can be, twice.
+pub const XENSTORE_DIRECTORY_MAX: usize = 512 * 1024;
+
+/// Connections to the stand-in's xenstore at a time: each costs two descriptors and an inbox.
+pub const SIM_STORE_CLIENTS_MAX: usize = 2048;
+
+/// Requests the stand-in's xenstore answers for one client before it looks at the next.
+pub const SIM_STORE_REQUESTS_PER_TURN: usize = 16;
+
 const _: () = assert!(REQUESTS_PER_PASS * SEGMENTS_PER_REQUEST >= GRANTS_PER_MAP_BATCH);
 const _: () = assert!(PERSISTENT_GRANTS_PER_QUEUE >= GRANTS_PER_MAP_BATCH);
 const _: () = assert!(XENSTORE_ABS_PATH_MAX < XENSTORE_PAYLOAD_MAX);
 const _: () = assert!(SIM_REFS_PER_MAP >= GRANTS_PER_MAP_BATCH);
 const _: () = assert!(SIM_PORTS_PER_HANDLE.is_multiple_of(64));
+
+const _: () = assert!(XENSTORE_REL_PATH_MAX < XENSTORE_ABS_PATH_MAX);
+const _: () = assert!(XENSTORE_DIRECTORY_MAX >= 32752 * 6);

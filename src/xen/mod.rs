@@ -65,7 +65,7 @@ pub trait Nodes: Xs {
 /// A xenstore connection whose watch events arrive through a pollable descriptor.
 ///
 /// Requests are answered at once (xenstored is local and quick); events that arrive meanwhile
-/// are kept for [`Store::next_event`].
+/// are kept for [`Store::next_event`], and the descriptor is readable while one is kept.
 pub trait Store: Nodes + XsTransaction<Span: Nodes + XsTransactionSpan> + AsFd {
     /// Asks for an event whenever `path` or a node below it changes; one comes at once.
     fn watch(&self, path: &str, token: &str) -> io::Result<()>;
@@ -91,8 +91,10 @@ pub trait Store: Nodes + XsTransaction<Span: Nodes + XsTransactionSpan> + AsFd {
     }
 }
 
-/// A change under a watched path.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A change under a watched path. One for the watched path itself says that anything below it may
+/// have changed: the first one of a watch is such, and one that stands for many (see
+/// [`store::events`]).
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct WatchEvent {
     /// The node that changed, relative where the watched path was.
     pub path: String,
