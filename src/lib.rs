@@ -10,6 +10,7 @@ pub mod metrics;
 pub mod msg;
 pub mod park;
 pub mod queue;
+pub mod sim;
 pub mod units;
 pub mod worker;
 pub mod xen;

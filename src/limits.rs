@@ -67,6 +67,22 @@ pub const ADMIN_LINE_MAX: usize = 64 * 1024;
 /// Connections to the admin socket at a time.
 pub const ADMIN_CLIENTS_MAX: usize = 32;
 
+/// Ports written to `/dev/xen/evtchn` by one call: the kernel takes a page of them.
+pub const PORTS_PER_UNMASK: usize = 1024;
+
+/// Frames of a guest's grant table in the stand-in: Xen's default `gnttab_max_frames`.
+pub const SIM_GRANT_TABLE_FRAMES: usize = 64;
+
+/// Pages of a guest in the stand-in: 64 GiB, so that no length overflows.
+pub const SIM_GUEST_PAGES_MAX: u32 = 1 << 24;
+
+/// Event channels of one handle in the stand-in: one handle serves a worker, and a thousand disks
+/// with four queues each fit one worker.
+pub const SIM_PORTS_PER_HANDLE: usize = 4096;
+
+/// References in one map request to the stand-in's hypervisor: bounds its messages.
+pub const SIM_REFS_PER_MAP: usize = 4096;
+
 /// The list of one xenstore node's children, in bytes: room for every domid there can be, twice.
 pub const XENSTORE_DIRECTORY_MAX: usize = 512 * 1024;
 
@@ -99,5 +115,8 @@ pub const EVENT_CHECK_NS: u64 = 20_000;
 pub const EVENT_CHECK_PASSES: u32 = 16;
 
 const _: () = assert!(BOUNCE_PAGES_PER_WORKER >= 2 * 32 * SEGMENTS_PER_REQUEST);
+const _: () = assert!(SIM_REFS_PER_MAP >= GRANTS_PER_MAP_BATCH);
+const _: () = assert!(SIM_PORTS_PER_HANDLE.is_multiple_of(64));
+
 const _: () = assert!(XENSTORE_REL_PATH_MAX < XENSTORE_ABS_PATH_MAX);
 const _: () = assert!(XENSTORE_DIRECTORY_MAX >= 32752 * 6);
