@@ -4,6 +4,7 @@
 //! the platform that a backend gets, [`Domain`] is a guest. All of them may be in one process or
 //! each in its own.
 
+pub mod blkfront;
 mod channels;
 pub mod domain;
 pub mod events;
