@@ -73,8 +73,8 @@ pub const ADMIN_CLIENTS_MAX: usize = 32;
 /// Ports written to `/dev/xen/evtchn` by one call: the kernel takes a page of them.
 pub const PORTS_PER_UNMASK: usize = 1024;
 
-/// Frames of a guest's grant table in the stand-in: Xen's default `gnttab_max_frames`.
-pub const SIM_GRANT_TABLE_FRAMES: usize = 64;
+/// Entries of a guest's grant table in the stand-in: Xen's default `gnttab_max_frames`, 64 frames.
+pub const SIM_GRANT_ENTRIES: u32 = 64 * 512;
 
 /// Pages of a guest in the stand-in: 64 GiB, so that no length overflows.
 pub const SIM_GUEST_PAGES_MAX: u32 = 1 << 24;

@@ -17,8 +17,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::events::SimEvents;
 use super::grants::Faults;
-use super::memory::{GRANT_ENTRIES, Gfn, GuestMemory};
+use super::memory::{Gfn, GuestMemory};
 use super::wire::{Connection, Request};
+use crate::limits::SIM_GRANT_ENTRIES;
 use crate::units::{DomId, GrantRef};
 use crate::xen::PageAccess;
 use crate::xen::abi::{self, GrantEntryV1};
@@ -52,7 +53,6 @@ impl Domain {
         let mut connection = Connection::open(folder)?;
         let (_, mut fds) = connection.call(Request::CreateDomain { domid, pages })?;
         let memory = GuestMemory::open(fds.pop().ok_or(io::ErrorKind::InvalidData)?)?;
-        let refs = GRANT_ENTRIES as u32;
         Ok(Domain {
             domid,
             folder: folder.to_owned(),
@@ -60,7 +60,7 @@ impl Domain {
             pages: Mutex::new(vec![false; pages as usize]),
             // Taken from the end: the lowest first.
             free_refs: Mutex::new(
-                (abi::GNTTAB_RESERVED_ENTRIES..refs).rev().map(GrantRef).collect(),
+                (abi::GNTTAB_RESERVED_ENTRIES..SIM_GRANT_ENTRIES).rev().map(GrantRef).collect(),
             ),
             memory,
         })
@@ -189,7 +189,7 @@ impl Domain {
 
     /// How many grants somebody has mapped.
     pub fn mapped_grants(&self) -> usize {
-        let refs = (0..GRANT_ENTRIES as u32).map(GrantRef);
+        let refs = (0..SIM_GRANT_ENTRIES).map(GrantRef);
         refs.filter(|gref| is_mapped(self.entry(*gref).load(Ordering::Acquire))).count()
     }
 

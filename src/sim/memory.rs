@@ -11,11 +11,15 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
-use crate::limits::{SIM_GRANT_TABLE_FRAMES, SIM_GUEST_PAGES_MAX};
+use crate::limits::{SIM_GRANT_ENTRIES, SIM_GUEST_PAGES_MAX};
 use crate::units::GrantRef;
 use crate::xen::abi::GrantEntryV1;
 use crate::xen::shm::{GuestBuf, GuestPages, PAGE_BYTES, SharedPage};
 use crate::xen::{CopyDirection, GrantCopy, PageAccess};
+
+/// [`PAGE_BYTES`] as a buffer's length.
+const PAGE_LEN: u32 = 4096;
+const _: () = assert!(PAGE_LEN as usize == PAGE_BYTES);
 
 /// A guest frame number: a page of a guest, counted from its first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -66,11 +70,6 @@ impl SharedFile {
         self.len
     }
 
-    /// Whether it holds no byte.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
     /// The byte at an offset.
     pub fn byte(&self, offset: usize) -> &AtomicU8 {
         // SAFETY: `at` checked range and alignment; other processes use atomics too; the mapping
@@ -113,12 +112,9 @@ impl Drop for SharedFile {
 // What a guest's file holds. Frame f is at PAGES_AT + f pages.
 const ALIVE_AT: usize = 0;
 const TABLE_AT: usize = PAGE_BYTES;
-const TABLE_BYTES: usize = SIM_GRANT_TABLE_FRAMES * PAGE_BYTES;
+const TABLE_BYTES: usize = SIM_GRANT_ENTRIES as usize * size_of::<GrantEntryV1>();
 const FAULTS_AT: usize = TABLE_AT + TABLE_BYTES;
-const PAGES_AT: usize = (FAULTS_AT + GRANT_ENTRIES).next_multiple_of(PAGE_BYTES);
-
-/// Entries of a guest's grant table.
-pub const GRANT_ENTRIES: usize = TABLE_BYTES / size_of::<GrantEntryV1>();
+const PAGES_AT: usize = (FAULTS_AT + SIM_GRANT_ENTRIES as usize).next_multiple_of(PAGE_BYTES);
 
 /// A guest's memory: its pages and its grant table.
 #[derive(Debug)]
@@ -165,14 +161,14 @@ impl GuestMemory {
     /// An entry of the grant table, as [`GrantEntryV1::to_word`] packs it.
     pub fn entry(&self, gref: GrantRef) -> Option<&AtomicU64> {
         let index = gref.0 as usize;
-        (index < GRANT_ENTRIES)
+        (gref.0 < SIM_GRANT_ENTRIES)
             .then(|| self.shared.double_word(TABLE_AT + index * size_of::<GrantEntryV1>()))
     }
 
     /// The faults ordered for a reference; `grants` knows their meaning.
     pub fn fault(&self, gref: GrantRef) -> Option<&AtomicU8> {
         let index = gref.0 as usize;
-        (index < GRANT_ENTRIES).then(|| self.shared.byte(FAULTS_AT + index))
+        (gref.0 < SIM_GRANT_ENTRIES).then(|| self.shared.byte(FAULTS_AT + index))
     }
 
     /// A page. It is valid while this mapping is.
@@ -180,7 +176,7 @@ impl GuestMemory {
     pub fn page(&self, gfn: Gfn) -> Option<GuestBuf> {
         let address = self.address(gfn, 1)?;
         // SAFETY: the page is mapped until self is dropped, which the caller is told to outlive.
-        Some(unsafe { GuestBuf::from_raw(address, PAGE_BYTES as u32) })
+        Some(unsafe { GuestBuf::from_raw(address, PAGE_LEN) })
     }
 
     /// Consecutive pages, seen as words. They are valid while this mapping is.

@@ -230,7 +230,8 @@ pub fn send(socket: &OwnedFd, words: &[u32], fds: &[BorrowedFd<'_>]) -> io::Resu
     let mut message = message(&mut data, &mut control);
     message.msg_controllen = 0;
     if !fds.is_empty() {
-        let bytes = (fds.len() * size_of::<RawFd>()) as libc::c_uint;
+        let bytes =
+            libc::c_uint::try_from(fds.len() * size_of::<RawFd>()).map_err(io::Error::other)?;
         // SAFETY: CMSG_SPACE only computes; the control buffer has room for PACKET_FDS
         // descriptors, so its first header and that header's data lie inside.
         unsafe {
@@ -338,7 +339,7 @@ fn socket_address(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t
     let path = path.as_os_str().as_bytes();
     // SAFETY: an address of zeroes is an unnamed one.
     let mut address: libc::sockaddr_un = unsafe { MaybeUninit::zeroed().assume_init() };
-    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    address.sun_family = libc::sa_family_t::try_from(libc::AF_UNIX).map_err(io::Error::other)?;
     if path.len() >= address.sun_path.len() {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
@@ -348,7 +349,8 @@ fn socket_address(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t
     for (place, byte) in address.sun_path.iter_mut().zip(path) {
         *place = byte.cast_signed();
     }
-    Ok((address, size_of::<libc::sockaddr_un>() as libc::socklen_t))
+    let len = libc::socklen_t::try_from(size_of_val(&address)).map_err(io::Error::other)?;
+    Ok((address, len))
 }
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
