@@ -70,6 +70,22 @@ pub const ADMIN_REPLY_MAX: u64 = 256 << 20;
 /// Connections to the admin socket at a time.
 pub const ADMIN_CLIENTS_MAX: usize = 32;
 
+/// Ports written to `/dev/xen/evtchn` by one call: the kernel takes a page of them.
+pub const PORTS_PER_UNMASK: usize = 1024;
+
+/// Entries of a guest's grant table in the stand-in: Xen's default `gnttab_max_frames`, 64 frames.
+pub const SIM_GRANT_ENTRIES: u32 = 64 * 512;
+
+/// Pages of a guest in the stand-in: 64 GiB, so that no length overflows.
+pub const SIM_GUEST_PAGES_MAX: u32 = 1 << 24;
+
+/// Event channels of one handle in the stand-in: one handle serves a worker, and a thousand disks
+/// with four queues each fit one worker.
+pub const SIM_PORTS_PER_HANDLE: usize = 4096;
+
+/// References in one map request to the stand-in's hypervisor: bounds its messages.
+pub const SIM_REFS_PER_MAP: usize = 4096;
+
 /// The list of one xenstore node's children, in bytes: room for every domid there can be, twice.
 pub const XENSTORE_DIRECTORY_MAX: usize = 512 * 1024;
 
@@ -112,6 +128,29 @@ pub const ERROR_TEXT_MAX: usize = 1024;
 const _: () = assert!(REQUESTS_PER_PASS * SEGMENTS_PER_REQUEST >= GRANTS_PER_MAP_BATCH);
 const _: () = assert!(PERSISTENT_GRANTS_PER_QUEUE >= GRANTS_PER_MAP_BATCH);
 const _: () = assert!(XENSTORE_ABS_PATH_MAX < XENSTORE_PAYLOAD_MAX);
+
+/// Bounce pages of one worker: several one-page rings full of largest requests that are copied.
+pub const BOUNCE_PAGES_PER_WORKER: usize = 2048;
+
+/// References of one queue that may fail to map before its data is only copied: a sound frontend
+/// has none.
+pub const MAP_REFUSALS_MAX: u32 = 64;
+
+/// Commands taken by a worker in one pass, so that a thousand disks connecting at once do not
+/// hold up the I/O of the others.
+pub const COMMANDS_PER_PASS: usize = 8;
+
+/// While a worker is busy it asks for the events of sleeping queues this seldom (one system call).
+/// It is what a sleeping disk's first request can wait beside a busy one.
+pub const EVENT_CHECK_NS: u64 = 20_000;
+
+/// ... and never more often than once in this many passes, however slow a pass is.
+pub const EVENT_CHECK_PASSES: u32 = 16;
+
+const _: () = assert!(BOUNCE_PAGES_PER_WORKER >= 2 * 32 * SEGMENTS_PER_REQUEST);
+const _: () = assert!(SIM_REFS_PER_MAP >= GRANTS_PER_MAP_BATCH);
+const _: () = assert!(SIM_PORTS_PER_HANDLE.is_multiple_of(64));
+
 const _: () = assert!(XENSTORE_REL_PATH_MAX < XENSTORE_ABS_PATH_MAX);
 const _: () = assert!(XENSTORE_DIRECTORY_MAX >= 32752 * 6);
 const _: () = assert!(ERROR_TEXT_MAX + XENSTORE_REL_PATH_MAX < XENSTORE_PAYLOAD_MAX);
