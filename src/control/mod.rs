@@ -24,16 +24,17 @@
 //! connected until xenstored answers again; then everything is read afresh.
 
 pub mod admin;
-pub mod area;
-pub mod attach;
-pub mod connection;
-pub mod disk;
-pub mod frontend;
-pub mod machine;
-pub mod placement;
+mod area;
+mod attach;
+mod connection;
+mod disk;
+mod frontend;
+mod machine;
+mod placement;
 mod quiet;
-pub mod registry;
+mod registry;
 mod run;
-pub mod workers;
+mod workers;
 
+pub use frontend::Offer;
 pub use run::{Config, ControlError, run};
