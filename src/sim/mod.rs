@@ -4,10 +4,12 @@
 //! the platform that a backend gets, [`Domain`] is a guest. All of them may be in one process or
 //! each in its own.
 
+pub mod blkfront;
 pub mod domain;
 pub mod events;
 pub mod grants;
 pub mod hypervisor;
+pub mod store;
 
 mod channels;
 mod guest;
