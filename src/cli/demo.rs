@@ -6,7 +6,7 @@
 
 mod guest;
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -29,9 +29,9 @@ use polldisk::units::{Bytes, DomId};
 use polldisk::worker::WorkerThread;
 
 use super::list::list;
+use super::log;
 use super::rates::{DiskRates, duration, rates, table};
 use super::serve::{available_cores, start_workers};
-use super::log;
 use guest::{Guest, VDEV};
 
 /// Show it working here and now: guests, a stand-in for Xen, verified I/O; no Xen, no root
@@ -111,7 +111,11 @@ impl Demo {
             bail!("--block-size {}: give a multiple of 512, at most 44K", self.block_size);
         }
         if self.size.0 / self.block_size.0 <= 2 * self.depth as u64 || self.size.0 > 1 << 40 {
-            bail!("--size {}: give room for more than {} blocks, at most 1T", self.size, 2 * self.depth);
+            bail!(
+                "--size {}: give room for more than {} blocks, at most 1T",
+                self.size,
+                2 * self.depth
+            );
         }
         let options = ServeOptions {
             workers: Some(self.workers),
@@ -247,7 +251,7 @@ struct Plan {
 
 /// The daemon in threads of this process, on the stand-in.
 struct Daemon {
-    admin: std::path::PathBuf,
+    admin: PathBuf,
     stop: Doorbell,
     control: JoinHandle<Result<(), ControlError>>,
     workers: Vec<WorkerThread>,
@@ -264,12 +268,20 @@ impl Daemon {
         let stop = Doorbell::new()?;
         let control = {
             let stop = stop.clone();
-            std::thread::Builder::new().name("control".to_owned()).spawn(move || {
-                control::run(&platform, &control_config, senders, events, &stop)
-            })?
+            std::thread::Builder::new()
+                .name("control".to_owned())
+                .spawn(move || control::run(&platform, &control_config, senders, events, &stop))?
         };
-        wait_for_socket(&admin, &control)?;
-        Ok(Daemon { admin, stop, control, workers })
+        let daemon = Daemon { admin, stop, control, workers };
+        // The control thread binds its socket when it starts, or ends.
+        while !daemon.admin.exists() {
+            if daemon.control.is_finished() {
+                daemon.end()?;
+                bail!("the control thread ended at once");
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(daemon)
     }
 
     fn end(self) -> anyhow::Result<()> {
@@ -278,17 +290,6 @@ impl Daemon {
         self.workers.into_iter().for_each(WorkerThread::join);
         Ok(())
     }
-}
-
-/// The control thread binds its socket when it starts, or ends.
-fn wait_for_socket<T>(admin: &Path, control: &JoinHandle<T>) -> anyhow::Result<()> {
-    while !admin.exists() {
-        if control.is_finished() {
-            bail!("the control thread ended at once; --log info tells why");
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    Ok(())
 }
 
 /// A disk's rates and what they cost its worker.
@@ -322,8 +323,7 @@ fn costs(
 }
 
 fn cost_table(disks: &[DiskCost]) -> comfy_table::Table {
-    let header =
-        ["DISK", "IOPS", "MB/s", "P50", "P99", "P99.9", "CPU/IO", "WORKER"];
+    let header = ["DISK", "IOPS", "MB/s", "P50", "P99", "P99.9", "CPU/IO", "WORKER"];
     let rows = disks.iter().map(|DiskCost { rates, cpu_ns_per_io }| {
         vec![
             format!("{}:{}", rates.disk.domid, rates.disk.vdev),

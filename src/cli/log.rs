@@ -15,7 +15,11 @@ pub fn start(filter: &str) -> anyhow::Result<()> {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());
-    if is_journal() { lines.without_time().init() } else { lines.init() }
+    if is_journal() {
+        lines.without_time().init()
+    } else {
+        lines.init()
+    }
     Ok(())
 }
 

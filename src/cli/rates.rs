@@ -86,7 +86,7 @@ fn latency_between(before: Option<&DiskReport>, after: &DiskReport) -> Histogram
 /// A table for people: the first column to the left, numbers to the right.
 pub fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Table {
     let mut table = Table::new();
-    table.load_preset(NOTHING).set_header(header).add_rows(rows);
+    table.load_style(NOTHING).set_header(header).add_rows(rows);
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }

@@ -100,10 +100,16 @@ impl Body {
         let xenbus = Xenbus::open(&self.domain, VBD)?;
         let (mut device, disk) = xenbus.connect(&self.domain, Options::default())?;
         if self.load.sectors.end > disk.sectors.0 {
-            bail!("the target holds only {} sectors of 512 bytes; give a smaller --size", disk.sectors);
+            bail!(
+                "the target holds only {} sectors of 512 bytes; give a smaller --size",
+                disk.sectors
+            );
         }
         if !self.load.block_bytes.is_multiple_of(disk.sector_bytes as usize) {
-            bail!("the disk's sectors have {} bytes; give a multiple as --block-size", disk.sector_bytes);
+            bail!(
+                "the disk's sectors have {} bytes; give a multiple as --block-size",
+                disk.sector_bytes
+            );
         }
         let _ = self.is_connected.send(());
         let _ = self.may_go.recv();
