@@ -159,6 +159,42 @@ fn a_flood_of_requests_is_answered_in_order_as_it_is_read() {
 }
 
 #[test]
+fn a_burst_of_requests_is_served_to_its_end_though_nothing_more_comes() {
+    let bench = Bench::new();
+    let store = bench.dom0();
+    let mut raw = bench.raw_dom0();
+    let burst: Vec<u8> =
+        (0..200).flat_map(|n| message(Op::Mkdir, n, format!("/burst/{n}\0").as_bytes())).collect();
+    raw.stream.write_all(&burst).unwrap();
+    let served = (0..10_000).any(|_attempt| store.read("/burst/199").is_ok());
+    assert!(served, "the last request was never served");
+    assert_eq!(store.directory("/burst").unwrap().len(), 200);
+}
+
+#[test]
+fn who_does_not_read_its_answers_is_not_listened_to() {
+    let bench = Bench::new();
+    let store = bench.dom0();
+    store.write("/v", &"v".repeat(2000)).unwrap();
+    let mut flood = UnixStream::connect(bench.server.socket()).unwrap();
+    flood.set_nonblocking(true).unwrap();
+    let requests = message(Op::Read, 1, b"/v\0").repeat(1000);
+    let (mut sent, mut refused) = (0, 0);
+    // Their answers would take 100 times the memory of the requests.
+    while refused < 1000 {
+        match flood.write(&requests[sent % requests.len()..]) {
+            Ok(count) => (sent, refused) = (sent + count, 0),
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                refused += 1;
+                store.read("/v").unwrap();
+            }
+        }
+        assert!(sent < 4 << 20, "{sent} bytes of requests were taken");
+    }
+}
+
+#[test]
 fn a_server_takes_no_place_that_is_taken() {
     let bench = Bench::new();
     let refused = StoreServer::start(bench.server.socket(), Quota::default()).unwrap_err();
