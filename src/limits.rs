@@ -61,11 +61,30 @@ pub const URING_ENTRIES: u32 = 1024;
 /// neighbours.
 pub const REQUESTS_PER_PASS: usize = 64;
 
-/// One line of the admin socket, in and out of it: enough for a path of 4096 bytes, escaped.
+/// One request line of the admin socket: enough for a path of 4096 bytes, escaped.
 pub const ADMIN_LINE_MAX: usize = 64 * 1024;
+
+/// One reply line of the admin socket: 10,000 disks with their latencies.
+pub const ADMIN_REPLY_MAX: u64 = 256 << 20;
 
 /// Connections to the admin socket at a time.
 pub const ADMIN_CLIENTS_MAX: usize = 32;
+
+/// Ports written to `/dev/xen/evtchn` by one call: the kernel takes a page of them.
+pub const PORTS_PER_UNMASK: usize = 1024;
+
+/// Entries of a guest's grant table in the stand-in: Xen's default `gnttab_max_frames`, 64 frames.
+pub const SIM_GRANT_ENTRIES: u32 = 64 * 512;
+
+/// Pages of a guest in the stand-in: 64 GiB, so that no length overflows.
+pub const SIM_GUEST_PAGES_MAX: u32 = 1 << 24;
+
+/// Event channels of one handle in the stand-in: one handle serves a worker, and a thousand disks
+/// with four queues each fit one worker.
+pub const SIM_PORTS_PER_HANDLE: usize = 4096;
+
+/// References in one map request to the stand-in's hypervisor: bounds its messages.
+pub const SIM_REFS_PER_MAP: usize = 4096;
 
 /// The list of one xenstore node's children, in bytes: room for every domid there can be, twice.
 pub const XENSTORE_DIRECTORY_MAX: usize = 512 * 1024;
@@ -76,8 +95,62 @@ pub const SIM_STORE_CLIENTS_MAX: usize = 2048;
 /// Requests the stand-in's xenstore answers for one client before it looks at the next.
 pub const SIM_STORE_REQUESTS_PER_TURN: usize = 16;
 
+/// Log lines that one disk may cause in `GUEST_LOG_SECONDS`: two whole connections and
+/// disconnections of a well-behaved guest, and next to nothing for one that loops.
+pub const GUEST_LOG_LINES: u32 = 20;
+
+/// The period of `GUEST_LOG_LINES`.
+pub const GUEST_LOG_SECONDS: u64 = 30;
+
+/// Watch events taken before the disks they are about are looked at, so that a guest that makes
+/// events without end does not keep control from everybody else.
+pub const WATCH_EVENTS_PER_PASS: usize = 1024;
+
+/// Events of workers taken before everything else is looked at again.
+pub const WORKER_EVENTS_PER_PASS: usize = 1024;
+
+/// Seconds that `detach` waits for the guest: libxl's own patience (LIBXL_DESTROY_TIMEOUT).
+pub const DETACH_SECONDS: u64 = 10;
+
+/// Seconds that `list` waits for the workers' latencies before it answers without them.
+pub const LATENCY_SECONDS: u64 = 2;
+
+/// Seconds that the daemon waits at its end for requests in flight. Storage that has not answered
+/// by then is not going to.
+pub const DRAIN_SECONDS: u64 = 30;
+
+/// Seconds between attempts to reach a xenstored whose connection was lost.
+pub const STORE_RETRY_SECONDS: u64 = 5;
+
+/// Text of an `error` node: what fits beside its path in one xenstore message.
+pub const ERROR_TEXT_MAX: usize = 1024;
+
 const _: () = assert!(REQUESTS_PER_PASS * SEGMENTS_PER_REQUEST >= GRANTS_PER_MAP_BATCH);
 const _: () = assert!(PERSISTENT_GRANTS_PER_QUEUE >= GRANTS_PER_MAP_BATCH);
 const _: () = assert!(XENSTORE_ABS_PATH_MAX < XENSTORE_PAYLOAD_MAX);
+
+/// Bounce pages of one worker: several one-page rings full of largest requests that are copied.
+pub const BOUNCE_PAGES_PER_WORKER: usize = 2048;
+
+/// References of one queue that may fail to map before its data is only copied: a sound frontend
+/// has none.
+pub const MAP_REFUSALS_MAX: u32 = 64;
+
+/// Commands taken by a worker in one pass, so that a thousand disks connecting at once do not
+/// hold up the I/O of the others.
+pub const COMMANDS_PER_PASS: usize = 8;
+
+/// While a worker is busy it asks for the events of sleeping queues this seldom (one system call).
+/// It is what a sleeping disk's first request can wait beside a busy one.
+pub const EVENT_CHECK_NS: u64 = 20_000;
+
+/// ... and never more often than once in this many passes, however slow a pass is.
+pub const EVENT_CHECK_PASSES: u32 = 16;
+
+const _: () = assert!(BOUNCE_PAGES_PER_WORKER >= 2 * 32 * SEGMENTS_PER_REQUEST);
+const _: () = assert!(SIM_REFS_PER_MAP >= GRANTS_PER_MAP_BATCH);
+const _: () = assert!(SIM_PORTS_PER_HANDLE.is_multiple_of(64));
+
 const _: () = assert!(XENSTORE_REL_PATH_MAX < XENSTORE_ABS_PATH_MAX);
 const _: () = assert!(XENSTORE_DIRECTORY_MAX >= 32752 * 6);
+const _: () = assert!(ERROR_TEXT_MAX + XENSTORE_REL_PATH_MAX < XENSTORE_PAYLOAD_MAX);

@@ -52,10 +52,12 @@ impl AsFd for Doorbell {
     }
 }
 
-/// Sleeps until one of `sources` is readable or `timeout` is over (`None`: for ever).
-/// A signal ends it early, as any wake-up may: the caller looks again.
-pub fn sleep(sources: &[BorrowedFd<'_>], timeout: Option<Duration>) {
-    const SOURCES_MAX: usize = 4;
+/// Descriptors that one [`sleep`] can wait for.
+pub const SOURCES_MAX: usize = 4;
+
+/// Sleeps until one of `sources` is readable or `timeout` is over (`None`: for ever), and says
+/// which are. A signal ends it early, as any wake-up may: the caller looks again.
+pub fn sleep(sources: &[BorrowedFd<'_>], timeout: Option<Duration>) -> [bool; SOURCES_MAX] {
     assert!(sources.len() <= SOURCES_MAX);
     let mut polled = [libc::pollfd { fd: -1, events: libc::POLLIN, revents: 0 }; SOURCES_MAX];
     for (slot, source) in polled.iter_mut().zip(sources) {
@@ -66,11 +68,11 @@ pub fn sleep(sources: &[BorrowedFd<'_>], timeout: Option<Duration>) {
         tv_nsec: timeout.subsec_nanos().into(),
     });
     let timeout = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    let count = SOURCES_MAX as libc::nfds_t;
     // SAFETY: `polled` holds SOURCES_MAX entries, of which those without a source are ignored
     // (fd -1); `timeout` is null or points to a timespec that outlives the call.
-    unsafe {
-        libc::ppoll(polled.as_mut_ptr(), SOURCES_MAX as libc::nfds_t, timeout, std::ptr::null())
-    };
+    unsafe { libc::ppoll(polled.as_mut_ptr(), count, timeout, std::ptr::null()) };
+    polled.map(|slot| slot.revents != 0)
 }
 
 /// How long a worker without work keeps looking before it sleeps.
@@ -126,9 +128,9 @@ mod test {
     fn a_ring_before_the_sleep_is_not_lost() {
         let bell = Doorbell::new().unwrap();
         bell.ring();
-        sleep(&[bell.as_fd()], None);
+        assert!(sleep(&[bell.as_fd()], None)[0]);
         bell.silence();
-        sleep(&[bell.as_fd()], Some(Duration::from_millis(1)));
+        assert!(!sleep(&[bell.as_fd()], Some(Duration::from_millis(1)))[0]);
     }
 
     #[test]

@@ -31,6 +31,14 @@ impl Image {
         }
     }
 
+    /// What buffer addresses must be a multiple of, at most a page.
+    pub fn memory_alignment(&self) -> u16 {
+        match self {
+            Image::Raw(image) => image.memory_alignment(),
+            Image::Null(_) => 1,
+        }
+    }
+
     /// Whether it was opened without write access.
     pub fn is_read_only(&self) -> bool {
         match self {

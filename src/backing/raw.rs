@@ -15,7 +15,7 @@ use crate::units::Bytes;
 pub struct RawImage {
     file: File,
     geometry: Geometry,
-    memory_alignment: u32,
+    memory_alignment: u16,
     read_only: bool,
 }
 
@@ -68,7 +68,8 @@ impl RawImage {
                 sector_bytes: shape.sector_bytes,
                 physical_sector_bytes: shape.physical_sector_bytes.max(shape.sector_bytes),
             },
-            memory_alignment: shape.memory_alignment,
+            // Beyond a page no page is aligned enough; the kernel asks for no such thing.
+            memory_alignment: shape.memory_alignment.clamp(1, 4096).try_into().unwrap_or(4096),
             read_only,
         })
     }
@@ -79,7 +80,7 @@ impl RawImage {
     }
 
     /// What buffer addresses must be a multiple of for O_DIRECT.
-    pub fn memory_alignment(&self) -> u32 {
+    pub fn memory_alignment(&self) -> u16 {
         self.memory_alignment
     }
 

@@ -10,6 +10,7 @@ pub mod keys;
 pub mod linux;
 pub mod shm;
 pub mod store;
+pub mod vdev;
 
 use std::fmt;
 use std::io;

@@ -6,6 +6,7 @@
 //! is fetched once and what is validated is what is used (XSA-155).
 #![allow(unsafe_code)]
 
+use std::alloc::Layout;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -75,6 +76,9 @@ pub struct GuestBuf {
 }
 
 impl GuestBuf {
+    /// No memory at all.
+    pub const EMPTY: GuestBuf = GuestBuf { address: NonNull::dangling(), len: 0 };
+
     /// Names `len` bytes at `address`.
     ///
     /// # Safety
@@ -131,11 +135,74 @@ impl GuestBuf {
     }
 }
 
+/// Pages of our own, zeroed: bounce memory for data that is copied instead of mapped.
+#[derive(Debug)]
+pub struct LocalPages {
+    base: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: it owns its memory alone, and hands out only addresses.
+unsafe impl Send for LocalPages {}
+
+impl LocalPages {
+    /// Allocates `count` pages.
+    ///
+    /// # Panics
+    /// Where `count` is 0; where memory is exhausted the process ends, as for any allocation.
+    pub fn new(count: usize) -> LocalPages {
+        assert!(count > 0);
+        let layout = Layout::array::<[u8; PAGE_BYTES]>(count)
+            .and_then(|layout| layout.align_to(PAGE_BYTES))
+            .expect("a count of pages that fits memory");
+        // SAFETY: the layout is not empty.
+        let base = NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) });
+        LocalPages { base: base.unwrap_or_else(|| std::alloc::handle_alloc_error(layout)), layout }
+    }
+
+    /// How many pages.
+    pub fn count(&self) -> usize {
+        self.layout.size() / PAGE_BYTES
+    }
+
+    /// One whole page. The owner sees to it that none is in use when it drops them.
+    ///
+    /// # Panics
+    /// Where `index` is not below [`LocalPages::count`].
+    pub fn page(&self, index: usize) -> GuestBuf {
+        assert!(index < self.count());
+        // SAFETY: index is inside the allocation.
+        let address = unsafe { self.base.add(index * PAGE_BYTES) };
+        GuestBuf { address, len: PAGE_LEN }
+    }
+
+    /// The same memory, seen as words: a ring without a hypervisor, for tests and benches.
+    pub fn into_shared(self) -> SharedPage {
+        SharedPage { base: self.base, len: self.layout.size(), memory: Memory::Local(self) }
+    }
+}
+
+impl Drop for LocalPages {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { std::alloc::dealloc(self.base.as_ptr(), self.layout) };
+    }
+}
+
 /// The pages of one ring, seen as words. The two ends agree on the layout; `blkif::ring` knows it.
 #[derive(Debug)]
 pub struct SharedPage {
     base: NonNull<u8>,
     len: usize,
+    memory: Memory,
+}
+
+/// Who keeps the memory of a [`SharedPage`].
+#[derive(Debug)]
+enum Memory {
+    Elsewhere,
+    Guest(GuestPages),
+    Local(#[expect(dead_code, reason = "held to be dropped")] LocalPages),
 }
 
 /// A word that can be read from and written to shared memory in one access.
@@ -156,7 +223,21 @@ impl SharedPage {
     /// They must stay mapped and writable for the life of the value, and `base` be page-aligned.
     pub unsafe fn from_raw(base: NonNull<u8>, len: usize) -> Self {
         assert!(base.as_ptr().addr().is_multiple_of(PAGE_BYTES));
-        SharedPage { base, len }
+        SharedPage { base, len, memory: Memory::Elsewhere }
+    }
+
+    /// Views mapped pages, which stay inside until [`SharedPage::into_guest_pages`].
+    pub fn over(pages: GuestPages) -> SharedPage {
+        let len = pages.count() * PAGE_BYTES;
+        SharedPage { base: pages.base(), len, memory: Memory::Guest(pages) }
+    }
+
+    /// Gives back the pages of [`SharedPage::over`]; `None` for other memory.
+    pub fn into_guest_pages(self) -> Option<GuestPages> {
+        match self.memory {
+            Memory::Guest(pages) => Some(pages),
+            Memory::Elsewhere | Memory::Local(_) => None,
+        }
     }
 
     /// Bytes.
