@@ -3,6 +3,7 @@
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Stdio};
 
@@ -14,7 +15,9 @@ use polldisk::sim::grants::SimGrants;
 use polldisk::sim::{Domain, Gfn, SimXen, StandIn};
 use polldisk::units::{DomId, GrantRef, Port};
 use polldisk::xen::abi;
+use polldisk::xen::store::StoreClient;
 use polldisk::xen::{CopyDirection, Events, GrantCopy, Grants, PageAccess, Platform};
+use xenstore_rs::Xs;
 
 fn domid(raw: u32) -> DomId {
     DomId::try_from(raw).unwrap()
@@ -268,6 +271,44 @@ fn pages_and_references_are_finite_and_come_back() {
     assert_eq!(guest.reserve_refs(1).unwrap()[0], refs[0]);
 }
 
+// Xenstore.
+
+fn as_guest(guest: &Domain) -> StoreClient {
+    StoreClient::from_stream(guest.open_store().unwrap()).unwrap()
+}
+
+#[test]
+fn dom0_has_its_area_from_the_start() {
+    let (stand_in, ..) = rig();
+    let dom0 = stand_in.platform().open_store().unwrap();
+    assert_eq!(&*dom0.read("/local/domain/0/domid").unwrap(), "0");
+    assert_eq!(&*dom0.read("domid").unwrap(), "0");
+}
+
+#[test]
+fn a_guest_reads_its_area_and_writes_only_where_it_may() {
+    let (stand_in, guest, _) = rig();
+    let other = stand_in.create_domain(domid(2), 1).unwrap();
+    let store = as_guest(&guest);
+    assert_eq!(&*store.read("domid").unwrap(), "1");
+    assert_eq!(&*store.read("/local/domain/1/name").unwrap(), "guest-1");
+    store.write("error/device/vbd/51712/error", "22 no reason").unwrap();
+    for path in ["name", "device/vbd", "/local/domain/0/backend", "/local/domain/2/data"] {
+        assert_eq!(errno(store.write(path, "")), libc::EACCES, "{path}");
+    }
+    assert_eq!(errno(as_guest(&other).read("/local/domain/1/name")), libc::EACCES);
+}
+
+#[test]
+fn a_guests_area_and_connections_go_with_it() {
+    let (stand_in, guest, _) = rig();
+    let dom0 = stand_in.platform().open_store().unwrap();
+    let store = as_guest(&guest);
+    drop(guest);
+    assert_eq!(errno(dom0.read("/local/domain/1/domid")), libc::ENOENT);
+    assert!(store.read("domid").is_err());
+}
+
 // Event channels.
 
 /// Both ends of a bound channel: the guest's, then dom0's with its first event taken.
@@ -446,6 +487,9 @@ fn process(stand_in: &StandIn, role: &str, numbers: [u32; 2]) -> Child {
 #[test]
 fn another_process_plays_its_role() {
     let Ok(role) = std::env::var(ROLE) else { return };
+    if role == "guest" {
+        return play_guest();
+    }
     let xen = SimXen::connect(&PathBuf::from(std::env::var_os(RUN_FOLDER).unwrap()));
     let numbers = std::env::var(NUMBERS).unwrap();
     let (gref, port) = numbers.split_once(' ').unwrap();
@@ -473,6 +517,17 @@ fn another_process_plays_its_role() {
         }
         other => panic!("{other} is no role"),
     }
+}
+
+fn play_guest() {
+    let folder = PathBuf::from(std::env::var_os(RUN_FOLDER).unwrap());
+    let guest = Domain::create(&folder, domid(7), 16).unwrap();
+    let (_, gref) = granted_page(&guest, b"far away", PageAccess::ReadOnly);
+    let mut events = guest.open_events().unwrap();
+    let port = events.alloc_unbound(DomId::DOM0).unwrap();
+    as_guest(&guest).write("data/numbers", &format!("{gref} {port}")).unwrap();
+    println!("\nready");
+    let _ = io::stdin().read(&mut [0]);
 }
 
 fn await_ready(child: &mut Child) -> BufReader<ChildStdout> {
@@ -523,4 +578,45 @@ fn two_processes_exchange_data_and_notifications() {
     assert_eq!(&content(&guest, page), b"gnip");
     assert!(child.wait().unwrap().success());
     assert_eq!(guest.mapped_grants(), 0);
+}
+
+#[test]
+fn a_guest_in_another_process_is_one_like_any_and_ends_with_it() {
+    let stand_in = StandIn::start_temporary().unwrap();
+    let xen = stand_in.platform();
+    let (store, mut grants) = (xen.open_store().unwrap(), xen.open_grants().unwrap());
+    let mut events = xen.open_events().unwrap();
+    let mut child = process(&stand_in, "guest", [0, 0]);
+    let _output = await_ready(&mut child);
+
+    let numbers = store.read("/local/domain/7/data/numbers").unwrap();
+    let (gref, port) = numbers.split_once(' ').unwrap();
+    let (gref, their_port) = (gref.parse().unwrap(), port.parse().unwrap());
+    let port = events.bind_interdomain(domid(7), their_port).unwrap();
+    let mut seen = [0; 8];
+    let fetch = segment(gref, CopyDirection::FromGuest, &mut seen);
+    assert_eq!(copy_status(&mut grants, domid(7), fetch), abi::GNTST_OKAY);
+    assert_eq!(&seen, b"far away");
+
+    child.kill().unwrap();
+    child.wait().unwrap();
+    while copy_status(&mut grants, domid(7), fetch) != abi::GNTST_BAD_DOMAIN {
+        std::thread::yield_now();
+    }
+    while store.read("/local/domain/7/domid").is_ok() {
+        std::thread::yield_now();
+    }
+    events.notify(port).unwrap();
+    stand_in.create_domain(domid(7), 16).unwrap();
+}
+
+#[test]
+fn a_folder_that_a_killed_stand_in_left_can_be_used_again() {
+    let folder = tempfile::tempdir().unwrap();
+    for socket in ["xenstore.sock", "hypervisor.sock"] {
+        // Closing a listener leaves its socket in the folder, as a killed process does.
+        drop(UnixListener::bind(folder.path().join(socket)).unwrap());
+    }
+    let _stand_in = StandIn::start(folder.path()).unwrap();
+    assert!(StandIn::start(folder.path()).is_err(), "one that runs is not replaced");
 }

@@ -50,7 +50,6 @@ impl Hypervisor {
     pub fn start(folder: &Path, toolstack: Box<dyn Toolstack>) -> io::Result<Hypervisor> {
         wire::raise_descriptor_limit();
         let socket = folder.join(wire::SOCKET_NAME);
-        remove_abandoned(folder, &socket)?;
         let listener = wire::listen(&socket)?;
         let poll = Poll::new()?;
         poll.registry().register(
@@ -71,16 +70,6 @@ impl Drop for Hypervisor {
         let _ = std::fs::remove_file(&self.socket);
         let _ = self.stop.wake();
         let _ = self.thread.take().map(JoinHandle::join);
-    }
-}
-
-/// Removes the socket of a hypervisor that was killed.
-fn remove_abandoned(folder: &Path, socket: &Path) -> io::Result<()> {
-    match wire::Connection::open(folder) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(socket)
-        }
-        _ => Ok(()),
     }
 }
 
