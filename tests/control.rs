@@ -5,8 +5,8 @@ mod rig;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Detach, Request};
-use polldisk::control::admin::request;
 use polldisk::control::{Config, Offer};
 use polldisk::msg::{Event, WorkerId};
 use polldisk::xen::store::StoreClient;

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use polldisk::control::admin::client::{RequestError, request};
 use polldisk::control::admin::protocol::{Attach, Detach, DiskReport, Reply, Request};
-use polldisk::control::admin::{RequestError, request};
 use polldisk::control::{self, Config, ControlError};
 use polldisk::metrics::new_latency_histogram;
 use polldisk::msg::{self, Command, CommandReceiver, Event, EventSender, QueueKey, WorkerId};

@@ -1,10 +1,10 @@
 //! The admin socket: `attach`, `detach` and `list` while the daemon runs.
 //!
-//! The command line's side is [`request()`]; what goes over the socket is in [`protocol`]. On the
+//! The command line's side is [`client`]; what goes over the socket is in [`protocol`]. On the
 //! daemon's side a request that has to wait for a guest or for workers is kept as a job, looked at
 //! again whenever something happened; control goes on meanwhile.
 
-mod client;
+pub mod client;
 pub mod protocol;
 mod server;
 
@@ -26,7 +26,6 @@ use crate::xen::vdev::Vdev;
 use protocol::{DiskReport, Reply, Request};
 use server::Server;
 
-pub use client::{RequestError, request};
 pub use server::BindError;
 pub(super) use server::FIRST_CLIENT;
 
