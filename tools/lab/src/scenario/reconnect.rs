@@ -57,22 +57,36 @@ fn run(lab: &mut Lab) -> Result<()> {
     })
 }
 
-/// The driver closes; the backend follows.
+/// The driver closes, the backend follows, and the guest's kernel forgets the device.
+///
+/// `bind` would not do: blkfront leaves the state of a device it has once closed at Closed. Only a
+/// device that the kernel has not seen before is Initialising, and one that it may no longer read is
+/// gone. The backend sees none of this: its next event is the frontend's change to Initialising.
 fn unbind(lab: &mut Lab, guest: &mut Guest) -> Result<()> {
     guest.agent.ask(&format!("echo vbd-{VBD} >/sys/bus/xen/drivers/vbd/unbind"))?;
-    // Closed, or already InitWait again for a frontend that comes back at once.
-    wait_for_state(lab, guest, "[26]")
+    wait_for_state(lab, guest, "6")?;
+    lab.dom0.ask(&format!("xenstore-chmod {} n0", frontend(guest)))?;
+    wait_for(&mut guest.agent, &format!("[ ! -e /sys/bus/xen/devices/vbd-{VBD} ]"), STATE_LIMIT)
 }
 
-/// The driver starts again; the backend must offer the disk anew.
+/// The device is there again, Initialising, and the driver binds to it.
 fn bind(lab: &mut Lab, guest: &mut Guest) -> Result<()> {
-    guest.agent.ask(&format!("echo vbd-{VBD} >/sys/bus/xen/drivers/vbd/bind"))?;
+    let frontend = frontend(guest);
+    lab.dom0.ask(&format!(
+        "xenstore-write {frontend}/state 1 && xenstore-chmod {frontend} n{} r0",
+        guest.domid
+    ))?;
     expect_disk(&mut guest.agent, "xvda", DISK_MIB << 20)?;
     wait_for_state(lab, guest, "4")
+}
+
+fn frontend(guest: &Guest) -> String {
+    format!("/local/domain/{}/device/vbd/{VBD}", guest.domid)
 }
 
 fn wait_for_state(lab: &mut Lab, guest: &Guest, state: &str) -> Result<()> {
     let kind = lab.backend.xenstore_type();
     let path = format!("/local/domain/0/backend/{kind}/{}/{VBD}/state", guest.domid);
-    wait_for(&mut lab.dom0, &format!("xenstore-read {path} | grep -q '^{state}$'"), STATE_LIMIT)
+    let condition = format!("[ \"$(xenstore-read {path})\" = {state} ]");
+    wait_for(&mut lab.dom0, &condition, STATE_LIMIT)
 }
