@@ -26,12 +26,12 @@ use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::load::{Load, Report};
 use polldisk::sim::{SimXen, StandIn};
 use polldisk::units::{Bytes, DomId};
-use polldisk::worker::WorkerThread;
+use polldisk::worker::{WorkerThread, spawn_all};
 
 use super::list::list;
 use super::log;
 use super::rates::{DiskRates, duration, rates, table};
-use super::serve::{available_cores, start_workers};
+use super::serve::available_cores;
 use guest::{Guest, VDEV};
 
 /// Show it working here and now: guests, a stand-in for Xen, verified I/O; no Xen, no root
@@ -261,7 +261,7 @@ impl Daemon {
     fn start(stand_in: &StandIn, config: &Config) -> anyhow::Result<Daemon> {
         let platform: SimXen = stand_in.platform();
         let (reports, events) = event_channel()?;
-        let (senders, workers) = start_workers(&platform, config, &reports)?;
+        let (senders, workers) = spawn_all(&platform, &config.workers, config.poll, &reports)?;
         let admin = stand_in.folder().join("admin.sock");
         let control_config =
             control::Config { admin_path: Some(admin.clone()), ..control::Config::default() };

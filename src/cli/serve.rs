@@ -4,13 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use core_affinity::CoreId;
 use polldisk::config::{Config, ServeOptions};
 use polldisk::control;
-use polldisk::msg::{CommandSender, EventSender, WorkerId, command_channel, event_channel};
+use polldisk::msg::event_channel;
 use polldisk::park::Doorbell;
-use polldisk::worker::{Setup, WorkerThread, spawn};
-use polldisk::xen::Platform;
+use polldisk::worker::{WorkerThread, spawn_all};
 use polldisk::xen::linux::LinuxXen;
 
 use super::log;
@@ -48,7 +46,7 @@ impl Serve {
 
 fn serve(xen: &LinuxXen, config: &Config) -> anyhow::Result<()> {
     let (reports, events) = event_channel().context("cannot make the workers' channel")?;
-    let (workers, threads) = start_workers(xen, config, &reports)?;
+    let (workers, threads) = spawn_all(xen, &config.workers, config.poll, &reports)?;
     tracing::info!(
         version = env!("CARGO_PKG_VERSION"),
         workers = workers.len(),
@@ -69,30 +67,6 @@ fn serve(xen: &LinuxXen, config: &Config) -> anyhow::Result<()> {
     threads.into_iter().for_each(WorkerThread::join);
     tracing::info!("ended");
     Ok(())
-}
-
-/// Starts all workers; an error names the one that can't be, and what would mend it.
-pub fn start_workers<P: Platform>(
-    platform: &P,
-    config: &Config,
-    reports: &EventSender,
-) -> anyhow::Result<(Vec<CommandSender>, Vec<WorkerThread>)> {
-    let mut senders = Vec::new();
-    let mut threads = Vec::new();
-    for (index, core) in config.workers.iter().enumerate() {
-        let id = WorkerId(index);
-        let (sender, commands) = command_channel(id).context("cannot make a worker's channel")?;
-        threads.push(spawn(Setup {
-            id,
-            platform: platform.clone(),
-            core: core.map(|id| CoreId { id }),
-            poll: config.poll,
-            commands,
-            reports: reports.clone(),
-        })?);
-        senders.push(sender);
-    }
-    Ok((senders, threads))
 }
 
 /// The cores that this process may use.

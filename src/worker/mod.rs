@@ -26,7 +26,7 @@ use crate::queue::{BouncePool, Queue, Resources, Scratch};
 use crate::units::Port;
 use crate::xen::{Events, Platform, PlatformError};
 
-pub use thread::{Setup, SpawnError, WorkerThread, spawn};
+pub use thread::{Setup, SpawnError, WorkerThread, spawn, spawn_all};
 
 /// Whether a pass found anything to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,7 +9,9 @@ use crossbeam::channel::bounded;
 
 use super::Worker;
 use crate::engine::host::HostEngine;
-use crate::msg::{CommandReceiver, Event, EventSender, WorkerId};
+use crate::msg::{
+    Command, CommandReceiver, CommandSender, Event, EventSender, WorkerId, command_channel,
+};
 use crate::xen::{Platform, PlatformError};
 
 /// What a worker is made from.
@@ -61,6 +63,42 @@ pub enum SpawnError {
     /// The thread itself.
     #[error("cannot start a worker thread")]
     Thread(#[source] io::Error),
+}
+
+/// Starts one worker for each entry of `cores`, pinned to it where one is named; returns the ways
+/// to command them, in order. Where one can't be started the others end.
+pub fn spawn_all<P: Platform>(
+    platform: &P,
+    cores: &[Option<usize>],
+    poll: Duration,
+    reports: &EventSender,
+) -> Result<(Vec<CommandSender>, Vec<WorkerThread>), SpawnError> {
+    let mut senders: Vec<CommandSender> = Vec::new();
+    let mut threads = Vec::new();
+    for (index, core) in cores.iter().enumerate() {
+        let id = WorkerId(index);
+        let (sender, commands) = command_channel(id).map_err(SpawnError::Thread)?;
+        let setup = Setup {
+            id,
+            platform: platform.clone(),
+            core: core.map(|id| CoreId { id }),
+            poll,
+            commands,
+            reports: reports.clone(),
+        };
+        match spawn(setup) {
+            Ok(thread) => threads.push(thread),
+            Err(error) => {
+                for sender in senders {
+                    // One that takes no more commands has ended.
+                    let _ = sender.send(Command::Stop);
+                }
+                return Err(error);
+            }
+        }
+        senders.push(sender);
+    }
+    Ok((senders, threads))
 }
 
 /// Starts a worker's thread; returns once it is set up, or why it can't be.

@@ -1,0 +1,231 @@
+//! The images the lab boots: Xen, dom0's kernel, initramfs and root, and in that root the guests' own.
+//!
+//! They are built once per key, a hash of everything they are made from, in a folder outside the
+//! checkout. A folder that bears its key's name is complete: it is built aside and then renamed.
+
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::qemu;
+
+/// The Debian release of dom0 and the guests: the one with Xen 4.17, and the one whose libc a
+/// polldisk built on that release needs.
+const RELEASE: &str = "bookworm";
+
+/// Changes when this file builds something else from the same inputs.
+const BUILDER_VERSION: u32 = 1;
+
+const PACKAGES: &str = include_str!("../image/packages");
+
+/// The script that makes the images, and the scripts that go into them, by the name it knows them.
+const SCRIPTS: [(&str, &str); 4] = [
+    ("pack", include_str!("../image/pack")),
+    ("dom0-init", include_str!("../dom0/init")),
+    ("guest-init", include_str!("../guest/init")),
+    ("agent", include_str!("../agent/agent")),
+];
+
+/// Programs of the host and the packages that hold them.
+const HOST_PROGRAMS: [(&str, &str); 4] = [
+    (qemu::PROGRAM, "qemu-system-x86"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("mmdebstrap", "mmdebstrap"),
+    ("cpio", "cpio"),
+];
+
+/// Builds the images unless the cache holds them; returns their folder.
+pub fn ensure_built() -> Result<PathBuf> {
+    check_host_programs()?;
+    let folder = cache_folder()?.join(key());
+    if !folder.exists() {
+        eprintln!("lab: building the images, some minutes, once for {}", folder.display());
+        build(&folder).context("cannot build the lab's images")?;
+    }
+    Ok(folder)
+}
+
+fn build(folder: &Path) -> Result<()> {
+    let cache = folder.parent().context("the cache has no root")?;
+    fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
+    let aside = tempfile::Builder::new().prefix("building-").tempdir_in(cache)?;
+    let (root, scripts, out) =
+        (aside.path().join("root"), aside.path().join("scripts"), aside.path().join("out"));
+    fs::create_dir(&scripts)?;
+    fs::create_dir(&out)?;
+    for (name, text) in SCRIPTS {
+        fs::write(scripts.join(name), text)?;
+    }
+    let sources = aside.path().join("sources.list");
+    fs::write(&sources, apt_sources()?)?;
+
+    let log = aside.path().join("log");
+    let log_file = File::create(&log)?;
+    for mut command in [bootstrap(&root, &sources), pack(&root, &scripts, &out)] {
+        let status = command
+            .env("PATH", search_path())
+            .stdin(Stdio::null())
+            .stdout(log_file.try_clone()?)
+            .stderr(log_file.try_clone()?)
+            .status()
+            .with_context(|| format!("cannot run {command:?}"))?;
+        ensure!(status.success(), "{status} from {command:?}\n{}", tail(&log));
+    }
+    match fs::rename(&out, folder) {
+        // Someone else was faster and has built the same.
+        Err(_) if folder.exists() => Ok(()),
+        other => other.with_context(|| format!("cannot create {}", folder.display())),
+    }
+}
+
+/// dom0's root as a folder, from the machine's own package sources.
+fn bootstrap(root: &Path, sources: &Path) -> Command {
+    let mut command = Command::new("mmdebstrap");
+    // dom0 boots from the lab's own initramfs: the kernel package need not make one.
+    command.env("INITRD", "No");
+    command.args(["--mode=root", "--variant=essential", "--architectures=amd64"]);
+    command.arg("--aptopt=APT::Install-Recommends \"false\"");
+    for excluded in ["doc", "man", "locale"] {
+        command.arg(format!("--dpkgopt=path-exclude=/usr/share/{excluded}/*"));
+    }
+    command.arg(format!("--include={}", packages().collect::<Vec<_>>().join(",")));
+    command.args([OsStr::new(RELEASE), root.as_os_str(), sources.as_os_str()]);
+    command
+}
+
+fn pack(root: &Path, scripts: &Path, out: &Path) -> Command {
+    let mut command = Command::new("sh");
+    command.arg(scripts.join("pack")).args([root, scripts, out]);
+    command
+}
+
+/// The machine's own sources for the release, in apt's one-line form.
+fn apt_sources() -> Result<String> {
+    let output = Command::new("apt-get")
+        .args([
+            "indextargets",
+            "--format",
+            "$(ORIGIN) $(CODENAME) $(REPO_URI) $(RELEASE) $(COMPONENT)",
+        ])
+        .arg("Created-By: Packages")
+        .output()
+        .context("cannot run apt-get: the lab takes its packages from Debian's sources")?;
+    let sources = release_sources(&String::from_utf8_lossy(&output.stdout));
+    ensure!(
+        !sources.is_empty(),
+        "apt has no package lists of Debian {RELEASE}: add its sources and run apt-get update"
+    );
+    Ok(sources)
+}
+
+/// Picks the release, its updates and its security updates out of apt's list of index files.
+fn release_sources(targets: &str) -> String {
+    let mut lines: Vec<String> = targets
+        .lines()
+        .filter_map(|line| {
+            let fields: Vec<&str> = line.split(' ').collect();
+            let [origin, codename, uri, release, component] = fields[..] else { return None };
+            let ours = origin == "Debian" && codename.starts_with(RELEASE);
+            ours.then(|| format!("deb {uri} {release} {component}\n"))
+        })
+        .collect();
+    lines.sort();
+    lines.dedup();
+    lines.concat()
+}
+
+fn packages() -> impl Iterator<Item = &'static str> {
+    PACKAGES.lines().filter(|line| !line.starts_with('#') && !line.is_empty())
+}
+
+/// The hash of all that the images are made from; the packages' versions are those of the day.
+fn key() -> String {
+    key_of(&(BUILDER_VERSION, RELEASE, PACKAGES, SCRIPTS))
+}
+
+fn key_of(inputs: &impl Hash) -> String {
+    let mut hasher = DefaultHasher::new();
+    inputs.hash(&mut hasher);
+    format!("{:016x}", hasher.finish())
+}
+
+fn cache_folder() -> Result<PathBuf> {
+    let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = set("XDG_CACHE_HOME")
+        .or_else(|| set("HOME").map(|home| home.join(".cache")))
+        .context("neither XDG_CACHE_HOME nor HOME is set: the lab has no place for its images")?;
+    Ok(cache.join("polldisk/lab"))
+}
+
+fn check_host_programs() -> Result<()> {
+    let folders: Vec<PathBuf> = env::split_paths(&search_path()).collect();
+    let missing = missing_packages(|program| folders.iter().any(|dir| dir.join(program).exists()));
+    if !missing.is_empty() {
+        let missing = missing.join(" ");
+        bail!("the lab needs programs of this host: apt-get install {missing}");
+    }
+    Ok(())
+}
+
+/// Where programs of the host are looked for: Debian keeps mkfs where only root's PATH looks.
+pub(crate) fn search_path() -> OsString {
+    let mut path = env::var_os("PATH").unwrap_or_default();
+    path.push(":/usr/sbin:/sbin");
+    path
+}
+
+fn missing_packages(has: impl Fn(&str) -> bool) -> Vec<&'static str> {
+    HOST_PROGRAMS.iter().filter(|(program, _)| !has(program)).map(|(_, package)| *package).collect()
+}
+
+/// The last lines of a log, for an error.
+pub(crate) fn tail(log: &Path) -> String {
+    let text = fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_key_changes_with_each_input() {
+        let key = key_of(&(1, "bookworm", "fio"));
+        assert_eq!(key.len(), 16);
+        assert_eq!(key, key_of(&(1, "bookworm", "fio")));
+        assert_ne!(key, key_of(&(2, "bookworm", "fio")));
+        assert_ne!(key, key_of(&(1, "trixie", "fio")));
+        assert_ne!(key, key_of(&(1, "bookworm", "fio\nkmod")));
+    }
+
+    #[test]
+    fn only_the_releases_own_sources_are_taken() {
+        let targets = "Debian bookworm-security uri-b bookworm-security main\n\
+                       Debian bookworm uri-a bookworm main\n\
+                       Debian bookworm uri-a bookworm main\n\
+                       Debian trixie uri-a trixie main\n\
+                       Other bookworm uri-c bookworm main\n";
+        assert_eq!(
+            release_sources(targets),
+            "deb uri-a bookworm main\ndeb uri-b bookworm-security main\n"
+        );
+    }
+
+    #[test]
+    fn comments_are_no_packages() {
+        assert!(packages().any(|package| package == "xen-utils-4.17"));
+        assert!(packages().all(|package| !package.contains(' ')));
+    }
+
+    #[test]
+    fn a_missing_program_is_named_by_its_package() {
+        assert_eq!(missing_packages(|program| program != "mkfs.ext4"), ["e2fsprogs"]);
+    }
+}

@@ -1,0 +1,146 @@
+//! What a scenario works with: one boot, its steps, and its logs.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::agent::Agent;
+use crate::backend::{Backend, Daemon, Storage};
+use crate::machine::Machine;
+use crate::report::{Report, Step};
+use crate::scenario::Scenario;
+use crate::xen::Guest;
+
+/// What a failure needs from dom0, by the name of the log.
+const EVIDENCE: [(&str, &str); 6] = [
+    ("xenstore", "xenstore-ls -fp"),
+    ("dom0-dmesg", "dmesg"),
+    ("hypervisor", "xl debug-keys g; xl dmesg"),
+    ("domains", "xl list -v; ps -ef"),
+    ("daemon", "cat /run/polldisk.log"),
+    ("toolstack", "tail -n +1 /var/log/xen/*"),
+];
+
+/// How a scenario is run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Who serves the disks.
+    pub backend: Backend,
+    /// The polldisk to bring in; scenarios on the other backends need none.
+    pub binary: Option<PathBuf>,
+    /// The folder of all runs' logs.
+    pub logs: PathBuf,
+    /// Whether the logs of a scenario that passed stay.
+    pub keep_logs: bool,
+}
+
+/// A booted dom0 and what happened in it.
+#[derive(Debug)]
+pub struct Lab {
+    /// Who serves the disks.
+    pub backend: Backend,
+    /// Runs commands in dom0.
+    pub dom0: Agent,
+    machine: Machine,
+    steps: Vec<Step>,
+    figures: BTreeMap<String, f64>,
+}
+
+impl Lab {
+    /// Runs one scenario on a machine of its own.
+    pub fn run(scenario: &Scenario, options: &Options) -> Result<Report> {
+        let start = Instant::now();
+        println!("lab: {} on {}", scenario.name, options.backend.name());
+        let logs = options.logs.join(scenario.name);
+        drop(fs::remove_dir_all(&logs));
+        fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
+        let logs = fs::canonicalize(&logs)?;
+
+        let steps = run_steps(scenario, options, &logs).with_context(|| {
+            format!("lab: {} failed, logs in {}", scenario.name, logs.display())
+        })?;
+        let report = Report {
+            scenario: scenario.name.into(),
+            backend: options.backend.name().into(),
+            steps,
+            seconds: start.elapsed().as_secs_f64(),
+        };
+        if options.keep_logs {
+            fs::write(logs.join("report.json"), serde_json::to_string_pretty(&report)?)?;
+        } else {
+            fs::remove_dir_all(&logs)?;
+        }
+        println!("{}", report.summary());
+        Ok(report)
+    }
+
+    /// Does one step of the scenario and notes how long it took.
+    pub fn step<T>(&mut self, name: &str, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
+        let start = Instant::now();
+        let result = work(self).with_context(|| name.to_owned())?;
+        self.note_step(name, start);
+        Ok(result)
+    }
+
+    /// Notes a figure of the current step.
+    pub fn figure(&mut self, name: &str, value: impl Into<f64>) {
+        self.figures.insert(name.into(), value.into());
+    }
+
+    /// Makes the backend ready for guests.
+    pub fn start_backend(&mut self) -> Result<Option<Daemon>> {
+        self.backend.start(&mut self.dom0)
+    }
+
+    /// A disk of the lab's backend in xl's syntax.
+    pub fn disk(&mut self, vdev: &str, storage: Storage) -> Result<String> {
+        self.backend.disk(&mut self.dom0, vdev, storage)
+    }
+
+    /// Creates a guest and waits for its agent.
+    pub fn create_guest(&mut self, name: &str, disks: &[String]) -> Result<Guest> {
+        Guest::create(&mut self.machine, &mut self.dom0, name, disks)
+    }
+
+    fn note_step(&mut self, name: &str, start: Instant) {
+        let step = Step {
+            name: name.into(),
+            seconds: start.elapsed().as_secs_f64(),
+            figures: std::mem::take(&mut self.figures),
+        };
+        println!("{}", step.line());
+        self.steps.push(step);
+    }
+
+    /// Saves what dom0 knows; a dom0 that no longer answers leaves its console.
+    fn save_evidence(&mut self, logs: &Path) {
+        for (name, command) in EVIDENCE {
+            let text = match self.dom0.run(command, Duration::from_secs(20)) {
+                Ok(output) => output.stdout + &output.stderr,
+                Err(error) => format!("{error:#}\n"),
+            };
+            drop(fs::write(logs.join(name), text));
+        }
+    }
+}
+
+fn run_steps(scenario: &Scenario, options: &Options, logs: &Path) -> Result<Vec<Step>> {
+    let start = Instant::now();
+    let (machine, dom0) = Machine::boot(options.binary.as_deref(), logs)?;
+    let mut lab = Lab {
+        backend: options.backend,
+        dom0,
+        machine,
+        steps: Vec::new(),
+        figures: BTreeMap::new(),
+    };
+    lab.note_step("Xen and dom0 boot", start);
+    let result = (scenario.run)(&mut lab);
+    if result.is_err() || options.keep_logs {
+        lab.save_evidence(logs);
+    }
+    result.map(|()| lab.steps)
+}

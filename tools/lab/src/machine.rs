@@ -1,0 +1,138 @@
+//! One emulated machine from power-on to the end, and what a run brings into it.
+
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use tempfile::TempDir;
+
+use crate::agent::Agent;
+use crate::image;
+use crate::qemu::{self, Console, GUEST_PORTS};
+
+/// Twenty times what an idle host needs.
+const BOOT_LIMIT: Duration = Duration::from_secs(300);
+
+/// What dom0 finds in `/lab`, besides the polldisk under test.
+const PAYLOAD: [(&str, &str); 4] = [
+    ("agent", include_str!("../agent/agent")),
+    ("block-polldisk", include_str!("../hotplug/block-polldisk")),
+    ("inittab", include_str!("../dom0/inittab")),
+    ("setup", include_str!("../dom0/setup")),
+];
+
+/// A running machine. Dropping it is pulling its plug: nothing of it stays.
+#[derive(Debug)]
+pub struct Machine {
+    emulator: Child,
+    sockets: TempDir,
+    logs: PathBuf,
+    guest_ports_used: usize,
+}
+
+impl Machine {
+    /// Starts the machine and waits for dom0's agent. `logs` receives the consoles as they print.
+    pub fn boot(binary: Option<&Path>, logs: &Path) -> Result<(Self, Agent)> {
+        let image = image::ensure_built()?;
+        let run = tempfile::Builder::new().prefix("lab-").tempdir()?;
+        let payload = write_payload(run.path(), binary)?;
+        let console = logs.join("console");
+        let arguments = qemu::arguments(&payload, run.path(), Console::File(&console));
+        let errors = File::create(logs.join("emulator"))?;
+        let emulator = emulator(&image, &arguments)
+            .stdin(Stdio::null())
+            .stdout(errors.try_clone()?)
+            .stderr(errors)
+            .spawn()
+            .with_context(|| format!("cannot run {}", qemu::PROGRAM))?;
+        let mut machine =
+            Self { emulator, sockets: run, logs: logs.to_owned(), guest_ports_used: 0 };
+        let dom0 = machine.wait_for_dom0().with_context(|| {
+            format!(
+                "dom0 did not boot\n{}\n{}",
+                image::tail(&logs.join("emulator")),
+                image::tail(&console)
+            )
+        })?;
+        Ok((machine, dom0))
+    }
+
+    fn wait_for_dom0(&mut self) -> Result<Agent> {
+        let socket = self.sockets.path().join("dom0");
+        let mut dom0 = Agent::connect("dom0", &socket, &self.logs.join("dom0-agent"))?;
+        dom0.wait_ready(BOOT_LIMIT)?;
+        Ok(dom0)
+    }
+
+    /// Takes a port that no guest has had, for the console of a new guest: dom0's name of it, and
+    /// the agent that will be reached through it.
+    pub fn guest_port(&mut self, guest: &str) -> Result<(String, Agent)> {
+        let slot = self.guest_ports_used;
+        ensure!(slot < GUEST_PORTS, "one boot has consoles for {GUEST_PORTS} guests");
+        self.guest_ports_used += 1;
+        let port = qemu::guest_port(slot);
+        let log = self.logs.join(format!("{guest}-console-{slot}"));
+        let agent = Agent::connect(guest, &self.sockets.path().join(&port), &log)?;
+        Ok((format!("/dev/lab/{port}"), agent))
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Both fail only if the emulator has ended by itself, which is as good.
+        drop(self.emulator.kill());
+        drop(self.emulator.wait());
+    }
+}
+
+/// Boots the machine with its console on the caller's terminal and returns when it is switched off.
+pub fn shell(binary: Option<&Path>) -> Result<()> {
+    let image = image::ensure_built()?;
+    let run = tempfile::Builder::new().prefix("lab-").tempdir()?;
+    let payload = write_payload(run.path(), binary)?;
+    let arguments = qemu::arguments(&payload, run.path(), Console::Terminal);
+    println!("lab: dom0's shell follows; `poweroff` or Ctrl-A X ends it");
+    let status = emulator(&image, &arguments)
+        .status()
+        .with_context(|| format!("cannot run {}", qemu::PROGRAM))?;
+    ensure!(status.success(), "the emulator ended with {status}");
+    Ok(())
+}
+
+/// The images' folder is the working directory: multiboot modules are separated by commas and
+/// spaces, which a path of the user's may hold.
+fn emulator(image: &Path, arguments: &[String]) -> Command {
+    let mut command = Command::new(qemu::PROGRAM);
+    command.current_dir(image).args(arguments);
+    command
+}
+
+/// Makes the file system that dom0 mounts at `/lab`.
+fn write_payload(run: &Path, binary: Option<&Path>) -> Result<PathBuf> {
+    let folder = run.join("payload");
+    fs::create_dir(&folder)?;
+    for (name, text) in PAYLOAD {
+        fs::write(folder.join(name), text)?;
+        fs::set_permissions(folder.join(name), fs::Permissions::from_mode(0o755))?;
+    }
+    let mut mebibytes = 16;
+    if let Some(binary) = binary {
+        let size = fs::copy(binary, folder.join("polldisk"))
+            .with_context(|| format!("cannot read {}", binary.display()))?;
+        mebibytes += 2 * (size >> 20);
+    }
+    let payload = run.join("payload.img");
+    let output = Command::new("mkfs.ext4")
+        .env("PATH", image::search_path())
+        .args(["-q", "-d"])
+        .args([&folder, &payload])
+        .arg(format!("{mebibytes}M"))
+        .output()
+        .context("cannot run mkfs.ext4")?;
+    ensure!(output.status.success(), "mkfs.ext4: {}", String::from_utf8_lossy(&output.stderr));
+    fs::remove_dir_all(&folder)?;
+    Ok(payload)
+}

@@ -1,0 +1,110 @@
+//! The emulator's command line.
+
+use std::path::Path;
+
+/// The emulator's program.
+pub const PROGRAM: &str = "qemu-system-x86_64";
+
+/// How many guests can have a console at one time and after another in one boot.
+pub const GUEST_PORTS: usize = 24;
+
+/// Where the first console of Xen and dom0 goes.
+#[derive(Clone, Copy, Debug)]
+pub enum Console<'a> {
+    /// To a file.
+    File(&'a Path),
+    /// To the terminal of the caller, input included.
+    Terminal,
+}
+
+/// Xen keeps the rest of `MACHINE_MEMORY` for the guests.
+const MACHINE_MEMORY: &str = "4096";
+const XEN_OPTIONS: &str = "dom0_mem=1536M,max:1536M dom0_max_vcpus=2 console=com1 com1=115200,8n1 \
+                           bootscrub=0 loglvl=info guest_loglvl=info";
+const DOM0_OPTIONS: &str = "console=hvc0 net.ifnames=0 panic=1 mitigations=off quiet";
+
+/// The arguments for a machine that finds the image's files in its working directory, the payload
+/// at `payload`, and makes its sockets in `sockets`.
+pub fn arguments(payload: &Path, sockets: &Path, console: Console) -> Vec<String> {
+    let mut arguments = Vec::new();
+    let mut add = |option: &str, value: String| arguments.extend([option.into(), value]);
+
+    // A newer model than this makes dom0 crash early; threads are what two cores are for.
+    add("-accel", "tcg,thread=multi".into());
+    add("-cpu", "Nehalem".into());
+    add("-smp", "2".into());
+    add("-m", MACHINE_MEMORY.into());
+    add("-display", "none".into());
+    add("-monitor", "none".into());
+    add(
+        "-serial",
+        match console {
+            Console::File(path) => format!("file:{}", path.display()),
+            Console::Terminal => "mon:stdio".into(),
+        },
+    );
+
+    // Xen is a multiboot kernel, dom0's kernel and initramfs are its two modules.
+    add("-kernel", "xen".into());
+    add("-append", XEN_OPTIONS.into());
+    add("-initrd", format!("vmlinuz {DOM0_OPTIONS},dom0.cpio"));
+
+    // One controller, so that the namespaces' names are certain. Writes to the root go to a
+    // temporary file which the emulator has unlinked.
+    add("-device", "nvme,serial=lab".into());
+    add("-drive", "file=root.img,format=raw,if=none,id=root,snapshot=on".into());
+    add("-device", "nvme-ns,drive=root,nsid=1".into());
+    let payload = payload.display();
+    add("-drive", format!("file={payload},format=raw,if=none,id=payload,readonly=on"));
+    add("-device", "nvme-ns,drive=payload,nsid=2".into());
+
+    add("-device", format!("virtio-serial-pci,max_ports={}", GUEST_PORTS + 2));
+    for (index, port) in ports().enumerate() {
+        let socket = sockets.join(&port);
+        let socket = socket.display();
+        add("-chardev", format!("socket,id={port},path={socket},server=on,wait=off"));
+        add("-device", format!("virtserialport,chardev={port},name={port},nr={}", index + 1));
+    }
+
+    // A dom0 that crashes makes Xen reset the machine: that must end the emulator.
+    arguments.extend(["-nodefaults".into(), "-no-reboot".into()]);
+    arguments
+}
+
+/// The name of a guest's port, which is also its socket's.
+pub fn guest_port(slot: usize) -> String {
+    format!("guest{slot}")
+}
+
+fn ports() -> impl Iterator<Item = String> {
+    std::iter::once("dom0".into()).chain((0..GUEST_PORTS).map(guest_port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line() -> String {
+        let console = Console::File(Path::new("/logs/console"));
+        arguments(Path::new("/run/payload.img"), Path::new("/run"), console).join(" ")
+    }
+
+    #[test]
+    fn the_cached_root_is_never_written() {
+        assert!(line().contains("file=root.img,format=raw,if=none,id=root,snapshot=on"));
+    }
+
+    #[test]
+    fn each_guest_has_a_port_of_its_own() {
+        let line = line();
+        assert_eq!(line.matches("virtserialport,").count(), GUEST_PORTS + 1);
+        assert!(line.contains("virtserialport,chardev=dom0,name=dom0,nr=1 "));
+        assert!(line.contains("socket,id=guest1,path=/run/guest1,server=on,wait=off"));
+        assert!(line.contains("virtserialport,chardev=guest1,name=guest1,nr=3"));
+    }
+
+    #[test]
+    fn a_crash_of_dom0_ends_the_emulator() {
+        assert!(line().ends_with("-no-reboot"));
+    }
+}

@@ -1,0 +1,157 @@
+//! Checked I/O from inside a guest, shared by the scenarios.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+use crate::agent::Agent;
+use crate::xen::wait_for;
+
+/// The emulator does hundreds of requests a second; a busy host far fewer.
+const IO_LIMIT: Duration = Duration::from_secs(300);
+const APPEAR_LIMIT: Duration = Duration::from_secs(60);
+
+/// Each block size has a region of its own, so that no job overwrites what another verifies.
+const REGION_MIB: u32 = 8;
+
+/// Requests of one fio run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Requests {
+    /// Reads, each of them verified.
+    pub reads: u32,
+    /// Writes.
+    pub writes: u32,
+}
+
+/// Waits until the guest has a disk, and checks its size.
+pub fn expect_disk(guest: &mut Agent, vdev: &str, bytes: u64) -> Result<()> {
+    wait_for(guest, &format!("[ -b /dev/{vdev} ]"), APPEAR_LIMIT)?;
+    // The device node stands before the capacity is set.
+    let size = format!("/sys/block/{vdev}/size");
+    wait_for(guest, &format!("[ \"$(cat {size})\" != 0 ]"), APPEAR_LIMIT)?;
+    let sectors: u64 = guest.ask(&format!("cat {size}"))?.parse()?;
+    ensure!(sectors * 512 == bytes, "{vdev} has {} bytes instead of {bytes}", sectors * 512);
+    Ok(())
+}
+
+/// Writes at random places with each block size, reads everything back and verifies it.
+pub fn verify(
+    guest: &mut Agent,
+    vdev: &str,
+    sizes: &[(&str, u32)],
+    seed: usize,
+) -> Result<Requests> {
+    let output = guest.ask_within(&fio_command(vdev, sizes, seed), IO_LIMIT)?;
+    parse_fio(&output).with_context(|| format!("fio: {output}"))
+}
+
+/// Makes a file system, checks it through an unmount, and leaves the disk unmounted.
+pub fn check_file_system(guest: &mut Agent, vdev: &str) -> Result<()> {
+    let script = format!(
+        "set -e
+         mkfs.ext4 -q -F /dev/{vdev}
+         mount -t ext4 /dev/{vdev} /mnt
+         for n in 1 2 3 4 5 6; do
+             dd if=/dev/urandom of=/mnt/$n bs=48k count=$n 2>/dev/null
+         done
+         (cd /mnt && sha256sum [1-6]) >/tmp/sums
+         sync
+         umount /mnt
+         blockdev --flushbufs /dev/{vdev}
+         echo 3 >/proc/sys/vm/drop_caches
+         mount -t ext4 -o ro /dev/{vdev} /mnt
+         (cd /mnt && sha256sum -c /tmp/sums >/dev/null)
+         umount /mnt
+         e2fsck -f -n /dev/{vdev}"
+    );
+    guest.ask_within(&script, IO_LIMIT).map(drop)
+}
+
+/// Writes random bytes at a place in MiB and returns their checksum.
+pub fn write_pattern(guest: &mut Agent, vdev: &str, mebibyte: u32) -> Result<String> {
+    guest.ask(&format!(
+        "set -e
+         dd if=/dev/urandom of=/tmp/pattern bs=4k count=16 2>/dev/null
+         dd if=/tmp/pattern of=/dev/{vdev} bs=4k seek=$(({mebibyte} * 256)) oflag=direct 2>/dev/null
+         sha256sum </tmp/pattern"
+    ))
+}
+
+/// The checksum of the same place in dom0.
+pub fn read_pattern(dom0: &mut Agent, path: &str, mebibyte: u32) -> Result<String> {
+    dom0.ask(&format!(
+        "dd if={path} bs=4k count=16 skip=$(({mebibyte} * 256)) iflag=direct 2>/dev/null | sha256sum"
+    ))
+}
+
+fn fio_command(vdev: &str, sizes: &[(&str, u32)], seed: usize) -> String {
+    let mut command = format!(
+        "fio --output-format=json --filename=/dev/{vdev} --rw=randwrite --direct=1 --thread \
+         --ioengine=libaio --iodepth=8 --verify=crc32c --verify_fatal=1 --randseed={seed} \
+         --size={REGION_MIB}M"
+    );
+    for ((size, count), region) in sizes.iter().zip(0u32..) {
+        let offset = region * REGION_MIB;
+        command += &format!(
+            " --name={size} --stonewall --bs={size} --offset={offset}M --number_ios={count}"
+        );
+    }
+    command
+}
+
+#[derive(Deserialize)]
+struct FioReport {
+    jobs: Vec<FioJob>,
+}
+
+#[derive(Deserialize)]
+struct FioJob {
+    error: i32,
+    read: FioDirection,
+    write: FioDirection,
+}
+
+#[derive(Deserialize)]
+struct FioDirection {
+    total_ios: u32,
+}
+
+fn parse_fio(text: &str) -> Result<Requests> {
+    // Notes may stand before the report.
+    let start = text.find('{').context("no report")?;
+    let report: FioReport = serde_json::from_str(&text[start..])?;
+    ensure!(report.jobs.iter().all(|job| job.error == 0), "a job failed");
+    let requests = Requests {
+        reads: report.jobs.iter().map(|job| job.read.total_ios).sum(),
+        writes: report.jobs.iter().map(|job| job.write.total_ios).sum(),
+    };
+    ensure!(requests.writes > 0 && requests.reads >= requests.writes, "not all was read back");
+    Ok(requests)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn block_sizes_do_not_share_a_region() {
+        let command = fio_command("xvda", &[("512", 48), ("4k", 64)], 3);
+        assert!(command.contains("--name=512 --stonewall --bs=512 --offset=0M --number_ios=48"));
+        assert!(command.contains("--name=4k --stonewall --bs=4k --offset=8M --number_ios=64"));
+    }
+
+    #[test]
+    fn fio_must_have_read_back_what_it_wrote() {
+        let report = |error, reads, writes| {
+            parse_fio(&format!(
+                "note\n{{\"jobs\": [{{\"error\": {error}, \"read\": {{\"total_ios\": {reads}}}, \
+                 \"write\": {{\"total_ios\": {writes}}}}}]}}"
+            ))
+        };
+        assert_eq!(report(0, 8, 8).expect("good"), Requests { reads: 8, writes: 8 });
+        assert!(report(84, 8, 8).is_err());
+        assert!(report(0, 7, 8).is_err());
+        assert!(report(0, 0, 0).is_err());
+    }
+}

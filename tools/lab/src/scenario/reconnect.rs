@@ -1,0 +1,92 @@
+//! A running guest gives its disk back and takes it again.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use super::Scenario;
+use super::guest_io::{expect_disk, verify};
+use crate::backend::Storage;
+use crate::lab::Lab;
+use crate::xen::{Guest, mapped_grants, wait_for};
+
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "reconnect",
+    about: "ten times the guest's driver leaves its disk and takes it again, with verified I/O",
+    run,
+};
+
+const ROUNDS: usize = 10;
+const DISK_MIB: u64 = 32;
+const BLOCKS: [(&str, u32); 2] = [("4k", 32), ("64k", 8)];
+const STATE_LIMIT: Duration = Duration::from_secs(60);
+
+/// xvda in the guest's sysfs and in xenstore.
+const VBD: u32 = 51712;
+
+fn run(lab: &mut Lab) -> Result<()> {
+    lab.step("a memory disk as storage", |lab| {
+        lab.dom0.ask(&format!("modprobe brd rd_nr=1 rd_size={}", DISK_MIB * 1024))
+    })?;
+    let daemon = lab.step("the backend starts", Lab::start_backend)?;
+    let disk = lab.disk("xvda", Storage::Device("/dev/ram0"))?;
+    let mut guest = lab.step("the guest boots", |lab| lab.create_guest("rejoin", &[disk]))?;
+    lab.step("the driver leaves its disk once", |lab| unbind(lab, &mut guest))?;
+    let unbound = mapped_grants(&mut lab.dom0, guest.domid)?;
+    let idle = daemon.as_ref().map(|daemon| daemon.footprint(&mut lab.dom0)).transpose()?;
+
+    for round in 1..=ROUNDS {
+        lab.step(&format!("round {round} of {ROUNDS}"), |lab| {
+            bind(lab, &mut guest)?;
+            let requests = verify(&mut guest.agent, "xvda", &BLOCKS, round)?;
+            lab.figure("writes", requests.writes);
+            lab.figure("reads", requests.reads);
+            unbind(lab, &mut guest)
+        })?;
+    }
+    lab.step("no grant, fd or thread is left over", |lab| {
+        let grants = mapped_grants(&mut lab.dom0, guest.domid)?;
+        ensure!(grants == unbound, "{grants} grants are mapped, {unbound} were at first");
+        let now = daemon.as_ref().map(|daemon| daemon.footprint(&mut lab.dom0)).transpose()?;
+        ensure!(now == idle, "{now:?}, at first {idle:?}");
+        Ok(())
+    })?;
+    lab.step("the guest shuts down", |lab| guest.shut_down(&mut lab.dom0))?;
+    daemon.map_or(Ok(()), |daemon| {
+        lab.step("SIGTERM ends polldisk with status 0", |lab| daemon.stop(&mut lab.dom0))
+    })
+}
+
+/// The driver closes, the backend follows, and the guest's kernel forgets the device.
+///
+/// `bind` would not do: blkfront leaves the state of a device it has once closed at Closed. Only a
+/// device that the kernel has not seen before is Initialising, and one that it may no longer read is
+/// gone. The backend sees none of this: its next event is the frontend's change to Initialising.
+fn unbind(lab: &mut Lab, guest: &mut Guest) -> Result<()> {
+    guest.agent.ask(&format!("echo vbd-{VBD} >/sys/bus/xen/drivers/vbd/unbind"))?;
+    wait_for_state(lab, guest, "6")?;
+    lab.dom0.ask(&format!("xenstore-chmod {} n0", frontend(guest)))?;
+    wait_for(&mut guest.agent, &format!("[ ! -e /sys/bus/xen/devices/vbd-{VBD} ]"), STATE_LIMIT)
+}
+
+/// The device is there again, Initialising, and the driver binds to it.
+fn bind(lab: &mut Lab, guest: &mut Guest) -> Result<()> {
+    let frontend = frontend(guest);
+    lab.dom0.ask(&format!(
+        "xenstore-write {frontend}/state 1 && xenstore-chmod {frontend} n{} r0",
+        guest.domid
+    ))?;
+    expect_disk(&mut guest.agent, "xvda", DISK_MIB << 20)?;
+    wait_for_state(lab, guest, "4")
+}
+
+fn frontend(guest: &Guest) -> String {
+    format!("/local/domain/{}/device/vbd/{VBD}", guest.domid)
+}
+
+fn wait_for_state(lab: &mut Lab, guest: &Guest, state: &str) -> Result<()> {
+    let kind = lab.backend.xenstore_type();
+    let path = format!("/local/domain/0/backend/{kind}/{}/{VBD}/state", guest.domid);
+    let condition = format!("[ \"$(xenstore-read {path})\" = {state} ]");
+    wait_for(&mut lab.dom0, &condition, STATE_LIMIT)
+}

@@ -1,0 +1,141 @@
+//! What dom0's tools say about domains, xenstore and grants, and guests made with them.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::agent::{Agent, Job};
+use crate::machine::Machine;
+
+/// libxl waits 10 s for a backend and 40 s for a hotplug script before it gives up.
+const CREATE_LIMIT: Duration = Duration::from_secs(180);
+const BOOT_LIMIT: Duration = Duration::from_secs(300);
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(120);
+
+/// A running PV guest and the agent on its console.
+#[derive(Debug)]
+pub struct Guest {
+    /// Its name in xl.
+    pub name: String,
+    /// Its domain's number.
+    pub domid: u32,
+    /// Runs commands in it.
+    pub agent: Agent,
+    /// Carries its console in dom0; ends with the guest.
+    console: Job,
+}
+
+impl Guest {
+    /// Creates a guest with these disks, in xl's disk syntax, and waits for its agent.
+    pub fn create(
+        machine: &mut Machine,
+        dom0: &mut Agent,
+        name: &str,
+        disks: &[String],
+    ) -> Result<Self> {
+        let file = format!("/run/{name}.cfg");
+        dom0.ask(&format!("cat >{file} <<'END'\n{}END\n", config(name, disks)))?;
+        dom0.ask_within(&format!("xl create {file}"), CREATE_LIMIT)?;
+        let domid = dom0.ask(&format!("xl domid {name}"))?.parse().context("domid")?;
+        let (port, mut agent) = machine.guest_port(name)?;
+        // Without `--interactive` xenconsole does not read from what is not a terminal.
+        let bridge =
+            format!("exec /usr/lib/xen-4.17/bin/xenconsole {domid} --interactive <>{port} >&0");
+        let console = dom0.start(&bridge, None)?;
+        agent.wait_ready(BOOT_LIMIT)?;
+        Ok(Self { name: name.into(), domid, agent, console })
+    }
+
+    /// Asks the guest to shut down and waits until its domain is gone.
+    pub fn shut_down(self, dom0: &mut Agent) -> Result<()> {
+        dom0.ask_within(&format!("xl shutdown --wait {}", self.name), SHUTDOWN_LIMIT)?;
+        wait_for(dom0, &format!("! xl domid {} >/dev/null 2>&1", self.name), SHUTDOWN_LIMIT)?;
+        dom0.finish(self.console)?;
+        Ok(())
+    }
+}
+
+fn config(name: &str, disks: &[String]) -> String {
+    let mut text = format!(
+        "name = \"{name}\"\n\
+         type = \"pv\"\n\
+         kernel = \"/boot/guest/vmlinuz\"\n\
+         ramdisk = \"/boot/guest/initramfs\"\n\
+         extra = \"console=hvc0 quiet mitigations=off panic=1\"\n\
+         memory = 384\n\
+         vcpus = 1\n\
+         on_crash = \"destroy\"\n\
+         on_reboot = \"destroy\"\n\
+         disk = [\n"
+    );
+    for disk in disks {
+        // Writing to a `String` cannot fail.
+        let _ = writeln!(text, "    \"{disk}\",");
+    }
+    text.push_str("]\n");
+    text
+}
+
+/// Waits until a shell condition holds in dom0 or in a guest.
+pub fn wait_for(agent: &mut Agent, condition: &str, limit: Duration) -> Result<()> {
+    // The limit bounds the loop by killing its shell.
+    let output = agent.run(&format!("until {condition}; do sleep 0.2; done"), limit)?;
+    ensure!(output.status == 0, "not so within {limit:?}: {condition}");
+    Ok(())
+}
+
+/// How many grants of a domain others have mapped, by the hypervisor's own account.
+pub fn mapped_grants(dom0: &mut Agent, domid: u32) -> Result<usize> {
+    let text = dom0.ask("xl dmesg -c >/dev/null; xl debug-keys g; xl dmesg -c")?;
+    count_mapped_grants(&text, domid).with_context(|| format!("no grant table of d{domid}: {text}"))
+}
+
+/// Counts the entries below the domain's heading; `None` if it has no heading.
+fn count_mapped_grants(text: &str, domid: u32) -> Option<usize> {
+    let heading = format!("grant-table for remote d{domid} ");
+    let mut lines = text.lines().skip_while(|line| !line.contains(&heading));
+    lines.next()?;
+    Some(
+        lines
+            .take_while(|line| !line.contains("grant-table for remote"))
+            .filter(|line| line.contains("[0x"))
+            .count(),
+    )
+}
+
+/// The domains that the hypervisor still knows, zombies included.
+pub fn domains(dom0: &mut Agent) -> Result<usize> {
+    Ok(dom0.ask("xl list")?.lines().skip(1).count())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GRANTS: &str = "\
+(XEN) gnttab_usage_print_all [ key 'g' pressed
+(XEN) [ref] localdom mfn      pin          localdom gmfn     flags
+(XEN) grant-table for remote d0 (v1)
+(XEN)   1 frames (64 max), 2 maptrack frames (1024 max)
+(XEN) no active grant table entries
+(XEN) grant-table for remote d1 (v1)
+(XEN)   1 frames (64 max), 0 maptrack frames (1024 max)
+(XEN) [0x000]      0 0x11e802 0x00000002          0 0x11e802 0x19
+(XEN) [0x008]      0 0x117665 0x00000002          0 0x117665 0x19
+(XEN) gnttab_usage_print_all ] done
+";
+
+    #[test]
+    fn mapped_grants_are_counted_per_domain() {
+        assert_eq!(count_mapped_grants(GRANTS, 0), Some(0));
+        assert_eq!(count_mapped_grants(GRANTS, 1), Some(2));
+        assert_eq!(count_mapped_grants(GRANTS, 11), None);
+    }
+
+    #[test]
+    fn a_guests_disks_stand_in_its_config() {
+        let text = config("g", &["vdev=xvda,target=/dev/ram0".into()]);
+        assert!(text.contains("disk = [\n    \"vdev=xvda,target=/dev/ram0\",\n]\n"), "{text}");
+    }
+}

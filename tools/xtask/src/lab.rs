@@ -1,0 +1,137 @@
+//! `cargo xtask lab`: polldisk under real Xen.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use clap::builder::PossibleValuesParser;
+use lab::backend::Backend;
+use lab::lab::{Lab, Options};
+use lab::scenario::{self, SCENARIOS, Scenario};
+
+/// Runs scenarios under real Xen in an emulator.
+///
+/// Each boots a machine of its own. The first run builds the machine's images, which takes some
+/// minutes, a network and root; they are kept in the user's cache folder.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// The scenarios to run, or `all`
+    #[arg(required_unless_present_any = ["list", "shell"])]
+    scenarios: Vec<String>,
+
+    /// List the scenarios
+    #[arg(long)]
+    list: bool,
+
+    /// Boot dom0 with its console on this terminal instead
+    #[arg(long, conflicts_with = "scenarios")]
+    shell: bool,
+
+    /// Who serves the disks
+    #[arg(long, default_value = "polldisk", value_parser = backend_names())]
+    backend: String,
+
+    /// The polldisk to test, instead of one built from this checkout
+    #[arg(long, value_name = "PATH")]
+    binary: Option<PathBuf>,
+
+    /// Keep all logs and the report in this folder, also when a scenario passes
+    #[arg(long, value_name = "DIR")]
+    keep_logs: Option<PathBuf>,
+}
+
+/// Runs the command.
+pub fn run(arguments: Arguments) -> Result<()> {
+    if arguments.list {
+        for Scenario { name, about, .. } in SCENARIOS {
+            println!("{name:<12} {about}");
+        }
+        return Ok(());
+    }
+    let scenarios = choose(&arguments.scenarios)?;
+    let backend = Backend::ALL
+        .into_iter()
+        .find(|backend| backend.name() == arguments.backend)
+        .context("no such backend")?;
+    let binary = match arguments.binary {
+        Some(binary) => Some(binary),
+        None if backend == Backend::Polldisk => Some(build_polldisk()?),
+        None => None,
+    };
+    if arguments.shell {
+        return lab::machine::shell(binary.as_deref());
+    }
+    let options = Options {
+        backend,
+        binary,
+        keep_logs: arguments.keep_logs.is_some(),
+        logs: arguments.keep_logs.unwrap_or_else(|| target_folder().join("lab")),
+    };
+    let mut failures = Vec::new();
+    for scenario in &scenarios {
+        if let Err(error) = Lab::run(scenario, &options) {
+            eprintln!("{error:#}");
+            failures.push(scenario.name);
+        }
+    }
+    ensure!(failures.is_empty(), "lab: failed: {}", failures.join(", "));
+    Ok(())
+}
+
+fn backend_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(Backend::ALL.map(Backend::name))
+}
+
+fn choose(names: &[String]) -> Result<Vec<Scenario>> {
+    if names == ["all"] {
+        return Ok(SCENARIOS.to_vec());
+    }
+    names
+        .iter()
+        .map(|name| match scenario::find(name) {
+            Some(scenario) => Ok(scenario),
+            None => bail!("no scenario {name}: cargo xtask lab --list shows them"),
+        })
+        .collect()
+}
+
+fn build_polldisk() -> Result<PathBuf> {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .args(["build", "--release", "--package", "polldisk", "--bin", "polldisk"])
+        .current_dir(workspace())
+        .status()
+        .context("cannot run cargo")?;
+    ensure!(status.success(), "polldisk does not build");
+    Ok(target_folder().join("release/polldisk"))
+}
+
+fn workspace() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+}
+
+fn target_folder() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(names: &[&str]) -> Result<Vec<&'static str>> {
+        let names: Vec<String> = names.iter().map(|name| (*name).into()).collect();
+        Ok(choose(&names)?.iter().map(|scenario| scenario.name).collect())
+    }
+
+    #[test]
+    fn all_is_every_scenario() {
+        assert_eq!(names(&["all"]).expect("all").len(), SCENARIOS.len());
+    }
+
+    #[test]
+    fn an_unknown_scenario_is_refused_before_anything_runs() {
+        assert!(names(&["first-disk", "nonsense"]).is_err());
+    }
+}
