@@ -343,6 +343,10 @@ fn a_hotplug_script_is_waited_for_and_ours_reports_a_failure() {
     rig.wait_state(&areas.backend, 4);
 
     let script = ("script", "/etc/xen/scripts/block-polldisk");
+    let areas = rig.toolstack_disk_with(5, xvd(2).0, &[("params", "null:1G"), script]);
+    guest.connect(&rig, &areas);
+    assert_eq!(rig.node(&areas.backend, "hotplug-status").as_deref(), Some("connected"));
+
     let areas = rig.toolstack_disk_with(5, XVDB, &[("params", "raw:/nowhere"), script]);
     rig.wait_state(&areas.backend, 2);
     assert_eq!(rig.node(&areas.backend, "hotplug-status").as_deref(), Some("error"));

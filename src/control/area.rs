@@ -29,6 +29,20 @@ pub struct Description {
     pub attached: bool,
 }
 
+/// The hotplug script of a disk. libxl runs it after InitWait, and where it fails gives up at once
+/// and prints `hotplug-error`; without InitWait it waits for 10 s and prints no reason.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hotplug {
+    /// There is none: polldisk writes `hotplug-status` itself.
+    None,
+    /// `block-polldisk`, which only passes on what polldisk wrote to `hotplug-status` and
+    /// `hotplug-error`. So a disk that can't be opened goes to InitWait too.
+    Ours,
+    /// Another, such as `block`, which checks that nobody else uses the device and then writes
+    /// `hotplug-status`. Like blkback polldisk does not connect before.
+    Foreign,
+}
+
 /// Why an area does not describe a disk.
 #[derive(Debug, thiserror::Error)]
 pub enum AreaError {
@@ -89,10 +103,13 @@ impl Description {
         })
     }
 
-    /// Whether the hotplug script passes on what polldisk writes to `hotplug-error`: ours does.
-    /// libxl runs a script only after InitWait, and prints that error when the script fails.
-    pub fn script_reports(&self) -> bool {
-        self.script.as_deref().is_some_and(|script| script.ends_with("/block-polldisk"))
+    /// How the toolstack's hotplug script and polldisk share the work.
+    pub fn hotplug(&self) -> Hotplug {
+        match self.script.as_deref() {
+            None => Hotplug::None,
+            Some(script) if script.ends_with("/block-polldisk") => Hotplug::Ours,
+            Some(_) => Hotplug::Foreign,
+        }
     }
 
     /// The flags of `info`.
@@ -107,9 +124,8 @@ impl Description {
 /// A value to be written to a node of an area.
 pub type NodeValue = (&'static str, String);
 
-/// What a frontend reads before it chooses its rings. `hotplug-status` is written only where no
-/// script does it.
-pub fn features(offer: &Offer, geometry: &Geometry, script: bool) -> Vec<NodeValue> {
+/// What a frontend reads before it chooses its rings, and the toolstack's script before it ends.
+pub fn features(offer: &Offer, geometry: &Geometry, hotplug: Hotplug) -> Vec<NodeValue> {
     let mut nodes = vec![
         (keys::FEATURE_FLUSH_CACHE, u8::from(offer.flush).to_string()),
         (keys::FEATURE_PERSISTENT, u8::from(offer.persistent).to_string()),
@@ -122,7 +138,7 @@ pub fn features(offer: &Offer, geometry: &Geometry, script: bool) -> Vec<NodeVal
     if offer.queues > 1 {
         nodes.push((keys::MULTI_QUEUE_MAX_QUEUES, offer.queues.to_string()));
     }
-    if !script {
+    if hotplug != Hotplug::Foreign {
         nodes.push((keys::HOTPLUG_STATUS, "connected".to_owned()));
     }
     nodes
@@ -280,16 +296,16 @@ mod test {
         use crate::units::Bytes;
         let geometry =
             Geometry { size: Bytes(1 << 30), sector_bytes: 4096, physical_sector_bytes: 4096 };
-        let names = |offer: &Offer, script| -> Vec<&str> {
-            features(offer, &geometry, script).into_iter().map(|(node, _)| node).collect()
+        let names = |offer: &Offer, hotplug| -> Vec<&str> {
+            features(offer, &geometry, hotplug).into_iter().map(|(node, _)| node).collect()
         };
-        let one = names(&Offer::default(), true);
+        let one = names(&Offer::default(), Hotplug::Foreign);
         for node in ["max-ring-page-order", "multi-queue-max-queues", "hotplug-status"] {
             assert!(!one.contains(&node), "{node}");
         }
         let wide = Offer { ring_page_order: 4, queues: 2, ..Offer::default() };
         for node in ["max-ring-page-order", "multi-queue-max-queues", "hotplug-status"] {
-            assert!(names(&wide, false).contains(&node), "{node}");
+            assert!(names(&wide, Hotplug::Ours).contains(&node), "{node}");
         }
         assert!(shape(0, &geometry).contains(&(keys::SECTORS, (1 << 21).to_string())));
     }

@@ -6,7 +6,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::area::{self, Description, Failure};
+use super::area::{self, Description, Failure, Hotplug};
 use super::connection::{Connection, News};
 use super::frontend::{self, Offer};
 use super::machine::{Effect, Input, Link, Machine};
@@ -292,9 +292,10 @@ impl Disk {
     fn open<S: Store>(&mut self, inputs: &mut VecDeque<Input>, around: &mut Surroundings<'_, S>) {
         self.image = None;
         match self.try_open(around) {
-            Ok(script) => {
+            Ok(hotplug) => {
                 inputs.push_back(Input::Opened);
-                let done = !script || area::hotplug_done(around.store, &self.area).unwrap_or(false);
+                let done = hotplug != Hotplug::Foreign
+                    || area::hotplug_done(around.store, &self.area).unwrap_or(false);
                 if done {
                     inputs.push_back(Input::Ready);
                 }
@@ -302,14 +303,17 @@ impl Disk {
             Err(failure) => {
                 tracing::error!(disk = %self.key, "cannot be opened: {}", failure.text);
                 self.failure = failure;
-                let reports = self.description.as_ref().is_some_and(Description::script_reports);
-                inputs.push_back(if reports { Input::OpenFailedScript } else { Input::OpenFailed });
+                let hotplug = self.description.as_ref().map(Description::hotplug);
+                inputs.push_back(match hotplug {
+                    Some(Hotplug::Ours) => Input::OpenFailedScript,
+                    _ => Input::OpenFailed,
+                });
             }
         }
     }
 
-    /// Opens the image; says whether a hotplug script has to finish before it is used.
-    fn try_open<S: Store>(&mut self, around: &Surroundings<'_, S>) -> Result<bool, Failure> {
+    /// Opens the image; says whose hotplug script there is.
+    fn try_open<S: Store>(&mut self, around: &Surroundings<'_, S>) -> Result<Hotplug, Failure> {
         self.description = None;
         let description = Description::read(around.store, &self.area, &self.key)
             .map_err(|error| Failure::of(&error))?;
@@ -320,14 +324,14 @@ impl Disk {
             .and_then(|spec| spec.open(description.read_only))
             .map_err(|error| Failure::of(&error))?;
         self.image = Some(Arc::new(image));
-        Ok(description.script.is_some())
+        Ok(description.hotplug())
     }
 
     fn publish_features<S: Store>(&self, around: &Surroundings<'_, S>) -> io::Result<()> {
         let (Some(geometry), Some(description)) = (self.geometry(), &self.description) else {
             return Ok(());
         };
-        let nodes = area::features(around.offer, &geometry, description.script.is_some());
+        let nodes = area::features(around.offer, &geometry, description.hotplug());
         area::write(around.store, &self.area, &nodes)
     }
 
