@@ -85,8 +85,14 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Takes on a disk that is online and Initialising, and opens it.
-    pub fn take_on<S: Store>(key: DiskKey, around: &mut Surroundings<'_, S>) -> io::Result<Disk> {
+    /// Takes on a disk whose area was found in `state`: Initialising and online, to be served, or
+    /// Closing and not online, to be let go.
+    pub fn take_on<S: Store>(
+        key: DiskKey,
+        state: XenbusState,
+        online: bool,
+        around: &mut Surroundings<'_, S>,
+    ) -> io::Result<Disk> {
         let area = key.backend_area(around.own);
         let frontend_area = key.frontend_area();
         let frontend = frontend::state(around.store, &frontend_area)?;
@@ -94,8 +100,8 @@ impl Disk {
             key,
             area,
             frontend_area,
-            machine: Machine::new(frontend, true),
-            stored: XenbusState::Initialising,
+            machine: Machine::new(frontend, online),
+            stored: state,
             description: None,
             image: None,
             connection: None,
@@ -107,7 +113,7 @@ impl Disk {
         };
         disk.watch_frontend(around.store)?;
         tracing::info!(disk = %disk.key, "found");
-        disk.step(Input::Backend(XenbusState::Initialising), around);
+        disk.step(Input::Backend(state), around);
         Ok(disk)
     }
 
@@ -187,6 +193,9 @@ impl Disk {
         if state != self.stored && !self.forgotten {
             self.stored = state;
             self.step(Input::Backend(state), around);
+        } else if state != self.machine.backend() {
+            // Our last write was refused, such as by a xenstored that had gone away.
+            self.set_state(self.machine.backend(), &mut VecDeque::new(), around)?;
         }
         if !self.forgotten
             && self.image.is_some()
@@ -406,9 +415,11 @@ impl Disk {
         self.forgotten = true;
         self.image = None;
         around.store.unwatch(&self.frontend_state_node(), &frontend_token(&self.key))?;
-        if self.description.as_ref().is_some_and(|description| description.attached) {
+        let attached = self.description.as_ref().is_some_and(|description| description.attached);
+        if attached || area::exists(around.store, &format!("{}/{}", self.area, keys::ATTACHED))? {
             area::remove(around.store, &self.frontend_area)?;
             area::remove(around.store, &self.area)?;
+            area::remove(around.store, &self.key.error_area(around.own))?;
         }
         Ok(())
     }

@@ -324,7 +324,7 @@ pub static TABLE: &[Row] = &[
 
 impl Machine {
     /// A disk that has just been found, with its frontend's `state` and its own `online`. Its
-    /// first input is `Backend(Initialising)`.
+    /// first input is its own `state`, Initialising or Closing.
     pub fn new(frontend: XenbusState, online: bool) -> Machine {
         Machine {
             backend: Unknown,

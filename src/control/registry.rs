@@ -257,12 +257,15 @@ impl<S: Store> Registry<S> {
         }
     }
 
-    /// Takes a disk on if the toolstack has made one: Initialising, and not offline.
+    /// Takes a disk on if the toolstack has made one (Initialising and online), or if it waits for
+    /// one to close that nobody serves any more, such as a dead daemon's.
     fn consider(&mut self, key: &DiskKey) -> io::Result<()> {
         let area = key.backend_area(self.own);
-        if area::state(&self.store, &area)? != Some(XenbusState::Initialising)
-            || !area::online(&self.store, &area)?
-        {
+        let Some(state) = area::state(&self.store, &area)? else { return Ok(()) };
+        let online = area::online(&self.store, &area)?;
+        let made = state == XenbusState::Initialising && online;
+        let abandoned = state == XenbusState::Closing && !online;
+        if !made && !abandoned {
             return Ok(());
         }
         let mut around = Surroundings {
@@ -271,7 +274,7 @@ impl<S: Store> Registry<S> {
             offer: &self.offer,
             workers: &mut self.workers,
         };
-        let disk = Disk::take_on(key.clone(), &mut around)?;
+        let disk = Disk::take_on(key.clone(), state, online, &mut around)?;
         self.disks.insert(key.clone(), disk);
         self.drop_if_forgotten(key);
         Ok(())

@@ -329,6 +329,15 @@ fn a_forced_removal_waits_for_the_link_only() {
 }
 
 #[test]
+fn a_disk_that_nobody_serves_is_let_go() {
+    let mut machine = Machine::new(Unknown, false);
+    assert_eq!(machine.step(Input::Backend(Closing)), [SetState(Closed), Forget]);
+    let mut machine = Machine::new(Connected, false);
+    assert_eq!(machine.step(Input::Backend(Closing)), []);
+    assert_eq!(machine.step(Input::Frontend(Closed)), [SetState(Closed), Forget]);
+}
+
+#[test]
 fn an_area_that_vanished_is_not_written_to() {
     assert_eq!(waiting().step(Input::Gone), [Forget]);
     let mut machine = connected();

@@ -7,9 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::device::{Answer, BackendFault, Device, REQUEST_BYTES_MAX};
-use super::oracle::Oracle;
+use super::oracle::{Oracle, SECTOR};
 use crate::blkif::op;
-use crate::units::SECTOR_BYTES;
 
 /// How long the guest looks for an answer before it sleeps for one.
 const LOOKS_BEFORE_SLEEP: u32 = 2_000;
@@ -33,8 +32,10 @@ pub struct Load {
     pub read_percent: u64,
     /// One request in so many is a flush; 0: none.
     pub flush_every: u64,
-    /// 512-byte sectors of the disk that it may use; it expects zeroes there at first.
+    /// 512-byte sectors of the disk that it may use.
     pub sectors: Range<u64>,
+    /// They hold zeroes at first; otherwise nothing is read that was not written before.
+    pub zeroed: bool,
     /// The backing keeps what is written; otherwise (null) data is neither made nor checked.
     pub keeps_data: bool,
 }
@@ -98,7 +99,7 @@ impl<'a> Runner<'a> {
     /// Where the load's numbers do not fit the device or each other.
     pub fn new(load: Load, device: &'a mut Device) -> Runner<'a> {
         let sectors = usize::try_from(load.sectors.end - load.sectors.start).expect("a small disk");
-        let per_block = load.block_bytes / SECTOR_BYTES as usize;
+        let per_block = load.block_bytes / SECTOR;
         assert!(per_block > 0 && load.block_bytes <= REQUEST_BYTES_MAX);
         let blocks = sectors / per_block;
         assert!(blocks > 2 * load.depth, "too few blocks for the depth");
@@ -128,7 +129,8 @@ impl<'a> Runner<'a> {
 
     /// Reads every block once, in order: what was written is still there, and nothing else is.
     pub fn read_all(&mut self) -> Result<(), LoadError> {
-        let mut blocks: VecDeque<usize> = (0..self.busy.len()).collect();
+        let mut blocks: VecDeque<usize> =
+            (0..self.busy.len()).filter(|block| self.is_known(*block)).collect();
         while !blocks.is_empty() {
             while self.device.in_flight() < self.load.depth
                 && self.device.free_buffer().is_some()
@@ -160,12 +162,12 @@ impl<'a> Runner<'a> {
         if self.load.flush_every > 0 && choice.is_multiple_of(self.load.flush_every) {
             return self.put(op::FLUSH_DISKCACHE, 0);
         }
-        let operation =
-            if self.next_random() % 100 < self.load.read_percent { op::READ } else { op::WRITE };
+        let wants_read = self.next_random() % 100 < self.load.read_percent;
         let mut block = usize::try_from(self.next_random() >> 16).unwrap_or(0) % self.busy.len();
         while self.busy[block] {
             block = (block + 1) % self.busy.len();
         }
+        let operation = if wants_read && self.is_known(block) { op::READ } else { op::WRITE };
         self.put(operation, block);
     }
 
@@ -184,8 +186,15 @@ impl<'a> Runner<'a> {
         self.under_way[buffer] = Some(Request { operation, block });
     }
 
+    /// Whether it is known what a block holds.
+    fn is_known(&self, block: usize) -> bool {
+        self.load.zeroed
+            || !self.load.keeps_data
+            || self.oracle.is_written(self.first_sector(block))
+    }
+
     fn first_sector(&self, block: usize) -> usize {
-        block * (self.load.block_bytes / SECTOR_BYTES as usize)
+        block * (self.load.block_bytes / SECTOR)
     }
 
     /// Takes all answers that are there; waits for the first one.

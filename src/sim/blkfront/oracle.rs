@@ -4,9 +4,8 @@
 //! seed, the sector's number and its version, so that data of another disk, another place or an
 //! earlier time is found out, to the byte.
 
-use crate::units::SECTOR_BYTES;
-
-const SECTOR: usize = SECTOR_BYTES as usize;
+/// Bytes in one sector.
+pub const SECTOR: usize = 512;
 
 /// Remembers what was written to one disk, and checks what is read.
 #[derive(Debug)]
@@ -24,6 +23,14 @@ impl Oracle {
     /// Sectors of the disk.
     pub fn sectors(&self) -> usize {
         self.versions.len()
+    }
+
+    /// Whether a sector was written.
+    ///
+    /// # Panics
+    /// Where it is beyond the disk.
+    pub fn is_written(&self, sector: usize) -> bool {
+        self.versions[sector] > 0
     }
 
     /// Makes the next version of the sectors from `first` on, as many as fill `data`.

@@ -49,8 +49,8 @@ fn events_come_in_the_order_of_the_changes_and_children_go_before_their_parent()
         ask(&mut core, id, 0, Op::Watch, format!("{path}\0{token}\0").as_bytes());
     }
     assert_eq!(events(&mut core, id), ["/a", "/a/b/c"]);
-    ask(&mut core, id, 0, Op::Write, b"/a/b/c\01");
-    ask(&mut core, id, 0, Op::Write, b"/a/d\02");
+    ask(&mut core, id, 0, Op::Write, b"/a/b/c\x001");
+    ask(&mut core, id, 0, Op::Write, b"/a/d\x002");
     assert_eq!(events(&mut core, id), ["/a/b/c", "/a/b/c", "/a/d"]);
     ask(&mut core, id, 0, Op::Rm, b"/a/b\0");
     assert_eq!(events(&mut core, id), ["/a/b/c", "/a/b"]);

@@ -30,6 +30,10 @@ impl Link {
             Some(only) => vec![PathBuf::from(only)],
             None => PLACES.map(PathBuf::from).into(),
         };
+        Link::find_among(places)
+    }
+
+    fn find_among(places: Vec<PathBuf>) -> Result<Link, PlatformError> {
         let mut failures: Vec<(PathBuf, io::Error)> = Vec::new();
         for place in places {
             match Link::open(&place) {
@@ -146,5 +150,34 @@ fn unreachable_store(failures: Vec<(PathBuf, io::Error)>) -> PlatformError {
         what: format!("cannot reach xenstore (tried {})", tried.join(", ")),
         mend: mend.to_owned(),
         source,
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_store_that_is_nowhere_is_told_with_each_place_and_the_mend() {
+        let home = tempfile::tempdir().unwrap();
+        let missing = home.path().join("missing");
+        let stale = home.path().join("stale");
+        drop(std::os::unix::net::UnixListener::bind(&stale).unwrap());
+        let error = Link::find_among(vec![missing.clone(), stale.clone()]).unwrap_err();
+        let text = error.to_string();
+        for place in [missing, stale] {
+            assert!(text.contains(&*place.to_string_lossy()), "{text}");
+        }
+        assert!(text.contains("xenstored") && text.contains("polldisk demo"), "{text}");
+        assert_eq!(error.source.kind(), ErrorKind::ConnectionRefused);
+    }
+
+    #[test]
+    fn a_place_that_answers_is_taken_after_one_that_does_not() {
+        let home = tempfile::tempdir().unwrap();
+        let socket = home.path().join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let link = Link::find_among(vec![home.path().join("missing"), socket]).unwrap();
+        assert!(matches!(link, Link::Socket(_)));
     }
 }

@@ -480,3 +480,52 @@ fn text(bytes: &[u8]) -> io::Result<String> {
         )),
     }
 }
+
+#[cfg(test)]
+mod test {
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    #[test]
+    fn a_write_that_the_device_refuses_fails_the_request_and_not_the_connection() {
+        // The end of a pipe that can only be read refuses every write, as the kernel's device does
+        // with a watch it doesn't like.
+        let (reader, _writer) = io::pipe().unwrap();
+        let client = StoreClient::over(Link::Device(File::from(OwnedFd::from(reader)))).unwrap();
+        for _ in 0..2 {
+            let refused = client.watch("/a", "t").unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(libc::EBADF));
+        }
+    }
+
+    #[test]
+    fn an_event_may_overtake_the_answer_to_its_watch_and_each_request_is_one_write() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let client = StoreClient::over(Link::Device(File::from(OwnedFd::from(ours)))).unwrap();
+        let kernel = std::thread::spawn(move || {
+            let mut request = [0; wire::MESSAGE_MAX];
+            let count = theirs.read(&mut request).unwrap();
+            let (message, taken) = wire::decode(&request[..count]).unwrap().unwrap();
+            assert_eq!((taken, message.payload), (count, b"/a\0t\0".as_slice()));
+            let mut answers = Vec::new();
+            wire::encode(&mut answers, Op::WatchEvent, 0, 0, &[b"/a\0t\0"]).unwrap();
+            let req_id = message.header.req_id;
+            wire::encode(&mut answers, Op::Watch, req_id, 0, &[b"OK\0"]).unwrap();
+            // The kernel hands out header and payload as separate pieces.
+            for piece in answers.chunks(wire::HEADER_BYTES) {
+                theirs.write_all(piece).unwrap();
+            }
+            theirs
+        });
+        client.watch("/a", "t").unwrap();
+        let event = WatchEvent { path: "/a".into(), token: "t".into() };
+        assert_eq!(client.next_event().unwrap(), Some(event));
+        assert_eq!(client.next_event().unwrap(), None);
+        drop(kernel.join().unwrap());
+        assert_eq!(client.next_event().unwrap_err().kind(), ErrorKind::NotConnected);
+    }
+}
