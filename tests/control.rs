@@ -3,10 +3,15 @@
 #[path = "control/rig.rs"]
 mod rig;
 
-use polldisk::control::Config;
-use polldisk::msg::Event;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use polldisk::control::admin::client::request;
+use polldisk::control::admin::protocol::{Detach, Request};
+use polldisk::control::{Config, Offer};
+use polldisk::msg::{Event, WorkerId};
+use polldisk::xen::store::StoreClient;
 use polldisk::xen::{NodeAccess, Nodes};
-use rig::{Areas, BAD_GRANT, Guest, Rig, owner, reads, until, xvd};
+use rig::{Areas, BAD_GRANT, Guest, Rig, domid, owner, reads, until, xvd};
 use xenstore_rs::Xs;
 
 const XVDA: u32 = 51712;
@@ -401,17 +406,10 @@ fn detach_takes_both_areas_away_once_the_guest_lets_go() {
     let areas = Areas::new(5, XVDB);
     guest.connect(&rig, &areas);
     std::thread::scope(|scope| {
-        let detached = scope.spawn({
-            let path = rig.folder().join("admin.sock");
-            move || {
-                let detach = polldisk::control::admin::protocol::Detach {
-                    domid: 5,
-                    vdev: "xvdb".into(),
-                    force: false,
-                };
-                let request = polldisk::control::admin::protocol::Request::Detach(detach);
-                polldisk::control::admin::client::request(&path, &request).map(drop)
-            }
+        let path = rig.admin_path();
+        let detached = scope.spawn(move || {
+            let detach = Detach { domid: 5, vdev: "xvdb".into(), force: false };
+            request(&path, &Request::Detach(detach))
         });
         rig.wait_state(&areas.backend, 5);
         guest.set_state(&areas, 6);
@@ -472,7 +470,7 @@ fn the_admin_socket_stands_nonsense_and_is_for_its_owner_only() {
     use std::io::{Read, Write};
     use std::os::unix::fs::PermissionsExt;
     let rig = Rig::start();
-    let path = rig.folder().join("admin.sock");
+    let path = rig.admin_path();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     for line in [&b"\n"[..], b"nonsense\n", b"{\"request\":\"format\"}\n", &[b'x'; 1 << 20]] {
         let mut stream = std::os::unix::net::UnixStream::connect(&path).unwrap();
@@ -491,9 +489,7 @@ fn the_admin_socket_stands_nonsense_and_is_for_its_owner_only() {
     let crowd: Vec<_> =
         (0..200).filter_map(|_| std::os::unix::net::UnixStream::connect(&path).ok()).collect();
     drop(crowd);
-    until("it answers again", || {
-        rig.ask(&polldisk::control::admin::protocol::Request::List).is_ok()
-    });
+    until("it answers again", || rig.ask(&Request::List).is_ok());
 }
 
 #[test]
@@ -543,7 +539,7 @@ fn at_its_end_rings_are_drained_and_only_its_own_areas_removed() {
     assert_eq!((rig.read(&ours.backend), rig.read(&ours.frontend)), (None, None));
     assert_eq!(rig.state(&areas.backend), Some(4), "the next daemon finds the disk as it was");
     assert_eq!(rig.state(&areas.frontend), Some(4));
-    assert!(!rig.folder().join("admin.sock").exists());
+    assert!(!rig.admin_path().exists());
 }
 
 #[test]
@@ -586,4 +582,102 @@ fn a_disk_that_a_dead_daemon_left_can_be_removed() {
     rig.toolstack_removes(&areas, true);
     rig.wait_state(&areas.backend, 6);
     until("it is forgotten", || rig.list().is_empty());
+}
+
+#[test]
+fn a_guest_that_rewrites_its_state_without_end_holds_up_nobody() {
+    let rig = Rig::start();
+    let (guest, areas) = connected(&rig, 5);
+    let (_, stormy) = connected(&rig, 6);
+    let storm = rig.server().connect_as(domid(6)).unwrap();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let store = StoreClient::from_stream(storm).unwrap();
+            let node = format!("{}/state", stormy.frontend);
+            for state in ["5", "4", "3", "4"].iter().cycle() {
+                store.write(&node, state).unwrap();
+                if over.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        });
+        for _ in 0..10 {
+            guest.close(&rig, &areas);
+            guest.set_state(&areas, 1);
+            guest.connect(&rig, &areas);
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(rig.served(6), 1, "its own ring was never in question");
+}
+
+#[test]
+fn the_queues_of_a_disk_are_spread_over_the_workers_and_fail_together() {
+    let offer = Offer { ring_page_order: 1, queues: 4, ..Offer::default() };
+    let rig = Rig::with(Config { offer, ..Config::default() });
+    let guest = rig.guest(5);
+    let areas = rig.toolstack_disk(5, XVDA, "null:1G");
+    rig.wait_state(&areas.backend, 2);
+    assert_eq!(guest.read(&areas.backend, "multi-queue-max-queues").as_deref(), Some("4"));
+    assert_eq!(guest.read(&areas.backend, "max-ring-page-order").as_deref(), Some("1"));
+    guest.set(&areas, "multi-queue-num-queues", "4");
+    guest.set(&areas, "ring-page-order", "1");
+    for queue in 0..4 {
+        for (node, value) in [("ring-ref0", 8), ("ring-ref1", 9), ("event-channel", queue)] {
+            guest.set(&areas, &format!("queue-{queue}/{node}"), &value.to_string());
+        }
+    }
+    guest.set(&areas, "queue-2/ring-ref1", &BAD_GRANT.to_string());
+    guest.set_state(&areas, 3);
+    rig.wait_state(&areas.backend, 5);
+    until("all queues are let go", || rig.served(5) == 0);
+    guest.set(&areas, "queue-2/ring-ref1", "9");
+    guest.set_state(&areas, 6);
+    rig.wait_state(&areas.backend, 6);
+    guest.set_state(&areas, 1);
+    rig.wait_state(&areas.backend, 2);
+    guest.set_state(&areas, 3);
+    rig.wait_state(&areas.backend, 4);
+    guest.set_state(&areas, 4);
+    let disk = &rig.list()[0];
+    assert_eq!((disk.queues, &disk.workers[..]), (4, &[0, 1, 0, 1][..]));
+    assert_eq!(disk.latency.iter().map(|(_, count)| count).sum::<u64>(), 4);
+    guest.close(&rig, &areas);
+    assert_eq!(rig.served(5), 0);
+}
+
+#[test]
+fn a_worker_that_dies_takes_only_its_own_disks_down() {
+    let rig = Rig::start();
+    let (guest, areas) = connected(&rig, 5);
+    let (_other, other) = connected(&rig, 6);
+    rig.worker_events.send(Event::Stopped(WorkerId(0), "it panicked".into()));
+    rig.wait_state(&areas.backend, 5);
+    assert!(rig.read(&areas.error).unwrap().contains("worker 0"));
+    guest.close(&rig, &areas);
+    guest.set_state(&areas, 1);
+    guest.connect(&rig, &areas);
+    assert_eq!(rig.list()[0].worker, Some(1));
+    assert_eq!(rig.state(&other.backend), Some(4));
+}
+
+#[test]
+fn a_signal_ends_it_as_its_caller_does() {
+    let mut rig = Rig::with(Config { signals: true, ..Config::default() });
+    rig.guest(5);
+    rig.attach(5, "xvdb", "null:1G").unwrap();
+    let own = std::process::id().to_string();
+    let sent = std::process::Command::new("kill").args(["-TERM", &own]).status().unwrap();
+    assert!(sent.success());
+    rig.join();
+    assert_eq!(rig.read(&Areas::new(5, XVDB).backend), None);
+}
+
+#[test]
+fn a_second_daemon_is_told_about_the_first() {
+    let rig = Rig::start();
+    let refusal = rig.start_another().unwrap_err().to_string();
+    assert!(refusal.contains("another polldisk answers"), "{refusal}");
+    assert_eq!(rig.list(), [], "the first goes on");
 }

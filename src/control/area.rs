@@ -36,9 +36,7 @@ pub enum AreaError {
     #[error("{0} is missing from the backend area; the toolstack has to write it")]
     Missing(&'static str),
     /// The area names another frontend than its own path does.
-    #[error(
-        "{node} is \"{value}\" and not \"{wanted}\"; a backend area serves the frontend of its own path"
-    )]
+    #[error("{node} is \"{value}\" and not \"{wanted}\"; an area is for its own path's frontend")]
     Stranger {
         /// Which node.
         node: &'static str,
@@ -48,9 +46,7 @@ pub enum AreaError {
         wanted: String,
     },
     /// There is no medium.
-    #[error(
-        "params names nothing; name the disk's contents, such as raw:/path (empty drives are not served)"
-    )]
+    #[error("params names nothing; name the disk's contents, such as raw:/path")]
     Empty,
     /// Xenstore failed.
     #[error("cannot read {node} of the backend area")]
@@ -264,4 +260,37 @@ pub fn write_error(
     let end = line.floor_char_boundary(limits::ERROR_TEXT_MAX);
     line.truncate(end);
     store.write(&format!("{}/error", key.error_area(own)), &line)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_failure_tells_the_whole_chain_and_the_systems_errno() {
+        let source = io::Error::from_raw_os_error(libc::ENOSPC);
+        let failure = Failure::of(&AreaError::Store { node: "mode", source });
+        assert_eq!(failure.errno, libc::ENOSPC);
+        assert!(failure.text.starts_with("cannot read mode of the backend area: No space"));
+        assert_eq!(Failure::of(&AreaError::Empty).errno, libc::EINVAL);
+    }
+
+    #[test]
+    fn only_what_the_data_plane_can_keep_is_offered() {
+        use crate::units::Bytes;
+        let geometry =
+            Geometry { size: Bytes(1 << 30), sector_bytes: 4096, physical_sector_bytes: 4096 };
+        let names = |offer: &Offer, script| -> Vec<&str> {
+            features(offer, &geometry, script).into_iter().map(|(node, _)| node).collect()
+        };
+        let one = names(&Offer::default(), true);
+        for node in ["max-ring-page-order", "multi-queue-max-queues", "hotplug-status"] {
+            assert!(!one.contains(&node), "{node}");
+        }
+        let wide = Offer { ring_page_order: 4, queues: 2, ..Offer::default() };
+        for node in ["max-ring-page-order", "multi-queue-max-queues", "hotplug-status"] {
+            assert!(names(&wide, false).contains(&node), "{node}");
+        }
+        assert!(shape(0, &geometry).contains(&(keys::SECTORS, (1 << 21).to_string())));
+    }
 }

@@ -6,9 +6,10 @@
 //!  workers' events -------'
 //! ```
 //!
-//! [`registry`] finds the disks and routes; [`machine`] decides; [`disk`] carries out; [`area`]
-//! and [`frontend`] read and write the two ends in xenstore; [`connection`] takes a disk's queues
-//! together; [`admin`] answers the command line. Nothing here waits for a worker or a guest.
+//! `registry` finds the disks and routes; `machine` decides, from a table; `disk` carries out;
+//! `area` and `frontend` read and write the two ends in xenstore; `connection` takes a disk's
+//! queues together; [`admin`] answers the command line. Nothing here waits for a worker or a
+//! guest.
 //!
 //! # What happens at the end
 //!
@@ -24,16 +25,17 @@
 //! connected until xenstored answers again; then everything is read afresh.
 
 pub mod admin;
-pub mod area;
-pub mod attach;
-pub mod connection;
-pub mod disk;
-pub mod frontend;
-pub mod machine;
-pub mod placement;
+mod area;
+mod attach;
+mod connection;
+mod disk;
+mod frontend;
+mod machine;
+mod placement;
 mod quiet;
-pub mod registry;
+mod registry;
 mod run;
-pub mod workers;
+mod workers;
 
+pub use frontend::Offer;
 pub use run::{Config, ControlError, run};

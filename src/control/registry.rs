@@ -72,6 +72,7 @@ impl<S: Store> Registry<S> {
         offer: Offer,
         senders: Vec<CommandSender>,
     ) -> io::Result<Registry<S>> {
+        assert!(!kinds.is_empty(), "a registry serves at least one backend type");
         let own = own_domid(&store)?;
         let registry = Registry {
             store,
@@ -111,16 +112,6 @@ impl<S: Store> Registry<S> {
         &self.store
     }
 
-    /// Our own domain.
-    pub fn own(&self) -> DomId {
-        self.own
-    }
-
-    /// The backend types served, at least one.
-    pub fn kinds(&self) -> &[Arc<str>] {
-        &self.kinds
-    }
-
     /// The disks, in order.
     pub fn disks(&self) -> impl Iterator<Item = &Disk> {
         self.disks.values()
@@ -129,11 +120,6 @@ impl<S: Store> Registry<S> {
     /// One disk.
     pub fn disk(&self, key: &DiskKey) -> Option<&Disk> {
         self.disks.get(key)
-    }
-
-    /// The workers.
-    pub fn workers(&self) -> &Workers {
-        &self.workers
     }
 
     /// Marks what a watch event is about.

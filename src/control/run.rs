@@ -9,8 +9,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use signal_hook_mio::v1_0::Signals;
 
-use super::admin::Admin;
-use super::admin::server::{BindError, FIRST_CLIENT};
+use super::admin::{Admin, BindError, FIRST_CLIENT};
 use super::frontend::Offer;
 use super::registry::Registry;
 use crate::limits;

@@ -234,7 +234,10 @@ mod test {
         }
 
         #[test]
-        fn every_xvd_has_one_number_in_both_notations(disk in 0..=XVD_DISK_MAX, partition in 0u32..=255) {
+        fn every_xvd_has_one_number_in_both_notations(
+            disk in 0..=XVD_DISK_MAX,
+            partition in 0..=XVD_PARTITION_MAX,
+        ) {
             let number = id(&format!("d{disk}p{partition}"));
             let name = Vdev::from(VbdId(number)).to_string();
             prop_assert!(name.starts_with("xvd"));

@@ -175,14 +175,27 @@ impl Rig {
     /// Ends the control loop and waits for it.
     pub fn stop(&mut self) {
         self.stop.ring();
+        self.join();
+    }
+
+    /// Waits for the control loop to end by itself.
+    pub fn join(&mut self) {
         self.control.take().unwrap().join().unwrap().unwrap();
+    }
+
+    /// Tries to run a second control loop in this thread.
+    pub fn start_another(&self) -> Result<(), ControlError> {
+        let config = Config { admin_path: Some(self.admin_path()), ..Config::default() };
+        let (_, receiver) = msg::event_channel().unwrap();
+        let platform = StorePlatform { socket: self.folder.path().join("store") };
+        control::run(&platform, &config, Vec::new(), receiver, &Doorbell::new().unwrap())
     }
 
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
 
-    fn admin_path(&self) -> PathBuf {
+    pub fn admin_path(&self) -> PathBuf {
         self.folder.path().join("admin.sock")
     }
 
@@ -238,7 +251,7 @@ impl Rig {
 
     /// A guest domain, as the toolstack makes its first nodes.
     pub fn guest(&self, domid: u32) -> Guest {
-        let id = DomId::try_from(domid).unwrap();
+        let id = self::domid(domid);
         self.server().introduce(id).unwrap();
         let home = format!("/local/domain/{domid}");
         self.dom0.mkdir(&home).unwrap();
@@ -415,12 +428,16 @@ impl Guest {
     }
 }
 
-pub fn owner(domid: u32) -> Permission {
-    Permission { domid: DomId::try_from(domid).unwrap(), access: NodeAccess::None }
+pub fn domid(number: u32) -> DomId {
+    DomId::try_from(number).unwrap()
 }
 
-pub fn reads(domid: u32) -> Permission {
-    Permission { domid: DomId::try_from(domid).unwrap(), access: NodeAccess::Read }
+pub fn owner(number: u32) -> Permission {
+    Permission { domid: domid(number), access: NodeAccess::None }
+}
+
+pub fn reads(number: u32) -> Permission {
+    Permission { domid: domid(number), access: NodeAccess::Read }
 }
 
 /// Waits until it is so.

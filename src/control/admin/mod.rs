@@ -1,11 +1,12 @@
 //! The admin socket: `attach`, `detach` and `list` while the daemon runs.
 //!
-//! A request that has to wait for a guest or for workers is kept as a [`Job`]; control goes on and
-//! looks at it again whenever something happened.
+//! The command line's side is [`client`]; what goes over the socket is in [`protocol`]. On the
+//! daemon's side a request that has to wait for a guest or for workers is kept as a job, looked at
+//! again whenever something happened; control goes on meanwhile.
 
 pub mod client;
 pub mod protocol;
-pub mod server;
+mod server;
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -23,11 +24,14 @@ use crate::msg::QueueKey;
 use crate::xen::Store;
 use crate::xen::vdev::Vdev;
 use protocol::{DiskReport, Reply, Request};
-use server::{BindError, Server};
+use server::Server;
+
+pub use server::BindError;
+pub(super) use server::FIRST_CLIENT;
 
 /// The admin socket and what is being waited for.
 #[derive(Debug)]
-pub struct Admin {
+pub(super) struct Admin {
     server: Server,
     jobs: Vec<Job>,
 }

@@ -31,7 +31,10 @@ pub enum BindError {
     #[error("another polldisk answers at {}; stop it, or use another --admin path", .0.display())]
     InUse(PathBuf),
     /// It can't be made.
-    #[error("cannot make the admin socket {}; make its folder writable, or use another --admin path", path.display())]
+    #[error(
+        "cannot make the admin socket {}; make its folder writable, or use another --admin path",
+        path.display()
+    )]
     Failed {
         /// The socket.
         path: PathBuf,
