@@ -32,7 +32,7 @@ pub struct ServeOptions {
     #[arg(long, value_name = "N")]
     pub poll_us: Option<u64>,
 
-    /// Kind of xenstore areas to serve, backend/<TYPE>/...; may be given several times
+    /// Kind of xenstore areas to serve, backend/TYPE/...; may be given several times
     /// [default: vbd]
     #[arg(long = "backend-type", value_name = "TYPE")]
     pub backend_type: Vec<String>,

@@ -83,9 +83,6 @@ pub const SIM_GUEST_PAGES_MAX: u32 = 1 << 24;
 /// with four queues each fit one worker.
 pub const SIM_PORTS_PER_HANDLE: usize = 4096;
 
-/// References in one map request to the stand-in's hypervisor: bounds its messages.
-pub const SIM_REFS_PER_MAP: usize = 4096;
-
 /// The list of one xenstore node's children, in bytes: room for every domid there can be, twice.
 pub const XENSTORE_DIRECTORY_MAX: usize = 512 * 1024;
 
@@ -148,7 +145,6 @@ pub const EVENT_CHECK_NS: u64 = 20_000;
 pub const EVENT_CHECK_PASSES: u32 = 16;
 
 const _: () = assert!(BOUNCE_PAGES_PER_WORKER >= 2 * 32 * SEGMENTS_PER_REQUEST);
-const _: () = assert!(SIM_REFS_PER_MAP >= GRANTS_PER_MAP_BATCH);
 const _: () = assert!(SIM_PORTS_PER_HANDLE.is_multiple_of(64));
 
 const _: () = assert!(XENSTORE_REL_PATH_MAX < XENSTORE_ABS_PATH_MAX);

@@ -114,9 +114,11 @@ impl Events for SimEvents {
         if ports.is_empty() {
             return Ok(0);
         }
+        let ends = &self.peers.get_mut().ends;
         self.mailbox.take_pending(|slot| {
-            if let (Some(place), Ok(slot)) = (ports.get_mut(count), u32::try_from(slot)) {
-                *place = Port(self.first_port + slot);
+            // A peer that had not yet seen us unbind may signal a slot that is no port any more.
+            if let (Some(Some(_)), Ok(number)) = (ends.get(slot), u32::try_from(slot)) {
+                ports[count] = Port(self.first_port + number);
                 count += 1;
             }
             count < ports.len()

@@ -16,6 +16,7 @@ use rustc_hash::FxHashMap;
 
 use super::memory::{self, Gfn, GuestMemory, MappedRange};
 use super::wire::{Connection, Request};
+use crate::limits::GRANTS_PER_MAP_BATCH;
 use crate::units::{DomId, GrantRef};
 use crate::xen::abi::{self, GrantEntryV1};
 use crate::xen::shm::{GuestPages, PAGE_BYTES};
@@ -81,6 +82,10 @@ impl Grants for SimGrants {
         refs: &[GrantRef],
         access: PageAccess,
     ) -> io::Result<GuestPages> {
+        // The bound of gntdev's implementation, so that what works here works there.
+        if refs.len() > GRANTS_PER_MAP_BATCH {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let guest = guest(&mut self.guests, &mut self.connection, domid)?;
         let refs: Vec<u32> = refs.iter().map(|gref| gref.0).collect();
         let (words, _) = self.connection.call(Request::Map { domid, access, refs: &refs })?;

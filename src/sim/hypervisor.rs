@@ -26,7 +26,7 @@ use crate::xen::PageAccess;
 /// What the hypervisor leaves to the toolstack. Called in the hypervisor's thread: it must not
 /// call the hypervisor.
 pub trait Toolstack: Send {
-    /// A domain was made; an error undoes it.
+    /// A domain was made. After an error it is destroyed.
     fn created(&mut self, domid: DomId) -> io::Result<()>;
     /// A domain has ended.
     fn destroyed(&mut self, domid: DomId);
@@ -235,7 +235,10 @@ impl Server {
         }
         let guest = Guest::new(GuestMemory::create(pages)?);
         let file = guest.file()?;
-        self.toolstack.created(domid)?;
+        if let Err(error) = self.toolstack.created(domid) {
+            self.toolstack.destroyed(domid);
+            return Err(error);
+        }
         self.guests.insert(domid, Rc::new(guest));
         let client = self.client(key)?;
         client.domid = Some(domid);

@@ -192,4 +192,26 @@ mod test {
         mailbox.reset(5);
         assert!(taken(&mailbox, 8).is_empty());
     }
+
+    #[test]
+    fn no_event_is_lost_between_two_threads() {
+        const EVENTS: u32 = 20_000;
+        let mailbox = Mailbox::create().unwrap();
+        let sent = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for _ in 0..EVENTS {
+                    sent.fetch_add(1, Ordering::SeqCst);
+                    mailbox.notify(9);
+                }
+            });
+            // A lost event would leave this asleep for ever.
+            while sent.load(Ordering::SeqCst) < EVENTS {
+                crate::park::sleep(&[mailbox.as_fd()], None);
+                for slot in taken(&mailbox, 8) {
+                    mailbox.unmask(slot);
+                }
+            }
+        });
+    }
 }

@@ -34,7 +34,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Once;
 
-use crate::limits::SIM_REFS_PER_MAP;
+use crate::limits::GRANTS_PER_MAP_BATCH;
 use crate::units::{DomId, Port};
 use crate::xen::PageAccess;
 
@@ -42,7 +42,7 @@ use crate::xen::PageAccess;
 pub const SOCKET_NAME: &str = "hypervisor.sock";
 
 /// Words of the longest packet: a map request with its operation, domid and access.
-pub const PACKET_WORDS: usize = SIM_REFS_PER_MAP + 3;
+pub const PACKET_WORDS: usize = GRANTS_PER_MAP_BATCH + 3;
 
 /// Most descriptors beside a packet.
 pub const PACKET_FDS: usize = 2;

@@ -24,23 +24,25 @@ pub struct LinuxXen {
 }
 
 impl LinuxXen {
-    /// Finds Xen; an error says why there is none.
+    /// Finds Xen by opening its devices once, so that a daemon that lacks one says so before it
+    /// starts anything.
     pub fn detect() -> Result<LinuxXen, PlatformError> {
         LinuxXen::detect_under(Path::new("/"))
     }
 
     fn detect_under(root: &Path) -> Result<LinuxXen, PlatformError> {
-        let is_xen = std::fs::read_to_string(root.join("sys/hypervisor/type"))
-            .is_ok_and(|kind| kind.trim_end() == "xen");
-        if !is_xen && !root.join("proc/xen").exists() && !root.join("dev/xen").exists() {
-            return Err(PlatformError {
-                what: "this machine does not run on Xen".to_owned(),
-                mend: "run in dom0 or a driver domain, or try `polldisk demo`, which needs no Xen"
-                    .to_owned(),
-                source: io::ErrorKind::NotFound.into(),
-            });
-        }
-        Ok(LinuxXen { root: root.to_owned() })
+        let xen = LinuxXen { root: root.to_owned() };
+        xen.open_grants()?;
+        xen.open_events()?;
+        Ok(xen)
+    }
+
+    /// What the kernel says, for the text of an error: a device that opens is proof enough.
+    fn is_xen(&self) -> bool {
+        let kind = std::fs::read_to_string(self.root.join("sys/hypervisor/type"));
+        kind.is_ok_and(|kind| kind.trim_end() == "xen")
+            || self.root.join("proc/xen").exists()
+            || self.root.join("dev/xen").exists()
     }
 
     /// Fails where the kernel's own backend would take the disks of `backend/<backend_type>`:
@@ -65,9 +67,21 @@ impl LinuxXen {
             .custom_flags(flags)
             .open(self.root.join("dev/xen").join(name))
             .map_err(|source| {
+                if source.kind() == io::ErrorKind::NotFound && !self.is_xen() {
+                    return no_xen(source);
+                }
                 let what = format!("cannot open /dev/xen/{name}");
                 PlatformError { what, mend: device_mend(&source, module), source }
             })
+    }
+}
+
+fn no_xen(source: io::Error) -> PlatformError {
+    PlatformError {
+        what: "this machine does not run on Xen".to_owned(),
+        mend: "run in dom0 or a driver domain, or try `polldisk demo`, which needs no Xen"
+            .to_owned(),
+        source,
     }
 }
 
@@ -116,14 +130,15 @@ mod test {
         result.unwrap_err().to_string()
     }
 
+    const NO_XEN: &str = "this machine does not run on Xen: run in dom0 or a driver domain, \
+                          or try `polldisk demo`, which needs no Xen";
+    const NO_MODULE: &str =
+        "cannot open /dev/xen/gntdev: load the kernel's module (modprobe xen-gntdev)";
+
     #[test]
     fn without_xen_the_error_points_to_the_demo() {
         let root = root_with(&[]);
-        assert_eq!(
-            text(LinuxXen::detect_under(root.path())),
-            "this machine does not run on Xen: run in dom0 or a driver domain, \
-             or try `polldisk demo`, which needs no Xen"
-        );
+        assert_eq!(text(LinuxXen::detect_under(root.path())), NO_XEN);
     }
 
     #[test]
@@ -131,23 +146,22 @@ mod test {
         let root = root_with(&["sys/hypervisor"]);
         let kind = root.path().join("sys/hypervisor/type");
         std::fs::write(&kind, "kvm\n").unwrap();
-        assert!(LinuxXen::detect_under(root.path()).is_err());
+        assert_eq!(text(LinuxXen::detect_under(root.path())), NO_XEN);
         std::fs::write(&kind, "xen\n").unwrap();
-        assert!(LinuxXen::detect_under(root.path()).is_ok());
+        assert_eq!(text(LinuxXen::detect_under(root.path())), NO_MODULE);
     }
 
     #[test]
     fn a_missing_device_names_its_module() {
-        let root = root_with(&["dev/xen"]);
-        let xen = LinuxXen::detect_under(root.path()).unwrap();
+        let root = root_with(&["dev/xen", "proc/xen"]);
+        assert_eq!(text(LinuxXen::detect_under(root.path())), NO_MODULE);
+        File::create(root.path().join("dev/xen/gntdev")).unwrap();
         assert_eq!(
-            text(xen.open_grants()),
-            "cannot open /dev/xen/gntdev: load the kernel's module (modprobe xen-gntdev)"
-        );
-        assert_eq!(
-            text(xen.open_events()),
+            text(LinuxXen::detect_under(root.path())),
             "cannot open /dev/xen/evtchn: load the kernel's module (modprobe xen-evtchn)"
         );
+        File::create(root.path().join("dev/xen/evtchn")).unwrap();
+        LinuxXen::detect_under(root.path()).unwrap();
     }
 
     #[test]
@@ -159,8 +173,8 @@ mod test {
 
     #[test]
     fn the_kernels_own_backend_is_noticed_where_it_matters() {
-        let root = root_with(&["proc/xen", "sys/bus/xen-backend/drivers/vbd"]);
-        let xen = LinuxXen::detect_under(root.path()).unwrap();
+        let root = root_with(&["sys/bus/xen-backend/drivers/vbd"]);
+        let xen = LinuxXen { root: root.path().to_owned() };
         assert_eq!(
             text(xen.check_backend_is_free("vbd")),
             "the kernel's xen-blkback serves the disks of type vbd: \
