@@ -1,1 +1,43 @@
-fn main() {}
+//! `polldisk`: serves guests' virtual disks under Xen, and the commands around that.
+
+mod cli;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// A Xen PV block backend in user space: serves guests' virtual disks from files and block devices.
+///
+/// `polldisk serve` runs in dom0 or a driver domain. `polldisk demo` needs neither Xen nor root.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Serve(cli::serve::Serve),
+    Demo(cli::demo::Demo),
+    Attach(cli::admin::Attach),
+    Detach(cli::admin::Detach),
+    List(cli::list::List),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Serve(serve) => serve.run(),
+        Command::Demo(demo) => demo.run(),
+        Command::Attach(attach) => attach.run(),
+        Command::Detach(detach) => detach.run(),
+        Command::List(list) => list.run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("polldisk: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! WHAT is stored: the spec that names a disk's contents, and the opened image.
+//!
+//! Control opens images; workers only use them. The format always comes from the host's
+//! configuration and is never guessed from bytes that a guest can write (XSA-48).
+
+mod null;
+mod raw;
+mod spec;
+
+pub use null::NullImage;
+pub use raw::RawImage;
+pub use spec::Spec;
+
+use crate::units::{Bytes, SECTOR_BYTES, Sectors};
+
+/// An opened image, of one kind or another: one match per operation.
+#[derive(Debug)]
+pub enum Image {
+    /// A file or a block device, byte for byte.
+    Raw(RawImage),
+    /// Nothing.
+    Null(NullImage),
+}
+
+impl Image {
+    /// Its size and sector sizes, as the guest is told them.
+    pub fn geometry(&self) -> Geometry {
+        match self {
+            Image::Raw(image) => image.geometry(),
+            Image::Null(image) => image.geometry(),
+        }
+    }
+
+    /// What buffer addresses must be a multiple of, at most a page.
+    pub fn memory_alignment(&self) -> u16 {
+        match self {
+            Image::Raw(image) => image.memory_alignment(),
+            Image::Null(_) => 1,
+        }
+    }
+
+    /// Whether it was opened without write access.
+    pub fn is_read_only(&self) -> bool {
+        match self {
+            Image::Raw(image) => image.is_read_only(),
+            Image::Null(_) => false,
+        }
+    }
+}
+
+/// A disk's shape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Bytes it holds; a multiple of `sector_bytes`.
+    pub size: Bytes,
+    /// Smallest unit of I/O (logical block size): 512 or 4096. What `sector-size` says.
+    pub sector_bytes: u32,
+    /// Smallest unit written without read-modify-write below. What `physical-sector-size` says.
+    pub physical_sector_bytes: u32,
+}
+
+impl Geometry {
+    /// The size in ring sectors of 512 bytes: what `sectors` says, whatever `sector-size` is.
+    pub fn sectors(&self) -> Sectors {
+        self.size.to_sectors()
+    }
+
+    /// Ring sectors in one sector of the disk: what requests must be aligned to.
+    pub fn sectors_per_block(&self) -> u64 {
+        u64::from(self.sector_bytes) / SECTOR_BYTES
+    }
+}
+
+/// Why a disk's contents can't be served.
+#[derive(Debug, thiserror::Error)]
+#[error("{target}: {what}; {mend}")]
+pub struct BackingError {
+    /// The target as it was given.
+    pub target: String,
+    /// What is wrong with it.
+    pub what: String,
+    /// What the admin can do.
+    pub mend: String,
+    /// The system's own error, if it was one.
+    #[source]
+    pub source: Option<std::io::Error>,
+}

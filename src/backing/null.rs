@@ -1,0 +1,31 @@
+//! A disk without contents: writes vanish, reads complete at once. For measuring all but storage.
+
+use super::Geometry;
+use crate::units::Bytes;
+
+/// A disk of a given size that stores nothing.
+///
+/// Like null_blk and QEMU's null-co, a read leaves the guest's mapped buffer as it is unless
+/// `read_zeroes` is set; where data is copied instead of mapped, zeroes are copied.
+#[derive(Debug)]
+pub struct NullImage {
+    size: Bytes,
+    read_zeroes: bool,
+}
+
+impl NullImage {
+    /// A disk of `size` bytes, a multiple of 512.
+    pub fn new(size: Bytes, read_zeroes: bool) -> Self {
+        NullImage { size, read_zeroes }
+    }
+
+    /// Whether reads fill the buffer with zeroes.
+    pub fn read_zeroes(&self) -> bool {
+        self.read_zeroes
+    }
+
+    /// Its shape: plain 512-byte sectors.
+    pub fn geometry(&self) -> Geometry {
+        Geometry { size: self.size, sector_bytes: 512, physical_sector_bytes: 512 }
+    }
+}

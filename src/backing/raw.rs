@@ -1,0 +1,247 @@
+//! A raw image: a regular file or a block device, opened with O_DIRECT.
+#![allow(unsafe_code)]
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use super::{BackingError, Geometry};
+use crate::units::Bytes;
+
+/// An open raw image.
+#[derive(Debug)]
+pub struct RawImage {
+    file: File,
+    geometry: Geometry,
+    memory_alignment: u16,
+    read_only: bool,
+}
+
+/// Linux's BLKGETSIZE64, BLKSSZGET and BLKPBSZGET (`include/uapi/linux/fs.h`).
+const BLKGETSIZE64: libc::Ioctl = 0x8008_1272u32 as libc::Ioctl;
+const BLKSSZGET: libc::Ioctl = 0x1268;
+const BLKPBSZGET: libc::Ioctl = 0x127b;
+
+impl RawImage {
+    /// Opens `path` with O_DIRECT, for reading only or for both.
+    pub fn open(path: &Path, read_only: bool) -> Result<RawImage, BackingError> {
+        let fail = |what: &str, mend: &str, source: Option<io::Error>| BackingError {
+            target: format!("raw:{}", path.display()),
+            what: what.to_owned(),
+            mend: mend.to_owned(),
+            source,
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
+            .open(path)
+            .map_err(|error| open_error(&fail, error))?;
+        let metadata =
+            file.metadata().map_err(|error| fail("can't be examined", "check it", Some(error)))?;
+        let kind = metadata.file_type();
+        let shape = if kind.is_block_device() {
+            device_shape(&file)
+                .map_err(|error| fail("its sizes can't be read", "check the device", Some(error)))?
+        } else if kind.is_file() {
+            file_shape(&file, metadata.dev(), metadata.len())
+        } else {
+            return Err(fail(
+                "it is neither a file nor a block device",
+                "name a regular file or a block device",
+                None,
+            ));
+        };
+        // A tail shorter than a sector can't be reached by O_DIRECT, nor shown to a guest.
+        let sector = u64::from(shape.sector_bytes);
+        let size = Bytes(shape.size / sector * sector);
+        if size.0 == 0 {
+            let mend = format!("make it at least {sector} bytes long (truncate -s)");
+            return Err(fail("it holds no whole sector", &mend, None));
+        }
+        Ok(RawImage {
+            file,
+            geometry: Geometry {
+                size,
+                sector_bytes: shape.sector_bytes,
+                physical_sector_bytes: shape.physical_sector_bytes.max(shape.sector_bytes),
+            },
+            // Beyond a page no page is aligned enough; the kernel asks for no such thing.
+            memory_alignment: shape.memory_alignment.clamp(1, 4096).try_into().unwrap_or(4096),
+            read_only,
+        })
+    }
+
+    /// Its shape.
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// What buffer addresses must be a multiple of for O_DIRECT.
+    pub fn memory_alignment(&self) -> u16 {
+        self.memory_alignment
+    }
+
+    /// Whether it was opened without write access.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// The descriptor, for the engine.
+    pub fn raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+fn open_error(
+    fail: &dyn Fn(&str, &str, Option<io::Error>) -> BackingError,
+    error: io::Error,
+) -> BackingError {
+    let (what, mend) = match error.raw_os_error() {
+        Some(libc::ENOENT) => ("it does not exist", "create it or correct the path"),
+        Some(libc::EACCES | libc::EPERM) => {
+            ("no permission to open it", "run polldisk as a user who may, usually root")
+        }
+        Some(libc::EINVAL) => (
+            "its filesystem refuses O_DIRECT",
+            "put the image on a filesystem with direct I/O (ext4, xfs, btrfs, tmpfs of Linux 6.6)",
+        ),
+        Some(libc::EROFS) => {
+            ("it lies on a read-only filesystem", "attach the disk read-only (mode r)")
+        }
+        Some(libc::EISDIR) => ("it is a directory", "name a regular file or a block device"),
+        Some(libc::EBUSY) => ("somebody else holds it exclusively", "unmount or release it first"),
+        Some(libc::ENXIO | libc::ENODEV | libc::ENOMEDIUM) => {
+            ("there is no such device behind it", "check the device")
+        }
+        _ => ("it can't be opened", "check the path and the device"),
+    };
+    fail(what, mend, Some(error))
+}
+
+struct Shape {
+    size: u64,
+    sector_bytes: u32,
+    physical_sector_bytes: u32,
+    memory_alignment: u32,
+}
+
+fn device_shape(file: &File) -> io::Result<Shape> {
+    let mut size = 0u64;
+    let mut sector_bytes: libc::c_int = 0;
+    let mut physical_sector_bytes: libc::c_uint = 0;
+    // SAFETY: each ioctl writes one value of the type passed (linux/fs.h).
+    unsafe {
+        check(libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &mut size))?;
+        check(libc::ioctl(file.as_raw_fd(), BLKSSZGET, &mut sector_bytes))?;
+        check(libc::ioctl(file.as_raw_fd(), BLKPBSZGET, &mut physical_sector_bytes))?;
+    }
+    let sector_bytes = u32::try_from(sector_bytes).unwrap_or(512).max(512);
+    let direct = direct_io_alignment(file);
+    Ok(Shape {
+        size,
+        sector_bytes,
+        physical_sector_bytes,
+        memory_alignment: direct.map_or(512, |direct| direct.memory),
+    })
+}
+
+/// A file takes the sector size that O_DIRECT on it asks for: what statx says, else what sysfs says
+/// of the disk that its filesystem lies on, else (tmpfs) 512.
+fn file_shape(file: &File, dev: u64, size: u64) -> Shape {
+    let direct = direct_io_alignment(file);
+    let sector_bytes = direct
+        .map(|direct| direct.offset)
+        .or_else(|| sysfs_queue_value(dev, "logical_block_size"))
+        .unwrap_or(512)
+        .max(512);
+    Shape {
+        size,
+        sector_bytes,
+        physical_sector_bytes: sysfs_queue_value(dev, "physical_block_size")
+            .unwrap_or(sector_bytes),
+        memory_alignment: direct.map_or(sector_bytes, |direct| direct.memory),
+    }
+}
+
+#[derive(Clone, Copy)]
+struct DirectAlignment {
+    offset: u32,
+    memory: u32,
+}
+
+/// statx's STATX_DIOALIGN (Linux 6.1). `None` where the kernel or filesystem does not tell.
+fn direct_io_alignment(file: &File) -> Option<DirectAlignment> {
+    // SAFETY: statx is plain integers, for which zeroes are valid; the call fills it.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: an empty path with AT_EMPTY_PATH names the descriptor itself; `stat` is writable.
+    let result = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &mut stat,
+        )
+    };
+    let told = result == 0
+        && stat.stx_mask & libc::STATX_DIOALIGN != 0
+        && stat.stx_dio_offset_align != 0
+        && stat.stx_dio_mem_align != 0;
+    told.then_some(DirectAlignment {
+        offset: stat.stx_dio_offset_align,
+        memory: stat.stx_dio_mem_align,
+    })
+}
+
+/// A value from the request queue of the disk `dev` (of the whole disk, for a partition).
+fn sysfs_queue_value(dev: u64, name: &str) -> Option<u32> {
+    let (major, minor) = (libc::major(dev), libc::minor(dev));
+    let device = format!("/sys/dev/block/{major}:{minor}");
+    [format!("{device}/queue/{name}"), format!("{device}/../queue/{name}")]
+        .iter()
+        .find_map(|path| std::fs::read_to_string(path).ok())
+        .and_then(|text| text.trim().parse().ok())
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use std::error::Error;
+
+    #[test]
+    fn a_file_is_opened_with_its_whole_sectors() {
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = folder.path().join("disk.img");
+        File::create(&path).unwrap().set_len(1_000_000).unwrap();
+        let image = RawImage::open(&path, false).unwrap();
+        let geometry = image.geometry();
+        let sector = u64::from(geometry.sector_bytes);
+        assert!(geometry.sector_bytes.is_power_of_two());
+        assert_eq!(geometry.size.0, 1_000_000 / sector * sector);
+        assert!(geometry.physical_sector_bytes >= geometry.sector_bytes);
+        assert!(image.memory_alignment().is_power_of_two());
+    }
+
+    #[test]
+    fn what_cannot_be_opened_is_named_with_the_mend() {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = RawImage::open(&folder.path().join("none"), false).unwrap_err();
+        assert!(missing.to_string().contains("does not exist"), "{missing}");
+        assert!(missing.source().is_some());
+        let directory = RawImage::open(folder.path(), false).unwrap_err();
+        assert!(directory.to_string().contains("directory"), "{directory}");
+        let empty = folder.path().join("empty");
+        File::create(&empty).unwrap();
+        let empty = RawImage::open(&empty, true).unwrap_err();
+        assert!(empty.to_string().contains("no whole sector"), "{empty}");
+        let null = RawImage::open(Path::new("/dev/null"), true).unwrap_err();
+        assert!(null.to_string().contains("raw:/dev/null"), "{null}");
+    }
+}

@@ -1,0 +1,94 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::xen::shm::{LocalPages, PAGE_BYTES};
+
+fn any_request() -> impl Strategy<Value = RawRequest> {
+    let segment = (any::<u32>(), any::<u8>(), any::<u8>())
+        .prop_map(|(gref, first, last)| RawSegment { gref, first, last });
+    let segments = prop::collection::vec(segment, 0..=SEGMENTS_PER_REQUEST);
+    (any::<u8>(), any::<u16>(), any::<u64>(), any::<u64>(), segments).prop_map(
+        |(operation, handle, id, sector, segments)| {
+            let mut request = RawRequest::new(operation, id, sector);
+            request.handle = handle;
+            if !matches!(operation, op::DISCARD | op::INDIRECT) {
+                request.nr_segments = segments.len().try_into().unwrap();
+                request.segments[..segments.len()].copy_from_slice(&segments);
+            }
+            request
+        },
+    )
+}
+
+fn any_protocol() -> impl Strategy<Value = Protocol> {
+    prop_oneof![Just(Protocol::X86_64), Just(Protocol::X86_32)]
+}
+
+proptest! {
+    #[test]
+    fn a_request_arrives_as_it_was_sent(request in any_request(), protocol in any_protocol()) {
+        let page = LocalPages::new(1).into_shared();
+        let at = 64 + 3 * protocol.entry_bytes();
+        store_request(&page, at, protocol, &request);
+        prop_assert_eq!(load_request(&page, at, protocol), request);
+    }
+
+    #[test]
+    fn a_response_arrives_as_it_was_sent(
+        id: u64, operation: u8, status: i16, protocol in any_protocol()
+    ) {
+        let page = LocalPages::new(1).into_shared();
+        let at = 64 + 5 * protocol.entry_bytes();
+        let response = RawResponse { id, operation, status };
+        store_response(&page, at, protocol, &response);
+        prop_assert_eq!(load_response(&page, at, protocol), response);
+    }
+
+    #[test]
+    fn any_bytes_decode_to_some_request(bytes in prop::collection::vec(any::<u32>(), 28)) {
+        let page = LocalPages::new(1).into_shared();
+        page.store(64, &bytes);
+        for protocol in [Protocol::X86_64, Protocol::X86_32] {
+            load_request(&page, 64, protocol);
+        }
+    }
+}
+
+/// Offsets of `struct blkif_request` on x86_64: id 8, sector_number 16, seg 24, 8 bytes each.
+#[test]
+fn the_x86_64_layout_is_the_headers() {
+    let page = LocalPages::new(1).into_shared();
+    let mut request = RawRequest::new(op::WRITE, 0x1112_1314_1516_1718, 0x2122_2324_2526_2728);
+    request.nr_segments = 2;
+    request.handle = 0x3132;
+    request.segments[1] = RawSegment { gref: 0x4142_4344, first: 5, last: 7 };
+    store_request(&page, 64, Protocol::X86_64, &request);
+    assert_eq!(page.load::<u32, 1>(64), [0x3132_0201]);
+    assert_eq!(page.load::<u64, 2>(72), [0x1112_1314_1516_1718, 0x2122_2324_2526_2728]);
+    assert_eq!(page.load::<u32, 2>(96), [0x4142_4344, 0x0000_0705]);
+}
+
+/// The same on x86_32, where a u64 is aligned to 4: id 4, sector_number 12, seg 20.
+#[test]
+fn the_x86_32_layout_is_the_headers() {
+    let page = LocalPages::new(1).into_shared();
+    let mut request = RawRequest::new(op::READ, 0x1112_1314_1516_1718, 0x2122_2324_2526_2728);
+    request.nr_segments = 1;
+    request.segments[0] = RawSegment { gref: 0x4142_4344, first: 0, last: 7 };
+    store_request(&page, 64, Protocol::X86_32, &request);
+    assert_eq!(
+        page.load::<u32, 7>(64),
+        [0x100, 0x1516_1718, 0x1112_1314, 0x2526_2728, 0x2122_2324, 0x4142_4344, 0x700]
+    );
+}
+
+#[test]
+fn a_response_overwrites_its_padding() {
+    let page = LocalPages::new(1).into_shared();
+    page.store(0, &[u64::MAX; PAGE_BYTES / 8]);
+    let response = RawResponse::new(7, op::READ, Status::NotSupported);
+    store_response(&page, 64, Protocol::X86_64, &response);
+    assert_eq!(page.load::<u64, 3>(64), [7, 0xfffe_0000, u64::MAX]);
+    store_response(&page, 64 + 108, Protocol::X86_32, &response);
+    assert_eq!(page.load::<u32, 4>(64 + 108), [7, 0, 0xfffe_0000, u32::MAX]);
+}

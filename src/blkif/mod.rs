@@ -1,0 +1,35 @@
+//! The blkif protocol without I/O: ring, entry layouts, validated requests.
+//!
+//! Mirrors Xen's `public/io/blkif.h` and `public/io/ring.h`.
+
+pub mod codec;
+pub mod request;
+pub mod ring;
+
+/// `BLKIF_OP_*`: what a request asks for.
+pub mod op {
+    /// Read sectors into the segments.
+    pub const READ: u8 = 0;
+    /// Write the segments to sectors.
+    pub const WRITE: u8 = 1;
+    /// Write, ordered against everything before and after.
+    pub const WRITE_BARRIER: u8 = 2;
+    /// Make completed writes durable; with segments, write them afterwards.
+    pub const FLUSH_DISKCACHE: u8 = 3;
+    /// Forget sectors.
+    pub const DISCARD: u8 = 5;
+    /// A read or write whose segments lie in granted pages.
+    pub const INDIRECT: u8 = 6;
+}
+
+/// `BLKIF_RSP_*`: how a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i16)]
+pub enum Status {
+    /// Done.
+    Okay = 0,
+    /// Not done.
+    Error = -1,
+    /// Never done by this backend: the frontend should not ask again.
+    NotSupported = -2,
+}

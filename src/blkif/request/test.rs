@@ -1,0 +1,118 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::units::Bytes;
+
+fn disk(sectors: u64, sector_bytes: u32, read_only: bool) -> DiskRules {
+    let size = Bytes(sectors * 512);
+    DiskRules {
+        geometry: Geometry { size, sector_bytes, physical_sector_bytes: sector_bytes },
+        read_only,
+    }
+}
+
+fn raw(operation: u8, sector: u64, segments: &[(u8, u8)]) -> RawRequest {
+    let mut request = RawRequest::new(operation, 1, sector);
+    request.nr_segments = segments.len().try_into().unwrap();
+    for (slot, (first, last)) in request.segments.iter_mut().zip(segments) {
+        *slot = RawSegment { gref: 9, first: *first, last: *last };
+    }
+    request
+}
+
+fn fault(raw: &RawRequest, disk: &DiskRules) -> RequestFault {
+    Request::check(raw, disk).unwrap_err()
+}
+
+#[test]
+fn a_good_request_keeps_its_numbers() {
+    let request =
+        Request::check(&raw(op::WRITE, 8, &[(0, 7), (2, 3)]), &disk(100, 512, false)).unwrap();
+    assert_eq!((request.offset_bytes, request.len_bytes), (4096, 5120));
+    assert_eq!(request.segments()[1], Segment { gref: 9, offset: 1024, len: 1024 });
+}
+
+#[test]
+fn segments_must_lie_in_their_page() {
+    let disk = disk(100, 512, false);
+    for (first, last) in [(0, 8), (0, 255), (3, 2), (255, 255), (8, 8)] {
+        let fault = fault(&raw(op::READ, 0, &[(first, last)]), &disk);
+        assert_eq!(fault, RequestFault::SegmentRange, "{first}..={last}");
+    }
+}
+
+#[test]
+fn the_count_of_segments_is_1_to_11() {
+    let disk = disk(1000, 512, false);
+    for operation in [op::READ, op::WRITE] {
+        assert_eq!(fault(&raw(operation, 0, &[]), &disk), RequestFault::SegmentCount);
+        for count in 12..=255 {
+            let mut request = raw(operation, 0, &[(0, 7); 11]);
+            request.nr_segments = count;
+            assert_eq!(fault(&request, &disk), RequestFault::SegmentCount, "{count}");
+        }
+    }
+}
+
+#[test]
+fn a_request_ends_with_the_disk() {
+    let disk = disk(100, 512, false);
+    assert!(Request::check(&raw(op::READ, 92, &[(0, 7)]), &disk).is_ok());
+    for sector in [93, 100, 1 << 55, u64::MAX, u64::MAX - 7] {
+        let fault = fault(&raw(op::READ, sector, &[(0, 7)]), &disk);
+        assert_eq!(fault, RequestFault::BeyondEnd, "{sector}");
+    }
+}
+
+#[test]
+fn a_read_only_disk_refuses_every_change_and_takes_a_flush() {
+    let disk = disk(100, 512, true);
+    for operation in [op::WRITE, op::FLUSH_DISKCACHE] {
+        assert_eq!(fault(&raw(operation, 0, &[(0, 7)]), &disk), RequestFault::ReadOnly);
+    }
+    assert!(Request::check(&raw(op::READ, 0, &[(0, 7)]), &disk).is_ok());
+    assert!(Request::check(&raw(op::FLUSH_DISKCACHE, 0, &[]), &disk).is_ok());
+}
+
+#[test]
+fn a_4kn_disk_takes_whole_blocks_only() {
+    let disk = disk(800, 4096, false);
+    assert!(Request::check(&raw(op::WRITE, 8, &[(0, 7)]), &disk).is_ok());
+    for bad in [raw(op::WRITE, 1, &[(0, 7)]), raw(op::WRITE, 8, &[(0, 3), (4, 7)])] {
+        assert_eq!(fault(&bad, &disk), RequestFault::Unaligned);
+    }
+}
+
+#[test]
+fn what_nobody_defined_is_not_supported() {
+    let disk = disk(100, 512, false);
+    for operation in [op::WRITE_BARRIER, 4, op::DISCARD, op::INDIRECT, 7, 255] {
+        let fault = fault(&raw(operation, 0, &[(0, 7)]), &disk);
+        assert_eq!(fault.status(), Status::NotSupported);
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_request_that_exists_is_inside_the_disk_and_its_pages(
+        operation in 0u8..8,
+        nr_segments: u8,
+        sector in prop_oneof![0u64..2000, any::<u64>()],
+        segments in prop::array::uniform11((0u8..9, 0u8..9)),
+        sector_bytes in prop_oneof![Just(512u32), Just(4096)],
+    ) {
+        let disk = disk(1024, sector_bytes, false);
+        let mut raw = raw(operation, sector, &segments);
+        raw.nr_segments = nr_segments;
+        if let Ok(request) = Request::check(&raw, &disk) {
+            let end = request.offset_bytes + u64::from(request.len_bytes);
+            prop_assert!(end <= disk.geometry.size.0);
+            let sum: u32 = request.segments().iter().map(|segment| u32::from(segment.len)).sum();
+            prop_assert_eq!(sum, request.len_bytes);
+            prop_assert!(request.len_bytes.is_multiple_of(sector_bytes));
+            for segment in request.segments() {
+                prop_assert!(segment.len > 0 && segment.offset + segment.len <= 4096);
+            }
+        }
+    }
+}

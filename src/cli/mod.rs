@@ -1,0 +1,8 @@
+//! The subcommands: each a set of options and a `run`.
+
+pub mod admin;
+pub mod demo;
+pub mod list;
+mod log;
+pub mod rates;
+pub mod serve;

@@ -1,0 +1,75 @@
+//! `polldisk serve`: the daemon.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use polldisk::config::{Config, ServeOptions};
+use polldisk::control;
+use polldisk::msg::event_channel;
+use polldisk::park::Doorbell;
+use polldisk::worker::{WorkerThread, spawn_all};
+use polldisk::xen::linux::LinuxXen;
+
+use super::log;
+
+/// Serve guests' disks: run in dom0 or a driver domain, as root, until SIGTERM
+///
+/// Disks come from the toolstack (xl disks with backendtype=phy while xen-blkback is not loaded,
+/// files with script=block-polldisk) or from `polldisk attach`. Log lines go to standard error.
+#[derive(Args, Debug)]
+pub struct Serve {
+    /// TOML file with the same options as keys; the command line goes first
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    #[command(flatten)]
+    options: ServeOptions,
+}
+
+impl Serve {
+    /// Serves until a signal ends it.
+    pub fn run(self) -> anyhow::Result<()> {
+        let file = match &self.config {
+            Some(path) => ServeOptions::from_file(path)?,
+            None => ServeOptions::default(),
+        };
+        let config = self.options.or(file).check(&available_cores())?;
+        log::start(&config.log)?;
+        let xen = LinuxXen::detect()?;
+        for backend_type in &config.backend_types {
+            xen.check_backend_is_free(backend_type)?;
+        }
+        serve(&xen, &config)
+    }
+}
+
+fn serve(xen: &LinuxXen, config: &Config) -> anyhow::Result<()> {
+    let (reports, events) = event_channel().context("cannot make the workers' channel")?;
+    let (workers, threads) = spawn_all(xen, &config.workers, config.poll, &reports)?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        workers = workers.len(),
+        cores = ?config.workers.iter().flatten().collect::<Vec<_>>(),
+        poll_us = config.poll.as_micros(),
+        backend_types = ?config.backend_types,
+        admin = %config.admin.display(),
+        "serving"
+    );
+    let control_config = control::Config {
+        backend_types: config.backend_types.clone(),
+        admin_path: Some(config.admin.clone()),
+        signals: true,
+        ..control::Config::default()
+    };
+    let stop = Doorbell::new().context("cannot make an eventfd")?;
+    control::run(xen, &control_config, workers, events, &stop)?;
+    threads.into_iter().for_each(WorkerThread::join);
+    tracing::info!("ended");
+    Ok(())
+}
+
+/// The cores that this process may use.
+pub fn available_cores() -> Vec<usize> {
+    core_affinity::get_core_ids().unwrap_or_default().into_iter().map(|core| core.id).collect()
+}

@@ -1,0 +1,287 @@
+//! Command line and configuration file, checked together into one [`Config`].
+//!
+//! An option on the command line goes before the same one in the file, which goes before the
+//! default. Every error names the option and what would be right.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::Args;
+use serde::Deserialize;
+
+use crate::limits;
+
+/// Where `polldisk serve` listens for `attach`, `detach` and `list` unless told otherwise.
+pub const ADMIN_SOCKET: &str = "/run/polldisk/admin.sock";
+
+/// Options of `polldisk serve`, as they come: from the command line, or as keys of the TOML file.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct ServeOptions {
+    /// Worker threads that serve rings [default: one per core of --cores, else half of the host's
+    /// cores]
+    #[arg(long, value_name = "N")]
+    pub workers: Option<usize>,
+
+    /// Cores to pin the workers to, such as 2-5,8; keep guests' vCPUs off them [default: unpinned]
+    #[arg(long, value_name = "LIST")]
+    pub cores: Option<String>,
+
+    /// Longest time in microseconds that a worker polls without work before it sleeps; 0 never
+    /// polls
+    #[arg(long, value_name = "N")]
+    pub poll_us: Option<u64>,
+
+    /// Kind of xenstore areas to serve, backend/TYPE/...; may be given several times
+    /// [default: vbd]
+    #[arg(long = "backend-type", value_name = "TYPE")]
+    pub backend_type: Vec<String>,
+
+    /// Socket for attach, detach and list [default: /run/polldisk/admin.sock]
+    #[arg(long, value_name = "PATH")]
+    pub admin: Option<PathBuf>,
+
+    /// What to log: error, warn, info, debug, trace, or a filter such as polldisk::control=debug
+    /// [default: info]
+    #[arg(long, value_name = "LEVEL")]
+    pub log: Option<String>,
+}
+
+/// What `polldisk serve` runs with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The core of each worker, where it is pinned to one; as many entries as workers.
+    pub workers: Vec<Option<usize>>,
+    /// Longest time a worker polls without work.
+    pub poll: Duration,
+    /// `backend/<type>` areas served.
+    pub backend_types: Vec<String>,
+    /// The admin socket.
+    pub admin: PathBuf,
+    /// Log filter.
+    pub log: String,
+}
+
+/// An option that can't be obeyed.
+#[derive(Debug, thiserror::Error)]
+#[error("{option}: {what}; {mend}")]
+pub struct ConfigError {
+    /// The option, or the file.
+    pub option: String,
+    /// What is wrong with it.
+    pub what: String,
+    /// What would be right.
+    pub mend: String,
+}
+
+impl ServeOptions {
+    /// Reads the options of a TOML file.
+    pub fn from_file(path: &Path) -> Result<ServeOptions, ConfigError> {
+        let fail = |what: String, mend: &str| ConfigError {
+            option: format!("--config {}", path.display()),
+            what,
+            mend: mend.to_owned(),
+        };
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| fail(error.to_string(), "name a readable TOML file"))?;
+        toml::from_str(&text).map_err(|error| {
+            let known = "the keys are workers, cores, poll-us, backend-type, admin, log";
+            fail(error.to_string().trim_end().to_owned(), known)
+        })
+    }
+
+    /// These options, and those of `file` where these say nothing.
+    #[must_use]
+    pub fn or(self, file: ServeOptions) -> ServeOptions {
+        ServeOptions {
+            workers: self.workers.or(file.workers),
+            cores: self.cores.or(file.cores),
+            poll_us: self.poll_us.or(file.poll_us),
+            backend_type: if self.backend_type.is_empty() {
+                file.backend_type
+            } else {
+                self.backend_type
+            },
+            admin: self.admin.or(file.admin),
+            log: self.log.or(file.log),
+        }
+    }
+
+    /// Checks everything against a host with the cores `available`.
+    pub fn check(self, available: &[usize]) -> Result<Config, ConfigError> {
+        let backend_types = match self.backend_type {
+            types if types.is_empty() => vec!["vbd".to_owned()],
+            types => types,
+        };
+        for backend_type in &backend_types {
+            check_backend_type(backend_type)?;
+        }
+        Ok(Config {
+            workers: place_workers(self.workers, self.cores.as_deref(), available)?,
+            poll: check_poll(self.poll_us)?,
+            backend_types,
+            admin: self.admin.unwrap_or_else(|| ADMIN_SOCKET.into()),
+            log: self.log.unwrap_or_else(|| "info".to_owned()),
+        })
+    }
+}
+
+/// The core of each worker: `workers` of them, on `cores` where given.
+fn place_workers(
+    workers: Option<usize>,
+    cores: Option<&str>,
+    available: &[usize],
+) -> Result<Vec<Option<usize>>, ConfigError> {
+    let bad_count = |what: String, mend: String| ConfigError {
+        option: format!("--workers {}", workers.unwrap_or_default()),
+        what,
+        mend,
+    };
+    if workers.is_some_and(|count| count == 0 || count > limits::WORKERS_MAX) {
+        let mend = format!("give 1 to {}", limits::WORKERS_MAX);
+        return Err(bad_count("that is no sensible count of threads".to_owned(), mend));
+    }
+    let Some(list) = cores else {
+        let count = workers.unwrap_or((available.len() / 2).max(1));
+        return Ok(vec![None; count]);
+    };
+    let cores = parse_cores(list)?;
+    if let Some(missing) = cores.iter().find(|core| !available.contains(core)) {
+        return Err(ConfigError {
+            option: format!("--cores {list}"),
+            what: format!("core {missing} is not there for this process"),
+            mend: format!("choose from {available:?}"),
+        });
+    }
+    let count = workers.unwrap_or(cores.len());
+    if count > cores.len() {
+        let what = format!("--cores {list} names only {} cores", cores.len());
+        let mend = "two polling workers on one core hinder each other: give a core for each";
+        return Err(bad_count(what, mend.to_owned()));
+    }
+    Ok(cores.into_iter().take(count).map(Some).collect())
+}
+
+/// Parses a list of cores such as `2-5,8`, in the order given.
+pub fn parse_cores(list: &str) -> Result<Vec<usize>, ConfigError> {
+    let bad = |what: String| ConfigError {
+        option: format!("--cores {list}"),
+        what,
+        mend: "write numbers and ranges, such as 2-5,8".to_owned(),
+    };
+    let number = |text: &str| {
+        text.parse::<usize>()
+            .ok()
+            .filter(|core| *core < 4096)
+            .ok_or_else(|| bad(format!("\"{text}\" is no core number")))
+    };
+    let mut cores = Vec::new();
+    for part in list.split(',').map(str::trim) {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (number(first)?, number(last)?);
+        if first > last {
+            return Err(bad(format!("the range {part} runs backwards")));
+        }
+        for core in first..=last {
+            if cores.contains(&core) {
+                return Err(bad(format!("core {core} is named twice")));
+            }
+            cores.push(core);
+        }
+    }
+    Ok(cores)
+}
+
+/// The longest poll that makes sense: beyond a second it is busy waiting.
+const POLL_US_MAX: u64 = 1_000_000;
+const POLL_US_DEFAULT: u64 = 50;
+
+fn check_poll(poll_us: Option<u64>) -> Result<Duration, ConfigError> {
+    let poll_us = poll_us.unwrap_or(POLL_US_DEFAULT);
+    if poll_us > POLL_US_MAX {
+        return Err(ConfigError {
+            option: format!("--poll-us {poll_us}"),
+            what: "a worker would burn its core".to_owned(),
+            mend: format!("give 0 to {POLL_US_MAX}; {POLL_US_DEFAULT} suits most hosts"),
+        });
+    }
+    Ok(Duration::from_micros(poll_us))
+}
+
+fn check_backend_type(name: &str) -> Result<(), ConfigError> {
+    let plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+    if name.is_empty() || !plain || name.len() > 32 {
+        return Err(ConfigError {
+            option: format!("--backend-type {name}"),
+            what: "it is not the name of a xenstore area".to_owned(),
+            mend: "give vbd, or the name that your toolstack writes under backend/".to_owned(),
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    fn options(edit: impl FnOnce(&mut ServeOptions)) -> ServeOptions {
+        let mut options = ServeOptions::default();
+        edit(&mut options);
+        options
+    }
+
+    #[test]
+    fn defaults_leave_half_of_the_host_to_others() {
+        let config = ServeOptions::default().check(&[0, 1, 2, 3]).unwrap();
+        assert_eq!(config.workers, [None, None]);
+        assert_eq!(config.poll, Duration::from_micros(50));
+        assert_eq!(config.backend_types, ["vbd"]);
+        assert_eq!(config.admin, Path::new(ADMIN_SOCKET));
+    }
+
+    #[test]
+    fn a_worker_gets_a_core_of_its_own() {
+        let pinned = options(|options| options.cores = Some("2-3,0".to_owned()));
+        assert_eq!(
+            pinned.clone().check(&[0, 1, 2, 3]).unwrap().workers,
+            [Some(2), Some(3), Some(0)]
+        );
+        let too_many = options(|options| options.workers = Some(4)).or(pinned);
+        let error = too_many.check(&[0, 1, 2, 3]).unwrap_err().to_string();
+        assert!(error.starts_with("--workers 4: --cores 2-3,0 names only 3 cores;"), "{error}");
+    }
+
+    #[test]
+    fn bad_options_are_named_with_what_would_be_right() {
+        let cases: [(ServeOptions, &str); 7] = [
+            (options(|options| options.workers = Some(0)), "--workers 0: "),
+            (options(|options| options.cores = Some("4-2".to_owned())), "--cores 4-2: "),
+            (options(|options| options.cores = Some("x".to_owned())), "--cores x: "),
+            (options(|options| options.cores = Some("1,1".to_owned())), "--cores 1,1: "),
+            (options(|options| options.cores = Some("9".to_owned())), "--cores 9: core 9 is not"),
+            (options(|options| options.poll_us = Some(9_000_000)), "--poll-us 9000000: "),
+            (options(|options| options.backend_type = vec!["a/b".to_owned()]), "--backend-type"),
+        ];
+        for (options, start) in cases {
+            let error = options.check(&[0, 1]).unwrap_err().to_string();
+            assert!(error.starts_with(start) && error.contains("; "), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_goes_before_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("polldisk.toml");
+        std::fs::write(&path, "workers = 3\npoll-us = 7\nbackend-type = [\"vbd\", \"vbd3\"]\n")
+            .unwrap();
+        let file = ServeOptions::from_file(&path).unwrap();
+        let config = options(|options| options.workers = Some(1)).or(file).check(&[0, 1]).unwrap();
+        assert_eq!(config.workers.len(), 1);
+        assert_eq!(config.poll, Duration::from_micros(7));
+        assert_eq!(config.backend_types, ["vbd", "vbd3"]);
+
+        std::fs::write(&path, "worker = 3\n").unwrap();
+        let error = ServeOptions::from_file(&path).unwrap_err().to_string();
+        assert!(error.contains("unknown field `worker`"), "{error}");
+    }
+}

@@ -1,0 +1,195 @@
+//! The admin socket: `attach`, `detach` and `list` while the daemon runs.
+//!
+//! The command line's side is [`client`]; what goes over the socket is in [`protocol`]. On the
+//! daemon's side a request that has to wait for a guest or for workers is kept as a job, looked at
+//! again whenever something happened; control goes on meanwhile.
+
+pub mod client;
+pub mod protocol;
+mod server;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use mio::{Registry as Polled, Token};
+
+use super::area::Failure;
+use super::attach::AttachError;
+use super::disk::{Disk, DiskKey};
+use super::registry::Registry;
+use crate::backing::Image;
+use crate::limits;
+use crate::msg::QueueKey;
+use crate::xen::Store;
+use crate::xen::vdev::Vdev;
+use protocol::{DiskReport, Reply, Request};
+use server::Server;
+
+pub use server::BindError;
+pub(super) use server::FIRST_CLIENT;
+
+/// The admin socket and what is being waited for.
+#[derive(Debug)]
+pub(super) struct Admin {
+    server: Server,
+    jobs: Vec<Job>,
+}
+
+/// A request whose answer is not there yet.
+#[derive(Debug)]
+struct Job {
+    client: Token,
+    wait: Wait,
+    deadline: Instant,
+}
+
+#[derive(Debug)]
+enum Wait {
+    /// For the disk to be forgotten.
+    Detach(DiskKey),
+    /// For the workers' latencies.
+    Latencies(BTreeSet<QueueKey>),
+}
+
+impl Admin {
+    /// Listens at `path`; `token` is the listener's.
+    pub fn bind(path: &Path, polled: &Polled, token: Token) -> Result<Admin, BindError> {
+        Ok(Admin { server: Server::bind(path, polled, token)?, jobs: Vec::new() })
+    }
+
+    /// Takes new clients in.
+    pub fn accept(&mut self, polled: &Polled) {
+        self.server.accept(polled);
+    }
+
+    /// Goes on with one client.
+    pub fn pump<S: Store>(&mut self, client: Token, registry: &mut Registry<S>) {
+        while let Some(request) = self.server.pump(client) {
+            match begin(request, registry) {
+                Begun::Replied(reply) => self.server.reply(client, &reply),
+                Begun::Waiting(wait, patience) => {
+                    let deadline = Instant::now() + Duration::from_secs(patience);
+                    self.jobs.push(Job { client, wait, deadline });
+                    return;
+                }
+            }
+        }
+    }
+
+    /// A worker has answered for this queue.
+    pub fn latency_taken(&mut self, queue: QueueKey) {
+        for job in &mut self.jobs {
+            if let Wait::Latencies(due) = &mut job.wait {
+                due.remove(&queue);
+            }
+        }
+    }
+
+    /// Answers the jobs that are done or have waited long enough.
+    pub fn finish_jobs<S: Store>(&mut self, registry: &mut Registry<S>) {
+        let now = Instant::now();
+        let mut index = 0;
+        while let Some(job) = self.jobs.get(index) {
+            let Some(reply) = job.outcome(registry, now) else {
+                index += 1;
+                continue;
+            };
+            let client = self.jobs.swap_remove(index).client;
+            self.server.reply(client, &reply);
+            self.pump(client, registry);
+        }
+    }
+
+    /// When the next job has waited long enough.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.jobs.iter().map(|job| job.deadline).min()
+    }
+}
+
+enum Begun {
+    Replied(Reply),
+    Waiting(Wait, u64),
+}
+
+fn begin<S: Store>(request: Request, registry: &mut Registry<S>) -> Begun {
+    match request {
+        Request::Attach(attach) => Begun::Replied(reply(registry.attach(&attach))),
+        Request::Detach(detach) => match registry.detach(&detach) {
+            Ok(key) => Begun::Waiting(Wait::Detach(key), limits::DETACH_SECONDS),
+            Err(error) => Begun::Replied(reply(Err(error))),
+        },
+        Request::List => {
+            Begun::Waiting(Wait::Latencies(registry.ask_latencies()), limits::LATENCY_SECONDS)
+        }
+    }
+}
+
+fn reply(result: Result<(), AttachError>) -> Reply {
+    match result {
+        Ok(()) => Reply::Done,
+        Err(error) => Reply::Error { message: Failure::of(&error).text },
+    }
+}
+
+impl Job {
+    fn outcome<S: Store>(&self, registry: &Registry<S>, now: Instant) -> Option<Reply> {
+        let late = now >= self.deadline;
+        match &self.wait {
+            Wait::Detach(key) => match registry.disk(key) {
+                None => Some(Reply::Done),
+                Some(_) if late => Some(Reply::Error { message: held(key) }),
+                Some(_) => None,
+            },
+            Wait::Latencies(due) => (due.is_empty() || late)
+                .then(|| Reply::Disks { disks: registry.disks().map(report).collect() }),
+        }
+    }
+}
+
+fn held(key: &DiskKey) -> String {
+    let vdev = Vdev::from(key.vbd);
+    format!(
+        "domain {domid} has not let go of {vdev} in {seconds} s; unmount it in the guest, or take \
+         it away with `polldisk detach --domid {domid} --vdev {vdev} --force`",
+        domid = key.domid,
+        seconds = limits::DETACH_SECONDS,
+    )
+}
+
+fn report(disk: &Disk) -> DiskReport {
+    let key = disk.key();
+    let geometry = disk.geometry();
+    let connection = disk.connection();
+    let workers = connection.map(|connection| connection.workers()).unwrap_or_default();
+    let since = connection.map_or(disk.since(), |connection| connection.since());
+    let description = disk.description();
+    DiskReport {
+        domid: key.domid.raw().into(),
+        vdev: Vdev::from(key.vbd).to_string(),
+        devid: key.vbd.0,
+        kind: key.kind.to_string(),
+        state: disk.machine().backend().to_string(),
+        failure: disk.failure().to_owned(),
+        target: description.map(|description| description.target.clone()).unwrap_or_default(),
+        backing: match disk.image() {
+            Some(Image::Raw(_)) => "raw",
+            Some(Image::Null(_)) => "null",
+            None => "",
+        }
+        .to_owned(),
+        read_only: description.is_some_and(|description| description.read_only),
+        sectors: geometry.map_or(0, |geometry| geometry.sectors().0),
+        sector_size: geometry.map_or(0, |geometry| geometry.sector_bytes),
+        queues: workers.len(),
+        worker: workers.first().copied(),
+        workers,
+        counts: connection.map(|connection| connection.counts()).unwrap_or_default(),
+        latency: connection.map(|connection| steps(connection.latency())).unwrap_or_default(),
+        uptime_ms: u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
+fn steps(latency: &hdrhistogram::Histogram<u64>) -> Vec<(u64, u64)> {
+    latency.iter_recorded().map(|step| (step.value_iterated_to(), step.count_at_value())).collect()
+}

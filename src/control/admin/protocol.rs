@@ -1,0 +1,102 @@
+//! What the admin socket carries: one JSON value a line, a request and then its reply.
+
+use serde::{Deserialize, Serialize};
+
+use crate::metrics::Counts;
+
+/// What an admin asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "lowercase")]
+pub enum Request {
+    /// Make a disk for a running guest.
+    Attach(Attach),
+    /// Take a disk away from its guest.
+    Detach(Detach),
+    /// Tell all disks.
+    List,
+}
+
+/// A disk to be made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attach {
+    /// The guest.
+    pub domid: u32,
+    /// The disk's name there, such as `xvdb`.
+    pub vdev: String,
+    /// What holds its contents, such as `raw:/path`.
+    pub target: String,
+    /// The guest may not write.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
+/// A disk to be taken away.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Detach {
+    /// The guest.
+    pub domid: u32,
+    /// The disk's name there.
+    pub vdev: String,
+    /// Do not wait for the guest to let go of it.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// The answer to a request.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "lowercase")]
+pub enum Reply {
+    /// It is done.
+    Done,
+    /// All disks.
+    Disks {
+        /// In the order of backend type, domain and number.
+        disks: Vec<DiskReport>,
+    },
+    /// It is not done.
+    Error {
+        /// The cause and the mend.
+        message: String,
+    },
+}
+
+/// One disk, as it is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DiskReport {
+    /// The guest.
+    pub domid: u32,
+    /// The disk's name there.
+    pub vdev: String,
+    /// Its number there.
+    pub devid: u32,
+    /// The backend type of its area, such as `vbd`.
+    pub kind: String,
+    /// The backend's state, such as `Connected`.
+    pub state: String,
+    /// Why it failed last; empty where it did not.
+    pub failure: String,
+    /// What holds its contents, as it was named.
+    pub target: String,
+    /// The kind of backing; empty while none is open.
+    pub backing: String,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// Its size in 512-byte sectors; 0 while nothing is open.
+    pub sectors: u64,
+    /// Bytes in a logical block; 0 while nothing is open.
+    pub sector_size: u32,
+    /// Rings in use.
+    pub queues: usize,
+    /// The worker of each ring.
+    pub workers: Vec<usize>,
+    /// The worker of its first ring.
+    pub worker: Option<usize>,
+    /// What was counted since it connected.
+    #[serde(flatten)]
+    pub counts: Counts,
+    /// Request latencies since it connected: the highest value of each step in nanoseconds, and
+    /// how many requests were there.
+    pub latency: Vec<(u64, u64)>,
+    /// Since it connected, or else since it was found.
+    pub uptime_ms: u64,
+}

@@ -1,0 +1,200 @@
+//! The answering side of the admin socket: bounded lines of bounded clients, never waited for.
+
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use mio::net::{UnixListener, UnixStream};
+use mio::{Interest, Registry as Polled, Token};
+use rustc_hash::FxHashMap;
+
+use super::protocol::{Reply, Request};
+use crate::limits;
+
+/// A listening admin socket and its clients. Clients have tokens from `FIRST_CLIENT` up, each
+/// used once.
+#[derive(Debug)]
+pub struct Server {
+    path: PathBuf,
+    listener: UnixListener,
+    clients: FxHashMap<Token, Client>,
+    next_token: usize,
+}
+
+/// The first token of a client; lower ones are for others.
+pub const FIRST_CLIENT: usize = 1 << 16;
+
+/// Why there is no admin socket.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Somebody answers there.
+    #[error("another polldisk answers at {}; stop it, or use another --admin path", .0.display())]
+    InUse(PathBuf),
+    /// It can't be made.
+    #[error(
+        "cannot make the admin socket {}; make its folder writable, or use another --admin path",
+        path.display()
+    )]
+    Failed {
+        /// The socket.
+        path: PathBuf,
+        /// The system's error.
+        source: io::Error,
+    },
+}
+
+#[derive(Debug)]
+struct Client {
+    stream: UnixStream,
+    inbox: Vec<u8>,
+    outbox: Vec<u8>,
+    /// A request is being worked on; the next is read after its reply.
+    waiting: bool,
+    /// It has sent all that it will.
+    ended: bool,
+}
+
+impl Server {
+    /// Listens at `path`, for its owner only. A socket that a dead daemon left is replaced.
+    pub fn bind(path: &Path, polled: &Polled, token: Token) -> Result<Server, BindError> {
+        if std::os::unix::net::UnixStream::connect(path).is_ok() {
+            return Err(BindError::InUse(path.to_owned()));
+        }
+        let listen = || {
+            if let Some(folder) = path.parent() {
+                std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+            }
+            match std::fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            let mut listener = UnixListener::bind(path)?;
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+            polled.register(&mut listener, token, Interest::READABLE)?;
+            Ok(listener)
+        };
+        let listener =
+            listen().map_err(|source| BindError::Failed { path: path.to_owned(), source })?;
+        let clients = FxHashMap::default();
+        Ok(Server { path: path.to_owned(), listener, clients, next_token: FIRST_CLIENT })
+    }
+
+    /// Takes new clients in; those over the limit are turned away.
+    pub fn accept(&mut self, polled: &Polled) {
+        loop {
+            match self.listener.accept() {
+                Ok((stream, _)) => self.admit(stream, polled),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    if error.kind() != io::ErrorKind::WouldBlock {
+                        tracing::warn!("cannot take an admin client: {error}");
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn admit(&mut self, mut stream: UnixStream, polled: &Polled) {
+        if self.clients.len() == limits::ADMIN_CLIENTS_MAX {
+            tracing::warn!("an admin client too many was turned away");
+            return;
+        }
+        let token = Token(self.next_token);
+        self.next_token += 1;
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        if let Err(error) = polled.register(&mut stream, token, interest) {
+            tracing::warn!("cannot watch an admin client: {error}");
+            return;
+        }
+        let client =
+            Client { stream, inbox: Vec::new(), outbox: Vec::new(), waiting: false, ended: false };
+        self.clients.insert(token, client);
+    }
+
+    /// Goes on with a client whose socket became ready; its next request, if it is here.
+    pub fn pump(&mut self, token: Token) -> Option<Request> {
+        let client = self.clients.get_mut(&token)?;
+        let request = client.write().and_then(|()| client.next_request());
+        let (request, done) = match request {
+            Ok(request) => (request, client.is_done()),
+            Err(error) => {
+                tracing::debug!("an admin client was dropped: {error}");
+                (None, true)
+            }
+        };
+        if done {
+            self.clients.remove(&token);
+        }
+        request
+    }
+
+    /// Answers a client's request; one that has gone is not missed. Call [`Server::pump`] after.
+    pub fn reply(&mut self, token: Token, reply: &Reply) {
+        let Some(client) = self.clients.get_mut(&token) else { return };
+        match serde_json::to_writer(&mut client.outbox, reply) {
+            Ok(()) => client.outbox.push(b'\n'),
+            Err(error) => tracing::error!("a reply can't be written as JSON: {error}"),
+        }
+        client.waiting = false;
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Whoever comes next replaces one that stays behind.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl Client {
+    fn is_done(&self) -> bool {
+        self.ended && !self.waiting && self.outbox.is_empty()
+    }
+
+    fn write(&mut self) -> io::Result<()> {
+        while !self.outbox.is_empty() {
+            match self.stream.write(&self.outbox) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => drop(self.outbox.drain(..written)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn next_request(&mut self) -> io::Result<Option<Request>> {
+        if self.waiting || !self.outbox.is_empty() {
+            return Ok(None);
+        }
+        let Some(line) = self.next_line()? else { return Ok(None) };
+        let request = serde_json::from_slice(&line)?;
+        self.waiting = true;
+        Ok(Some(request))
+    }
+
+    fn next_line(&mut self) -> io::Result<Option<Vec<u8>>> {
+        let mut chunk = [0; 4096];
+        loop {
+            if let Some(end) = self.inbox.iter().position(|byte| *byte == b'\n') {
+                let rest = self.inbox.split_off(end + 1);
+                return Ok(Some(std::mem::replace(&mut self.inbox, rest)));
+            }
+            if self.inbox.len() > limits::ADMIN_LINE_MAX {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "its line is too long"));
+            }
+            match self.stream.read(&mut chunk) {
+                Ok(0) => {
+                    self.ended = true;
+                    return Ok(None);
+                }
+                Ok(read) => self.inbox.extend_from_slice(&chunk[..read]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}

@@ -1,0 +1,296 @@
+//! The backend area of a disk: what the toolstack wrote there, and how polldisk writes to it.
+
+use std::io;
+
+use xenstore_rs::Xs;
+
+use super::disk::DiskKey;
+use super::frontend::Offer;
+use crate::backing::Geometry;
+use crate::limits;
+use crate::units::{DomId, parse_decimal};
+use crate::xen::Store;
+use crate::xen::keys::{self, XenbusState};
+
+/// What the toolstack says of a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Description {
+    /// What holds its contents, as written.
+    pub target: String,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// It is a CD-ROM, which is always read-only.
+    pub cdrom: bool,
+    /// Its medium can be taken out.
+    pub removable: bool,
+    /// The hotplug script that the toolstack runs after InitWait.
+    pub script: Option<String>,
+    /// polldisk made the areas.
+    pub attached: bool,
+}
+
+/// Why an area does not describe a disk.
+#[derive(Debug, thiserror::Error)]
+pub enum AreaError {
+    /// A node is missing.
+    #[error("{0} is missing from the backend area; the toolstack has to write it")]
+    Missing(&'static str),
+    /// The area names another frontend than its own path does.
+    #[error("{node} is \"{value}\" and not \"{wanted}\"; an area is for its own path's frontend")]
+    Stranger {
+        /// Which node.
+        node: &'static str,
+        /// What it holds.
+        value: String,
+        /// What its path says.
+        wanted: String,
+    },
+    /// There is no medium.
+    #[error("params names nothing; name the disk's contents, such as raw:/path")]
+    Empty,
+    /// Xenstore failed.
+    #[error("cannot read {node} of the backend area")]
+    Store {
+        /// Which node.
+        node: &'static str,
+        /// Xenstore's error.
+        source: io::Error,
+    },
+}
+
+impl Description {
+    /// Reads the area of `key`.
+    pub fn read(store: &impl Xs, area: &str, key: &DiskKey) -> Result<Description, AreaError> {
+        let text = |node: &'static str| match store.read(&format!("{area}/{node}")) {
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(AreaError::Store { node, source }),
+        };
+        let is = |node, wanted: String| match text(node)? {
+            Some(value) if *value == *wanted => Ok(()),
+            Some(value) => Err(AreaError::Stranger { node, value: value.into(), wanted }),
+            None => Err(AreaError::Missing(node)),
+        };
+        is(keys::FRONTEND_ID, key.domid.to_string())?;
+        is(keys::FRONTEND, key.frontend_area())?;
+        let target = text(keys::PARAMS)?.ok_or(AreaError::Missing(keys::PARAMS))?;
+        if target.is_empty() {
+            return Err(AreaError::Empty);
+        }
+        let mode = text(keys::MODE)?.ok_or(AreaError::Missing(keys::MODE))?;
+        let cdrom = text(keys::DEVICE_TYPE)?.is_some_and(|kind| &*kind == "cdrom");
+        Ok(Description {
+            target: target.into(),
+            read_only: cdrom || !mode.contains('w'),
+            cdrom,
+            removable: text(keys::REMOVABLE)?.is_some_and(|flag| &*flag == "1"),
+            script: text(keys::SCRIPT)?.map(String::from),
+            attached: text(keys::ATTACHED)?.is_some(),
+        })
+    }
+
+    /// Whether the hotplug script passes on what polldisk writes to `hotplug-error`: ours does.
+    /// libxl runs a script only after InitWait, and prints that error when the script fails.
+    pub fn script_reports(&self) -> bool {
+        self.script.as_deref().is_some_and(|script| script.ends_with("/block-polldisk"))
+    }
+
+    /// The flags of `info`.
+    pub fn info(&self) -> u32 {
+        let flag = |set, value| if set { value } else { 0 };
+        flag(self.cdrom, keys::VDISK_CDROM)
+            | flag(self.removable, keys::VDISK_REMOVABLE)
+            | flag(self.read_only, keys::VDISK_READONLY)
+    }
+}
+
+/// A value to be written to a node of an area.
+pub type NodeValue = (&'static str, String);
+
+/// What a frontend reads before it chooses its rings. `hotplug-status` is written only where no
+/// script does it.
+pub fn features(offer: &Offer, geometry: &Geometry, script: bool) -> Vec<NodeValue> {
+    let mut nodes = vec![
+        (keys::FEATURE_FLUSH_CACHE, u8::from(offer.flush).to_string()),
+        (keys::FEATURE_PERSISTENT, u8::from(offer.persistent).to_string()),
+        (keys::SECTOR_SIZE, geometry.sector_bytes.to_string()),
+        (keys::PHYSICAL_SECTOR_SIZE, geometry.physical_sector_bytes.to_string()),
+    ];
+    if offer.ring_page_order > 0 {
+        nodes.push((keys::MAX_RING_PAGE_ORDER, offer.ring_page_order.to_string()));
+    }
+    if offer.queues > 1 {
+        nodes.push((keys::MULTI_QUEUE_MAX_QUEUES, offer.queues.to_string()));
+    }
+    if !script {
+        nodes.push((keys::HOTPLUG_STATUS, "connected".to_owned()));
+    }
+    nodes
+}
+
+/// What a frontend reads when the backend is Connected.
+pub fn shape(info: u32, geometry: &Geometry) -> Vec<NodeValue> {
+    vec![
+        (keys::SECTORS, geometry.sectors().to_string()),
+        (keys::INFO, info.to_string()),
+        (keys::SECTOR_SIZE, geometry.sector_bytes.to_string()),
+        (keys::PHYSICAL_SECTOR_SIZE, geometry.physical_sector_bytes.to_string()),
+    ]
+}
+
+/// Writes nodes in one transaction, unless the area has vanished: writing would bring it back.
+pub fn write<S: Store>(store: &S, area: &str, nodes: &[NodeValue]) -> io::Result<()> {
+    store.atomically(|span| {
+        if !exists(span, &format!("{area}/{}", keys::STATE))? {
+            return Ok(());
+        }
+        nodes.iter().try_for_each(|(node, value)| span.write(&format!("{area}/{node}"), value))
+    })
+}
+
+/// Moves `state` from `expected` to `new`. Where somebody else has written it meanwhile, nothing
+/// is written and what is there is returned: the toolstack's Closing must not be overwritten.
+pub fn switch_state<S: Store>(
+    store: &S,
+    area: &str,
+    expected: XenbusState,
+    new: XenbusState,
+) -> io::Result<XenbusState> {
+    let node = format!("{area}/{}", keys::STATE);
+    store.atomically(|span| {
+        let found = match span.read(&node) {
+            Ok(text) => XenbusState::from_text(&text),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(XenbusState::Unknown);
+            }
+            Err(error) => return Err(error),
+        };
+        if found != expected {
+            return Ok(found);
+        }
+        span.write(&node, &new.number().to_string())?;
+        Ok(new)
+    })
+}
+
+/// Whether `online` allows the disk to be used; a missing node means that it does not.
+pub fn online(store: &impl Xs, area: &str) -> io::Result<bool> {
+    match store.read(&format!("{area}/{}", keys::ONLINE)) {
+        Ok(text) => Ok(parse_decimal::<u64>(&text).is_some_and(|online| online != 0)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// The backend's `state`; `None` where the whole area is gone.
+pub fn state(store: &impl Xs, area: &str) -> io::Result<Option<XenbusState>> {
+    match store.read(&format!("{area}/{}", keys::STATE)) {
+        Ok(text) => Ok(Some(XenbusState::from_text(&text))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Ok(exists(store, area)?.then_some(XenbusState::Unknown))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the hotplug script has finished its work.
+pub fn hotplug_done(store: &impl Xs, area: &str) -> io::Result<bool> {
+    match store.read(&format!("{area}/{}", keys::HOTPLUG_STATUS)) {
+        Ok(text) => Ok(&*text == "connected"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether a node is there.
+pub fn exists(store: &impl Xs, path: &str) -> io::Result<bool> {
+    match store.read(path) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes a node and all below it; one that is not there is as good as removed.
+pub fn remove(store: &impl Xs, path: &str) -> io::Result<()> {
+    match store.rm(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Why a disk failed, as its `error` node tells it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Failure {
+    /// A positive errno, which Linux's xenbus puts first.
+    pub errno: i32,
+    /// The cause and the mend.
+    pub text: String,
+}
+
+impl Failure {
+    /// The failure of `error` and everything that caused it.
+    pub fn of(error: &(dyn std::error::Error + 'static)) -> Failure {
+        let mut errno = libc::EINVAL;
+        let mut text = String::new();
+        let mut next = Some(error);
+        while let Some(cause) = next {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&cause.to_string());
+            if let Some(system) = cause.downcast_ref::<io::Error>() {
+                errno = system.raw_os_error().unwrap_or(errno);
+            }
+            next = cause.source();
+        }
+        Failure { errno, text }
+    }
+}
+
+/// Writes the `error` node of a disk.
+pub fn write_error(
+    store: &impl Xs,
+    own: DomId,
+    key: &DiskKey,
+    failure: &Failure,
+) -> io::Result<()> {
+    let Failure { errno, text } = failure;
+    let mut line = format!("{errno} {text}");
+    let end = line.floor_char_boundary(limits::ERROR_TEXT_MAX);
+    line.truncate(end);
+    store.write(&format!("{}/error", key.error_area(own)), &line)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_failure_tells_the_whole_chain_and_the_systems_errno() {
+        let source = io::Error::from_raw_os_error(libc::ENOSPC);
+        let failure = Failure::of(&AreaError::Store { node: "mode", source });
+        assert_eq!(failure.errno, libc::ENOSPC);
+        assert!(failure.text.starts_with("cannot read mode of the backend area: No space"));
+        assert_eq!(Failure::of(&AreaError::Empty).errno, libc::EINVAL);
+    }
+
+    #[test]
+    fn only_what_the_data_plane_can_keep_is_offered() {
+        use crate::units::Bytes;
+        let geometry =
+            Geometry { size: Bytes(1 << 30), sector_bytes: 4096, physical_sector_bytes: 4096 };
+        let names = |offer: &Offer, script| -> Vec<&str> {
+            features(offer, &geometry, script).into_iter().map(|(node, _)| node).collect()
+        };
+        let one = names(&Offer::default(), true);
+        for node in ["max-ring-page-order", "multi-queue-max-queues", "hotplug-status"] {
+            assert!(!one.contains(&node), "{node}");
+        }
+        let wide = Offer { ring_page_order: 4, queues: 2, ..Offer::default() };
+        for node in ["max-ring-page-order", "multi-queue-max-queues", "hotplug-status"] {
+            assert!(names(&wide, false).contains(&node), "{node}");
+        }
+        assert!(shape(0, &geometry).contains(&(keys::SECTORS, (1 << 21).to_string())));
+    }
+}

@@ -1,0 +1,244 @@
+//! One connection of one disk: its queues on their workers, taken together.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Instant;
+
+use hdrhistogram::Histogram;
+
+use super::disk::DiskKey;
+use super::frontend::Published;
+use super::machine::Input;
+use super::workers::Workers;
+use crate::backing::Image;
+use crate::metrics::{Counts, QueueCounters, new_latency_histogram};
+use crate::msg::{Command, Connect, LinkId, QueueKey, WorkerId};
+use crate::units::QueueId;
+
+/// The queues of one connection.
+#[derive(Debug)]
+pub struct Connection {
+    id: LinkId,
+    published: Published,
+    queues: Vec<Queue>,
+    ending: bool,
+    since: Instant,
+    latency: Histogram<u64>,
+}
+
+#[derive(Debug)]
+struct Queue {
+    key: QueueKey,
+    worker: WorkerId,
+    state: QueueState,
+    counters: Arc<QueueCounters>,
+    latency_asked: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum QueueState {
+    Asked,
+    Served,
+    Down,
+}
+
+/// Something that a connection's disk has to know, with the reason where it is a failure.
+#[derive(Debug, PartialEq, Eq)]
+pub struct News {
+    /// For the disk's machine.
+    pub input: Input,
+    /// Why, for `LinkFailed` and `LinkFault`.
+    pub reason: String,
+}
+
+impl News {
+    fn plain(input: Input) -> Option<News> {
+        Some(News { input, reason: String::new() })
+    }
+
+    fn because(input: Input, reason: String) -> Option<News> {
+        Some(News { input, reason })
+    }
+}
+
+impl Connection {
+    /// Asks workers to serve what the frontend published. The news, if any, is that a worker is
+    /// missing; the connection has to be closed all the same.
+    pub fn open(
+        disk: &DiskKey,
+        published: Published,
+        image: &Arc<Image>,
+        read_only: bool,
+        workers: &mut Workers,
+    ) -> (Connection, Option<News>) {
+        let id = workers.begin_link(disk);
+        let mut queues = Vec::with_capacity(published.rings.len());
+        let mut news = None;
+        for (number, ring) in (0..).zip(&published.rings) {
+            let Some(worker) = workers.place() else {
+                news = News::because(Input::LinkFailed, "no worker is left".to_owned());
+                break;
+            };
+            let key = QueueKey { link: id, queue: QueueId(number) };
+            let counters = Arc::new(QueueCounters::default());
+            let connect = Connect {
+                key,
+                frontend: disk.domid,
+                ring_refs: ring.refs.clone(),
+                port: ring.port,
+                protocol: published.protocol,
+                persistent: published.persistent,
+                read_only,
+                image: image.clone(),
+                counters: counters.clone(),
+            };
+            let mut queue =
+                Queue { key, worker, state: QueueState::Asked, counters, latency_asked: false };
+            if let Err(gone) = workers.send(worker, Command::Connect(Box::new(connect))) {
+                queue.set_down(workers);
+                news = News::because(Input::LinkFailed, gone.to_string());
+            }
+            queues.push(queue);
+        }
+        let connection = Connection {
+            id,
+            published,
+            queues,
+            ending: false,
+            since: Instant::now(),
+            latency: new_latency_histogram(),
+        };
+        (connection, news)
+    }
+
+    /// Its name.
+    pub fn id(&self) -> LinkId {
+        self.id
+    }
+
+    /// What the frontend published for it.
+    pub fn published(&self) -> &Published {
+        &self.published
+    }
+
+    /// Asks the workers to end it. The news is that nothing had to be asked.
+    pub fn close(&mut self, workers: &mut Workers) -> Option<News> {
+        self.ending = true;
+        for queue in &mut self.queues {
+            if queue.state != QueueState::Down
+                && workers.send(queue.worker, Command::Disconnect(queue.key)).is_err()
+            {
+                queue.set_down(workers);
+            }
+        }
+        self.ended()
+    }
+
+    /// A worker serves this queue.
+    pub fn queue_connected(&mut self, key: QueueKey) -> Option<News> {
+        self.queue(key)?.state = QueueState::Served;
+        let served = self.queues.iter().all(|queue| queue.state == QueueState::Served);
+        if served && !self.ending { News::plain(Input::LinkUp) } else { None }
+    }
+
+    /// A worker can't serve this queue. It is still to be disconnected with the others.
+    pub fn queue_failed(&mut self, key: QueueKey, reason: String) -> Option<News> {
+        self.queue(key)?;
+        if self.ending { None } else { News::because(Input::LinkFailed, reason) }
+    }
+
+    /// The frontend broke the ring protocol on this queue.
+    pub fn queue_broken(&mut self, key: QueueKey, reason: String) -> Option<News> {
+        self.queue(key)?;
+        if self.ending { None } else { News::because(Input::LinkFault, reason) }
+    }
+
+    /// A worker holds nothing of this queue any more.
+    pub fn queue_disconnected(&mut self, key: QueueKey, workers: &mut Workers) -> Option<News> {
+        self.queue(key)?.set_down(workers);
+        self.ended()
+    }
+
+    /// A worker has ended, and all of its queues with it.
+    pub fn worker_stopped(&mut self, worker: WorkerId, workers: &mut Workers) -> Option<News> {
+        let mut hit = false;
+        for queue in self.queues.iter_mut().filter(|queue| queue.worker == worker) {
+            hit |= queue.state != QueueState::Down;
+            queue.set_down(workers);
+        }
+        match hit {
+            true if !self.ending => {
+                News::because(Input::LinkFault, format!("worker {} has ended", worker.0))
+            }
+            true => self.ended(),
+            false => None,
+        }
+    }
+
+    /// Asks for latencies; returns the queues whose answers are due.
+    pub fn ask_latency(&mut self, workers: &Workers) -> BTreeSet<QueueKey> {
+        let mut due = BTreeSet::new();
+        for queue in self.queues.iter_mut().filter(|queue| queue.state == QueueState::Served) {
+            if !queue.latency_asked {
+                queue.latency_asked =
+                    workers.send(queue.worker, Command::TakeLatency(queue.key)).is_ok();
+            }
+            if queue.latency_asked {
+                due.insert(queue.key);
+            }
+        }
+        due
+    }
+
+    /// Takes latencies that a worker handed over.
+    pub fn add_latency(&mut self, key: QueueKey, latency: Option<&Histogram<u64>>) {
+        let Some(queue) = self.queue(key) else { return };
+        queue.latency_asked = false;
+        if let Some(latency) = latency {
+            // Both have the same bounds; one that had not would be clipped to ours.
+            let _ = self.latency.add(latency);
+        }
+    }
+
+    /// What its queues counted.
+    pub fn counts(&self) -> Counts {
+        let mut sum = Counts::default();
+        for queue in &self.queues {
+            sum += queue.counters.read();
+        }
+        sum
+    }
+
+    /// The latencies handed over so far.
+    pub fn latency(&self) -> &Histogram<u64> {
+        &self.latency
+    }
+
+    /// The workers of its queues, in order.
+    pub fn workers(&self) -> Vec<usize> {
+        self.queues.iter().map(|queue| queue.worker.0).collect()
+    }
+
+    /// When it was asked for.
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    fn queue(&mut self, key: QueueKey) -> Option<&mut Queue> {
+        self.queues.iter_mut().find(|queue| queue.key == key)
+    }
+
+    fn ended(&self) -> Option<News> {
+        let down = self.queues.iter().all(|queue| queue.state == QueueState::Down);
+        if self.ending && down { News::plain(Input::LinkDown) } else { None }
+    }
+}
+
+impl Queue {
+    fn set_down(&mut self, workers: &mut Workers) {
+        if self.state != QueueState::Down {
+            self.state = QueueState::Down;
+            workers.release(self.worker);
+        }
+    }
+}

@@ -1,0 +1,433 @@
+//! One disk: its machine, and what carries the machine's effects out.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::area::{self, Description, Failure};
+use super::connection::{Connection, News};
+use super::frontend::{self, Offer};
+use super::machine::{Effect, Input, Link, Machine};
+use super::quiet::{LogBudget, guest_log};
+use super::workers::Workers;
+use crate::backing::{Geometry, Image, Spec};
+use crate::units::{DomId, VbdId};
+use crate::xen::Store;
+use crate::xen::keys::{self, XenbusState};
+use crate::xen::vdev::Vdev;
+
+/// Which disk: the end of its backend area's path.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DiskKey {
+    /// The backend type, such as `vbd`.
+    pub kind: Arc<str>,
+    /// The frontend's domain.
+    pub domid: DomId,
+    /// Its number in that domain.
+    pub vbd: VbdId,
+}
+
+impl DiskKey {
+    /// Its backend area.
+    pub fn backend_area(&self, own: DomId) -> String {
+        keys::backend_area(own, &self.kind, self.domid, self.vbd)
+    }
+
+    /// Its frontend area.
+    pub fn frontend_area(&self) -> String {
+        keys::frontend_area(self.domid, self.vbd)
+    }
+
+    /// Where its failures are told.
+    pub fn error_area(&self, own: DomId) -> String {
+        keys::error_area(own, &self.kind, self.domid, self.vbd)
+    }
+}
+
+impl fmt::Display for DiskKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}/{} ({})", self.kind, self.domid, self.vbd, Vdev::from(self.vbd))
+    }
+}
+
+/// What a disk needs of its surroundings.
+#[derive(Debug)]
+pub struct Surroundings<'a, S> {
+    /// Xenstore.
+    pub store: &'a S,
+    /// Our own domain.
+    pub own: DomId,
+    /// What frontends are offered.
+    pub offer: &'a Offer,
+    /// The data plane.
+    pub workers: &'a mut Workers,
+}
+
+/// A disk that was found in xenstore.
+#[derive(Debug)]
+pub struct Disk {
+    key: DiskKey,
+    area: String,
+    frontend_area: String,
+    machine: Machine,
+    /// The backend's `state` as it is in xenstore, as far as we know.
+    stored: XenbusState,
+    description: Option<Description>,
+    image: Option<Arc<Image>>,
+    connection: Option<Connection>,
+    failure: Failure,
+    error_written: bool,
+    forgotten: bool,
+    log: LogBudget,
+    since: Instant,
+}
+
+impl Disk {
+    /// Takes on a disk whose area was found in `state`: Initialising and online, to be served, or
+    /// Closing and not online, to be let go.
+    pub fn take_on<S: Store>(
+        key: DiskKey,
+        state: XenbusState,
+        online: bool,
+        around: &mut Surroundings<'_, S>,
+    ) -> io::Result<Disk> {
+        let area = key.backend_area(around.own);
+        let frontend_area = key.frontend_area();
+        let frontend = frontend::state(around.store, &frontend_area)?;
+        let mut disk = Disk {
+            key,
+            area,
+            frontend_area,
+            machine: Machine::new(frontend, online),
+            stored: state,
+            description: None,
+            image: None,
+            connection: None,
+            failure: Failure::default(),
+            error_written: false,
+            forgotten: false,
+            log: LogBudget::new(Instant::now()),
+            since: Instant::now(),
+        };
+        disk.watch_frontend(around.store)?;
+        tracing::info!(disk = %disk.key, "found");
+        disk.step(Input::Backend(state), around);
+        Ok(disk)
+    }
+
+    /// Asks for events about its frontend's state. One comes at once, so a change since the state
+    /// was read is not missed.
+    pub fn watch_frontend<S: Store>(&self, store: &S) -> io::Result<()> {
+        store.watch(&self.frontend_state_node(), &frontend_token(&self.key))
+    }
+
+    fn frontend_state_node(&self) -> String {
+        format!("{}/{}", self.frontend_area, keys::STATE)
+    }
+
+    /// Its name.
+    pub fn key(&self) -> &DiskKey {
+        &self.key
+    }
+
+    /// Its machine's state.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// What the toolstack says of it; `None` where that is of no use.
+    pub fn description(&self) -> Option<&Description> {
+        self.description.as_ref()
+    }
+
+    /// Its size and sector sizes, once open.
+    pub fn geometry(&self) -> Option<Geometry> {
+        self.image.as_ref().map(|image| image.geometry())
+    }
+
+    /// What holds its contents, once open.
+    pub fn image(&self) -> Option<&Image> {
+        self.image.as_deref()
+    }
+
+    /// Its connection to the data plane.
+    pub fn connection(&self) -> Option<&Connection> {
+        self.connection.as_ref()
+    }
+
+    /// As [`Disk::connection`], to be changed.
+    pub fn connection_mut(&mut self) -> Option<&mut Connection> {
+        self.connection.as_mut()
+    }
+
+    /// Why it failed last; empty where it did not.
+    pub fn failure(&self) -> &str {
+        &self.failure.text
+    }
+
+    /// Whether it is done with.
+    pub fn is_forgotten(&self) -> bool {
+        self.forgotten
+    }
+
+    /// When it was found.
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// Reads what the toolstack may have changed and acts on it.
+    pub fn look_at_backend<S: Store>(
+        &mut self,
+        around: &mut Surroundings<'_, S>,
+    ) -> io::Result<()> {
+        let online = area::online(around.store, &self.area)?;
+        let Some(state) = area::state(around.store, &self.area)? else {
+            self.step(Input::Gone, around);
+            return Ok(());
+        };
+        if online != self.machine.online() {
+            self.step(Input::Online(online), around);
+        }
+        if state != self.stored && !self.forgotten {
+            self.stored = state;
+            self.step(Input::Backend(state), around);
+        } else if state != self.machine.backend() {
+            // Our last write was refused, such as by a xenstored that had gone away.
+            self.set_state(self.machine.backend(), &mut VecDeque::new(), around)?;
+        }
+        if !self.forgotten
+            && self.image.is_some()
+            && !self.machine.is_ready()
+            && area::hotplug_done(around.store, &self.area)?
+        {
+            self.step(Input::Ready, around);
+        }
+        Ok(())
+    }
+
+    /// Reads what the frontend may have changed and acts on it.
+    pub fn look_at_frontend<S: Store>(
+        &mut self,
+        around: &mut Surroundings<'_, S>,
+    ) -> io::Result<()> {
+        let state = frontend::state(around.store, &self.frontend_area)?;
+        if state != self.machine.frontend() {
+            guest_log!(self.log, debug, disk = %self.key, %state, "frontend");
+            self.step(Input::Frontend(state), around);
+        }
+        if self.replaced_its_ring(around) {
+            self.step(Input::RingReplaced, around);
+        }
+        Ok(())
+    }
+
+    /// Whether the frontend has started over without our seeing it: its rings are valid and not
+    /// those that are served.
+    fn replaced_its_ring<S: Store>(&self, around: &Surroundings<'_, S>) -> bool {
+        use XenbusState::{Connected, Initialised};
+        let Some(connection) = &self.connection else { return false };
+        self.machine.link() == Link::Up
+            && matches!(self.machine.frontend(), Initialised | Connected)
+            && frontend::read(around.store, &self.frontend_area, around.offer)
+                .is_ok_and(|published| published != *connection.published())
+    }
+
+    /// Acts on what the data plane says of its connection.
+    pub fn take_news<S: Store>(&mut self, news: Option<News>, around: &mut Surroundings<'_, S>) {
+        if let Some(input) = news.map(|news| self.digest(news, around.workers)) {
+            self.step(input, around);
+        }
+    }
+
+    /// Runs the machine until nothing follows.
+    pub fn step<S: Store>(&mut self, input: Input, around: &mut Surroundings<'_, S>) {
+        let mut inputs = VecDeque::from([input]);
+        while let Some(input) = inputs.pop_front() {
+            for effect in self.machine.step(input) {
+                self.carry_out(*effect, &mut inputs, around);
+            }
+        }
+    }
+
+    fn carry_out<S: Store>(
+        &mut self,
+        effect: Effect,
+        inputs: &mut VecDeque<Input>,
+        around: &mut Surroundings<'_, S>,
+    ) {
+        let result = match effect {
+            Effect::Open => {
+                self.open(inputs, around);
+                Ok(())
+            }
+            Effect::PublishFeatures => self.publish_features(around),
+            Effect::PublishDisk => self.publish_disk(around),
+            Effect::SetState(state) => self.set_state(state, inputs, around),
+            Effect::Connect => {
+                inputs.extend(self.connect(around));
+                Ok(())
+            }
+            Effect::Disconnect => {
+                inputs.extend(self.disconnect(around));
+                Ok(())
+            }
+            Effect::WriteError => self.write_error(around),
+            Effect::WriteHotplugError => area::write(
+                around.store,
+                &self.area,
+                &[
+                    (keys::HOTPLUG_ERROR, self.failure.text.clone()),
+                    (keys::HOTPLUG_STATUS, "error".to_owned()),
+                ],
+            ),
+            Effect::Forget => self.forget(around),
+        };
+        if let Err(error) = result {
+            guest_log!(self.log, error, disk = %self.key, ?effect, "xenstore refused: {error}");
+        }
+    }
+
+    fn open<S: Store>(&mut self, inputs: &mut VecDeque<Input>, around: &mut Surroundings<'_, S>) {
+        self.image = None;
+        match self.try_open(around) {
+            Ok(script) => {
+                inputs.push_back(Input::Opened);
+                let done = !script || area::hotplug_done(around.store, &self.area).unwrap_or(false);
+                if done {
+                    inputs.push_back(Input::Ready);
+                }
+            }
+            Err(failure) => {
+                tracing::error!(disk = %self.key, "cannot be opened: {}", failure.text);
+                self.failure = failure;
+                let reports = self.description.as_ref().is_some_and(Description::script_reports);
+                inputs.push_back(if reports { Input::OpenFailedScript } else { Input::OpenFailed });
+            }
+        }
+    }
+
+    /// Opens the image; says whether a hotplug script has to finish before it is used.
+    fn try_open<S: Store>(&mut self, around: &Surroundings<'_, S>) -> Result<bool, Failure> {
+        self.description = None;
+        let description = Description::read(around.store, &self.area, &self.key)
+            .map_err(|error| Failure::of(&error))?;
+        let description = self.description.insert(description);
+        let image = description
+            .target
+            .parse::<Spec>()
+            .and_then(|spec| spec.open(description.read_only))
+            .map_err(|error| Failure::of(&error))?;
+        self.image = Some(Arc::new(image));
+        Ok(description.script.is_some())
+    }
+
+    fn publish_features<S: Store>(&self, around: &Surroundings<'_, S>) -> io::Result<()> {
+        let (Some(geometry), Some(description)) = (self.geometry(), &self.description) else {
+            return Ok(());
+        };
+        let nodes = area::features(around.offer, &geometry, description.script.is_some());
+        area::write(around.store, &self.area, &nodes)
+    }
+
+    fn publish_disk<S: Store>(&mut self, around: &Surroundings<'_, S>) -> io::Result<()> {
+        let (Some(geometry), Some(description)) = (self.geometry(), &self.description) else {
+            return Ok(());
+        };
+        if std::mem::take(&mut self.error_written) {
+            self.failure = Failure::default();
+            area::remove(around.store, &self.key.error_area(around.own))?;
+        }
+        area::write(around.store, &self.area, &area::shape(description.info(), &geometry))
+    }
+
+    /// Connected is written again even where it stands already: a frontend that has replaced its
+    /// ring waits for the event.
+    fn set_state<S: Store>(
+        &mut self,
+        state: XenbusState,
+        inputs: &mut VecDeque<Input>,
+        around: &Surroundings<'_, S>,
+    ) -> io::Result<()> {
+        if state == self.stored && state != XenbusState::Connected {
+            return Ok(());
+        }
+        guest_log!(self.log, info, disk = %self.key, "{state}");
+        let found = area::switch_state(around.store, &self.area, self.stored, state)?;
+        self.stored = found;
+        if found != state {
+            inputs.push_back(Input::Backend(found));
+        }
+        Ok(())
+    }
+
+    fn connect<S: Store>(&mut self, around: &mut Surroundings<'_, S>) -> Option<Input> {
+        let published = frontend::read(around.store, &self.frontend_area, around.offer);
+        let (published, image) = match (published, &self.image) {
+            (Ok(published), Some(image)) => (published, image),
+            (Err(fault), _) => return Some(self.fail(Input::LinkFailed, Failure::of(&fault))),
+            (Ok(_), None) => unreachable!("a disk is ready only with its image open"),
+        };
+        let read_only = self.description.as_ref().is_none_or(|description| description.read_only);
+        let (connection, news) =
+            Connection::open(&self.key, published, image, read_only, around.workers);
+        self.connection = Some(connection);
+        news.map(|news| self.digest(news, around.workers))
+    }
+
+    fn disconnect<S: Store>(&mut self, around: &mut Surroundings<'_, S>) -> Option<Input> {
+        // Without a connection the frontend was refused before any worker heard of it.
+        let Some(connection) = &mut self.connection else { return Some(Input::LinkDown) };
+        let news = connection.close(around.workers)?;
+        Some(self.digest(news, around.workers))
+    }
+
+    fn digest(&mut self, news: News, workers: &mut Workers) -> Input {
+        match news.input {
+            Input::LinkFailed | Input::LinkFault => {
+                let failure = Failure { errno: libc::EINVAL, text: news.reason };
+                return self.fail(news.input, failure);
+            }
+            Input::LinkDown => {
+                if let Some(connection) = self.connection.take() {
+                    workers.end_link(connection.id());
+                }
+            }
+            _ => {}
+        }
+        news.input
+    }
+
+    fn fail(&mut self, input: Input, failure: Failure) -> Input {
+        guest_log!(self.log, warn, disk = %self.key, "failed: {}", failure.text);
+        self.failure = failure;
+        input
+    }
+
+    fn write_error<S: Store>(&mut self, around: &Surroundings<'_, S>) -> io::Result<()> {
+        self.error_written = true;
+        area::write_error(around.store, around.own, &self.key, &self.failure)
+    }
+
+    fn forget<S: Store>(&mut self, around: &Surroundings<'_, S>) -> io::Result<()> {
+        tracing::info!(disk = %self.key, "forgotten");
+        self.forgotten = true;
+        self.image = None;
+        around.store.unwatch(&self.frontend_state_node(), &frontend_token(&self.key))?;
+        let attached = self.description.as_ref().is_some_and(|description| description.attached);
+        if attached || area::exists(around.store, &format!("{}/{}", self.area, keys::ATTACHED))? {
+            area::remove(around.store, &self.frontend_area)?;
+            area::remove(around.store, &self.area)?;
+            area::remove(around.store, &self.key.error_area(around.own))?;
+        }
+        Ok(())
+    }
+}
+
+/// What the token of a frontend's watch begins with.
+pub const FRONTEND_TOKEN: &str = "frontend/";
+
+fn frontend_token(key: &DiskKey) -> String {
+    format!("{FRONTEND_TOKEN}{}/{}/{}", key.kind, key.domid, key.vbd)
+}

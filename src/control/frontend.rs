@@ -1,0 +1,209 @@
+//! What a frontend published, read and judged. Everything here was written by the guest: numbers
+//! are plain decimals in range or the frontend is refused, and nothing is sized by them before.
+
+use std::io;
+
+use xenstore_rs::Xs;
+
+use crate::msg::Protocol;
+use crate::units::{GrantRef, Port, parse_decimal};
+use crate::xen::keys::{self, XenbusState};
+
+/// What polldisk offers to frontends, as the data plane can keep it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// Granted pages may stay mapped.
+    pub persistent: bool,
+    /// Flushes are understood.
+    pub flush: bool,
+    /// log2 of the largest ring in pages, at most `limits::RING_PAGE_ORDER_MAX`.
+    pub ring_page_order: u32,
+    /// Most rings of one disk, at least 1.
+    pub queues: u16,
+}
+
+impl Default for Offer {
+    fn default() -> Self {
+        Offer { persistent: true, flush: true, ring_page_order: 0, queues: 1 }
+    }
+}
+
+/// What a frontend asked for, within what was offered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Published {
+    /// The layout of its ring entries.
+    pub protocol: Protocol,
+    /// Whether both ends keep granted pages mapped.
+    pub persistent: bool,
+    /// Its rings, at least one.
+    pub rings: Vec<Ring>,
+}
+
+/// One ring of a frontend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ring {
+    /// Its pages in order; a power of two of them.
+    pub refs: Vec<GrantRef>,
+    /// The event channel to bind to.
+    pub port: Port,
+}
+
+/// Why a frontend is refused. The text is safe to log.
+#[derive(Debug, thiserror::Error)]
+pub enum FrontendFault {
+    /// A node that has to be there is not.
+    #[error("the frontend published no {0}")]
+    Missing(String),
+    /// A node holds something else than a number in range.
+    #[error("the frontend published {node} = \"{value}\", which is not {wanted}")]
+    Invalid {
+        /// Below the frontend's directory.
+        node: String,
+        /// An excerpt of what it holds.
+        value: String,
+        /// What would have been right.
+        wanted: String,
+    },
+    /// Xenstore failed.
+    #[error("cannot read {node} of the frontend")]
+    Store {
+        /// Below the frontend's directory.
+        node: String,
+        /// Xenstore's error.
+        source: io::Error,
+    },
+}
+
+/// The `state` in `area`; a guest may leave anything there, which is no state. An error is
+/// xenstore's own.
+pub fn state(store: &impl Xs, area: &str) -> io::Result<XenbusState> {
+    match store.read(&format!("{area}/{}", keys::STATE)) {
+        Ok(text) => Ok(XenbusState::from_text(&text)),
+        Err(error) if is_unreadable(&error) => Ok(XenbusState::Unknown),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads everything that the frontend in `area` published for a connection.
+pub fn read(store: &impl Xs, area: &str, offer: &Offer) -> Result<Published, FrontendFault> {
+    let nodes = Nodes { store, area };
+    let order = nodes.number(
+        keys::RING_PAGE_ORDER,
+        0..=u64::from(offer.ring_page_order),
+        "a ring size that was offered",
+    )?;
+    let queues = nodes.number(
+        keys::MULTI_QUEUE_NUM_QUEUES,
+        1..=u64::from(offer.queues),
+        "a number of queues that was offered",
+    )?;
+    let rings = match queues.unwrap_or(1) {
+        1 => vec![nodes.ring("", order)?],
+        queues => (0..queues)
+            .map(|n| nodes.ring(&format!("queue-{n}/"), order))
+            .collect::<Result<_, _>>()?,
+    };
+    let wants_persistent =
+        nodes.text(keys::FEATURE_PERSISTENT)?.is_some_and(|text| text.as_ref() == "1");
+    Ok(Published {
+        protocol: nodes.protocol()?,
+        persistent: offer.persistent && wants_persistent,
+        rings,
+    })
+}
+
+struct Nodes<'a, S> {
+    store: &'a S,
+    area: &'a str,
+}
+
+impl<S: Xs> Nodes<'_, S> {
+    fn text(&self, node: &str) -> Result<Option<Box<str>>, FrontendFault> {
+        match self.store.read(&format!("{}/{node}", self.area)) {
+            Ok(text) => Ok(Some(text)),
+            Err(error) if is_unreadable(&error) => Ok(None),
+            Err(source) => Err(FrontendFault::Store { node: node.to_owned(), source }),
+        }
+    }
+
+    fn number(
+        &self,
+        node: &str,
+        range: std::ops::RangeInclusive<u64>,
+        wanted: &str,
+    ) -> Result<Option<u64>, FrontendFault> {
+        let Some(text) = self.text(node)? else { return Ok(None) };
+        match parse_decimal(&text).filter(|number| range.contains(number)) {
+            Some(number) => Ok(Some(number)),
+            None => Err(FrontendFault::Invalid {
+                node: node.to_owned(),
+                value: excerpt(&text),
+                wanted: format!("{wanted} ({} to {})", range.start(), range.end()),
+            }),
+        }
+    }
+
+    fn u32(&self, node: &str, wanted: &str) -> Result<u32, FrontendFault> {
+        let number = self.number(node, 0..=u64::from(u32::MAX), wanted)?;
+        number
+            .and_then(|number| u32::try_from(number).ok())
+            .ok_or_else(|| FrontendFault::Missing(node.to_owned()))
+    }
+
+    /// One ring in `folder`. A one-page ring's grant is `ring-ref` unless `ring-page-order` is
+    /// present; an earlier frontend's `ring-refN` may lie around and does not count.
+    fn ring(&self, folder: &str, order: Option<u64>) -> Result<Ring, FrontendFault> {
+        let grant = |node: String| self.u32(&node, "a grant reference").map(GrantRef);
+        let refs = match order {
+            None => vec![grant(format!("{folder}{}", keys::RING_REF))?],
+            Some(order) => (0..1u64 << order)
+                .map(|page| grant(format!("{folder}{}{page}", keys::RING_REF)))
+                .collect::<Result<_, _>>()?,
+        };
+        let port = self.u32(&format!("{folder}{}", keys::EVENT_CHANNEL), "an event channel")?;
+        Ok(Ring { refs, port: Port(port) })
+    }
+
+    fn protocol(&self) -> Result<Protocol, FrontendFault> {
+        let Some(text) = self.text(keys::PROTOCOL)? else { return Ok(UNSAID) };
+        PROTOCOLS
+            .iter()
+            .find_map(|(name, protocol)| (*name == &*text).then_some(*protocol))
+            .ok_or_else(|| FrontendFault::Invalid {
+                node: keys::PROTOCOL.to_owned(),
+                value: excerpt(&text),
+                wanted: "a protocol that polldisk knows".to_owned(),
+            })
+    }
+}
+
+/// The names of Xen's `public/io/protocols.h` that a frontend may have on this host.
+#[cfg(any(target_arch = "x86_64", target_arch = "x86"))]
+const PROTOCOLS: &[(&str, Protocol)] =
+    &[("x86_64-abi", Protocol::X86_64), ("x86_32-abi", Protocol::X86_32)];
+#[cfg(target_arch = "aarch64")]
+const PROTOCOLS: &[(&str, Protocol)] = &[("arm-abi", Protocol::X86_64)];
+
+/// A frontend that names no protocol: on x86 it may be so old as to be a 32-bit one, and every
+/// backend takes it for that; elsewhere there is only one.
+#[cfg(any(target_arch = "x86_64", target_arch = "x86"))]
+const UNSAID: Protocol = Protocol::X86_32;
+#[cfg(target_arch = "aarch64")]
+const UNSAID: Protocol = Protocol::X86_64;
+
+/// Errors that a guest can cause in its own area: the node is not there, is not text, or is not
+/// for us to read (in a driver domain).
+fn is_unreadable(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidData, NotFound, PermissionDenied};
+    matches!(error.kind(), NotFound | InvalidData | PermissionDenied)
+}
+
+/// The beginning of a guest's text, without anything that a log could choke on.
+fn excerpt(text: &str) -> String {
+    const SHOWN: usize = 32;
+    let shown: String = text.chars().take(SHOWN).flat_map(char::escape_default).collect();
+    if text.chars().nth(SHOWN).is_some() { shown + "..." } else { shown }
+}
+
+#[cfg(test)]
+mod test;

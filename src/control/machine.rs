@@ -1,0 +1,483 @@
+//! The xenbus state machine of one disk: pure, and declared as a table.
+//!
+//! What happens to a disk is an [`Input`]. [`Machine::step`] first takes it into the machine's
+//! state (so a condition sees the new value), then runs the first row of [`TABLE`] that is about
+//! the input and whose conditions hold, and returns that row's [`Effect`]s for the caller to carry
+//! out in order. There is no I/O here, and no failure.
+//!
+//! The behaviour is that of QEMU's xen-bus and xen-block, with these differences:
+//! - a failure writes the xenbus `error` node and moves to Closing, as Linux's `xenbus_dev_fatal`
+//!   does; the disk then stays down until the frontend starts over;
+//! - the data plane answers later, so the frontend and the toolstack may move on while a link is
+//!   being made or ended. The answer acts on what they want by then;
+//! - several changes may have been seen as one. A frontend found in Initialising under a running
+//!   link, or with another ring than the link uses, has started over: the link is ended first;
+//! - a toolstack that writes Initialising again gets the disk opened afresh.
+
+use std::fmt;
+
+use crate::xen::keys::XenbusState;
+use XenbusState::{
+    Closed, Closing, Connected, InitWait, Initialised, Initialising, Reconfigured, Reconfiguring,
+    Unknown,
+};
+
+/// Something that happened to a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// The backend's `state` holds this, written by somebody else.
+    Backend(XenbusState),
+    /// The backend's `online` now holds this.
+    Online(bool),
+    /// The frontend's `state` now holds this; `Unknown` where it or the whole area is gone.
+    Frontend(XenbusState),
+    /// The frontend, Initialised or Connected, has published another ring than the link uses.
+    RingReplaced,
+    /// The image is open.
+    Opened,
+    /// The image or the area that describes the disk is of no use.
+    OpenFailed,
+    /// As [`Input::OpenFailed`], for a disk whose hotplug script reports the reason.
+    OpenFailedScript,
+    /// The image is open and no hotplug script has to finish any more.
+    Ready,
+    /// The data plane serves every queue.
+    LinkUp,
+    /// A queue can't be served, or the frontend published nonsense.
+    LinkFailed,
+    /// The frontend broke the ring protocol, or a worker died.
+    LinkFault,
+    /// The data plane holds nothing of the link any more.
+    LinkDown,
+    /// The backend area has vanished.
+    Gone,
+    /// The daemon ends.
+    Stop,
+}
+
+/// What the caller has to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Open the image; answer with `Opened`, `OpenFailed` or `OpenFailedScript`.
+    Open,
+    /// Write what the frontend reads before it chooses its rings.
+    PublishFeatures,
+    /// Write size and kind of the disk.
+    PublishDisk,
+    /// Write the backend's `state`.
+    SetState(XenbusState),
+    /// Read what the frontend published and have it served; answer with `LinkUp` or `LinkFailed`.
+    Connect,
+    /// Have the link ended; answer with `LinkDown`.
+    Disconnect,
+    /// Write the xenbus `error` node: why the disk failed.
+    WriteError,
+    /// Write `hotplug-status` and `hotplug-error`, which the hotplug script passes on.
+    WriteHotplugError,
+    /// Drop the disk; areas that polldisk made are removed.
+    Forget,
+}
+
+/// The link to the data plane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Link {
+    /// Nothing is connected.
+    Down,
+    /// Asked for and not answered.
+    Connecting,
+    /// Served.
+    Up,
+    /// Its end is asked for and not answered.
+    Disconnecting,
+}
+
+/// The state of one disk, as the machine knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Machine {
+    backend: XenbusState,
+    frontend: XenbusState,
+    online: bool,
+    link: Link,
+    ready: bool,
+    failed: bool,
+    gone: bool,
+    stopping: bool,
+}
+
+/// One row: if `on` matches the input and all of `when` hold, `then` is done.
+#[derive(Debug)]
+pub struct Row {
+    on: On,
+    when: &'static [When],
+    then: &'static [Effect],
+}
+
+/// Which inputs a row is about.
+#[derive(Clone, Copy, Debug)]
+enum On {
+    Backend(&'static [XenbusState]),
+    Frontend(&'static [XenbusState]),
+    Online(bool),
+    Just(Input),
+}
+
+/// A condition on the state after the input was taken in.
+#[derive(Clone, Copy, Debug)]
+enum When {
+    Backend(&'static [XenbusState]),
+    Frontend(&'static [XenbusState]),
+    Link(&'static [Link]),
+    Online(bool),
+    /// The image is open and the hotplug script is done.
+    Ready,
+    /// The last link failed and the frontend has not started over since.
+    Failed,
+    Gone,
+    Stopping,
+}
+
+const ANY: &[XenbusState] = &XenbusState::ALL;
+/// A frontend that will not answer: not there, closed, or not yet begun.
+const DEAD: &[XenbusState] = &[Unknown, Initialising, Closed, Reconfiguring, Reconfigured];
+/// A frontend whose ring is published.
+const READY: &[XenbusState] = &[Initialised, Connected];
+/// A frontend that is gone or has closed.
+const LEFT: &[XenbusState] = &[Unknown, Closed];
+/// Backend states in which a disk that is not online has nobody to wait for.
+const IDLE: &[XenbusState] = &[Unknown, Initialising, InitWait, Closed];
+/// A link that has to be ended.
+const ALIVE: &[Link] = &[Link::Connecting, Link::Up];
+
+use Effect::{
+    Connect, Disconnect, Forget, Open, PublishDisk, PublishFeatures, SetState, WriteError,
+    WriteHotplugError,
+};
+
+const fn row(on: On, when: &'static [When], then: &'static [Effect]) -> Row {
+    Row { on, when, then }
+}
+
+/// The whole behaviour. Rows are tried from the top; the first that matches is the only one.
+pub static TABLE: &[Row] = &[
+    // The daemon ends: rings are drained, the states of the toolstack's disks stay.
+    row(On::Just(Input::Stop), &[When::Link(ALIVE)], &[Disconnect]),
+    row(On::Just(Input::Stop), &[When::Link(&[Link::Down])], &[Forget]),
+    row(On::Just(Input::LinkDown), &[When::Stopping], &[Forget]),
+    // The backend area has vanished: nothing may be written there any more.
+    row(On::Just(Input::Gone), &[When::Link(ALIVE)], &[Disconnect]),
+    row(On::Just(Input::Gone), &[When::Link(&[Link::Down])], &[Forget]),
+    row(On::Just(Input::LinkDown), &[When::Gone], &[Forget]),
+    // Opening: everything that the frontend reads is there before InitWait.
+    row(
+        On::Just(Input::Opened),
+        &[When::Backend(&[Initialising])],
+        &[PublishFeatures, SetState(InitWait)],
+    ),
+    row(
+        On::Just(Input::OpenFailedScript),
+        &[When::Backend(&[Initialising])],
+        &[WriteError, WriteHotplugError, SetState(InitWait)],
+    ),
+    row(
+        On::Just(Input::OpenFailed),
+        &[When::Backend(&[Initialising]), When::Frontend(DEAD)],
+        &[WriteError, SetState(Closing), SetState(Closed)],
+    ),
+    row(
+        On::Just(Input::OpenFailed),
+        &[When::Backend(&[Initialising])],
+        &[WriteError, SetState(Closing)],
+    ),
+    row(
+        On::Just(Input::Ready),
+        &[
+            When::Backend(&[InitWait]),
+            When::Frontend(READY),
+            When::Link(&[Link::Down]),
+            When::Online(true),
+        ],
+        &[Connect],
+    ),
+    // The toolstack (or an admin) wrote the backend's state.
+    row(On::Backend(&[Initialising]), &[When::Link(ALIVE)], &[Disconnect]),
+    row(On::Backend(&[Initialising]), &[When::Link(&[Link::Down]), When::Online(true)], &[Open]),
+    row(On::Backend(&[Closing]), &[When::Frontend(DEAD), When::Link(ALIVE)], &[Disconnect]),
+    row(
+        On::Backend(&[Closing]),
+        &[When::Frontend(DEAD), When::Link(&[Link::Down]), When::Online(true)],
+        &[SetState(Closed)],
+    ),
+    row(
+        On::Backend(&[Closing]),
+        &[When::Frontend(DEAD), When::Link(&[Link::Down])],
+        &[SetState(Closed), Forget],
+    ),
+    row(On::Backend(IDLE), &[When::Online(false), When::Link(ALIVE)], &[Disconnect]),
+    row(
+        On::Backend(IDLE),
+        &[When::Online(false), When::Link(&[Link::Down])],
+        &[SetState(Closed), Forget],
+    ),
+    row(On::Backend(ANY), &[], &[]),
+    // Destruction.
+    row(On::Online(false), &[When::Backend(IDLE), When::Link(ALIVE)], &[Disconnect]),
+    row(
+        On::Online(false),
+        &[When::Backend(IDLE), When::Link(&[Link::Down])],
+        &[SetState(Closed), Forget],
+    ),
+    row(
+        On::Online(false),
+        &[When::Backend(&[Closing]), When::Frontend(DEAD), When::Link(&[Link::Down])],
+        &[SetState(Closed), Forget],
+    ),
+    row(On::Online(true), &[When::Backend(&[Initialising]), When::Link(&[Link::Down])], &[Open]),
+    // The frontend moved; what it did before the disk is open is only remembered.
+    row(On::Frontend(ANY), &[When::Backend(&[Initialising])], &[]),
+    row(On::Frontend(&[Initialising]), &[When::Link(ALIVE)], &[Disconnect]),
+    row(
+        On::Frontend(&[Initialising]),
+        &[
+            When::Backend(&[Closing, Closed]),
+            When::Link(&[Link::Down]),
+            When::Online(true),
+            When::Ready,
+        ],
+        &[PublishFeatures, SetState(InitWait)],
+    ),
+    row(
+        On::Frontend(&[Initialising]),
+        &[When::Backend(&[Closing]), When::Link(&[Link::Down]), When::Online(true)],
+        &[SetState(Closed)],
+    ),
+    row(
+        On::Frontend(&[Initialising]),
+        &[When::Backend(&[Closing]), When::Link(&[Link::Down])],
+        &[SetState(Closed), Forget],
+    ),
+    row(On::Frontend(READY), &[When::Failed], &[]),
+    row(
+        On::Frontend(READY),
+        &[When::Backend(&[Closing]), When::Link(&[Link::Up]), When::Online(true)],
+        &[SetState(Connected)],
+    ),
+    row(
+        On::Frontend(READY),
+        &[
+            When::Backend(&[InitWait, Closed]),
+            When::Link(&[Link::Down]),
+            When::Online(true),
+            When::Ready,
+        ],
+        &[Connect],
+    ),
+    row(On::Frontend(&[Closing]), &[], &[SetState(Closing)]),
+    row(On::Frontend(LEFT), &[When::Link(ALIVE)], &[Disconnect]),
+    row(On::Frontend(LEFT), &[When::Link(&[Link::Down]), When::Online(true)], &[SetState(Closed)]),
+    row(On::Frontend(LEFT), &[When::Link(&[Link::Down])], &[SetState(Closed), Forget]),
+    row(On::Frontend(ANY), &[], &[]),
+    row(On::Just(Input::RingReplaced), &[When::Link(&[Link::Up])], &[Disconnect]),
+    // The data plane answered.
+    row(
+        On::Just(Input::LinkUp),
+        &[When::Link(&[Link::Up]), When::Backend(&[InitWait, Connected, Closed])],
+        &[PublishDisk, SetState(Connected)],
+    ),
+    row(
+        On::Just(Input::LinkFailed),
+        &[When::Link(ALIVE)],
+        &[WriteError, SetState(Closing), Disconnect],
+    ),
+    row(
+        On::Just(Input::LinkFault),
+        &[When::Link(ALIVE)],
+        &[WriteError, SetState(Closing), Disconnect],
+    ),
+    row(On::Just(Input::LinkDown), &[When::Online(true), When::Backend(&[Initialising])], &[Open]),
+    row(
+        On::Just(Input::LinkDown),
+        &[When::Online(true), When::Frontend(&[Initialising]), When::Ready],
+        &[PublishFeatures, SetState(InitWait)],
+    ),
+    row(
+        On::Just(Input::LinkDown),
+        &[When::Online(true), When::Frontend(DEAD)],
+        &[SetState(Closed)],
+    ),
+    row(
+        On::Just(Input::LinkDown),
+        &[When::Online(false), When::Frontend(DEAD)],
+        &[SetState(Closed), Forget],
+    ),
+    row(
+        On::Just(Input::LinkDown),
+        &[When::Online(false), When::Backend(IDLE)],
+        &[SetState(Closed), Forget],
+    ),
+    row(On::Just(Input::LinkDown), &[When::Failed], &[]),
+    row(
+        On::Just(Input::LinkDown),
+        &[When::Online(true), When::Frontend(READY), When::Ready],
+        &[Connect],
+    ),
+];
+
+impl Machine {
+    /// A disk that has just been found, with its frontend's `state` and its own `online`. Its
+    /// first input is its own `state`, Initialising or Closing.
+    pub fn new(frontend: XenbusState, online: bool) -> Machine {
+        Machine {
+            backend: Unknown,
+            frontend,
+            online,
+            link: Link::Down,
+            ready: false,
+            failed: false,
+            gone: false,
+            stopping: false,
+        }
+    }
+
+    /// The backend's `state` as last read or written.
+    pub fn backend(&self) -> XenbusState {
+        self.backend
+    }
+
+    /// The frontend's `state` as last read.
+    pub fn frontend(&self) -> XenbusState {
+        self.frontend
+    }
+
+    /// The backend's `online` as last read.
+    pub fn online(&self) -> bool {
+        self.online
+    }
+
+    /// The link to the data plane.
+    pub fn link(&self) -> Link {
+        self.link
+    }
+
+    /// Whether the image is open and the hotplug script done.
+    pub fn is_ready(&self) -> bool {
+        self.ready
+    }
+
+    /// Takes one input in; the effects have to be carried out in order.
+    pub fn step(&mut self, input: Input) -> &'static [Effect] {
+        self.take_in(input);
+        let effects =
+            TABLE.iter().find(|row| row.matches(input, self)).map_or(&[][..], |row| row.then);
+        for effect in effects {
+            self.apply(*effect);
+        }
+        effects
+    }
+
+    fn take_in(&mut self, input: Input) {
+        match input {
+            Input::Backend(state) => self.backend = state,
+            Input::Online(online) => self.online = online,
+            Input::Frontend(state) => {
+                self.frontend = state;
+                self.failed &= !matches!(state, Unknown | Initialising | Closed);
+            }
+            Input::Ready => self.ready = true,
+            Input::LinkUp if self.link == Link::Connecting => self.link = Link::Up,
+            Input::LinkFailed | Input::LinkFault if ALIVE.contains(&self.link) => {
+                self.failed = true;
+            }
+            Input::LinkDown => self.link = Link::Down,
+            Input::Gone => self.gone = true,
+            Input::Stop => self.stopping = true,
+            _ => {}
+        }
+    }
+
+    fn apply(&mut self, effect: Effect) {
+        match effect {
+            SetState(state) => self.backend = state,
+            Connect => self.link = Link::Connecting,
+            Disconnect => self.link = Link::Disconnecting,
+            Open => self.ready = false,
+            _ => {}
+        }
+    }
+}
+
+impl Row {
+    fn matches(&self, input: Input, machine: &Machine) -> bool {
+        let about = match (self.on, input) {
+            (On::Backend(states), Input::Backend(state)) => states.contains(&state),
+            (On::Frontend(states), Input::Frontend(state)) => states.contains(&state),
+            (On::Online(wanted), Input::Online(online)) => wanted == online,
+            (On::Just(wanted), input) => wanted == input,
+            _ => false,
+        };
+        about && self.when.iter().all(|condition| condition.holds(machine))
+    }
+}
+
+impl When {
+    fn holds(self, machine: &Machine) -> bool {
+        match self {
+            When::Backend(states) => states.contains(&machine.backend),
+            When::Frontend(states) => states.contains(&machine.frontend),
+            When::Link(links) => links.contains(&machine.link),
+            When::Online(online) => machine.online == online,
+            When::Ready => machine.ready,
+            When::Failed => machine.failed,
+            When::Gone => machine.gone,
+            When::Stopping => machine.stopping,
+        }
+    }
+}
+
+/// A row as one line: `input | conditions | effects`.
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let when: Vec<String> = self.when.iter().map(ToString::to_string).collect();
+        let then: Vec<String> = self.then.iter().map(|effect| format!("{effect:?}")).collect();
+        let or_dash = |list: Vec<String>| match list.is_empty() {
+            true => "-".to_owned(),
+            false => list.join(", "),
+        };
+        write!(f, "{} | {} | {}", self.on, or_dash(when), or_dash(then))
+    }
+}
+
+impl fmt::Display for On {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            On::Backend(states) => write!(f, "Backend {}", choice(states)),
+            On::Frontend(states) => write!(f, "Frontend {}", choice(states)),
+            On::Online(online) => write!(f, "Online {online}"),
+            On::Just(input) => write!(f, "{input:?}"),
+        }
+    }
+}
+
+impl fmt::Display for When {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            When::Backend(states) => write!(f, "backend {}", choice(states)),
+            When::Frontend(states) => write!(f, "frontend {}", choice(states)),
+            When::Link(links) => write!(f, "link {}", choice(links)),
+            When::Online(online) => write!(f, "{}", if *online { "online" } else { "not online" }),
+            When::Ready => f.write_str("ready"),
+            When::Failed => f.write_str("failed"),
+            When::Gone => f.write_str("gone"),
+            When::Stopping => f.write_str("stopping"),
+        }
+    }
+}
+
+fn choice<T: fmt::Debug>(values: &[T]) -> String {
+    if values.len() == XenbusState::ALL.len() {
+        return "any".to_owned();
+    }
+    values.iter().map(|value| format!("{value:?}")).collect::<Vec<_>>().join("|")
+}
+
+#[cfg(test)]
+mod test;

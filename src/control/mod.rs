@@ -1,0 +1,41 @@
+//! The control plane: one thread that keeps xenstore and the workers in step.
+//!
+//! ```text
+//!  xenstore --events--> registry --inputs--> disk: machine --effects--> xenstore
+//!  admin socket ------>    |                                      \---> commands to workers
+//!  workers' events -------'
+//! ```
+//!
+//! `registry` finds the disks and routes; `machine` decides, from a table; `disk` carries out;
+//! `area` and `frontend` read and write the two ends in xenstore; `connection` takes a disk's
+//! queues together; [`admin`] answers the command line. Nothing here waits for a worker or a
+//! guest.
+//!
+//! # What happens at the end
+//!
+//! On SIGTERM or SIGINT, or when the caller's bell rings, every queue is disconnected (its requests
+//! in flight finish first). Areas that `attach` made are removed at both ends. The toolstack's
+//! areas keep their state, Connected ones too: unlike QEMU polldisk does not take disks away from
+//! guests that run on, and whoever serves them next finds what was there. The guest's I/O waits
+//! until then.
+//!
+//! # When xenstored goes away
+//!
+//! Connected rings need no xenstore, so they run on. Nothing can be attached, detached or
+//! connected until xenstored answers again; then everything is read afresh.
+
+pub mod admin;
+mod area;
+mod attach;
+mod connection;
+mod disk;
+mod frontend;
+mod machine;
+mod placement;
+mod quiet;
+mod registry;
+mod run;
+mod workers;
+
+pub use frontend::Offer;
+pub use run::{Config, ControlError, run};

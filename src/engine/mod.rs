@@ -1,0 +1,118 @@
+//! HOW a backing's I/O is done: one engine per worker.
+//!
+//! A queue hands an operation and a [`Ticket`] to the engine and gets the ticket back with the
+//! result, once. The engine knows neither rings nor grants; its buffers are [`GuestBuf`]s, which
+//! the queue keeps mapped until the ticket is back.
+
+pub mod host;
+mod uring;
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use crate::xen::shm::GuestBuf;
+
+/// Executes operations on targets of one type.
+pub trait Engine {
+    /// What operations go to.
+    type Target;
+
+    /// Takes one operation. It is under way at the latest after the next [`Engine::kick`]. `Err`
+    /// gives the ticket back: the engine is full, try again after a [`Engine::reap`].
+    fn submit(
+        &mut self,
+        target: &Self::Target,
+        operation: &IoOp<'_>,
+        ticket: Ticket,
+    ) -> Result<(), Ticket>;
+
+    /// Starts everything taken since the last time: at most one system call. An error means that
+    /// nothing was lost and the next call tries again.
+    fn kick(&mut self) -> io::Result<()>;
+
+    /// Appends what has completed; never waits.
+    fn reap(&mut self, done: &mut Vec<Completion>);
+
+    /// Operations taken and not yet reaped.
+    fn in_flight(&self) -> usize;
+
+    /// Before a sleep: makes the next completion visible on [`Engine::completion_fd`], then looks
+    /// again. `true`: something has completed, don't sleep.
+    fn arm(&mut self) -> io::Result<bool>;
+
+    /// After a sleep; `signalled`: [`Engine::completion_fd`] was readable.
+    fn disarm(&mut self, signalled: bool);
+
+    /// Readable when something has completed since [`Engine::arm`].
+    fn completion_fd(&self) -> BorrowedFd<'_>;
+}
+
+/// One operation. Buffers together are as long as the operation; each lies within one page.
+#[derive(Clone, Copy, Debug)]
+pub enum IoOp<'a> {
+    /// Storage to buffers.
+    Read {
+        /// Byte on the target.
+        offset: u64,
+        /// Where to.
+        buffers: &'a [GuestBuf],
+    },
+    /// Buffers to storage.
+    Write {
+        /// Byte on the target.
+        offset: u64,
+        /// Where from.
+        buffers: &'a [GuestBuf],
+    },
+    /// Make all completed writes durable.
+    Flush,
+}
+
+/// The right, and the duty, to answer for one operation: where its result belongs.
+///
+/// Not `Clone`: it goes into the engine once and comes back once. Its 8 bytes are io_uring's
+/// `user_data`.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "the operation would never be answered"]
+pub struct Ticket(u64);
+
+impl Ticket {
+    /// The ticket of a slot of a queue of this worker.
+    #[inline]
+    pub fn new(queue: u32, slot: u32) -> Ticket {
+        Ticket(u64::from(queue) << 32 | u64::from(slot))
+    }
+
+    /// Which queue of the worker.
+    #[inline]
+    pub fn queue(&self) -> usize {
+        (self.0 >> 32) as usize
+    }
+
+    /// Which slot of the queue.
+    #[inline]
+    pub fn slot(&self) -> usize {
+        (self.0 & 0xffff_ffff) as usize
+    }
+
+    /// As `user_data`; [`Ticket::from_user_data`] leads back.
+    #[inline]
+    pub(crate) fn into_user_data(self) -> u64 {
+        self.0
+    }
+
+    /// From `user_data` that the kernel gives back with the completion.
+    #[inline]
+    pub(crate) fn from_user_data(user_data: u64) -> Ticket {
+        Ticket(user_data)
+    }
+}
+
+/// A completed operation.
+#[derive(Debug)]
+pub struct Completion {
+    /// Whose.
+    pub ticket: Ticket,
+    /// Bytes moved (0 for a flush), or the negative errno.
+    pub result: i32,
+}

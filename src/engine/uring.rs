@@ -1,0 +1,198 @@
+//! io_uring: all operations of a pass go to the kernel in one system call.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+
+use io_uring::{IoUring, opcode, squeue, types};
+
+use super::{Completion, IoOp, Ticket};
+use crate::limits;
+use crate::park::Doorbell;
+use crate::xen::shm::{GuestBuf, full_fence};
+
+/// `IORING_ENTER_GETEVENTS`: run the completions' deferred work (`linux/io_uring.h`).
+const ENTER_GETEVENTS: u32 = 1;
+
+/// One thread's ring.
+///
+/// Its own descriptor does not become readable while completions wait for this thread (deferred
+/// task work), so an eventfd tells of them; it is switched on only for the time of a sleep.
+pub struct Uring {
+    ring: IoUring,
+    completed: Doorbell,
+    in_flight: usize,
+    /// Vectors of the operations not yet kicked; the kernel copies them as it takes the
+    /// submissions (`IORING_FEAT_SUBMIT_STABLE`), so one pass's worth is enough. Never grows past
+    /// its capacity, so that the addresses given to the kernel stay good.
+    vectors: Vec<libc::iovec>,
+}
+
+impl std::fmt::Debug for Uring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Uring").field("in_flight", &self.in_flight).finish_non_exhaustive()
+    }
+}
+
+impl Uring {
+    /// Sets up a ring that only the calling thread uses.
+    pub fn new() -> io::Result<Uring> {
+        let ring = Self::build()?;
+        if !ring.params().is_feature_submit_stable() || !ring.params().is_feature_nodrop() {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "io_uring of this kernel is too old: Linux 5.5 or later is needed",
+            ));
+        }
+        let vectors =
+            Vec::with_capacity(limits::URING_ENTRIES as usize * limits::SEGMENTS_PER_REQUEST);
+        let completed = Doorbell::new()?;
+        ring.submitter().register_eventfd(completed.as_fd().as_raw_fd())?;
+        let mut uring = Uring { ring, completed, in_flight: 0, vectors };
+        uring.disarm(false);
+        Ok(uring)
+    }
+
+    /// The kernel is told as much as it understands: that one thread submits and that completions
+    /// may wait until that thread looks (Linux 6.1), which saves interrupts of it.
+    fn build() -> io::Result<IoUring> {
+        let newest = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .setup_cqsize(4 * limits::URING_ENTRIES)
+            .build(limits::URING_ENTRIES);
+        match newest {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::builder()
+                .setup_cqsize(4 * limits::URING_ENTRIES)
+                .build(limits::URING_ENTRIES),
+            other => other,
+        }
+    }
+
+    /// Takes one operation on an open file.
+    pub fn submit(
+        &mut self,
+        file: RawFd,
+        operation: &IoOp<'_>,
+        ticket: Ticket,
+    ) -> Result<(), Ticket> {
+        let full = self.in_flight >= 4 * limits::URING_ENTRIES as usize;
+        if full || self.ring.submission().is_full() {
+            return Err(ticket);
+        }
+        let entry = self.entry(types::Fd(file), operation).user_data(ticket.into_user_data());
+        // SAFETY: the buffers stay mapped until the ticket is back (GuestBuf's contract); the
+        // vectors stay in place until kick; the file is open until then (the queue holds it).
+        unsafe { self.ring.submission().push(&entry) }.expect("checked above that there is room");
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    fn entry(&mut self, file: types::Fd, operation: &IoOp<'_>) -> squeue::Entry {
+        match *operation {
+            IoOp::Read { offset, buffers: [one] } => {
+                opcode::Read::new(file, one.address().as_ptr(), one.len()).offset(offset).build()
+            }
+            IoOp::Write { offset, buffers: [one] } => {
+                opcode::Write::new(file, one.address().as_ptr(), one.len()).offset(offset).build()
+            }
+            IoOp::Read { offset, buffers } => {
+                let (vectors, count) = self.vectors(buffers);
+                opcode::Readv::new(file, vectors, count).offset(offset).build()
+            }
+            IoOp::Write { offset, buffers } => {
+                let (vectors, count) = self.vectors(buffers);
+                opcode::Writev::new(file, vectors, count).offset(offset).build()
+            }
+            IoOp::Flush => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
+        }
+    }
+
+    fn vectors(&mut self, buffers: &[GuestBuf]) -> (*const libc::iovec, u32) {
+        let first = self.vectors.len();
+        assert!(self.vectors.capacity() - first >= buffers.len());
+        self.vectors.extend(buffers.iter().map(|buffer| libc::iovec {
+            iov_base: buffer.address().as_ptr().cast(),
+            iov_len: buffer.len() as usize,
+        }));
+        let count = u32::try_from(buffers.len()).expect("at most a request's segments");
+        (self.vectors[first..].as_ptr(), count)
+    }
+
+    /// Submits what was taken, and lets the kernel finish completions that wait for this thread.
+    pub fn kick(&mut self) -> io::Result<()> {
+        let (waiting, taskrun) = {
+            let submission = self.ring.submission();
+            (submission.len(), submission.taskrun())
+        };
+        if waiting == 0 && !taskrun {
+            return Ok(());
+        }
+        let to_submit = u32::try_from(waiting).expect("at most the ring's entries");
+        // SAFETY: no argument is passed; the entries were pushed as `submit` demands.
+        let entered = unsafe {
+            self.ring.submitter().enter::<libc::sigset_t>(to_submit, 0, ENTER_GETEVENTS, None)
+        };
+        match entered {
+            Ok(submitted) if submitted == waiting => {
+                self.vectors.clear();
+                Ok(())
+            }
+            // The rest stays queued, vectors and all, for the next kick.
+            Ok(_) => Ok(()),
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EAGAIN | libc::EBUSY | libc::EINTR)
+                ) =>
+            {
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Appends what has completed.
+    pub fn reap(&mut self, done: &mut Vec<Completion>) {
+        if self.in_flight == 0 {
+            return;
+        }
+        let before = done.len();
+        done.extend(self.ring.completion().map(|entry| Completion {
+            ticket: Ticket::from_user_data(entry.user_data()),
+            result: entry.result(),
+        }));
+        self.in_flight -= done.len() - before;
+    }
+
+    /// Operations taken and not yet reaped.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Makes the next completion visible to a sleeper, then looks again. `true`: something has
+    /// completed already.
+    pub fn arm(&mut self) -> io::Result<bool> {
+        self.ring.completion().enable_eventfd();
+        full_fence();
+        self.kick()?;
+        Ok(!self.ring.completion().is_empty())
+    }
+
+    /// Ends the time of sleep; `signalled`: the descriptor was readable.
+    pub fn disarm(&mut self, signalled: bool) {
+        self.ring.completion().disable_eventfd();
+        if signalled {
+            self.completed.silence();
+        }
+    }
+
+    /// Readable when something has completed since [`Uring::arm`].
+    pub fn completion_fd(&self) -> BorrowedFd<'_> {
+        self.completed.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod test;

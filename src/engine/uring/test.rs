@@ -1,0 +1,85 @@
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+
+use super::*;
+use crate::park;
+use crate::xen::shm::LocalPages;
+
+/// Kicks and reaps until everything in flight is done.
+fn finish(uring: &mut Uring) -> Vec<(usize, i32)> {
+    let mut done = Vec::new();
+    while uring.in_flight() > 0 {
+        let completed = uring.arm().unwrap() || park::sleep(&[uring.completion_fd()], None)[0];
+        uring.disarm(completed);
+        uring.kick().unwrap();
+        uring.reap(&mut done);
+    }
+    let mut done: Vec<_> =
+        done.into_iter().map(|completion| (completion.ticket.slot(), completion.result)).collect();
+    done.sort_unstable();
+    done
+}
+
+fn direct_file(len: u64) -> (tempfile::TempDir, File) {
+    let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let path = folder.path().join("disk.img");
+    File::create(&path).unwrap().write_all(&vec![0; usize::try_from(len).unwrap()]).unwrap();
+    let file =
+        OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(&path).unwrap();
+    (folder, file)
+}
+
+#[test]
+fn scattered_pages_are_written_and_read_back() {
+    let (_folder, file) = direct_file(1 << 20);
+    let mut uring = Uring::new().unwrap();
+    let pages = LocalPages::new(8);
+    for index in 0..4u8 {
+        pages.page(index.into()).copy_from(&[index + 1; 4096]);
+    }
+    // Backwards, and the last page only in part.
+    let from = [pages.page(3), pages.page(1), pages.page(0).part(512, 1024).unwrap()];
+    let write = IoOp::Write { offset: 8192, buffers: &from };
+    uring.submit(file.as_raw_fd(), &write, Ticket::new(0, 7)).unwrap();
+    assert_eq!(finish(&mut uring), [(7, 9216)]);
+
+    let into = [pages.page(4), pages.page(5), pages.page(6).part(0, 1024).unwrap()];
+    uring
+        .submit(file.as_raw_fd(), &IoOp::Read { offset: 8192, buffers: &into }, Ticket::new(0, 1))
+        .unwrap();
+    uring.submit(file.as_raw_fd(), &IoOp::Flush, Ticket::new(0, 2)).unwrap();
+    assert_eq!(finish(&mut uring), [(1, 9216), (2, 0)]);
+    for (index, byte) in [(4, 4), (5, 2)] {
+        let mut copy = [0; 4096];
+        pages.page(index).copy_to(&mut copy);
+        assert_eq!(copy, [byte; 4096]);
+    }
+}
+
+#[test]
+fn an_error_comes_back_as_its_errno() {
+    let (_folder, file) = direct_file(4096);
+    let mut uring = Uring::new().unwrap();
+    let pages = LocalPages::new(1);
+    let misaligned = [pages.page(0).part(1, 512).unwrap()];
+    let read = IoOp::Read { offset: 1, buffers: &misaligned };
+    uring.submit(file.as_raw_fd(), &read, Ticket::new(0, 0)).unwrap();
+    uring.submit(-1, &IoOp::Flush, Ticket::new(0, 1)).unwrap();
+    assert_eq!(finish(&mut uring), [(0, -libc::EINVAL), (1, -libc::EBADF)]);
+}
+
+#[test]
+fn a_full_ring_gives_the_ticket_back() {
+    let (_folder, file) = direct_file(4096);
+    let mut uring = Uring::new().unwrap();
+    let mut taken = 0;
+    let refused = loop {
+        match uring.submit(file.as_raw_fd(), &IoOp::Flush, Ticket::new(0, taken)) {
+            Ok(()) => taken += 1,
+            Err(ticket) => break ticket,
+        }
+    };
+    assert_eq!(refused, Ticket::new(0, limits::URING_ENTRIES));
+    assert_eq!(finish(&mut uring).len(), limits::URING_ENTRIES as usize);
+}

@@ -1,0 +1,152 @@
+//! Every bound in the program, with its reason. Relations between them are asserted here.
+
+/// Segments in a direct request: `BLKIF_MAX_SEGMENTS_PER_REQUEST` of Xen's `public/io/blkif.h`.
+pub const SEGMENTS_PER_REQUEST: usize = 11;
+
+/// Largest `ring-page-order` accepted anywhere: 32 pages, what FreeBSD's backend also takes.
+pub const RING_PAGE_ORDER_MAX: u32 = 5;
+
+/// Pages of the largest ring.
+pub const RING_PAGES_MAX: usize = 1 << RING_PAGE_ORDER_MAX;
+
+/// Pages that one queue keeps mapped for a guest. blkback's figure
+/// (`max_persistent_grants`): a 32-entry ring with three quarters of its indirect segments.
+pub const PERSISTENT_GRANTS_PER_QUEUE: usize = 1056;
+
+/// Grants mapped by one system call. A failing batch is mapped again one by one, so a batch is
+/// also what one bad reference can cost.
+pub const GRANTS_PER_MAP_BATCH: usize = 32 * SEGMENTS_PER_REQUEST;
+
+/// Segments in one grant copy call: bounds the bounce memory of a pass.
+pub const SEGMENTS_PER_COPY_BATCH: usize = 512;
+
+/// Transactions are tried again when another writer came between; a xenstore where that happens
+/// this often is being written in a loop.
+pub const STORE_TRANSACTION_TRIES: usize = 64;
+
+/// Watch events kept while a request waits for its answer. A guest that rewrites its `state` in a
+/// loop makes the events, so they must not pile up in memory (XSA-349): equal events are one, and
+/// past this many distinct ones each watch keeps one event for everything below its path.
+pub const WATCH_EVENTS_KEPT: usize = 4096;
+
+/// A xenstore message's payload: `XENSTORE_PAYLOAD_MAX` of Xen's `public/io/xs_wire.h`.
+pub const XENSTORE_PAYLOAD_MAX: usize = 4096;
+
+/// An absolute xenstore path: `XENSTORE_ABS_PATH_MAX`.
+pub const XENSTORE_ABS_PATH_MAX: usize = 3072;
+
+/// A relative xenstore path: `XENSTORE_REL_PATH_MAX`.
+pub const XENSTORE_REL_PATH_MAX: usize = 2048;
+
+/// Commands waiting for one worker. Control sends a few per disk and life-cycle step.
+pub const WORKER_COMMANDS: usize = 8192;
+
+/// Events waiting for control, from all workers: two per command and one fault per queue.
+pub const WORKER_EVENTS: usize = 4 * WORKER_COMMANDS;
+
+/// Worker threads. More than this on one host is a typing error.
+pub const WORKERS_MAX: usize = 256;
+
+/// Queues on one worker: the ticket's queue field has 16 bits.
+pub const QUEUES_PER_WORKER: usize = 1 << 16;
+
+/// Event channels fetched by one read.
+pub const PORTS_PER_READ: usize = 256;
+
+/// Entries of a worker's io_uring. Deep enough for tens of busy one-page rings; more requests
+/// wait in their rings.
+pub const URING_ENTRIES: u32 = 1024;
+
+/// Requests taken from one ring in a pass, so that a full 1024-entry ring does not hold up its
+/// neighbours.
+pub const REQUESTS_PER_PASS: usize = 64;
+
+/// One request line of the admin socket: enough for a path of 4096 bytes, escaped.
+pub const ADMIN_LINE_MAX: usize = 64 * 1024;
+
+/// One reply line of the admin socket: 10,000 disks with their latencies.
+pub const ADMIN_REPLY_MAX: u64 = 256 << 20;
+
+/// Connections to the admin socket at a time.
+pub const ADMIN_CLIENTS_MAX: usize = 32;
+
+/// Ports written to `/dev/xen/evtchn` by one call: the kernel takes a page of them.
+pub const PORTS_PER_UNMASK: usize = 1024;
+
+/// Entries of a guest's grant table in the stand-in: Xen's default `gnttab_max_frames`, 64 frames.
+pub const SIM_GRANT_ENTRIES: u32 = 64 * 512;
+
+/// Pages of a guest in the stand-in: 64 GiB, so that no length overflows.
+pub const SIM_GUEST_PAGES_MAX: u32 = 1 << 24;
+
+/// Event channels of one handle in the stand-in: one handle serves a worker, and a thousand disks
+/// with four queues each fit one worker.
+pub const SIM_PORTS_PER_HANDLE: usize = 4096;
+
+/// The list of one xenstore node's children, in bytes: room for every domid there can be, twice.
+pub const XENSTORE_DIRECTORY_MAX: usize = 512 * 1024;
+
+/// Connections to the stand-in's xenstore at a time: each costs two descriptors and an inbox.
+pub const SIM_STORE_CLIENTS_MAX: usize = 2048;
+
+/// Requests the stand-in's xenstore answers for one client before it looks at the next.
+pub const SIM_STORE_REQUESTS_PER_TURN: usize = 16;
+
+/// Log lines that one disk may cause in `GUEST_LOG_SECONDS`: two whole connections and
+/// disconnections of a well-behaved guest, and next to nothing for one that loops.
+pub const GUEST_LOG_LINES: u32 = 20;
+
+/// The period of `GUEST_LOG_LINES`.
+pub const GUEST_LOG_SECONDS: u64 = 30;
+
+/// Watch events taken before the disks they are about are looked at, so that a guest that makes
+/// events without end does not keep control from everybody else.
+pub const WATCH_EVENTS_PER_PASS: usize = 1024;
+
+/// Events of workers taken before everything else is looked at again.
+pub const WORKER_EVENTS_PER_PASS: usize = 1024;
+
+/// Seconds that `detach` waits for the guest: libxl's own patience (LIBXL_DESTROY_TIMEOUT).
+pub const DETACH_SECONDS: u64 = 10;
+
+/// Seconds that `list` waits for the workers' latencies before it answers without them.
+pub const LATENCY_SECONDS: u64 = 2;
+
+/// Seconds that the daemon waits at its end for requests in flight. Storage that has not answered
+/// by then is not going to.
+pub const DRAIN_SECONDS: u64 = 30;
+
+/// Seconds between attempts to reach a xenstored whose connection was lost.
+pub const STORE_RETRY_SECONDS: u64 = 5;
+
+/// Text of an `error` node: what fits beside its path in one xenstore message.
+pub const ERROR_TEXT_MAX: usize = 1024;
+
+const _: () = assert!(REQUESTS_PER_PASS * SEGMENTS_PER_REQUEST >= GRANTS_PER_MAP_BATCH);
+const _: () = assert!(PERSISTENT_GRANTS_PER_QUEUE >= GRANTS_PER_MAP_BATCH);
+const _: () = assert!(XENSTORE_ABS_PATH_MAX < XENSTORE_PAYLOAD_MAX);
+
+/// Bounce pages of one worker: several one-page rings full of largest requests that are copied.
+pub const BOUNCE_PAGES_PER_WORKER: usize = 2048;
+
+/// References of one queue that may fail to map before its data is only copied: a sound frontend
+/// has none.
+pub const MAP_REFUSALS_MAX: u32 = 64;
+
+/// Commands taken by a worker in one pass, so that a thousand disks connecting at once do not
+/// hold up the I/O of the others.
+pub const COMMANDS_PER_PASS: usize = 8;
+
+/// While a worker is busy it asks for the events of sleeping queues this seldom (one system call).
+/// It is what a sleeping disk's first request can wait beside a busy one.
+pub const EVENT_CHECK_NS: u64 = 20_000;
+
+/// ... and never more often than once in this many passes, however slow a pass is.
+pub const EVENT_CHECK_PASSES: u32 = 16;
+
+const _: () = assert!(BOUNCE_PAGES_PER_WORKER >= 2 * 32 * SEGMENTS_PER_REQUEST);
+const _: () = assert!(SIM_PORTS_PER_HANDLE.is_multiple_of(64));
+
+const _: () = assert!(XENSTORE_REL_PATH_MAX < XENSTORE_ABS_PATH_MAX);
+const _: () = assert!(XENSTORE_DIRECTORY_MAX >= 32752 * 6);
+const _: () = assert!(ERROR_TEXT_MAX + XENSTORE_REL_PATH_MAX < XENSTORE_PAYLOAD_MAX);

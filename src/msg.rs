@@ -1,0 +1,176 @@
+//! All that crosses between the control thread and the workers: plain data, no Xen descriptor and
+//! no guest mapping. A command carries numbers and an opened image; an event carries results.
+
+use std::io;
+use std::sync::Arc;
+
+use crossbeam::channel::{Receiver, Sender, bounded};
+use hdrhistogram::Histogram;
+
+use crate::backing::Image;
+use crate::limits;
+use crate::metrics::QueueCounters;
+use crate::park::Doorbell;
+use crate::units::{DomId, GrantRef, Port, QueueId};
+
+/// One connection of one disk: unique in the life of the daemon, so that an event about an earlier
+/// connection of the same disk is recognised as stale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LinkId(pub u64);
+
+/// One queue of one connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct QueueKey {
+    /// Whose connection.
+    pub link: LinkId,
+    /// Which ring of it.
+    pub queue: QueueId,
+}
+
+/// The number of a worker, from 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WorkerId(pub usize);
+
+/// The layout of ring entries that a frontend uses: `XEN_IO_PROTO_ABI_*` of Xen's
+/// `public/io/protocols.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// 64-bit layout: `x86_64-abi`, and native on every 64-bit host.
+    X86_64,
+    /// 32-bit x86 layout (4-byte alignment of u64): `x86_32-abi`.
+    X86_32,
+}
+
+/// What control asks of a worker. Every command is answered by the event named.
+#[derive(Debug)]
+pub enum Command {
+    /// Map the ring, bind the event channel, serve: [`Event::Connected`] or
+    /// [`Event::ConnectFailed`].
+    Connect(Box<Connect>),
+    /// Finish what is in flight, then unmap and unbind everything: [`Event::Disconnected`]. Also
+    /// for a queue that failed; for a key unknown to the worker it is answered at once.
+    Disconnect(QueueKey),
+    /// Hand over the latencies recorded since the last time: [`Event::Latency`].
+    TakeLatency(QueueKey),
+    /// Disconnect every queue without events, and end the thread.
+    Stop,
+}
+
+/// What a worker needs to serve one ring.
+#[derive(Debug)]
+pub struct Connect {
+    /// The name of the queue from now on.
+    pub key: QueueKey,
+    /// The frontend's domain.
+    pub frontend: DomId,
+    /// Granted ring pages, in order; a power of two of them, at most `limits::RING_PAGES_MAX`.
+    pub ring_refs: Vec<GrantRef>,
+    /// The frontend's event channel.
+    pub port: Port,
+    /// The layout of its ring entries.
+    pub protocol: Protocol,
+    /// Both ends said `feature-persistent`: granted pages stay mapped.
+    pub persistent: bool,
+    /// Writes answer with an error, whatever the image could do.
+    pub read_only: bool,
+    /// The opened image, shared by the queues of the disk.
+    pub image: Arc<Image>,
+    /// Where the queue counts; control reads them at any time.
+    pub counters: Arc<QueueCounters>,
+}
+
+/// What a worker tells control.
+#[derive(Debug)]
+pub enum Event {
+    /// The queue is being served.
+    Connected(QueueKey),
+    /// The queue is not served and holds nothing; the reason names the grant or port.
+    ConnectFailed(QueueKey, String),
+    /// The frontend broke the ring protocol. The queue takes no more requests and stays mapped
+    /// until [`Command::Disconnect`].
+    RingFault(QueueKey, String),
+    /// Nothing of the queue is mapped, bound or in flight any more.
+    Disconnected(QueueKey),
+    /// Request latencies in nanoseconds since the last [`Command::TakeLatency`]; `None` for an
+    /// unknown queue.
+    Latency(QueueKey, Option<Box<Histogram<u64>>>),
+    /// The worker ended; the reason is empty after [`Command::Stop`].
+    Stopped(WorkerId, String),
+}
+
+/// The sending end of one worker's commands.
+#[derive(Clone, Debug)]
+pub struct CommandSender {
+    worker: WorkerId,
+    commands: Sender<Command>,
+    bell: Doorbell,
+}
+
+/// The receiving end of one worker's commands; its bell rings after each.
+#[derive(Debug)]
+pub struct CommandReceiver {
+    /// What was sent.
+    pub commands: Receiver<Command>,
+    /// Readable when something was sent.
+    pub bell: Doorbell,
+}
+
+/// The workers' end of the channel to control.
+#[derive(Clone, Debug)]
+pub struct EventSender {
+    events: Sender<Event>,
+    bell: Doorbell,
+}
+
+/// Control's end of the channel from all workers.
+#[derive(Debug)]
+pub struct EventReceiver {
+    /// What was sent.
+    pub events: Receiver<Event>,
+    /// Readable when something was sent.
+    pub bell: Doorbell,
+}
+
+/// The worker does not take commands: its queue is full or it has ended.
+#[derive(Debug, thiserror::Error)]
+#[error("worker {} takes no more commands", .0.0)]
+pub struct WorkerGone(pub WorkerId);
+
+/// Makes the channel from control to one worker.
+pub fn command_channel(worker: WorkerId) -> io::Result<(CommandSender, CommandReceiver)> {
+    let (sender, commands) = bounded(limits::WORKER_COMMANDS);
+    let bell = Doorbell::new()?;
+    let sender = CommandSender { worker, commands: sender, bell: bell.clone() };
+    Ok((sender, CommandReceiver { commands, bell }))
+}
+
+/// Makes the channel from all workers to control.
+pub fn event_channel() -> io::Result<(EventSender, EventReceiver)> {
+    let (sender, events) = bounded(limits::WORKER_EVENTS);
+    let bell = Doorbell::new()?;
+    Ok((EventSender { events: sender, bell: bell.clone() }, EventReceiver { events, bell }))
+}
+
+impl CommandSender {
+    /// Whose commands these are.
+    pub fn worker(&self) -> WorkerId {
+        self.worker
+    }
+
+    /// Sends without waiting.
+    pub fn send(&self, command: Command) -> Result<(), WorkerGone> {
+        self.commands.try_send(command).map_err(|_| WorkerGone(self.worker))?;
+        self.bell.ring();
+        Ok(())
+    }
+}
+
+impl EventSender {
+    /// Sends; waits only where control is thousands of events behind. Where control has ended
+    /// there is nobody left to tell.
+    pub fn send(&self, event: Event) {
+        if self.events.send(event).is_ok() {
+            self.bell.ring();
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! How a thread waits: spin, arm, sleep, wake. The one subtle wait protocol lives here.
+//!
+//! A worker that finds no work spins for a budget that follows the load ([`SpinBudget`]). When the
+//! budget is spent it *arms* every source (asks each guest for a notification, which includes a
+//! fence and a second look), and only if nothing turned up since does it sleep in [`sleep`] until
+//! a descriptor is readable. Whoever gives it work writes first and rings the [`Doorbell`] after,
+//! so a wake-up is never lost: either the second look sees the work, or the descriptor is readable.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// An eventfd that wakes one thread. Clones ring the same bell.
+#[derive(Clone, Debug)]
+pub struct Doorbell {
+    fd: Arc<OwnedFd>,
+}
+
+impl Doorbell {
+    /// A bell that nobody has rung.
+    pub fn new() -> io::Result<Doorbell> {
+        // SAFETY: no pointers; a negative result is an error, otherwise the descriptor is ours.
+        let raw = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        if raw < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: freshly made and owned by nobody else.
+        Ok(Doorbell { fd: Arc::new(unsafe { OwnedFd::from_raw_fd(raw) }) })
+    }
+
+    /// Makes the bell's descriptor readable. Call after the work itself is visible.
+    pub fn ring(&self) {
+        let one = 1u64.to_ne_bytes();
+        // SAFETY: `one` is 8 readable bytes. It can fail only where the counter is full, and then
+        // the descriptor is readable already.
+        unsafe { libc::write(self.fd.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+    }
+
+    /// Takes back all rings so far. Call before looking for the work.
+    pub fn silence(&self) {
+        let mut count = [0u8; 8];
+        // SAFETY: `count` is 8 writable bytes; EAGAIN says that nobody rang.
+        unsafe { libc::read(self.fd.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
+    }
+}
+
+impl AsFd for Doorbell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// Descriptors that one [`sleep`] can wait for.
+pub const SOURCES_MAX: usize = 4;
+
+/// Sleeps until one of `sources` is readable or `timeout` is over (`None`: for ever), and says
+/// which are. A signal ends it early, as any wake-up may: the caller looks again.
+pub fn sleep(sources: &[BorrowedFd<'_>], timeout: Option<Duration>) -> [bool; SOURCES_MAX] {
+    assert!(sources.len() <= SOURCES_MAX);
+    let mut polled = [libc::pollfd { fd: -1, events: libc::POLLIN, revents: 0 }; SOURCES_MAX];
+    for (slot, source) in polled.iter_mut().zip(sources) {
+        slot.fd = source.as_raw_fd();
+    }
+    let timeout = timeout.map(|timeout| libc::timespec {
+        tv_sec: timeout.as_secs().try_into().unwrap_or(libc::time_t::MAX),
+        tv_nsec: timeout.subsec_nanos().into(),
+    });
+    let timeout = timeout.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    let count = SOURCES_MAX as libc::nfds_t;
+    // SAFETY: `polled` holds SOURCES_MAX entries, of which those without a source are ignored
+    // (fd -1); `timeout` is null or points to a timespec that outlives the call.
+    unsafe { libc::ppoll(polled.as_mut_ptr(), count, timeout, std::ptr::null()) };
+    polled.map(|slot| slot.revents != 0)
+}
+
+/// How long a worker without work keeps looking before it sleeps.
+///
+/// Spinning pays only where the next request comes within it. So the budget doubles (up to the
+/// limit) when work turned up while spinning or soon after falling asleep, and halves when a sleep
+/// outlasted the limit anyway: a loaded worker spins, an idle one costs nothing.
+#[derive(Debug)]
+pub struct SpinBudget {
+    limit_ns: u64,
+    budget_ns: u64,
+}
+
+impl SpinBudget {
+    /// The smallest budget worth spinning for; below it the worker sleeps at once.
+    const FLOOR_NS: u64 = 1_000;
+
+    /// A budget of at most `limit`; zero means never spin.
+    pub fn new(limit: Duration) -> SpinBudget {
+        let limit_ns = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
+        SpinBudget { limit_ns, budget_ns: limit_ns }
+    }
+
+    /// What may be spun now.
+    pub fn get_ns(&self) -> u64 {
+        self.budget_ns
+    }
+
+    /// Work came while spinning: spinning pays.
+    pub fn work_while_spinning(&mut self) {
+        self.budget_ns =
+            (self.budget_ns * 2).clamp(Self::FLOOR_NS.min(self.limit_ns), self.limit_ns);
+    }
+
+    /// A sleep ended after `slept_ns`.
+    pub fn slept(&mut self, slept_ns: u64) {
+        if slept_ns <= self.limit_ns {
+            self.work_while_spinning();
+        } else {
+            self.budget_ns /= 2;
+            if self.budget_ns < Self::FLOOR_NS {
+                self.budget_ns = 0;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_ring_before_the_sleep_is_not_lost() {
+        let bell = Doorbell::new().unwrap();
+        bell.ring();
+        assert!(sleep(&[bell.as_fd()], None)[0]);
+        bell.silence();
+        assert!(!sleep(&[bell.as_fd()], Some(Duration::from_millis(1)))[0]);
+    }
+
+    #[test]
+    fn the_budget_shrinks_to_nothing_when_idle_and_grows_back_under_load() {
+        let mut budget = SpinBudget::new(Duration::from_micros(50));
+        assert_eq!(budget.get_ns(), 50_000);
+        for _ in 0..10 {
+            budget.slept(1_000_000);
+        }
+        assert_eq!(budget.get_ns(), 0);
+        for _ in 0..10 {
+            budget.slept(5_000);
+        }
+        assert_eq!(budget.get_ns(), 50_000);
+    }
+
+    #[test]
+    fn a_limit_of_zero_never_spins() {
+        let mut budget = SpinBudget::new(Duration::ZERO);
+        budget.work_while_spinning();
+        budget.slept(0);
+        assert_eq!(budget.get_ns(), 0);
+    }
+}

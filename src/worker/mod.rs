@@ -1,0 +1,357 @@
+//! A thread that serves rings: it polls while there is work, and sleeps when there is none.
+//!
+//! [`Worker::poll_once`] is one pass over the polled queues and can be called from a test with no
+//! thread at all; [`spawn`] makes the pinned thread that calls it for ever. A queue is *polled*
+//! from its first event until it had no work for the spin budget; then it is *armed*: its frontend
+//! notifies again, and its event channel, masked until now, is unmasked. A notification storm of a
+//! guest therefore costs a busy worker nothing (XSA-332).
+
+mod thread;
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use slab::Slab;
+
+use crate::backing::Image;
+use crate::engine::{Completion, Engine};
+use crate::limits::{
+    COMMANDS_PER_PASS, EVENT_CHECK_NS, EVENT_CHECK_PASSES, PORTS_PER_READ, QUEUES_PER_WORKER,
+};
+use crate::msg::{Command, CommandReceiver, Connect, Event, EventSender, QueueKey};
+use crate::park::{self, SpinBudget};
+use crate::queue::{BouncePool, Queue, Resources, Scratch};
+use crate::units::Port;
+use crate::xen::{Events, Platform, PlatformError};
+
+pub use thread::{Setup, SpawnError, WorkerThread, spawn, spawn_all};
+
+/// Whether a pass found anything to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// It did.
+    Worked,
+    /// It did not.
+    Idle,
+}
+
+/// One worker's rings and everything it needs for them.
+#[derive(Debug)]
+pub struct Worker<P: Platform, E> {
+    events: P::Events,
+    resources: Resources<P::Grants, E>,
+    queues: Slab<Served>,
+    by_key: HashMap<QueueKey, usize>,
+    by_port: HashMap<Port, usize>,
+    /// Queues whose rings are looked at in every pass.
+    polled: Vec<usize>,
+    /// Queues that are to be disconnected once drained.
+    leaving: Vec<usize>,
+    /// Masked ports of queues that were armed in this pass.
+    unmask: Vec<Port>,
+    done: Vec<Completion>,
+    commands: CommandReceiver,
+    reports: EventSender,
+    budget: SpinBudget,
+    last_work_ns: u64,
+    last_event_check_ns: u64,
+    passes_since_event_check: u32,
+    spinning: bool,
+    stopping: bool,
+}
+
+/// A queue with what the worker knows of it.
+#[derive(Debug)]
+struct Served {
+    queue: Queue,
+    polled: bool,
+    last_work_ns: u64,
+}
+
+impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
+    /// A worker without queues. It opens its own event channels and grant mappings, and belongs to
+    /// the calling thread from now on.
+    pub fn new(setup: Setup<P>, engine: E) -> Result<Worker<P, E>, PlatformError> {
+        Ok(Worker {
+            events: setup.platform.open_events()?,
+            resources: Resources {
+                grants: setup.platform.open_grants()?,
+                engine,
+                bounce: BouncePool::default(),
+                scratch: Scratch::default(),
+            },
+            queues: Slab::new(),
+            by_key: HashMap::new(),
+            by_port: HashMap::new(),
+            polled: Vec::new(),
+            leaving: Vec::new(),
+            unmask: Vec::new(),
+            done: Vec::new(),
+            commands: setup.commands,
+            reports: setup.reports,
+            budget: SpinBudget::new(setup.poll),
+            last_work_ns: 0,
+            last_event_check_ns: 0,
+            passes_since_event_check: 0,
+            spinning: false,
+            stopping: false,
+        })
+    }
+
+    /// Passes and sleeps until [`Command::Stop`] was obeyed.
+    pub fn run(&mut self) -> io::Result<()> {
+        let start = Instant::now();
+        let clock_ns = || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        while !(self.stopping && self.queues.is_empty()) {
+            if self.poll_once(clock_ns)? == Progress::Worked {
+                if std::mem::take(&mut self.spinning) {
+                    self.budget.work_while_spinning();
+                }
+                continue;
+            }
+            let now_ns = clock_ns();
+            self.arm_idle(now_ns)?;
+            let idle_ns = now_ns.saturating_sub(self.last_work_ns);
+            if self.polled.is_empty() && idle_ns >= self.budget.get_ns() {
+                self.sleep(clock_ns)?;
+            } else {
+                self.spinning = true;
+                std::hint::spin_loop();
+            }
+        }
+        Ok(())
+    }
+
+    /// Sleeps until a sleeping queue's frontend notifies, storage completes or control commands.
+    fn sleep(&mut self, clock_ns: impl Fn() -> u64) -> io::Result<()> {
+        let completed = self.resources.engine.arm()?;
+        if completed || !self.commands.commands.is_empty() {
+            self.resources.engine.disarm(completed);
+            return Ok(());
+        }
+        let asleep_ns = clock_ns();
+        let [_, completed, commanded, _] = park::sleep(
+            &[
+                self.events.as_fd(),
+                self.resources.engine.completion_fd(),
+                self.commands.bell.as_fd(),
+            ],
+            None,
+        );
+        self.budget.slept(clock_ns().saturating_sub(asleep_ns));
+        self.spinning = false;
+        self.resources.engine.disarm(completed);
+        if commanded {
+            self.commands.bell.silence();
+        }
+        Ok(())
+    }
+
+    /// One pass: commands, events, requests, storage, responses. At most one system call each for
+    /// events, mapping, copying, submission; and one notification per ring. The clock is read once,
+    /// and once more where something completed. An error is our own host's (io_uring or the
+    /// event-channel device fails), never a guest's.
+    pub fn poll_once(&mut self, clock_ns: impl Fn() -> u64) -> io::Result<Progress> {
+        let now_ns = clock_ns();
+        let mut worked = self.take_commands(now_ns);
+        if self.event_check_is_due(now_ns) {
+            worked |= self.take_events(now_ns)?;
+        }
+        worked |= self.take_requests(now_ns);
+        self.resources.engine.kick()?;
+        worked |= self.take_completions(&clock_ns);
+        if worked {
+            self.finish_pass(now_ns)?;
+            self.last_work_ns = now_ns;
+        }
+        if !self.leaving.is_empty() {
+            self.disconnect_drained();
+        }
+        Ok(if worked { Progress::Worked } else { Progress::Idle })
+    }
+
+    fn take_commands(&mut self, now_ns: u64) -> bool {
+        if self.commands.commands.is_empty() {
+            return false;
+        }
+        for _ in 0..COMMANDS_PER_PASS {
+            match self.commands.commands.try_recv() {
+                Ok(command) => self.command(command, now_ns),
+                Err(_) => break,
+            }
+        }
+        true
+    }
+
+    fn command(&mut self, command: Command, now_ns: u64) {
+        match command {
+            Command::Connect(connect) => self.connect(*connect, now_ns),
+            Command::Disconnect(key) => self.leave(key),
+            Command::TakeLatency(key) => {
+                let queue = self.by_key.get(&key).and_then(|index| self.queues.get_mut(*index));
+                let latency = queue.map(|served| Box::new(served.queue.take_latency()));
+                self.reports.send(Event::Latency(key, latency));
+            }
+            Command::Stop => {
+                self.stopping = true;
+                let keys: Vec<QueueKey> = self.by_key.keys().copied().collect();
+                keys.into_iter().for_each(|key| self.leave(key));
+            }
+        }
+    }
+
+    fn connect(&mut self, connect: Connect, now_ns: u64) {
+        let key = connect.key;
+        let entry = self.queues.vacant_entry();
+        let index = entry.key();
+        let connected = match u32::try_from(index) {
+            Ok(number) if index < QUEUES_PER_WORKER && !self.stopping => {
+                Queue::connect(connect, number, &mut self.resources.grants, &mut self.events)
+            }
+            _ => Err("the worker takes no more queues".to_owned()),
+        };
+        match connected {
+            Ok(queue) => {
+                self.by_key.insert(key, index);
+                self.by_port.insert(queue.port(), index);
+                entry.insert(Served { queue, polled: true, last_work_ns: now_ns });
+                self.polled.push(index);
+                self.reports.send(Event::Connected(key));
+            }
+            Err(reason) => self.reports.send(Event::ConnectFailed(key, reason)),
+        }
+    }
+
+    fn leave(&mut self, key: QueueKey) {
+        match self.by_key.get(&key) {
+            Some(index) => {
+                self.queues[*index].queue.stop();
+                if !self.leaving.contains(index) {
+                    self.leaving.push(*index);
+                }
+            }
+            None => self.reports.send(Event::Disconnected(key)),
+        }
+    }
+
+    fn disconnect_drained(&mut self) {
+        let queues = &self.queues;
+        let (drained, leaving) =
+            self.leaving.iter().partition(|index| queues[**index].queue.is_drained());
+        self.leaving = leaving;
+        let drained: Vec<usize> = drained;
+        for index in drained {
+            let Served { queue, .. } = self.queues.remove(index);
+            self.polled.retain(|polled| *polled != index);
+            self.by_key.remove(&queue.key());
+            self.by_port.remove(&queue.port());
+            let key = queue.key();
+            queue.disconnect(&mut self.resources.grants, &mut self.events);
+            self.reports.send(Event::Disconnected(key));
+        }
+    }
+
+    /// While every queue is polled no event can tell anything new; otherwise ask now and then for
+    /// those that sleep.
+    #[inline]
+    fn event_check_is_due(&mut self, now_ns: u64) -> bool {
+        if self.polled.len() == self.queues.len() {
+            return false;
+        }
+        self.passes_since_event_check += 1;
+        self.polled.is_empty()
+            || (now_ns.saturating_sub(self.last_event_check_ns) >= EVENT_CHECK_NS
+                && self.passes_since_event_check >= EVENT_CHECK_PASSES)
+    }
+
+    fn take_events(&mut self, now_ns: u64) -> io::Result<bool> {
+        self.last_event_check_ns = now_ns;
+        self.passes_since_event_check = 0;
+        let mut ports = [Port(0); PORTS_PER_READ];
+        let count = self.events.pending(&mut ports)?;
+        for port in ports.iter().take(count) {
+            if let Some(index) = self.by_port.get(port) {
+                self.poll_queue(*index, now_ns);
+            }
+        }
+        Ok(count > 0)
+    }
+
+    /// From now on the ring is looked at in every pass.
+    fn poll_queue(&mut self, index: usize, now_ns: u64) {
+        let served = &mut self.queues[index];
+        served.last_work_ns = now_ns;
+        if !served.polled {
+            served.polled = true;
+            self.polled.push(index);
+        }
+    }
+
+    #[inline]
+    fn take_requests(&mut self, now_ns: u64) -> bool {
+        let mut worked = false;
+        for index in &self.polled {
+            let served = &mut self.queues[*index];
+            match served.queue.take(&mut self.resources, now_ns) {
+                Ok(0) => {}
+                Ok(_) => {
+                    served.last_work_ns = now_ns;
+                    worked = true;
+                }
+                Err(fault) => {
+                    let event = Event::RingFault(served.queue.key(), fault.to_string());
+                    self.reports.send(event);
+                }
+            }
+        }
+        worked
+    }
+
+    #[inline]
+    fn take_completions(&mut self, clock_ns: impl Fn() -> u64) -> bool {
+        let mut done = std::mem::take(&mut self.done);
+        self.resources.engine.reap(&mut done);
+        let worked = !done.is_empty();
+        let now_ns = if worked { clock_ns() } else { 0 };
+        for Completion { ticket, result } in done.drain(..) {
+            self.poll_queue(ticket.queue(), now_ns);
+            let queue = &mut self.queues[ticket.queue()].queue;
+            queue.complete(&mut self.resources, ticket.slot(), result, now_ns);
+        }
+        self.done = done;
+        worked
+    }
+
+    #[inline]
+    fn finish_pass(&mut self, now_ns: u64) -> io::Result<()> {
+        for index in &self.polled {
+            let queue = &mut self.queues[*index].queue;
+            if queue.finish_pass(&mut self.resources, now_ns) {
+                self.events.notify(queue.port())?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Arms the queues that had no work for the spin budget.
+    fn arm_idle(&mut self, now_ns: u64) -> io::Result<()> {
+        let budget_ns = self.budget.get_ns();
+        let (queues, unmask) = (&mut self.queues, &mut self.unmask);
+        self.polled.retain(|index| {
+            let served = &mut queues[*index];
+            if now_ns.saturating_sub(served.last_work_ns) < budget_ns || served.queue.arm() {
+                return true;
+            }
+            served.polled = false;
+            unmask.push(served.queue.port());
+            false
+        });
+        if !self.unmask.is_empty() {
+            self.events.unmask(&self.unmask)?;
+            self.unmask.clear();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,155 @@
+//! Style rules that would decay if they were not a test: who may import whom, where unsafe code
+//! may stand, how long a file may grow.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+/// Which parts of the library each part may import from. `xen` stands for the boundary without
+/// `xen::linux`, which like `sim` only `main.rs`, tests, benches and tools may name.
+const MAY_IMPORT: &[(&str, &[&str])] = &[
+    ("units", &[]),
+    ("limits", &[]),
+    ("park", &[]),
+    ("metrics", &[]),
+    ("config", &["limits"]),
+    ("backing", &["units"]),
+    ("xen", &["limits", "park", "units"]),
+    ("msg", &["backing", "limits", "metrics", "park", "units"]),
+    ("blkif", &["backing", "limits", "msg", "units", "xen"]),
+    ("engine", &["backing", "limits", "park", "xen"]),
+    ("queue", &["backing", "blkif", "engine", "limits", "metrics", "msg", "units", "xen"]),
+    ("worker", &["backing", "engine", "limits", "metrics", "msg", "park", "queue", "units", "xen"]),
+    ("control", &["backing", "limits", "metrics", "msg", "park", "units", "xen"]),
+    ("sim", &["blkif", "limits", "msg", "park", "units", "xen"]),
+];
+
+/// Files that may hold unsafe code, each named in DESIGN's sense: guest memory, the kernel's
+/// devices, io_uring, the stand-in's memory, waiting.
+const MAY_BE_UNSAFE: &[&str] = &[
+    "src/backing/raw.rs",
+    "src/engine/uring.rs",
+    "src/park.rs",
+    "src/sim/",
+    "src/xen/linux/",
+    "src/xen/shm.rs",
+    "src/xen/store/readiness.rs",
+];
+
+const LINES_MAX: usize = 700;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn rust_files(folder: &str) -> Vec<PathBuf> {
+    let mut folders = vec![root().join(folder)];
+    let mut files = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                files.push(path);
+            }
+        }
+    }
+    files.sort();
+    assert!(!files.is_empty());
+    files
+}
+
+fn relative(path: &Path) -> String {
+    path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned()
+}
+
+/// A file's text without comments and without its test module, which stands last.
+fn code_of(path: &Path) -> String {
+    let text = std::fs::read_to_string(path).unwrap();
+    let code = text.split("#[cfg(test)]\nmod test").next().unwrap_or("");
+    code.lines().map(|line| line.split("//").next().unwrap_or("")).collect::<Vec<_>>().join("\n")
+}
+
+fn is_test(path: &Path) -> bool {
+    path.file_stem().is_some_and(|stem| stem.to_str().unwrap().ends_with("test"))
+        || path.components().any(|part| part.as_os_str() == "test")
+}
+
+/// Parts of the library that a text names after `crate::`, with the second component for `xen`.
+fn imports(code: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for (at, _) in code.match_indices("crate::") {
+        let rest = &code[at + "crate::".len()..];
+        let listed = rest.strip_prefix('{').map(|list| list.split('}').next().unwrap_or(""));
+        for path in listed.unwrap_or(rest).split(',') {
+            let name: String = path
+                .trim()
+                .chars()
+                .take_while(|c| c.is_alphanumeric() || *c == '_' || *c == ':')
+                .collect();
+            let mut parts = name.split("::");
+            match (parts.next(), parts.next()) {
+                (Some("xen"), Some("linux")) => found.insert("xen::linux".to_owned()),
+                (Some(part), _) if !part.is_empty() => found.insert(part.to_owned()),
+                _ => false,
+            };
+            if listed.is_none() {
+                break;
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn imports_flow_in_one_direction() {
+    let mut wrong = Vec::new();
+    for path in rust_files("src") {
+        let name = relative(&path);
+        let part = name.trim_start_matches("src/").split(['/', '.']).next().unwrap().to_owned();
+        if matches!(part.as_str(), "lib" | "main" | "cli") || is_test(&path) {
+            continue;
+        }
+        let (_, allowed) = MAY_IMPORT
+            .iter()
+            .find(|(known, _)| *known == part)
+            .unwrap_or_else(|| panic!("{name}: a new part of the library belongs in MAY_IMPORT"));
+        for import in imports(&code_of(&path)) {
+            let inside_linux = import == "xen::linux" && name.starts_with("src/xen/linux/");
+            if import != part && !allowed.contains(&import.as_str()) && !inside_linux {
+                wrong.push(format!("{name} may not import crate::{import}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_import_scanner_sees_all_forms() {
+    let code =
+        "use crate::units::{A, B};\nlet x = crate::xen::linux::open();\nuse crate::{msg, sim::x};";
+    let found: Vec<String> = imports(code).into_iter().collect();
+    assert_eq!(found, ["msg", "sim", "units", "xen::linux"]);
+}
+
+#[test]
+fn unsafe_code_stands_only_where_it_is_named() {
+    for path in rust_files("src") {
+        let name = relative(&path);
+        let named = MAY_BE_UNSAFE.iter().any(|allowed| name.starts_with(allowed));
+        let code = code_of(&path);
+        let unsafe_code = code.contains("unsafe {") || code.contains("unsafe fn");
+        assert!(named || is_test(&path) || !unsafe_code, "{name} holds unsafe code");
+    }
+}
+
+#[test]
+fn no_file_outgrows_its_purpose() {
+    for path in rust_files("src").into_iter().chain(rust_files("tools")) {
+        if is_test(&path) || path.components().any(|part| part.as_os_str() == "target") {
+            continue;
+        }
+        let lines = code_of(&path).lines().filter(|line| !line.trim().is_empty()).count();
+        assert!(lines <= LINES_MAX, "{} has {lines} lines of code", relative(&path));
+    }
+}
