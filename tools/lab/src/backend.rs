@@ -8,9 +8,13 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use crate::agent::{Agent, Job};
+use crate::xen::wait_for;
 
 /// Where polldisk's standard error goes in dom0.
 pub const DAEMON_LOG: &str = "/run/polldisk.log";
+
+const START_LIMIT: Duration = Duration::from_secs(30);
+const STOP_LIMIT: Duration = Duration::from_secs(30);
 
 /// The backends of the lab.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,11 +128,8 @@ impl Daemon {
         let serve =
             format!("echo $$ >/run/polldisk.pid; exec polldisk serve --log info 2>{DAEMON_LOG}");
         let job = dom0.start(&serve, None)?;
-        let ready = dom0.run(
-            "until polldisk list --json >/dev/null 2>&1; do sleep 0.2; done",
-            Duration::from_secs(60),
-        )?;
-        if ready.status != 0 || dom0.has_ended(&job) {
+        let ready = wait_for(dom0, "polldisk list --json >/dev/null 2>&1", START_LIMIT);
+        if dom0.has_ended(&job) || ready.is_err() {
             bail!("polldisk serve does not answer:\n{}", dom0.ask(&format!("cat {DAEMON_LOG}"))?);
         }
         let pid = dom0.ask("cat /run/polldisk.pid")?.parse().context("the daemon's pid")?;
@@ -157,7 +158,9 @@ impl Daemon {
 
     /// Ends the daemon as a service manager does; it must leave in order.
     pub fn stop(self, dom0: &mut Agent) -> Result<()> {
-        dom0.ask(&format!("kill -TERM {}", self.pid))?;
+        let pid = self.pid;
+        dom0.ask(&format!("kill -TERM {pid}"))?;
+        wait_for(dom0, &format!("! kill -0 {pid} 2>/dev/null"), STOP_LIMIT)?;
         let output = dom0.finish(self.job)?;
         ensure!(output.status == 0, "polldisk serve ended with {}", output.status);
         Ok(())

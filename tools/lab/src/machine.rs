@@ -4,7 +4,6 @@ use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
@@ -12,9 +11,6 @@ use tempfile::TempDir;
 use crate::agent::Agent;
 use crate::image;
 use crate::qemu::{self, Console, GUEST_PORTS};
-
-/// Twenty times what an idle host needs.
-const BOOT_LIMIT: Duration = Duration::from_secs(300);
 
 /// What dom0 finds in `/lab`, besides the polldisk under test.
 const PAYLOAD: [(&str, &str); 4] = [
@@ -63,7 +59,7 @@ impl Machine {
     fn wait_for_dom0(&mut self) -> Result<Agent> {
         let socket = self.sockets.path().join("dom0");
         let mut dom0 = Agent::connect("dom0", &socket, &self.logs.join("dom0-agent"))?;
-        dom0.wait_ready(BOOT_LIMIT)?;
+        dom0.wait_ready()?;
         Ok(dom0)
     }
 

@@ -10,7 +10,6 @@ use crate::machine::Machine;
 
 /// libxl waits 10 s for a backend and 40 s for a hotplug script before it gives up.
 const CREATE_LIMIT: Duration = Duration::from_secs(180);
-const BOOT_LIMIT: Duration = Duration::from_secs(300);
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(120);
 
 /// A running PV guest and the agent on its console.
@@ -43,13 +42,14 @@ impl Guest {
         let bridge =
             format!("exec /usr/lib/xen-4.17/bin/xenconsole {domid} --interactive <>{port} >&0");
         let console = dom0.start(&bridge, None)?;
-        agent.wait_ready(BOOT_LIMIT)?;
+        agent.wait_ready()?;
         Ok(Self { name: name.into(), domid, agent, console })
     }
 
     /// Asks the guest to shut down and waits until its domain is gone.
     pub fn shut_down(self, dom0: &mut Agent) -> Result<()> {
         dom0.ask_within(&format!("xl shutdown --wait {}", self.name), SHUTDOWN_LIMIT)?;
+        // xl's other half destroys the domain after it is down.
         wait_for(dom0, &format!("! xl domid {} >/dev/null 2>&1", self.name), SHUTDOWN_LIMIT)?;
         dom0.finish(self.console)?;
         Ok(())
