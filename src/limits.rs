@@ -3,6 +3,24 @@
 /// Segments in a direct request: `BLKIF_MAX_SEGMENTS_PER_REQUEST` of Xen's `public/io/blkif.h`.
 pub const SEGMENTS_PER_REQUEST: usize = 11;
 
+/// Pages with segments in an indirect request: `BLKIF_MAX_INDIRECT_PAGES_PER_REQUEST`.
+pub const INDIRECT_PAGES_PER_REQUEST: usize = 8;
+
+/// Segments in one such page: 4096 bytes of 8 each.
+pub const SEGMENTS_PER_INDIRECT_PAGE: usize = 512;
+
+/// Segments in an indirect request at most, whatever is configured: what one preadv takes
+/// (`UIO_MAXIOV` of Linux), 4 MiB of data.
+pub const INDIRECT_SEGMENTS_MAX: u16 = 1024;
+
+/// Segments in an indirect request that frontends are offered unless configured otherwise:
+/// blkback's figure, 1 MiB of data.
+pub const INDIRECT_SEGMENTS_DEFAULT: u16 = 256;
+
+/// Indirect requests in flight on one worker. Each keeps a table of its segments; further ones
+/// wait in their rings.
+pub const INDIRECT_REQUESTS_PER_WORKER: usize = 512;
+
 /// Largest `ring-page-order` accepted anywhere: 32 pages, what FreeBSD's backend also takes.
 pub const RING_PAGE_ORDER_MAX: u32 = 5;
 
@@ -150,3 +168,10 @@ const _: () = assert!(SIM_PORTS_PER_HANDLE.is_multiple_of(64));
 const _: () = assert!(XENSTORE_REL_PATH_MAX < XENSTORE_ABS_PATH_MAX);
 const _: () = assert!(XENSTORE_DIRECTORY_MAX >= 32752 * 6);
 const _: () = assert!(ERROR_TEXT_MAX + XENSTORE_REL_PATH_MAX < XENSTORE_PAYLOAD_MAX);
+const _: () = assert!(BOUNCE_PAGES_PER_WORKER >= INDIRECT_SEGMENTS_MAX as usize);
+const _: () = assert!(
+    INDIRECT_SEGMENTS_MAX as usize <= INDIRECT_PAGES_PER_REQUEST * SEGMENTS_PER_INDIRECT_PAGE
+);
+const _: () = assert!(INDIRECT_SEGMENTS_DEFAULT <= INDIRECT_SEGMENTS_MAX);
+const _: () =
+    assert!(URING_ENTRIES as usize * SEGMENTS_PER_REQUEST >= INDIRECT_SEGMENTS_MAX as usize);

@@ -71,6 +71,8 @@ pub struct Connect {
     pub protocol: Protocol,
     /// Both ends said `feature-persistent`: granted pages stay mapped.
     pub persistent: bool,
+    /// Segments in an indirect request at most, as offered; 0: none.
+    pub indirect_segments: u16,
     /// Writes answer with an error, whatever the image could do.
     pub read_only: bool,
     /// The opened image, shared by the queues of the disk.

@@ -3,7 +3,7 @@
 //! An entry is copied out of the ring word by word, each word once, before anything looks at it
 //! (`RING_COPY_REQUEST`, XSA-155). Only as many segments are copied as the copied count says.
 
-use crate::limits::SEGMENTS_PER_REQUEST;
+use crate::limits::{INDIRECT_PAGES_PER_REQUEST, SEGMENTS_PER_REQUEST};
 use crate::msg::Protocol;
 use crate::xen::shm::SharedPage;
 
@@ -13,8 +13,19 @@ const _: () = assert!(cfg!(target_endian = "little"), "blkif words are little-en
 
 /// A request as the frontend wrote it, copied and not yet believed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RawRequest {
-    /// One of [`super::op`], or anything else.
+pub enum RawRequest {
+    /// Everything whose segments stand in the entry itself, and every unknown operation.
+    Direct(RawDirect),
+    /// Segments in granted pages.
+    Indirect(RawIndirect),
+    /// No data.
+    Discard(RawDiscard),
+}
+
+/// `struct blkif_request`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawDirect {
+    /// One of [`super::op`] but INDIRECT and DISCARD, or anything unknown.
     pub operation: u8,
     /// Claimed count of segments; those up to 11 are in `segments`.
     pub nr_segments: u8,
@@ -28,6 +39,38 @@ pub struct RawRequest {
     pub segments: [RawSegment; SEGMENTS_PER_REQUEST],
 }
 
+/// `struct blkif_request_indirect`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawIndirect {
+    /// What to do with the segments: READ or WRITE, or anything else.
+    pub operation: u8,
+    /// Claimed count of segments.
+    pub nr_segments: u16,
+    /// Echoed in the response.
+    pub id: u64,
+    /// First sector on the disk, in 512-byte units.
+    pub sector: u64,
+    /// The frontend's handle of the disk; backends ignore it.
+    pub handle: u16,
+    /// Grants of the pages with the segments, 512 in each.
+    pub pages: [u32; INDIRECT_PAGES_PER_REQUEST],
+}
+
+/// `struct blkif_request_discard`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RawDiscard {
+    /// `BLKIF_DISCARD_SECURE` (bit 0), or anything.
+    pub flag: u8,
+    /// The frontend's handle of the disk; backends ignore it.
+    pub handle: u16,
+    /// Echoed in the response.
+    pub id: u64,
+    /// First sector on the disk, in 512-byte units.
+    pub sector: u64,
+    /// How many.
+    pub nr_sectors: u64,
+}
+
 /// `struct blkif_request_segment`: sectors `first` to `last` (inclusive) of one granted page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RawSegment {
@@ -39,10 +82,33 @@ pub struct RawSegment {
     pub last: u8,
 }
 
+/// Bytes of a segment, in an entry and in a page of segments.
+pub const SEGMENT_BYTES: usize = 8;
+
 impl RawRequest {
+    /// Echoed in the response.
+    pub fn id(&self) -> u64 {
+        match self {
+            RawRequest::Direct(direct) => direct.id,
+            RawRequest::Indirect(indirect) => indirect.id,
+            RawRequest::Discard(discard) => discard.id,
+        }
+    }
+
+    /// What the response echoes: for an indirect request what it does, as blkback answers.
+    pub fn operation(&self) -> u8 {
+        match self {
+            RawRequest::Direct(direct) => direct.operation,
+            RawRequest::Indirect(indirect) => indirect.operation,
+            RawRequest::Discard(_) => op::DISCARD,
+        }
+    }
+}
+
+impl RawDirect {
     /// A request without segments.
-    pub fn new(operation: u8, id: u64, sector: u64) -> RawRequest {
-        RawRequest {
+    pub fn new(operation: u8, id: u64, sector: u64) -> RawDirect {
+        RawDirect {
             operation,
             nr_segments: 0,
             handle: 0,
@@ -50,6 +116,12 @@ impl RawRequest {
             sector,
             segments: [RawSegment::default(); SEGMENTS_PER_REQUEST],
         }
+    }
+
+    /// The segments that the entry itself holds.
+    #[inline]
+    fn present(&self) -> usize {
+        usize::from(self.nr_segments).min(SEGMENTS_PER_REQUEST)
     }
 }
 
@@ -77,30 +149,34 @@ impl Protocol {
 /// Copies a request out of the entry at byte `at`.
 #[inline]
 pub fn load_request(page: &SharedPage, at: usize, protocol: Protocol) -> RawRequest {
-    match protocol {
-        Protocol::X86_64 => {
-            let [head, id, sector] = page.load::<u64, 3>(at);
-            let mut request = with_head(head & 0xffff_ffff, id, sector);
-            let mut segments = [0u64; SEGMENTS_PER_REQUEST];
-            let count = segments_present(&request);
-            page.load_into(at + 24, &mut segments[..count]);
-            for (segment, word) in request.segments.iter_mut().zip(&segments[..count]) {
-                *segment = RawSegment::from_word(*word);
-            }
-            request
+    let (head, id, sector) = load_head(page, at, protocol);
+    let [operation, second, third, fourth] = head.to_le_bytes();
+    let upper = u16::from_le_bytes([third, fourth]);
+    let rest = at + head_bytes(protocol);
+    match operation {
+        op::INDIRECT => {
+            let [handle] = page.load::<u32, 1>(rest);
+            RawRequest::Indirect(RawIndirect {
+                operation: second,
+                nr_segments: upper,
+                id,
+                sector,
+                handle: low_half(handle),
+                pages: page.load(rest + 4),
+            })
         }
-        Protocol::X86_32 => {
-            let [head, id_low, id_high, sector_low, sector_high] = page.load::<u32, 5>(at);
-            let mut request =
-                with_head(head.into(), join(id_low, id_high), join(sector_low, sector_high));
-            let mut segments = [0u32; 2 * SEGMENTS_PER_REQUEST];
-            let count = segments_present(&request);
-            page.load_into(at + 20, &mut segments[..2 * count]);
-            let words = segments[..2 * count].as_chunks::<2>().0;
-            for (segment, [low, high]) in request.segments.iter_mut().zip(words) {
-                *segment = RawSegment::from_word(join(*low, *high));
-            }
-            request
+        op::DISCARD => {
+            let [low, high] = page.load::<u32, 2>(rest);
+            let nr_sectors = join(low, high);
+            RawRequest::Discard(RawDiscard { flag: second, handle: upper, id, sector, nr_sectors })
+        }
+        _ => {
+            let mut direct = RawDirect::new(operation, id, sector);
+            direct.nr_segments = second;
+            direct.handle = upper;
+            let count = direct.present();
+            load_segments(page, rest, protocol, &mut direct.segments[..count]);
+            RawRequest::Direct(direct)
         }
     }
 }
@@ -108,22 +184,77 @@ pub fn load_request(page: &SharedPage, at: usize, protocol: Protocol) -> RawRequ
 /// Writes a request into the entry at byte `at`: the frontend's side.
 #[inline]
 pub fn store_request(page: &SharedPage, at: usize, protocol: Protocol, request: &RawRequest) {
-    let head = u32::from(request.operation)
-        | u32::from(request.nr_segments) << 8
-        | u32::from(request.handle) << 16;
-    let segments = &request.segments[..segments_present(request)];
+    let rest = at + head_bytes(protocol);
+    match request {
+        RawRequest::Direct(direct) => {
+            let head = head_word(direct.operation, direct.nr_segments, direct.handle);
+            store_head(page, at, protocol, head, direct.id, direct.sector);
+            for (index, segment) in direct.segments[..direct.present()].iter().enumerate() {
+                page.store(rest + SEGMENT_BYTES * index, &split(segment.to_word()));
+            }
+        }
+        RawRequest::Indirect(indirect) => {
+            let head = head_word(op::INDIRECT, indirect.operation, indirect.nr_segments);
+            store_head(page, at, protocol, head, indirect.id, indirect.sector);
+            page.store(rest, &[u32::from(indirect.handle)]);
+            page.store(rest + 4, &indirect.pages);
+        }
+        RawRequest::Discard(discard) => {
+            let head = head_word(op::DISCARD, discard.flag, discard.handle);
+            store_head(page, at, protocol, head, discard.id, discard.sector);
+            page.store(rest, &split(discard.nr_sectors));
+        }
+    }
+}
+
+/// Bytes before the part that differs by operation: operation and three more, id, sector.
+const fn head_bytes(protocol: Protocol) -> usize {
+    match protocol {
+        Protocol::X86_64 => 24,
+        Protocol::X86_32 => 20,
+    }
+}
+
+#[inline]
+fn load_head(page: &SharedPage, at: usize, protocol: Protocol) -> (u32, u64, u64) {
     match protocol {
         Protocol::X86_64 => {
-            page.store(at, &[u64::from(head), request.id, request.sector]);
-            for (index, segment) in segments.iter().enumerate() {
-                page.store(at + 24 + 8 * index, &[segment.to_word()]);
+            let [head, id, sector] = page.load::<u64, 3>(at);
+            (split(head)[0], id, sector)
+        }
+        Protocol::X86_32 => {
+            let [head, id_low, id_high, sector_low, sector_high] = page.load::<u32, 5>(at);
+            (head, join(id_low, id_high), join(sector_low, sector_high))
+        }
+    }
+}
+
+#[inline]
+fn store_head(page: &SharedPage, at: usize, protocol: Protocol, head: u32, id: u64, sector: u64) {
+    match protocol {
+        Protocol::X86_64 => page.store(at, &[u64::from(head), id, sector]),
+        Protocol::X86_32 => {
+            let (id, sector) = (split(id), split(sector));
+            page.store(at, &[head, id[0], id[1], sector[0], sector[1]]);
+        }
+    }
+}
+
+#[inline]
+fn load_segments(page: &SharedPage, at: usize, protocol: Protocol, segments: &mut [RawSegment]) {
+    match protocol {
+        Protocol::X86_64 => {
+            let mut words = [0u64; SEGMENTS_PER_REQUEST];
+            let words = &mut words[..segments.len()];
+            page.load_into(at, words);
+            for (segment, word) in segments.iter_mut().zip(words) {
+                *segment = RawSegment::from_word(*word);
             }
         }
         Protocol::X86_32 => {
-            let (id, sector) = (split(request.id), split(request.sector));
-            page.store(at, &[head, id[0], id[1], sector[0], sector[1]]);
-            for (index, segment) in segments.iter().enumerate() {
-                page.store(at + 20 + 8 * index, &split(segment.to_word()));
+            for (index, segment) in segments.iter_mut().enumerate() {
+                let [low, high] = page.load::<u32, 2>(at + SEGMENT_BYTES * index);
+                *segment = RawSegment::from_word(join(low, high));
             }
         }
     }
@@ -160,33 +291,30 @@ pub fn load_response(page: &SharedPage, at: usize, protocol: Protocol) -> RawRes
     RawResponse { id, operation, status: i16::from_le_bytes([low, high]) }
 }
 
-#[inline]
-fn with_head(head: u64, id: u64, sector: u64) -> RawRequest {
-    let [operation, nr_segments, low, high, ..] = head.to_le_bytes();
-    let request = RawRequest::new(operation, id, sector);
-    RawRequest { nr_segments, handle: u16::from_le_bytes([low, high]), ..request }
-}
-
-/// Segments that the entry itself holds.
-#[inline]
-fn segments_present(request: &RawRequest) -> usize {
-    match request.operation {
-        op::DISCARD | op::INDIRECT => 0,
-        _ => usize::from(request.nr_segments).min(SEGMENTS_PER_REQUEST),
-    }
-}
-
 impl RawSegment {
+    /// From its 8 bytes, padding ignored.
     #[inline]
-    fn from_word(word: u64) -> RawSegment {
+    pub fn from_word(word: u64) -> RawSegment {
         let [g0, g1, g2, g3, first, last, ..] = word.to_le_bytes();
         RawSegment { gref: u32::from_le_bytes([g0, g1, g2, g3]), first, last }
     }
 
+    /// Its 8 bytes, padding zero.
     #[inline]
-    fn to_word(self) -> u64 {
+    pub fn to_word(self) -> u64 {
         u64::from(self.gref) | u64::from(self.first) << 32 | u64::from(self.last) << 40
     }
+}
+
+#[inline]
+fn head_word(operation: u8, second: u8, upper: u16) -> u32 {
+    u32::from(operation) | u32::from(second) << 8 | u32::from(upper) << 16
+}
+
+#[inline]
+fn low_half(word: u32) -> u16 {
+    let [low, high, ..] = word.to_le_bytes();
+    u16::from_le_bytes([low, high])
 }
 
 #[inline]

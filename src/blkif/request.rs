@@ -1,10 +1,10 @@
 //! A request that may be executed: constructing one is the validation.
 
 use crate::backing::Geometry;
-use crate::limits::SEGMENTS_PER_REQUEST;
+use crate::limits::{SEGMENTS_PER_INDIRECT_PAGE, SEGMENTS_PER_REQUEST};
 use crate::units::{GrantRef, SECTOR_BYTES};
 
-use super::codec::{RawRequest, RawSegment};
+use super::codec::{RawDirect, RawIndirect, RawSegment};
 use super::{Status, op};
 
 /// Last 512-byte sector of a granted page.
@@ -17,21 +17,24 @@ pub struct DiskRules {
     pub geometry: Geometry,
     /// Whether everything that changes data is refused.
     pub read_only: bool,
+    /// Segments in an indirect request at most; 0: none was offered.
+    pub indirect_segments: u16,
 }
 
-/// A request all of whose numbers are in range.
-#[derive(Clone, Copy, Debug)]
+/// A request all of whose numbers are in range. Its segments are checked with it, and kept beside
+/// it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
     /// Echoed in the response.
     pub id: u64,
+    /// Echoed in the response.
+    pub operation: u8,
     /// What to do.
     pub kind: Kind,
     /// Where on the disk, in bytes.
     pub offset_bytes: u64,
     /// How much, in bytes: the sum of the segments.
     pub len_bytes: u32,
-    segments: [Segment; SEGMENTS_PER_REQUEST],
-    segment_count: u8,
 }
 
 /// What a request does.
@@ -45,17 +48,6 @@ pub enum Kind {
     Flush,
     /// Make completed writes durable, then write.
     FlushThenWrite,
-}
-
-impl Kind {
-    /// The operation a response echoes.
-    pub fn operation(self) -> u8 {
-        match self {
-            Kind::Read => op::READ,
-            Kind::Write => op::WRITE,
-            Kind::Flush | Kind::FlushThenWrite => op::FLUSH_DISKCACHE,
-        }
-    }
 }
 
 /// A run of bytes in one granted page.
@@ -82,7 +74,7 @@ pub enum RequestFault {
     /// No such operation here.
     #[error("unknown operation")]
     UnknownOperation,
-    /// 0, or more than the entry holds.
+    /// 0, or more than the entry or its pages may hold.
     #[error("bad count of segments")]
     SegmentCount,
     /// Backwards, or past the page.
@@ -109,10 +101,14 @@ impl RequestFault {
     }
 }
 
-impl Request {
-    /// Checks every number of a copied request.
+impl DiskRules {
+    /// Checks every number of a copied request and puts its segments into `segments`.
     #[inline]
-    pub fn check(raw: &RawRequest, disk: &DiskRules) -> Result<Request, RequestFault> {
+    pub fn check_direct(
+        &self,
+        raw: &RawDirect,
+        segments: &mut [Segment; SEGMENTS_PER_REQUEST],
+    ) -> Result<(Request, usize), RequestFault> {
         let kind = match (raw.operation, raw.nr_segments) {
             (op::READ, _) => Kind::Read,
             (op::WRITE, _) => Kind::Write,
@@ -120,35 +116,77 @@ impl Request {
             (op::FLUSH_DISKCACHE, _) => Kind::FlushThenWrite,
             _ => return Err(RequestFault::UnknownOperation),
         };
-        // A guest that may not write has nothing to flush, but some flush all the same: harmless.
-        if disk.read_only && matches!(kind, Kind::Write | Kind::FlushThenWrite) {
-            return Err(RequestFault::ReadOnly);
+        self.check_writable(kind)?;
+        let mut request =
+            Request { id: raw.id, operation: raw.operation, kind, offset_bytes: 0, len_bytes: 0 };
+        if kind == Kind::Flush {
+            return Ok((request, 0));
         }
+        let count = usize::from(raw.nr_segments);
+        let raw_segments = raw.segments.get(..count).ok_or(RequestFault::SegmentCount)?;
+        let sectors = self.check_segments(raw_segments.iter().copied(), segments)?;
+        self.place(&mut request, raw.sector, sectors)?;
+        Ok((request, count))
+    }
+
+    /// Checks what an indirect request says before its pages are read.
+    pub fn check_indirect(&self, raw: &RawIndirect) -> Result<IndirectHead, RequestFault> {
+        let kind = match raw.operation {
+            _ if self.indirect_segments == 0 => return Err(RequestFault::UnknownOperation),
+            op::READ => Kind::Read,
+            op::WRITE => Kind::Write,
+            _ => return Err(RequestFault::UnknownOperation),
+        };
+        self.check_writable(kind)?;
+        if raw.nr_segments == 0 || raw.nr_segments > self.indirect_segments {
+            return Err(RequestFault::SegmentCount);
+        }
+        Ok(IndirectHead { raw: *raw, kind })
+    }
+
+    /// Checks the segments that the pages of an indirect request held when they were copied.
+    pub fn check_indirect_segments(
+        &self,
+        head: &IndirectHead,
+        raw_segments: impl ExactSizeIterator<Item = RawSegment>,
+        segments: &mut [Segment],
+    ) -> Result<Request, RequestFault> {
+        let IndirectHead { raw, kind } = head;
         let mut request = Request {
             id: raw.id,
-            kind,
+            operation: raw.operation,
+            kind: *kind,
             offset_bytes: 0,
             len_bytes: 0,
-            segments: [Segment::default(); SEGMENTS_PER_REQUEST],
-            segment_count: raw.nr_segments,
         };
-        if kind != Kind::Flush {
-            request.check_data(raw, &disk.geometry)?;
-        }
+        let sectors = self.check_segments(raw_segments, segments)?;
+        self.place(&mut request, raw.sector, sectors)?;
         Ok(request)
     }
 
+    /// A guest that may not write has nothing to flush, but some flush all the same: harmless.
     #[inline]
-    fn check_data(&mut self, raw: &RawRequest, disk: &Geometry) -> Result<(), RequestFault> {
-        let raw_segments = raw
-            .segments
-            .get(..usize::from(raw.nr_segments))
-            .filter(|segments| !segments.is_empty())
-            .ok_or(RequestFault::SegmentCount)?;
-        let block = disk.sectors_per_block();
+    fn check_writable(&self, kind: Kind) -> Result<(), RequestFault> {
+        match kind {
+            Kind::Write | Kind::FlushThenWrite if self.read_only => Err(RequestFault::ReadOnly),
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks each segment against its page and the sector size; the sum in 512-byte sectors.
+    #[inline]
+    fn check_segments(
+        &self,
+        raw_segments: impl ExactSizeIterator<Item = RawSegment>,
+        segments: &mut [Segment],
+    ) -> Result<u32, RequestFault> {
+        if raw_segments.len() == 0 || raw_segments.len() > segments.len() {
+            return Err(RequestFault::SegmentCount);
+        }
+        let block = self.geometry.sectors_per_block();
         let mut sectors = 0u32;
-        for (segment, raw) in self.segments.iter_mut().zip(raw_segments) {
-            let (checked, count) = check_segment(raw)?;
+        for (segment, raw) in segments.iter_mut().zip(raw_segments) {
+            let (checked, count) = check_segment(&raw)?;
             if !u64::from(raw.first).is_multiple_of(block)
                 || !u64::from(count).is_multiple_of(block)
             {
@@ -157,23 +195,55 @@ impl Request {
             *segment = checked;
             sectors += u32::from(count);
         }
-        if !raw.sector.is_multiple_of(block) {
+        Ok(sectors)
+    }
+
+    /// Checks that `sectors` from `first` on are on the disk.
+    #[inline]
+    fn place(&self, request: &mut Request, first: u64, sectors: u32) -> Result<(), RequestFault> {
+        if !first.is_multiple_of(self.geometry.sectors_per_block()) {
             return Err(RequestFault::Unaligned);
         }
-        let end = raw.sector.checked_add(u64::from(sectors)).ok_or(RequestFault::BeyondEnd)?;
-        if end > disk.sectors().0 {
+        let end = first.checked_add(u64::from(sectors)).ok_or(RequestFault::BeyondEnd)?;
+        if end > self.geometry.sectors().0 {
             return Err(RequestFault::BeyondEnd);
         }
         // Cannot overflow: end <= size in bytes / 512.
-        self.offset_bytes = raw.sector * SECTOR_BYTES;
-        self.len_bytes = sectors * 512;
+        request.offset_bytes = first * SECTOR_BYTES;
+        request.len_bytes = sectors * 512;
         Ok(())
     }
+}
 
-    /// Where the data is; empty for a plain flush.
-    #[inline]
-    pub fn segments(&self) -> &[Segment] {
-        self.segments.get(..usize::from(self.segment_count)).unwrap_or(&[])
+/// An indirect request whose segments are still to be read.
+#[derive(Clone, Copy, Debug)]
+pub struct IndirectHead {
+    raw: RawIndirect,
+    kind: Kind,
+}
+
+impl IndirectHead {
+    /// Echoed in the response.
+    pub fn id(&self) -> u64 {
+        self.raw.id
+    }
+
+    /// Echoed in the response.
+    pub fn operation(&self) -> u8 {
+        self.raw.operation
+    }
+
+    /// Segments in its pages, at least 1.
+    pub fn segment_count(&self) -> usize {
+        self.raw.nr_segments.into()
+    }
+
+    /// Its pages, and how many segments stand in each.
+    pub fn pages(&self) -> impl Iterator<Item = (u32, usize)> + '_ {
+        let starts = (0..self.segment_count()).step_by(SEGMENTS_PER_INDIRECT_PAGE);
+        self.raw.pages.iter().zip(starts).map(|(gref, start)| {
+            (*gref, (self.segment_count() - start).min(SEGMENTS_PER_INDIRECT_PAGE))
+        })
     }
 }
 

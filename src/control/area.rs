@@ -135,6 +135,10 @@ pub fn features(offer: &Offer, geometry: &Geometry, hotplug: Hotplug) -> Vec<Nod
     if offer.ring_page_order > 0 {
         nodes.push((keys::MAX_RING_PAGE_ORDER, offer.ring_page_order.to_string()));
     }
+    if offer.indirect_segments > 0 {
+        let segments = offer.indirect_segments.to_string();
+        nodes.push((keys::FEATURE_MAX_INDIRECT_SEGMENTS, segments));
+    }
     if offer.queues > 1 {
         nodes.push((keys::MULTI_QUEUE_MAX_QUEUES, offer.queues.to_string()));
     }

@@ -61,6 +61,15 @@ impl News {
     }
 }
 
+/// What the disk's guest may do, whatever it published.
+#[derive(Clone, Copy, Debug)]
+pub struct Rules {
+    /// Nothing may be written.
+    pub read_only: bool,
+    /// Segments in an indirect request at most.
+    pub indirect_segments: u16,
+}
+
 impl Connection {
     /// Asks workers to serve what the frontend published. The news, if any, is that a worker is
     /// missing; the connection has to be closed all the same.
@@ -68,7 +77,7 @@ impl Connection {
         disk: &DiskKey,
         published: Published,
         image: &Arc<Image>,
-        read_only: bool,
+        rules: Rules,
         workers: &mut Workers,
     ) -> (Connection, Option<News>) {
         let id = workers.begin_link(disk);
@@ -88,7 +97,8 @@ impl Connection {
                 port: ring.port,
                 protocol: published.protocol,
                 persistent: published.persistent,
-                read_only,
+                indirect_segments: rules.indirect_segments,
+                read_only: rules.read_only,
                 image: image.clone(),
                 counters: counters.clone(),
             };

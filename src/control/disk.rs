@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::area::{self, Description, Failure, Hotplug};
-use super::connection::{Connection, News};
+use super::connection::{Connection, News, Rules};
 use super::frontend::{self, Offer};
 use super::machine::{Effect, Input, Link, Machine};
 use super::quiet::{LogBudget, guest_log};
@@ -374,8 +374,9 @@ impl Disk {
             (Ok(_), None) => unreachable!("a disk is ready only with its image open"),
         };
         let read_only = self.description.as_ref().is_none_or(|description| description.read_only);
+        let rules = Rules { read_only, indirect_segments: around.offer.indirect_segments };
         let (connection, news) =
-            Connection::open(&self.key, published, image, read_only, around.workers);
+            Connection::open(&self.key, published, image, rules, around.workers);
         self.connection = Some(connection);
         news.map(|news| self.digest(news, around.workers))
     }

@@ -20,11 +20,13 @@ pub struct Offer {
     pub ring_page_order: u32,
     /// Most rings of one disk, at least 1.
     pub queues: u16,
+    /// Most segments of an indirect request, at most `limits::INDIRECT_SEGMENTS_MAX`; 0: none.
+    pub indirect_segments: u16,
 }
 
 impl Default for Offer {
     fn default() -> Self {
-        Offer { persistent: true, flush: true, ring_page_order: 0, queues: 1 }
+        Offer { persistent: true, flush: true, ring_page_order: 0, queues: 1, indirect_segments: 0 }
     }
 }
 

@@ -68,6 +68,16 @@ pub enum IoOp<'a> {
     Flush,
 }
 
+impl IoOp<'_> {
+    /// How many buffers it has.
+    pub fn buffer_count(&self) -> usize {
+        match self {
+            IoOp::Read { buffers, .. } | IoOp::Write { buffers, .. } => buffers.len(),
+            IoOp::Flush => 0,
+        }
+    }
+}
+
 /// The right, and the duty, to answer for one operation: where its result belongs.
 ///
 /// Not `Clone`: it goes into the engine once and comes back once. Its 8 bytes are io_uring's
@@ -91,8 +101,9 @@ impl Ticket {
 
     /// Which slot of the queue.
     #[inline]
-    pub fn slot(&self) -> usize {
-        (self.0 & 0xffff_ffff) as usize
+    #[expect(clippy::cast_possible_truncation, reason = "the lower half")]
+    pub fn slot(&self) -> u32 {
+        self.0 as u32
     }
 
     /// As `user_data`; [`Ticket::from_user_data`] leads back.

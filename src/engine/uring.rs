@@ -77,7 +77,8 @@ impl Uring {
         operation: &IoOp<'_>,
         ticket: Ticket,
     ) -> Result<(), Ticket> {
-        let full = self.in_flight >= 4 * limits::URING_ENTRIES as usize;
+        let full = self.in_flight >= 4 * limits::URING_ENTRIES as usize
+            || self.vectors.capacity() - self.vectors.len() < operation.buffer_count();
         if full || self.ring.submission().is_full() {
             return Err(ticket);
         }
@@ -91,33 +92,48 @@ impl Uring {
 
     fn entry(&mut self, file: types::Fd, operation: &IoOp<'_>) -> squeue::Entry {
         match *operation {
-            IoOp::Read { offset, buffers: [one] } => {
-                opcode::Read::new(file, one.address().as_ptr(), one.len()).offset(offset).build()
-            }
-            IoOp::Write { offset, buffers: [one] } => {
-                opcode::Write::new(file, one.address().as_ptr(), one.len()).offset(offset).build()
-            }
-            IoOp::Read { offset, buffers } => {
-                let (vectors, count) = self.vectors(buffers);
-                opcode::Readv::new(file, vectors, count).offset(offset).build()
-            }
-            IoOp::Write { offset, buffers } => {
-                let (vectors, count) = self.vectors(buffers);
-                opcode::Writev::new(file, vectors, count).offset(offset).build()
-            }
+            IoOp::Read { offset, buffers } => match self.vectors(buffers) {
+                Vectors::One(one) => {
+                    opcode::Read::new(file, one.iov_base.cast(), len(one)).offset(offset).build()
+                }
+                Vectors::Many(first, count) => {
+                    opcode::Readv::new(file, first, count).offset(offset).build()
+                }
+            },
+            IoOp::Write { offset, buffers } => match self.vectors(buffers) {
+                Vectors::One(one) => {
+                    opcode::Write::new(file, one.iov_base.cast(), len(one)).offset(offset).build()
+                }
+                Vectors::Many(first, count) => {
+                    opcode::Writev::new(file, first, count).offset(offset).build()
+                }
+            },
             IoOp::Flush => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
         }
     }
 
-    fn vectors(&mut self, buffers: &[GuestBuf]) -> (*const libc::iovec, u32) {
+    /// The buffers as the kernel takes them; neighbours in memory become one.
+    fn vectors(&mut self, buffers: &[GuestBuf]) -> Vectors {
         let first = self.vectors.len();
-        assert!(self.vectors.capacity() - first >= buffers.len());
-        self.vectors.extend(buffers.iter().map(|buffer| libc::iovec {
-            iov_base: buffer.address().as_ptr().cast(),
-            iov_len: buffer.len() as usize,
-        }));
-        let count = u32::try_from(buffers.len()).expect("at most a request's segments");
-        (self.vectors[first..].as_ptr(), count)
+        for buffer in buffers {
+            let (start, len) = (buffer.address().as_ptr(), buffer.len() as usize);
+            match self.vectors[first..].last_mut() {
+                Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == start.cast() => {
+                    last.iov_len += len;
+                }
+                _ => self.vectors.push(libc::iovec { iov_base: start.cast(), iov_len: len }),
+            }
+        }
+        match self.vectors[first..] {
+            [one] => {
+                self.vectors.truncate(first);
+                Vectors::One(one)
+            }
+            ref many => {
+                let count = u32::try_from(many.len()).expect("at most a request's segments");
+                Vectors::Many(many.as_ptr(), count)
+            }
+        }
     }
 
     /// Submits what was taken, and lets the kernel finish completions that wait for this thread.
@@ -192,6 +208,16 @@ impl Uring {
     pub fn completion_fd(&self) -> BorrowedFd<'_> {
         self.completed.as_fd()
     }
+}
+
+/// Where the data of one operation is.
+enum Vectors {
+    One(libc::iovec),
+    Many(*const libc::iovec, u32),
+}
+
+fn len(vector: libc::iovec) -> u32 {
+    u32::try_from(vector.iov_len).expect("a request is far below 4 GiB")
 }
 
 #[cfg(test)]

@@ -1,11 +1,14 @@
 //! One ring being served, from the request on the ring to the response on it.
 //!
 //! A pass of the worker takes each queue through the same steps: [`Queue::take`] copies and checks
-//! requests, finds their pages (mapping all missing ones in one batch), fills bounce memory by one
-//! grant copy, and submits; [`Queue::complete`] takes the engine's results; [`Queue::finish_pass`]
-//! empties bounce memory by one grant copy, and publishes all responses at once.
+//! requests, reads the pages of indirect ones ([`indirect`]), finds where their data is, mapping all
+//! missing pages in one batch and filling bounce memory by one grant copy ([`locate`]), and
+//! submits; [`Queue::complete`] takes the engine's results; [`Queue::finish_pass`] empties bounce
+//! memory by one grant copy, and publishes all responses at once.
 
 mod grants;
+mod indirect;
+mod locate;
 mod slots;
 
 use std::sync::Arc;
@@ -14,23 +17,22 @@ use hdrhistogram::Histogram;
 
 use crate::backing::Image;
 use crate::blkif::Status;
-use crate::blkif::codec::RawResponse;
-use crate::blkif::request::{DiskRules, Kind, Request, Segment};
+use crate::blkif::codec::{RawRequest, RawResponse};
+use crate::blkif::op;
+use crate::blkif::request::{DiskRules, IndirectHead, Kind, Request, RequestFault};
 use crate::blkif::ring::{BackRing, RingFault};
 use crate::engine::{Engine, IoOp, Ticket};
-use crate::limits::{REQUESTS_PER_PASS, SEGMENTS_PER_COPY_BATCH, SEGMENTS_PER_REQUEST};
+use crate::limits::REQUESTS_PER_PASS;
 use crate::metrics::{QueueCounters, new_latency_histogram};
 use crate::msg::{Connect, QueueKey};
 use crate::units::{DomId, GrantRef, Port};
-use crate::xen::shm::{GuestBuf, SharedPage};
-use crate::xen::{CopyDirection, Events, GrantCopy, Grants, PageAccess};
+use crate::xen::shm::SharedPage;
+use crate::xen::{Events, GrantCopy, Grants, PageAccess};
 
 pub use grants::BouncePool;
 use grants::PersistentGrants;
+pub use slots::LargeTables;
 use slots::{Advance, Slots, Step};
-
-/// `GNTST_general_error` of Xen's `public/grant_table.h`.
-const GNTST_GENERAL_ERROR: i16 = -1;
 
 /// What the queues of one worker share, lent to them for a pass.
 #[derive(Debug)]
@@ -41,6 +43,8 @@ pub struct Resources<G, E> {
     pub engine: E,
     /// Memory for data that is copied.
     pub bounce: BouncePool,
+    /// Tables for indirect requests.
+    pub tables: LargeTables,
     /// Reused lists, so that a pass allocates nothing.
     pub scratch: Scratch,
 }
@@ -50,11 +54,15 @@ pub struct Resources<G, E> {
 pub struct Scratch {
     /// Slots of requests just taken.
     fresh: Vec<u32>,
+    /// Indirect requests whose segments are still to be read.
+    heads: Vec<IndirectHead>,
+    /// Their segments as they were copied, one request after the other.
+    segment_bytes: Vec<u8>,
     /// Segments whose page is not mapped: slot, index of the segment.
     unmapped: Vec<(u32, usize)>,
     /// References to map.
     wanted: Vec<GrantRef>,
-    /// Copies to do, and the slot of each.
+    /// Copies to do, and the slot or head of each.
     copies: Vec<GrantCopy>,
     owners: Vec<u32>,
 }
@@ -73,6 +81,8 @@ pub struct Queue {
     slots: Slots,
     /// Slots whose next step the engine had no room for.
     refused: Vec<u32>,
+    /// Slots that wait for bounce memory.
+    stalled: Vec<u32>,
     /// Reads whose data waits in bounce memory for the end of the pass.
     copy_out: Vec<u32>,
     /// Granted pages stay mapped.
@@ -119,11 +129,16 @@ impl Queue {
             frontend: connect.frontend,
             port,
             ring,
-            rules: DiskRules { geometry: connect.image.geometry(), read_only: connect.read_only },
+            rules: DiskRules {
+                geometry: connect.image.geometry(),
+                read_only: connect.read_only,
+                indirect_segments: connect.indirect_segments,
+            },
             memory_alignment: connect.image.memory_alignment(),
             image: connect.image,
             slots: Slots::new(size),
             refused: Vec::with_capacity(size as usize),
+            stalled: Vec::with_capacity(size as usize),
             copy_out: Vec::with_capacity(size as usize),
             persistent: connect.persistent.then(PersistentGrants::default),
             counters: connect.counters,
@@ -170,7 +185,7 @@ impl Queue {
 
     /// Asks the frontend for a notification, then looks again; `true`: there is work already.
     pub fn arm(&mut self) -> bool {
-        !self.refused.is_empty() || (!self.stopped && self.ring.arm())
+        self.has_waiting() || (!self.stopped && self.ring.arm())
     }
 
     /// Hands over the latencies recorded since the last time.
@@ -185,15 +200,15 @@ impl Queue {
         io: &mut Resources<G, E>,
         now_ns: u64,
     ) -> Result<u32, RingFault> {
-        if !self.refused.is_empty() {
-            self.retry_refused(&mut io.engine);
+        if self.has_waiting() {
+            self.retry(io, now_ns);
         }
-        if self.stopped || !self.refused.is_empty() {
+        if self.stopped || self.has_waiting() {
             return Ok(0);
         }
         let waiting = self.ring.requests().inspect_err(|_| self.stopped = true)?;
-        // Any request may need bounce memory for all of its segments.
-        let room = (io.bounce.free() / SEGMENTS_PER_REQUEST).min(REQUESTS_PER_PASS);
+        // Any of them may be indirect.
+        let room = REQUESTS_PER_PASS.min(io.tables.free());
         let count = waiting.min(u32::try_from(room).unwrap_or(0));
         if count == 0 {
             return Ok(0);
@@ -201,102 +216,59 @@ impl Queue {
         for _ in 0..count {
             self.take_one(io, now_ns);
         }
-        self.locate(io);
-        self.submit_fresh(io, now_ns);
+        if !io.scratch.heads.is_empty() {
+            self.read_indirect(io, now_ns);
+        }
+        self.start(io, now_ns);
         Ok(count)
     }
 
     #[inline]
     fn take_one<G, E>(&mut self, io: &mut Resources<G, E>, now_ns: u64) {
-        let raw = self.ring.take();
-        match Request::check(&raw, &self.rules) {
-            Ok(request) => io.scratch.fresh.push(self.slots.insert(request, now_ns)),
-            Err(fault) => {
-                self.counters.errors.add(1);
-                self.ring.answer(&RawResponse::new(raw.id, raw.operation, fault.status()));
-            }
-        }
-    }
-
-    /// Gives every segment of the fresh requests its buffer: the guest's page where that is
-    /// mapped, after mapping all that can be in one go, and bounce memory otherwise.
-    #[inline]
-    fn locate<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
-        let Scratch { fresh, unmapped, .. } = &mut io.scratch;
-        for slot_index in &*fresh {
-            let slot = self.slots.get_mut(*slot_index as usize);
-            for index in 0..slot.request.segments().len() {
-                let segment = slot.request.segments()[index];
-                match mapped(self.persistent.as_ref(), segment, self.memory_alignment) {
-                    Some(buffer) => slot.set_buffer(index, buffer, false),
-                    None => unmapped.push((*slot_index, index)),
+        match self.ring.take() {
+            RawRequest::Direct(raw) => {
+                let index = self.slots.take();
+                let slot = self.slots.get_mut(index);
+                match self.rules.check_direct(&raw, slot.inline_segments_mut()) {
+                    Ok((request, count)) => {
+                        slot.begin(request, count, None, now_ns);
+                        io.scratch.fresh.push(index);
+                    }
+                    Err(fault) => {
+                        self.slots.give_back(index, &mut io.tables);
+                        self.refuse(raw.id, raw.operation, fault);
+                    }
                 }
             }
-        }
-        if !unmapped.is_empty() {
-            self.map_missing(io);
-            self.bounce_unmapped(io);
-        }
-    }
-
-    fn map_missing<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
-        let Some(persistent) = &mut self.persistent else { return };
-        let Scratch { unmapped, wanted, .. } = &mut io.scratch;
-        let segments = unmapped
-            .iter()
-            .map(|(slot, index)| self.slots.get_mut(*slot as usize).request.segments()[*index]);
-        wanted
-            .extend(segments.map(Segment::grant).filter(|gref| persistent.page(gref.0).is_none()));
-        persistent.map(&mut io.grants, self.frontend, wanted);
-        wanted.clear();
-        self.counters.grants_mapped.set(persistent.count() as u64);
-    }
-
-    fn bounce_unmapped<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
-        let Scratch { unmapped, copies, owners, .. } = &mut io.scratch;
-        for (slot_index, index) in unmapped.drain(..) {
-            let slot = self.slots.get_mut(slot_index as usize);
-            let segment = slot.request.segments()[index];
-            if let Some(buffer) = mapped(self.persistent.as_ref(), segment, self.memory_alignment) {
-                slot.set_buffer(index, buffer, false);
-                continue;
-            }
-            let buffer = bounce_buffer(&mut io.bounce, segment);
-            slot.set_buffer(index, buffer, true);
-            if slot.request.kind != Kind::Read {
-                copies.push(grant_copy(segment, buffer, CopyDirection::FromGuest));
-                owners.push(slot_index);
-            }
-        }
-        self.copy(io);
-    }
-
-    /// Does the copies listed; a slot with a failing one is marked failed.
-    fn copy<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
-        let Scratch { copies, owners, .. } = &mut io.scratch;
-        for batch in copies.chunks_mut(SEGMENTS_PER_COPY_BATCH) {
-            if io.grants.copy(self.frontend, batch).is_err() {
-                batch.iter_mut().for_each(|copy| copy.status = GNTST_GENERAL_ERROR);
-            }
-        }
-        self.counters.grants_copied.add(copies.len() as u64);
-        for (copy, owner) in copies.drain(..).zip(owners.drain(..)) {
-            if copy.status != 0 {
-                self.slots.get_mut(owner as usize).failed = true;
+            RawRequest::Indirect(raw) => match self.rules.check_indirect(&raw) {
+                Ok(head) => io.scratch.heads.push(head),
+                Err(fault) => self.refuse(raw.id, raw.operation, fault),
+            },
+            RawRequest::Discard(raw) => {
+                self.refuse(raw.id, op::DISCARD, RequestFault::UnknownOperation);
             }
         }
     }
 
+    /// Answers a request that never gets a slot.
+    #[cold]
+    fn refuse(&mut self, id: u64, operation: u8, fault: RequestFault) {
+        self.counters.errors.add(1);
+        self.ring.answer(&RawResponse::new(id, operation, fault.status()));
+    }
+
+    /// Gets the fresh requests under way: finds their data, and submits them.
     #[inline]
-    fn submit_fresh<G, E: Engine<Target = Image>>(
+    fn start<G: Grants, E: Engine<Target = Image>>(
         &mut self,
         io: &mut Resources<G, E>,
         now_ns: u64,
     ) {
+        self.locate(io);
         for at in 0..io.scratch.fresh.len() {
             let slot = io.scratch.fresh[at];
-            if self.slots.get_mut(slot as usize).failed {
-                self.answer(&mut io.bounce, slot, Status::Error, now_ns);
+            if self.slots.get_mut(slot).failed {
+                self.answer(io, slot, Status::Error, now_ns);
             } else {
                 self.submit(&mut io.engine, slot);
             }
@@ -304,10 +276,31 @@ impl Queue {
         io.scratch.fresh.clear();
     }
 
+    /// Whether requests that were taken wait for room in the engine or for bounce memory.
+    #[inline]
+    fn has_waiting(&self) -> bool {
+        !self.refused.is_empty() || !self.stalled.is_empty()
+    }
+
+    #[cold]
+    fn retry<G: Grants, E: Engine<Target = Image>>(
+        &mut self,
+        io: &mut Resources<G, E>,
+        now_ns: u64,
+    ) {
+        for slot in std::mem::take(&mut self.refused) {
+            self.submit(&mut io.engine, slot);
+        }
+        if !self.stalled.is_empty() {
+            io.scratch.fresh.append(&mut self.stalled);
+            self.start(io, now_ns);
+        }
+    }
+
     /// Hands a slot's next step to the engine, now or when it has room again.
     #[inline]
     fn submit<E: Engine<Target = Image>>(&mut self, engine: &mut E, slot_index: u32) {
-        let slot = self.slots.get_mut(slot_index as usize);
+        let slot = self.slots.get_mut(slot_index);
         let ticket = Ticket::new(self.index, slot_index);
         let offset = slot.offset_bytes();
         let taken = match slot.step() {
@@ -324,32 +317,25 @@ impl Queue {
         }
     }
 
-    fn retry_refused<E: Engine<Target = Image>>(&mut self, engine: &mut E) {
-        for slot in std::mem::take(&mut self.refused) {
-            self.submit(engine, slot);
-        }
-    }
-
     /// Takes the result of a step.
     #[inline]
     pub fn complete<G, E: Engine<Target = Image>>(
         &mut self,
         io: &mut Resources<G, E>,
-        slot_index: usize,
+        slot_index: u32,
         result: i32,
         now_ns: u64,
     ) {
         let slot = self.slots.get_mut(slot_index);
         let advance = slot.advance(result);
         let needs_copy = slot.has_bounced() && slot.request.kind == Kind::Read;
-        let slot_index = u32::try_from(slot_index).expect("at most a ring's entries");
         match advance {
             Advance::Done if needs_copy => self.copy_out.push(slot_index),
-            Advance::Done => self.answer(&mut io.bounce, slot_index, Status::Okay, now_ns),
+            Advance::Done => self.answer(io, slot_index, Status::Okay, now_ns),
             Advance::Again => self.submit(&mut io.engine, slot_index),
             Advance::Failed(errno) => {
                 let status = self.storage_error(slot_index, errno);
-                self.answer(&mut io.bounce, slot_index, status, now_ns);
+                self.answer(io, slot_index, status, now_ns);
             }
         }
     }
@@ -367,32 +353,23 @@ impl Queue {
         notify
     }
 
-    fn copy_reads_out<G: Grants, E>(&mut self, io: &mut Resources<G, E>, now_ns: u64) {
-        let Scratch { copies, owners, .. } = &mut io.scratch;
-        for slot in &self.copy_out {
-            for (segment, buffer) in self.slots.get_mut(*slot as usize).bounced() {
-                copies.push(grant_copy(segment, buffer, CopyDirection::ToGuest));
-                owners.push(*slot);
-            }
-        }
-        self.copy(io);
-        while let Some(slot) = self.copy_out.pop() {
-            let failed = self.slots.get_mut(slot as usize).failed;
-            let status = if failed { Status::Error } else { Status::Okay };
-            self.answer(&mut io.bounce, slot, status, now_ns);
-        }
-    }
-
     #[inline]
-    fn answer(&mut self, bounce: &mut BouncePool, slot: u32, status: Status, now_ns: u64) {
-        let slot = self.slots.remove(slot as usize);
+    fn answer<G, E>(
+        &mut self,
+        io: &mut Resources<G, E>,
+        slot_index: u32,
+        status: Status,
+        now_ns: u64,
+    ) {
+        let slot = self.slots.get_mut(slot_index);
         if slot.has_bounced() {
-            slot.bounced().for_each(|(_, buffer)| bounce.give_back(buffer));
+            slot.bounced().for_each(|(_, buffer)| io.bounce.give_back(buffer));
         }
-        let request = &slot.request;
-        self.ring.answer(&RawResponse::new(request.id, request.kind.operation(), status));
-        self.latency.saturating_record(now_ns.saturating_sub(slot.taken_ns).max(1));
-        self.count(request, status);
+        let (request, taken_ns) = (slot.request, slot.taken_ns);
+        self.slots.give_back(slot_index, &mut io.tables);
+        self.ring.answer(&RawResponse::new(request.id, request.operation, status));
+        self.latency.saturating_record(now_ns.saturating_sub(taken_ns).max(1));
+        self.count(&request, status);
     }
 
     #[inline]
@@ -418,7 +395,7 @@ impl Queue {
     /// Tells the admin, ever more seldom, and finds the answer for the guest.
     #[cold]
     fn storage_error(&mut self, slot: u32, errno: i32) -> Status {
-        let request = self.slots.get_mut(slot as usize).request;
+        let request = self.slots.get_mut(slot).request;
         self.storage_errors += 1;
         if self.storage_errors.is_power_of_two() {
             tracing::error!(
@@ -435,34 +412,6 @@ impl Queue {
             (Kind::Flush | Kind::FlushThenWrite, libc::EOPNOTSUPP) => Status::NotSupported,
             _ => Status::Error,
         }
-    }
-}
-
-/// The guest's page of a segment, where it is mapped and good for direct I/O.
-#[inline]
-fn mapped(
-    persistent: Option<&PersistentGrants>,
-    segment: Segment,
-    memory_alignment: u16,
-) -> Option<GuestBuf> {
-    if !segment.offset.is_multiple_of(memory_alignment) {
-        return None;
-    }
-    persistent?.page(segment.gref)?.part(segment.offset.into(), segment.len.into())
-}
-
-fn bounce_buffer(bounce: &mut BouncePool, segment: Segment) -> GuestBuf {
-    bounce.take().part(0, segment.len.into()).expect("a segment is no longer than a page")
-}
-
-fn grant_copy(segment: Segment, buffer: GuestBuf, direction: CopyDirection) -> GrantCopy {
-    GrantCopy {
-        gref: segment.grant(),
-        offset: segment.offset,
-        len: segment.len,
-        local: buffer.address().as_ptr(),
-        direction,
-        status: 0,
     }
 }
 

@@ -1,13 +1,15 @@
 //! Requests of one queue that were taken and not yet answered.
 //!
-//! Slots are plain data in one block made when the queue connects: nothing allocates per request.
+//! Slots are made when the queue connects, with room for the segments of a direct request; the
+//! larger tables of indirect requests are a worker's and lent for the time of a request. So nothing
+//! allocates per request.
 
 use crate::blkif::request::{Kind, Request, Segment};
-use crate::limits::SEGMENTS_PER_REQUEST;
+use crate::limits::{INDIRECT_REQUESTS_PER_WORKER, SEGMENTS_PER_REQUEST};
 use crate::xen::shm::GuestBuf;
 
 /// One request on its way.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct Slot {
     /// What the guest asked.
     pub request: Request,
@@ -15,48 +17,181 @@ pub struct Slot {
     pub taken_ns: u64,
     /// A grant copy of it failed: it is answered with an error.
     pub failed: bool,
+    in_use: bool,
     /// Bytes that storage has moved so far.
     moved_bytes: u32,
     /// The flush of a flush-then-write is still to come.
     flush_first: bool,
-    /// Bit i: buffer i is bounce memory, not the guest's page.
+    /// Segments with bounce memory.
     bounced: u16,
-    buffers: [GuestBuf; SEGMENTS_PER_REQUEST],
+    count: u16,
+    inline: Table<SEGMENTS_PER_REQUEST>,
+    large: Option<Box<LargeTable>>,
 }
 
-const _: () = assert!(SEGMENTS_PER_REQUEST <= u16::BITS as usize);
+/// Where the data of a direct request is.
+#[derive(Debug)]
+struct Table<const N: usize> {
+    segments: [Segment; N],
+    buffers: [GuestBuf; N],
+    is_bounced: [bool; N],
+}
+
+/// Where the data of an indirect request is; its lists have one length.
+#[derive(Debug)]
+pub struct LargeTable {
+    segments: Vec<Segment>,
+    buffers: Vec<GuestBuf>,
+    is_bounced: Vec<bool>,
+}
+
+impl LargeTable {
+    /// Room for `count` segments, to be filled.
+    pub fn segments_mut(&mut self, count: usize) -> &mut [Segment] {
+        self.segments.resize(count, Segment::default());
+        self.buffers.resize(count, GuestBuf::EMPTY);
+        self.is_bounced.clear();
+        self.is_bounced.resize(count, false);
+        &mut self.segments
+    }
+}
+
+/// A worker's tables for indirect requests; each is made when it is first needed.
+#[derive(Debug, Default)]
+pub struct LargeTables {
+    // Boxed, so that lending one moves a pointer.
+    #[expect(clippy::vec_box, reason = "lent as boxes")]
+    idle: Vec<Box<LargeTable>>,
+    lent: usize,
+}
+
+impl LargeTables {
+    /// Tables that can be had now.
+    #[inline]
+    pub fn free(&self) -> usize {
+        INDIRECT_REQUESTS_PER_WORKER - self.lent
+    }
+
+    /// A table.
+    ///
+    /// # Panics
+    /// Where none is free; requests are taken only while there is one for each.
+    pub fn take(&mut self) -> Box<LargeTable> {
+        assert!(self.free() > 0);
+        self.lent += 1;
+        self.idle.pop().unwrap_or_else(|| {
+            Box::new(LargeTable {
+                segments: Vec::new(),
+                buffers: Vec::new(),
+                is_bounced: Vec::new(),
+            })
+        })
+    }
+
+    /// Takes a table back.
+    pub fn give_back(&mut self, table: Box<LargeTable>) {
+        self.lent -= 1;
+        self.idle.push(table);
+    }
+}
 
 impl Slot {
-    fn new(request: Request, taken_ns: u64) -> Slot {
+    fn empty() -> Slot {
         Slot {
-            request,
-            taken_ns,
+            request: Request {
+                id: 0,
+                operation: 0,
+                kind: Kind::Flush,
+                offset_bytes: 0,
+                len_bytes: 0,
+            },
+            taken_ns: 0,
             failed: false,
+            in_use: false,
             moved_bytes: 0,
-            flush_first: matches!(request.kind, Kind::Flush | Kind::FlushThenWrite),
+            flush_first: false,
             bounced: 0,
-            buffers: [GuestBuf::EMPTY; SEGMENTS_PER_REQUEST],
+            count: 0,
+            inline: Table {
+                segments: [Segment::default(); SEGMENTS_PER_REQUEST],
+                buffers: [GuestBuf::EMPTY; SEGMENTS_PER_REQUEST],
+                is_bounced: [false; SEGMENTS_PER_REQUEST],
+            },
+            large: None,
         }
     }
 
-    /// Sets where segment `index` of the request has its data; `bounced`: not in the guest's page.
+    /// Room for the segments of a direct request, to be filled before [`Slot::begin`].
+    #[inline]
+    pub fn inline_segments_mut(&mut self) -> &mut [Segment; SEGMENTS_PER_REQUEST] {
+        &mut self.inline.segments
+    }
+
+    /// Begins a request whose `count` segments are in place: in `large`, or else inline.
+    #[inline]
+    pub fn begin(
+        &mut self,
+        request: Request,
+        count: usize,
+        large: Option<Box<LargeTable>>,
+        taken_ns: u64,
+    ) {
+        self.request = request;
+        self.taken_ns = taken_ns;
+        self.failed = false;
+        self.moved_bytes = 0;
+        self.flush_first = matches!(request.kind, Kind::Flush | Kind::FlushThenWrite);
+        self.bounced = 0;
+        self.count = u16::try_from(count).expect("at most the segments of an indirect request");
+        self.large = large;
+    }
+
+    /// Where its data is in the guest's pages.
+    #[inline]
+    pub fn segments(&self) -> &[Segment] {
+        match &self.large {
+            None => &self.inline.segments[..usize::from(self.count)],
+            Some(large) => &large.segments,
+        }
+    }
+
+    #[inline]
+    fn buffers(&self) -> &[GuestBuf] {
+        match &self.large {
+            None => &self.inline.buffers[..usize::from(self.count)],
+            Some(large) => &large.buffers,
+        }
+    }
+
+    /// Sets where segment `index` has its data; `bounced`: not in the guest's page.
+    #[inline]
     pub fn set_buffer(&mut self, index: usize, buffer: GuestBuf, bounced: bool) {
-        self.buffers[index] = buffer;
-        self.bounced |= u16::from(bounced) << index;
+        let (buffers, is_bounced) = match &mut self.large {
+            None => (&mut self.inline.buffers[..], &mut self.inline.is_bounced[..]),
+            Some(large) => (&mut large.buffers[..], &mut large.is_bounced[..]),
+        };
+        buffers[index] = buffer;
+        is_bounced[index] = bounced;
+        self.bounced += u16::from(bounced);
     }
 
     /// Segments whose data is in bounce memory, with that memory.
     pub fn bounced(&self) -> impl Iterator<Item = (Segment, GuestBuf)> + '_ {
-        let pairs = self.request.segments().iter().zip(&self.buffers).enumerate();
+        let is_bounced = match &self.large {
+            None => &self.inline.is_bounced[..],
+            Some(large) => &large.is_bounced[..],
+        };
+        let pairs = self.segments().iter().zip(self.buffers());
         pairs
-            .filter(|(index, _)| self.bounced & (1 << index) != 0)
-            .map(|(_, (segment, buffer))| (*segment, *buffer))
+            .zip(is_bounced)
+            .filter(|(_, is_bounced)| **is_bounced)
+            .map(|((segment, buffer), _)| (*segment, *buffer))
     }
 
     /// Whether any segment is in bounce memory.
     #[inline]
     pub fn has_bounced(&self) -> bool {
-        self.bounced != 0
+        self.bounced > 0
     }
 
     /// What to ask of the engine next.
@@ -78,24 +213,19 @@ impl Slot {
     /// Shows the buffers of the rest of the transfer.
     #[inline]
     pub fn with_buffers<R>(&self, show: impl FnOnce(&[GuestBuf]) -> R) -> R {
-        let whole = &self.buffers[..self.request.segments().len()];
-        if self.moved_bytes == 0 {
-            return show(whole);
-        }
-        let mut rest = [GuestBuf::EMPTY; SEGMENTS_PER_REQUEST];
-        let mut count = 0;
+        if self.moved_bytes == 0 { show(self.buffers()) } else { show(&self.rest()) }
+    }
+
+    /// What is left after a short transfer, which is rare.
+    #[cold]
+    fn rest(&self) -> Vec<GuestBuf> {
         let mut skip = self.moved_bytes;
-        for buffer in whole {
+        let left = |buffer: &GuestBuf| {
             let skipped = skip.min(buffer.len());
             skip -= skipped;
-            if let Some(part) = buffer.part(skipped, buffer.len() - skipped)
-                && !part.is_empty()
-            {
-                rest[count] = part;
-                count += 1;
-            }
-        }
-        show(&rest[..count])
+            buffer.part(skipped, buffer.len() - skipped).filter(|part| !part.is_empty())
+        };
+        self.buffers().iter().filter_map(left).collect()
     }
 
     /// Takes note of a step's result: bytes moved, or a negative errno.
@@ -144,24 +274,27 @@ pub enum Advance {
 /// The slots of one queue: as many as its ring has entries.
 #[derive(Debug)]
 pub struct Slots {
-    slots: Box<[Option<Slot>]>,
+    slots: Box<[Slot]>,
     free: Vec<u32>,
 }
 
 impl Slots {
     /// `count` free slots.
     pub fn new(count: u32) -> Slots {
-        Slots { slots: (0..count).map(|_| None).collect(), free: (0..count).rev().collect() }
+        Slots {
+            slots: (0..count).map(|_| Slot::empty()).collect(),
+            free: (0..count).rev().collect(),
+        }
     }
 
-    /// Puts a request into a free slot.
+    /// Takes a free slot.
     ///
     /// # Panics
     /// Where none is free: there is one for every entry of the ring.
     #[inline]
-    pub fn insert(&mut self, request: Request, taken_ns: u64) -> u32 {
+    pub fn take(&mut self) -> u32 {
         let index = self.free.pop().expect("a slot for every ring entry");
-        self.slots[index as usize] = Some(Slot::new(request, taken_ns));
+        self.slots[index as usize].in_use = true;
         index
     }
 
@@ -170,43 +303,41 @@ impl Slots {
     /// # Panics
     /// Where the slot is free: a ticket comes back once.
     #[inline]
-    pub fn get_mut(&mut self, index: usize) -> &mut Slot {
-        self.slots[index].as_mut().expect("a slot in use")
+    pub fn get_mut(&mut self, index: u32) -> &mut Slot {
+        let slot = &mut self.slots[index as usize];
+        assert!(slot.in_use);
+        slot
     }
 
-    /// Frees a slot.
+    /// Frees a slot; a table lent for it goes back to `tables`.
     ///
     /// # Panics
     /// Where the slot is free already.
     #[inline]
-    pub fn remove(&mut self, index: usize) -> Slot {
-        let slot = self.slots[index].take().expect("a slot in use");
-        self.free.push(u32::try_from(index).expect("at most a ring's entries"));
-        slot
+    pub fn give_back(&mut self, index: u32, tables: &mut LargeTables) {
+        let slot = self.get_mut(index);
+        slot.in_use = false;
+        if let Some(large) = slot.large.take() {
+            tables.give_back(large);
+        }
+        self.free.push(index);
     }
 }
 
 #[cfg(test)]
 mod test {
     use super::*;
-    use crate::backing::Geometry;
-    use crate::blkif::codec::{RawRequest, RawSegment};
     use crate::blkif::op;
-    use crate::blkif::request::DiskRules;
-    use crate::units::Bytes;
     use crate::xen::shm::LocalPages;
 
-    fn slot(operation: u8, segments: u8, pages: &LocalPages) -> Slot {
-        let mut raw = RawRequest::new(operation, 1, 8);
-        raw.nr_segments = segments;
-        for segment in &mut raw.segments {
-            *segment = RawSegment { gref: 1, first: 0, last: 7 };
-        }
-        let geometry =
-            Geometry { size: Bytes(1 << 20), sector_bytes: 512, physical_sector_bytes: 512 };
-        let rules = DiskRules { geometry, read_only: false };
-        let mut slot = Slot::new(Request::check(&raw, &rules).unwrap(), 0);
-        for index in 0..usize::from(segments) {
+    fn slot(kind: Kind, pages: &LocalPages) -> Slot {
+        let mut slot = Slot::empty();
+        let count = pages.count();
+        let len_bytes = u32::try_from(count * 4096).unwrap();
+        let request = Request { id: 1, operation: op::READ, kind, offset_bytes: 4096, len_bytes };
+        *slot.inline_segments_mut() = [Segment { gref: 1, offset: 0, len: 4096 }; 11];
+        slot.begin(request, count, None, 0);
+        for index in 0..count {
             slot.set_buffer(index, pages.page(index), false);
         }
         slot
@@ -215,7 +346,7 @@ mod test {
     #[test]
     fn a_short_transfer_goes_on_where_it_stopped() {
         let pages = LocalPages::new(3);
-        let mut slot = slot(op::READ, 3, &pages);
+        let mut slot = slot(Kind::Read, &pages);
         assert_eq!(slot.advance(4096 + 1024), Advance::Again);
         assert_eq!(slot.offset_bytes(), 4096 + 4096 + 1024);
         let lens = |slot: &Slot| -> Vec<u32> {
@@ -230,14 +361,15 @@ mod test {
     #[test]
     fn a_transfer_that_moves_nothing_fails_instead_of_looping() {
         let pages = LocalPages::new(1);
-        assert_eq!(slot(op::READ, 1, &pages).advance(0), Advance::Failed(libc::EIO));
-        assert_eq!(slot(op::READ, 1, &pages).advance(-libc::ENOSPC), Advance::Failed(libc::ENOSPC));
+        assert_eq!(slot(Kind::Read, &pages).advance(0), Advance::Failed(libc::EIO));
+        let refused = slot(Kind::Read, &pages).advance(-libc::ENOSPC);
+        assert_eq!(refused, Advance::Failed(libc::ENOSPC));
     }
 
     #[test]
     fn a_flush_with_data_flushes_first_and_writes_then() {
         let pages = LocalPages::new(1);
-        let mut slot = slot(op::FLUSH_DISKCACHE, 1, &pages);
+        let mut slot = slot(Kind::FlushThenWrite, &pages);
         assert_eq!(slot.step(), Step::Flush);
         assert_eq!(slot.advance(0), Advance::Again);
         assert_eq!(slot.step(), Step::Write);
@@ -247,7 +379,29 @@ mod test {
     #[test]
     fn a_failed_flush_never_writes() {
         let pages = LocalPages::new(1);
-        let mut slot = slot(op::FLUSH_DISKCACHE, 1, &pages);
+        let mut slot = slot(Kind::FlushThenWrite, &pages);
         assert_eq!(slot.advance(-libc::EIO), Advance::Failed(libc::EIO));
+    }
+
+    #[test]
+    fn a_table_is_lent_for_the_time_of_a_request() {
+        let mut tables = LargeTables::default();
+        let mut slots = Slots::new(2);
+        let all = tables.free();
+        let index = slots.take();
+        let mut large = tables.take();
+        large.segments_mut(200).fill(Segment { gref: 7, offset: 0, len: 512 });
+        let request = Request {
+            id: 1,
+            operation: op::READ,
+            kind: Kind::Read,
+            offset_bytes: 0,
+            len_bytes: 200 * 512,
+        };
+        slots.get_mut(index).begin(request, 200, Some(large), 0);
+        assert_eq!(slots.get_mut(index).segments().len(), 200);
+        assert_eq!(tables.free(), all - 1);
+        slots.give_back(index, &mut tables);
+        assert_eq!(tables.free(), all);
     }
 }

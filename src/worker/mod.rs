@@ -22,7 +22,7 @@ use crate::limits::{
 };
 use crate::msg::{Command, CommandReceiver, Connect, Event, EventSender, QueueKey};
 use crate::park::{self, SpinBudget};
-use crate::queue::{BouncePool, Queue, Resources, Scratch};
+use crate::queue::{BouncePool, LargeTables, Queue, Resources, Scratch};
 use crate::units::Port;
 use crate::xen::{Events, Platform, PlatformError};
 
@@ -80,6 +80,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 grants: setup.platform.open_grants()?,
                 engine,
                 bounce: BouncePool::default(),
+                tables: LargeTables::default(),
                 scratch: Scratch::default(),
             },
             queues: Slab::new(),

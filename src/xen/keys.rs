@@ -110,6 +110,8 @@ pub const INFO: &str = "info";
 pub const FEATURE_FLUSH_CACHE: &str = "feature-flush-cache";
 /// Both areas: granted pages stay mapped.
 pub const FEATURE_PERSISTENT: &str = "feature-persistent";
+/// Backend area: most segments of an indirect request.
+pub const FEATURE_MAX_INDIRECT_SEGMENTS: &str = "feature-max-indirect-segments";
 /// Backend area: log2 of the largest ring in pages.
 pub const MAX_RING_PAGE_ORDER: &str = "max-ring-page-order";
 /// Backend area: most rings of one disk.

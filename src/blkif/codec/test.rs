@@ -3,21 +3,36 @@ use proptest::prelude::*;
 use super::*;
 use crate::xen::shm::{LocalPages, PAGE_BYTES};
 
-fn any_request() -> impl Strategy<Value = RawRequest> {
+fn any_direct() -> impl Strategy<Value = RawRequest> {
     let segment = (any::<u32>(), any::<u8>(), any::<u8>())
         .prop_map(|(gref, first, last)| RawSegment { gref, first, last });
     let segments = prop::collection::vec(segment, 0..=SEGMENTS_PER_REQUEST);
-    (any::<u8>(), any::<u16>(), any::<u64>(), any::<u64>(), segments).prop_map(
+    let operation = any::<u8>().prop_filter("another layout", |operation| {
+        !matches!(*operation, op::DISCARD | op::INDIRECT)
+    });
+    (operation, any::<u16>(), any::<u64>(), any::<u64>(), segments).prop_map(
         |(operation, handle, id, sector, segments)| {
-            let mut request = RawRequest::new(operation, id, sector);
+            let mut request = RawDirect::new(operation, id, sector);
             request.handle = handle;
-            if !matches!(operation, op::DISCARD | op::INDIRECT) {
-                request.nr_segments = segments.len().try_into().unwrap();
-                request.segments[..segments.len()].copy_from_slice(&segments);
-            }
-            request
+            request.nr_segments = segments.len().try_into().unwrap();
+            request.segments[..segments.len()].copy_from_slice(&segments);
+            RawRequest::Direct(request)
         },
     )
+}
+
+fn any_request() -> impl Strategy<Value = RawRequest> {
+    let head = (any::<u8>(), any::<u16>(), any::<u64>(), any::<u64>(), any::<u16>());
+    let indirect = (head, any::<[u32; INDIRECT_PAGES_PER_REQUEST]>()).prop_map(
+        |((operation, nr_segments, id, sector, handle), pages)| {
+            let indirect = RawIndirect { operation, nr_segments, id, sector, handle, pages };
+            RawRequest::Indirect(indirect)
+        },
+    );
+    let discard = (head, any::<u64>()).prop_map(|((flag, handle, id, sector, _), nr_sectors)| {
+        RawRequest::Discard(RawDiscard { flag, handle, id, sector, nr_sectors })
+    });
+    prop_oneof![any_direct(), indirect, discard]
 }
 
 fn any_protocol() -> impl Strategy<Value = Protocol> {
@@ -58,11 +73,11 @@ proptest! {
 #[test]
 fn the_x86_64_layout_is_the_headers() {
     let page = LocalPages::new(1).into_shared();
-    let mut request = RawRequest::new(op::WRITE, 0x1112_1314_1516_1718, 0x2122_2324_2526_2728);
+    let mut request = RawDirect::new(op::WRITE, 0x1112_1314_1516_1718, 0x2122_2324_2526_2728);
     request.nr_segments = 2;
     request.handle = 0x3132;
     request.segments[1] = RawSegment { gref: 0x4142_4344, first: 5, last: 7 };
-    store_request(&page, 64, Protocol::X86_64, &request);
+    store_request(&page, 64, Protocol::X86_64, &RawRequest::Direct(request));
     assert_eq!(page.load::<u32, 1>(64), [0x3132_0201]);
     assert_eq!(page.load::<u64, 2>(72), [0x1112_1314_1516_1718, 0x2122_2324_2526_2728]);
     assert_eq!(page.load::<u32, 2>(96), [0x4142_4344, 0x0000_0705]);
@@ -72,10 +87,10 @@ fn the_x86_64_layout_is_the_headers() {
 #[test]
 fn the_x86_32_layout_is_the_headers() {
     let page = LocalPages::new(1).into_shared();
-    let mut request = RawRequest::new(op::READ, 0x1112_1314_1516_1718, 0x2122_2324_2526_2728);
+    let mut request = RawDirect::new(op::READ, 0x1112_1314_1516_1718, 0x2122_2324_2526_2728);
     request.nr_segments = 1;
     request.segments[0] = RawSegment { gref: 0x4142_4344, first: 0, last: 7 };
-    store_request(&page, 64, Protocol::X86_32, &request);
+    store_request(&page, 64, Protocol::X86_32, &RawRequest::Direct(request));
     assert_eq!(
         page.load::<u32, 7>(64),
         [0x100, 0x1516_1718, 0x1112_1314, 0x2526_2728, 0x2122_2324, 0x4142_4344, 0x700]
@@ -91,4 +106,37 @@ fn a_response_overwrites_its_padding() {
     assert_eq!(page.load::<u64, 3>(64), [7, 0xfffe_0000, u64::MAX]);
     store_response(&page, 64 + 108, Protocol::X86_32, &response);
     assert_eq!(page.load::<u32, 4>(64 + 108), [7, 0, 0xfffe_0000, u32::MAX]);
+}
+
+/// `struct blkif_request_indirect`: nr_segments at 2, the pages at 28 (x86_64) and 24 (x86_32).
+#[test]
+fn the_indirect_layouts_are_the_headers() {
+    let page = LocalPages::new(1).into_shared();
+    let request = RawRequest::Indirect(RawIndirect {
+        operation: op::WRITE,
+        nr_segments: 0x0102,
+        id: 3,
+        sector: 4,
+        handle: 5,
+        pages: [6, 7, 8, 9, 10, 11, 12, 13],
+    });
+    store_request(&page, 64, Protocol::X86_64, &request);
+    assert_eq!(page.load::<u32, 1>(64), [0x0102_0106]);
+    assert_eq!(page.load::<u64, 2>(72), [3, 4]);
+    assert_eq!(page.load::<u32, 9>(64 + 24), [5, 6, 7, 8, 9, 10, 11, 12, 13]);
+    store_request(&page, 64, Protocol::X86_32, &request);
+    assert_eq!(page.load::<u32, 14>(64), [0x0102_0106, 3, 0, 4, 0, 5, 6, 7, 8, 9, 10, 11, 12, 13]);
+}
+
+/// `struct blkif_request_discard`: nr_sectors at 24 (x86_64) and 20 (x86_32).
+#[test]
+fn the_discard_layouts_are_the_headers() {
+    let page = LocalPages::new(1).into_shared();
+    let discard = RawDiscard { flag: 1, handle: 2, id: 3, sector: 4, nr_sectors: 1 << 40 };
+    let request = RawRequest::Discard(discard);
+    store_request(&page, 64, Protocol::X86_64, &request);
+    assert_eq!(page.load::<u32, 1>(64), [0x0002_0105]);
+    assert_eq!(page.load::<u64, 3>(72), [3, 4, 1 << 40]);
+    store_request(&page, 64, Protocol::X86_32, &request);
+    assert_eq!(page.load::<u32, 7>(64), [0x0002_0105, 3, 0, 4, 0, 0, 0x100]);
 }

@@ -3,6 +3,7 @@ use std::collections::VecDeque;
 use proptest::prelude::*;
 
 use super::*;
+use crate::blkif::codec::RawDirect;
 use crate::blkif::{Status, op};
 use crate::xen::shm::{LocalPages, PAGE_BYTES};
 
@@ -24,7 +25,7 @@ fn ends(pages: usize, protocol: Protocol) -> Ends {
 }
 
 fn read(id: u64) -> RawRequest {
-    RawRequest::new(op::READ, id, 8 * id)
+    RawRequest::Direct(RawDirect::new(op::READ, id, 8 * id))
 }
 
 fn okay(id: u64) -> RawResponse {
@@ -49,7 +50,7 @@ fn one_publication_makes_at_most_one_notification() {
     assert_eq!(ends.back.requests(), Ok(10));
     for _ in 0..10 {
         let raw = ends.back.take();
-        ends.back.answer(&okay(raw.id));
+        ends.back.answer(&okay(raw.id()));
     }
     assert!(ends.back.publish(), "rsp_event is 1 on a new ring");
     assert!(!ends.back.publish(), "nothing new to publish");
@@ -119,11 +120,11 @@ fn a_new_backend_goes_on_where_the_old_one_stopped() {
     }
     front.publish();
     let first = old.take();
-    old.answer(&okay(first.id));
+    old.answer(&okay(first.id()));
     old.publish();
     let mut new = BackRing::attach(old.into_page(), Protocol::X86_64).unwrap();
     assert_eq!(new.requests(), Ok(2));
-    assert_eq!(new.take().id, 1);
+    assert_eq!(new.take().id(), 1);
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -166,7 +167,7 @@ proptest! {
                     on_ring.append(&mut put);
                 }
                 Step::Take if ends.back.requests().unwrap() > 0 => {
-                    let id = ends.back.take().id;
+                    let id = ends.back.take().id();
                     prop_assert_eq!(Some(id), on_ring.pop_front());
                     taken.push_back(id);
                 }

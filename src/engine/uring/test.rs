@@ -7,7 +7,7 @@ use crate::park;
 use crate::xen::shm::LocalPages;
 
 /// Kicks and reaps until everything in flight is done.
-fn finish(uring: &mut Uring) -> Vec<(usize, i32)> {
+fn finish(uring: &mut Uring) -> Vec<(u32, i32)> {
     let mut done = Vec::new();
     while uring.in_flight() > 0 {
         let completed = uring.arm().unwrap() || park::sleep(&[uring.completion_fd()], None)[0];

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::blkif::codec::{RawRequest, RawResponse, RawSegment};
+use crate::blkif::codec::{RawDirect, RawRequest, RawResponse, RawSegment};
 use crate::blkif::op;
 use crate::blkif::ring::FrontRing;
 use crate::limits::SEGMENTS_PER_REQUEST;
@@ -145,7 +145,7 @@ impl Device {
     /// [`Device::free_buffer`] named. [`Device::publish`] makes it visible.
     pub fn put(&mut self, operation: u8, sector: u64, len: usize) -> usize {
         let index = self.free.pop().expect("a free buffer");
-        let mut request = RawRequest::new(operation, index as u64, sector);
+        let mut request = RawDirect::new(operation, index as u64, sector);
         let count = len.div_ceil(PAGE_BYTES);
         request.nr_segments = u8::try_from(count).expect("at most a request's segments");
         let access = match operation {
@@ -164,7 +164,7 @@ impl Device {
             }
         }
         buffer.in_flight = Some(count);
-        self.ring.put(&request);
+        self.ring.put(&RawRequest::Direct(request));
         index
     }
 

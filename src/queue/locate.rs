@@ -1,0 +1,156 @@
+//! Where the data of each segment is: the guest's page where that is mapped, else bounce memory.
+
+use super::grants::{BouncePool, PersistentGrants};
+use super::{Queue, Resources, Scratch};
+use crate::blkif::Status;
+use crate::blkif::request::{Kind, Segment};
+use crate::limits::SEGMENTS_PER_COPY_BATCH;
+use crate::units::DomId;
+use crate::xen::abi::GNTST_GENERAL_ERROR;
+use crate::xen::shm::GuestBuf;
+use crate::xen::{CopyDirection, GrantCopy, Grants};
+
+impl Queue {
+    /// Gives every segment of the fresh requests its buffer, after mapping all that can be in one
+    /// go. A request for which there is not enough bounce memory is moved to the stalled ones.
+    #[inline]
+    pub(super) fn locate<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
+        let Scratch { fresh, unmapped, .. } = &mut io.scratch;
+        for slot_index in &*fresh {
+            let slot = self.slots.get_mut(*slot_index);
+            for index in 0..slot.segments().len() {
+                let segment = slot.segments()[index];
+                match mapped(self.persistent.as_ref(), segment, self.memory_alignment) {
+                    Some(buffer) => slot.set_buffer(index, buffer, false),
+                    None => unmapped.push((*slot_index, index)),
+                }
+            }
+        }
+        if !unmapped.is_empty() {
+            self.map_missing(io);
+            self.bounce_unmapped(io);
+        }
+    }
+
+    fn map_missing<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
+        let Some(persistent) = &mut self.persistent else { return };
+        let Scratch { unmapped, wanted, .. } = &mut io.scratch;
+        for (slot, index) in unmapped {
+            let segment = self.slots.get_mut(*slot).segments()[*index];
+            if persistent.page(segment.gref).is_none() {
+                wanted.push(segment.grant());
+            }
+        }
+        persistent.map(&mut io.grants, self.frontend, wanted);
+        wanted.clear();
+        self.counters.grants_mapped.set(persistent.count() as u64);
+    }
+
+    /// Gives bounce memory to what is not mapped now either, and copies what the guest writes.
+    fn bounce_unmapped<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
+        let unmapped = std::mem::take(&mut io.scratch.unmapped);
+        for segments in unmapped.chunk_by(|one, next| one.0 == next.0) {
+            self.bounce_slot(io, segments);
+        }
+        io.scratch.unmapped = unmapped;
+        io.scratch.unmapped.clear();
+        if !self.stalled.is_empty() {
+            io.scratch.fresh.retain(|slot| !self.stalled.contains(slot));
+        }
+        self.copy(io);
+    }
+
+    /// Finds memory for segments of one slot, all of them or none.
+    fn bounce_slot<G, E>(&mut self, io: &mut Resources<G, E>, segments: &[(u32, usize)]) {
+        let Some((slot_index, _)) = segments.first() else { return };
+        let slot = self.slots.get_mut(*slot_index);
+        let (persistent, alignment) = (self.persistent.as_ref(), self.memory_alignment);
+        let needed = segments
+            .iter()
+            .filter(|(_, index)| mapped(persistent, slot.segments()[*index], alignment).is_none())
+            .count();
+        if needed > io.bounce.free() {
+            self.stalled.push(*slot_index);
+            return;
+        }
+        for (_, index) in segments {
+            let segment = slot.segments()[*index];
+            if let Some(buffer) = mapped(persistent, segment, alignment) {
+                slot.set_buffer(*index, buffer, false);
+                continue;
+            }
+            let buffer = bounce_buffer(&mut io.bounce, segment);
+            slot.set_buffer(*index, buffer, true);
+            if slot.request.kind != Kind::Read {
+                io.scratch.copies.push(grant_copy(segment, buffer, CopyDirection::FromGuest));
+                io.scratch.owners.push(*slot_index);
+            }
+        }
+    }
+
+    /// Does the copies listed; a slot with a failing one is marked failed.
+    fn copy<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
+        let Scratch { copies, owners, .. } = &mut io.scratch;
+        copy_all(&mut io.grants, self.frontend, copies);
+        self.counters.grants_copied.add(copies.len() as u64);
+        for (copy, owner) in copies.drain(..).zip(owners.drain(..)) {
+            if copy.status != 0 {
+                self.slots.get_mut(owner).failed = true;
+            }
+        }
+    }
+
+    /// Brings the data of finished reads from bounce memory to the guest, and answers them.
+    pub(super) fn copy_reads_out<G: Grants, E>(&mut self, io: &mut Resources<G, E>, now_ns: u64) {
+        let Scratch { copies, owners, .. } = &mut io.scratch;
+        for slot in &self.copy_out {
+            for (segment, buffer) in self.slots.get_mut(*slot).bounced() {
+                copies.push(grant_copy(segment, buffer, CopyDirection::ToGuest));
+                owners.push(*slot);
+            }
+        }
+        self.copy(io);
+        while let Some(slot) = self.copy_out.pop() {
+            let failed = self.slots.get_mut(slot).failed;
+            let status = if failed { Status::Error } else { Status::Okay };
+            self.answer(io, slot, status, now_ns);
+        }
+    }
+}
+
+/// Does copies in batches; where a whole batch is refused, each of it has failed.
+pub(super) fn copy_all<G: Grants>(grants: &mut G, frontend: DomId, copies: &mut [GrantCopy]) {
+    for batch in copies.chunks_mut(SEGMENTS_PER_COPY_BATCH) {
+        if grants.copy(frontend, batch).is_err() {
+            batch.iter_mut().for_each(|copy| copy.status = GNTST_GENERAL_ERROR);
+        }
+    }
+}
+
+/// The guest's page of a segment, where it is mapped and good for direct I/O.
+#[inline]
+fn mapped(
+    persistent: Option<&PersistentGrants>,
+    segment: Segment,
+    memory_alignment: u16,
+) -> Option<GuestBuf> {
+    if !segment.offset.is_multiple_of(memory_alignment) {
+        return None;
+    }
+    persistent?.page(segment.gref)?.part(segment.offset.into(), segment.len.into())
+}
+
+fn bounce_buffer(bounce: &mut BouncePool, segment: Segment) -> GuestBuf {
+    bounce.take().part(0, segment.len.into()).expect("a segment is no longer than a page")
+}
+
+fn grant_copy(segment: Segment, buffer: GuestBuf, direction: CopyDirection) -> GrantCopy {
+    GrantCopy {
+        gref: segment.grant(),
+        offset: segment.offset,
+        len: segment.len,
+        local: buffer.address().as_ptr(),
+        direction,
+        status: 0,
+    }
+}
