@@ -4,7 +4,8 @@ use std::fs;
 
 use polldisk::blkif::op;
 use polldisk::msg::Protocol;
-use polldisk::sim::blkfront::device::Options;
+use polldisk::sim::blkfront::device::{Device, Options};
+use polldisk::sim::blkfront::load::Load;
 use polldisk::xen::PageAccess;
 use polldisk::xen::keys::XenbusState;
 use xenstore_rs::Xs;
@@ -26,10 +27,7 @@ fn every_protocol_and_grant_policy_keeps_data_at_every_block_size() {
             for block_bytes in [512, 4096, 45056] {
                 seed += 1;
                 // The image holds what the last load left, so only what is written is read.
-                let load = polldisk::sim::blkfront::load::Load {
-                    zeroed: seed == 1,
-                    ..load(seed, block_bytes)
-                };
+                let load = Load { zeroed: seed == 1, ..load(seed, block_bytes) };
                 let report = run_verified(&mut device, load, 2_000);
                 assert!(report.verified > 0 && report.writes > 0 && report.flushes > 0);
             }
@@ -114,9 +112,7 @@ fn everything_a_frontend_reads_is_there_when_it_may_read_it() {
         for node in ["sector-size", "physical-sector-size"] {
             assert!(there(node).parse::<u32>().unwrap().is_power_of_two(), "{node}");
         }
-        let device =
-            polldisk::sim::blkfront::device::Device::new(guest.domain.clone(), Options::default())
-                .unwrap();
+        let device = Device::new(guest.domain.clone(), Options::default()).unwrap();
         guest.xenbus.publish(&device).unwrap();
         guest.xenbus.wait_for(&[XenbusState::Connected]).unwrap();
         assert_eq!(&*there("sectors"), (IMAGE_BYTES / 512).to_string());

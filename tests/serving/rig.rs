@@ -274,13 +274,18 @@ impl Neighbour {
         neighbour
     }
 
+    /// Requests so far.
+    pub fn requests(&self) -> u64 {
+        self.done.load(Ordering::Relaxed)
+    }
+
     /// Waits for a good number of requests more.
     pub fn goes_on(&self) {
-        let goal = self.done.load(Ordering::Relaxed) + 100;
+        let goal = self.requests() + 100;
         let alive = || self.thread.as_ref().is_some_and(|thread| !thread.is_finished());
         until("the neighbour's I/O goes on", || {
             assert!(alive(), "the neighbour failed");
-            self.done.load(Ordering::Relaxed) >= goal
+            self.requests() >= goal
         });
     }
 
@@ -326,7 +331,7 @@ pub fn ask(device: &mut Device, requests: &[RawRequest]) -> Vec<i16> {
     statuses.into_iter().flatten().collect()
 }
 
-fn wait_response(device: &mut Device) -> polldisk::blkif::codec::RawResponse {
+pub fn wait_response(device: &mut Device) -> polldisk::blkif::codec::RawResponse {
     let start = Instant::now();
     loop {
         if let Some(response) = device.next_response() {
