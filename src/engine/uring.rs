@@ -78,6 +78,7 @@ impl Uring {
         ticket: Ticket,
     ) -> Result<(), Ticket> {
         let full = self.in_flight >= 4 * limits::URING_ENTRIES as usize
+            // After a kick that submitted only some, vectors of all are still there.
             || self.vectors.capacity() - self.vectors.len() < operation.buffer_count();
         if full || self.ring.submission().is_full() {
             return Err(ticket);
@@ -188,12 +189,13 @@ impl Uring {
     }
 
     /// Makes the next completion visible to a sleeper, then looks again. `true`: something has
-    /// completed already.
+    /// completed already, or the kernel has not taken all submissions yet.
     pub fn arm(&mut self) -> io::Result<bool> {
         self.ring.completion().enable_eventfd();
         full_fence();
         self.kick()?;
-        Ok(!self.ring.completion().is_empty())
+        let waiting = !self.ring.submission().is_empty();
+        Ok(waiting || !self.ring.completion().is_empty())
     }
 
     /// Ends the time of sleep; `signalled`: the descriptor was readable.

@@ -102,6 +102,16 @@ impl Device {
         self.options
     }
 
+    /// The page that the ring is in, for tests of hostile frontends.
+    pub fn ring_page(&self) -> Gfn {
+        self.ring_page
+    }
+
+    /// Notifies the backend whether it asked or not, for tests of hostile frontends.
+    pub fn notify(&self) -> io::Result<()> {
+        self.events.notify(self.port)
+    }
+
     /// The ring itself, for tests of hostile frontends.
     pub fn ring_mut(&mut self) -> &mut FrontRing {
         &mut self.ring

@@ -15,6 +15,7 @@ pub const DAEMON_LOG: &str = "/run/polldisk.log";
 
 const START_LIMIT: Duration = Duration::from_secs(30);
 const STOP_LIMIT: Duration = Duration::from_secs(30);
+const RELEASE_CHECKS: u32 = 10;
 
 /// The backends of the lab.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,7 +110,7 @@ pub struct Disk {
 pub struct Footprint {
     /// Open file descriptors.
     pub fds: usize,
-    /// Threads.
+    /// Threads that are its own.
     pub threads: usize,
     /// Mappings of granted pages.
     pub grant_mappings: usize,
@@ -150,10 +151,26 @@ impl Daemon {
     /// What it holds now.
     pub fn footprint(&self, dom0: &mut Agent) -> Result<Footprint> {
         let proc = format!("/proc/{}", self.pid);
+        // The kernel keeps an idle worker of io_uring, iou-wrk-N, among the threads of its user.
         let text = dom0.ask(&format!(
-            "ls {proc}/fd | wc -l; ls {proc}/task | wc -l; grep -c gntdev {proc}/maps || true"
+            "ls {proc}/fd | wc -l
+             grep -L '^iou-wrk' {proc}/task/*/comm | wc -l
+             grep -c gntdev {proc}/maps || true"
         ))?;
         parse_footprint(&text).with_context(|| format!("the daemon's footprint: {text}"))
+    }
+
+    /// Waits until it holds what it held once: an area in xenstore may go before the last file closes.
+    pub fn expect_footprint(&self, dom0: &mut Agent, earlier: Footprint) -> Result<()> {
+        let mut now = self.footprint(dom0)?;
+        for _ in 0..RELEASE_CHECKS {
+            if now == earlier {
+                return Ok(());
+            }
+            dom0.ask("sleep 0.5")?;
+            now = self.footprint(dom0)?;
+        }
+        bail!("polldisk holds {now:?}, earlier {earlier:?}")
     }
 
     /// Ends the daemon as a service manager does; it must leave in order.

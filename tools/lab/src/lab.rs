@@ -19,7 +19,7 @@ const EVIDENCE: [(&str, &str); 6] = [
     ("xenstore", "xenstore-ls -fp"),
     ("dom0-dmesg", "dmesg"),
     ("hypervisor", "xl debug-keys g; xl dmesg"),
-    ("domains", "xl list -v; ps -ef"),
+    ("domains", "xl list -v; ps -eLf"),
     ("daemon", "cat /run/polldisk.log"),
     ("toolstack", "tail -n +1 /var/log/xen/*"),
 ];

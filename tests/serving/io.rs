@@ -1,0 +1,163 @@
+//! What a well-behaved guest gets: its data, and the truth about its disk.
+
+use std::fs;
+
+use polldisk::blkif::op;
+use polldisk::msg::Protocol;
+use polldisk::sim::blkfront::device::{Device, Options};
+use polldisk::sim::blkfront::load::Load;
+use polldisk::xen::PageAccess;
+use polldisk::xen::keys::XenbusState;
+use xenstore_rs::Xs;
+
+use crate::rig::{
+    Guest, IMAGE_BYTES, Neighbour, Rig, VBD, ask, load, raw, raw_request, run_verified, whole,
+};
+
+#[test]
+fn every_protocol_and_grant_policy_keeps_data_at_every_block_size() {
+    let rig = Rig::start();
+    let guest = rig.guest_on_file(1);
+    let mut seed = 0;
+    for protocol in [Protocol::X86_64, Protocol::X86_32] {
+        for persistent in [true, false] {
+            let (mut device, disk) =
+                guest.connect_and_look(Options { protocol, persistent, ..Options::default() });
+            assert_eq!(disk.sectors.0, IMAGE_BYTES / 512);
+            for block_bytes in [512, 4096, 45056] {
+                seed += 1;
+                // The image holds what the last load left, so only what is written is read.
+                let load = Load { zeroed: seed == 1, ..load(seed, block_bytes) };
+                let report = run_verified(&mut device, load, 2_000);
+                assert!(report.verified > 0 && report.writes > 0 && report.flushes > 0);
+            }
+            let counts = rig.disk(1).unwrap().counts;
+            assert_eq!(counts.errors, 0);
+            assert_eq!(counts.grants_copied == 0, persistent, "{counts:?}");
+            guest.close(device);
+            guest.xenbus.start_over().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_flush_with_data_writes_the_data() {
+    let rig = Rig::start();
+    let guest = rig.guest_on_file(1);
+    for persistent in [true, false] {
+        let mut device = guest.connect(Options { persistent, ..Options::default() });
+        let (page, gref) = guest.grant(PageAccess::ReadWrite);
+        let sector = if persistent { 8 } else { 16 };
+        guest.domain.page(page).copy_from(&[0x5a; 4096]);
+        let statuses = ask(
+            &mut device,
+            &[
+                raw_request(op::FLUSH_DISKCACHE, 0, sector, &[whole(gref)]),
+                raw_request(op::FLUSH_DISKCACHE, 1, 0, &[]),
+            ],
+        );
+        assert_eq!(statuses, [0, 0]);
+        guest.domain.page(page).zero();
+        assert_eq!(ask(&mut device, &[raw_request(op::READ, 0, sector, &[whole(gref)])]), [0]);
+        let mut data = [0; 4096];
+        guest.domain.page(page).copy_to(&mut data);
+        assert_eq!(data, [0x5a; 4096]);
+        guest.close(device);
+        guest.xenbus.start_over().unwrap();
+    }
+}
+
+#[test]
+fn a_read_only_disk_is_read_and_never_written() {
+    let rig = Rig::start();
+    let path = rig.image("read-only.img");
+    fs::write(&path, vec![0x77; usize::try_from(IMAGE_BYTES).unwrap()]).unwrap();
+    let attached = rig.domain(1);
+    rig.attach(1, &raw(&path), true);
+    let by_toolstack = rig.domain(2);
+    toolstack_disk(&rig, 2, &[("params", &raw(&path)), ("mode", "r")]);
+    for guest in [attached, by_toolstack].map(Guest::of) {
+        let (mut device, disk) = guest.connect_and_look(Options::default());
+        assert!(disk.read_only);
+        let (page, gref) = guest.grant(PageAccess::ReadWrite);
+        let segments = [whole(gref)];
+        let statuses = ask(
+            &mut device,
+            &[
+                raw_request(op::WRITE, 0, 0, &segments),
+                raw_request(op::FLUSH_DISKCACHE, 1, 8, &segments),
+                raw_request(op::FLUSH_DISKCACHE, 2, 0, &[]),
+                raw_request(op::READ, 3, 0, &segments),
+            ],
+        );
+        assert_eq!(statuses, [-1, -1, 0, 0]);
+        let mut data = [0; 4096];
+        guest.domain.page(page).copy_to(&mut data);
+        assert_eq!(data, [0x77; 4096]);
+        guest.close(device);
+    }
+    assert!(fs::read(&path).unwrap().iter().all(|byte| *byte == 0x77));
+}
+
+#[test]
+fn everything_a_frontend_reads_is_there_when_it_may_read_it() {
+    let rig = Rig::start();
+    let neighbour = Neighbour::start(&rig, 100);
+    for domid in 1..=20 {
+        let guest = rig.guest_on_file(domid);
+        let there = |node: &str| guest.xenbus.store().read(&guest.xenbus.theirs(node)).unwrap();
+        guest.xenbus.wait_for(&[XenbusState::InitWait]).unwrap();
+        assert_eq!(&*there("feature-persistent"), "1");
+        assert_eq!(&*there("feature-flush-cache"), "1");
+        for node in ["sector-size", "physical-sector-size"] {
+            assert!(there(node).parse::<u32>().unwrap().is_power_of_two(), "{node}");
+        }
+        let device = Device::new(guest.domain.clone(), Options::default()).unwrap();
+        guest.xenbus.publish(&device).unwrap();
+        guest.xenbus.wait_for(&[XenbusState::Connected]).unwrap();
+        assert_eq!(&*there("sectors"), (IMAGE_BYTES / 512).to_string());
+        assert_eq!(&*there("info"), "0");
+        guest.xenbus.set_state(XenbusState::Connected).unwrap();
+        guest.close(device);
+    }
+    neighbour.finish();
+}
+
+/// Areas as a toolstack makes them, without a script.
+fn toolstack_disk(rig: &Rig, domid: u32, nodes: &[(&str, &str)]) {
+    use polldisk::units::DomId;
+    use polldisk::xen::{NodeAccess, Nodes, Permission, Store};
+    let backend = format!("/local/domain/0/backend/vbd/{domid}/{VBD}");
+    let frontend = format!("/local/domain/{domid}/device/vbd/{VBD}");
+    let (guest, vbd) = (DomId::try_from(domid).unwrap(), VBD.to_string());
+    let permission = |domid, access| Permission { domid, access };
+    let owned_by =
+        |owner, reader| [permission(owner, NodeAccess::None), permission(reader, NodeAccess::Read)];
+    let own = domid.to_string();
+    let made = rig.dom0.atomically(|span| {
+        span.mkdir(&frontend)?;
+        span.set_permissions(&frontend, &owned_by(guest, DomId::DOM0))?;
+        span.mkdir(&backend)?;
+        span.set_permissions(&backend, &owned_by(DomId::DOM0, guest))?;
+        for (node, value) in [
+            ("backend", backend.as_str()),
+            ("backend-id", "0"),
+            ("virtual-device", &vbd),
+            ("state", "1"),
+        ] {
+            span.write(&format!("{frontend}/{node}"), value)?;
+        }
+        let usual = [
+            ("frontend", frontend.as_str()),
+            ("frontend-id", &own),
+            ("online", "1"),
+            ("device-type", "disk"),
+            ("state", "1"),
+        ];
+        usual
+            .iter()
+            .chain(nodes)
+            .try_for_each(|(node, value)| span.write(&format!("{backend}/{node}"), value))
+    });
+    made.unwrap();
+}

@@ -1,0 +1,12 @@
+//! The whole daemon as guests and admins meet it, on the stand-in for Xen.
+
+mod cli;
+mod guests_that_vanish;
+mod hostile_nodes;
+mod hostile_requests;
+mod hostile_rings;
+mod idle;
+mod io;
+mod reconnect;
+mod rig;
+mod system_calls;

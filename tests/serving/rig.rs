@@ -1,0 +1,368 @@
+//! The whole daemon on the stand-in: the real control loop, workers, io_uring and O_DIRECT files;
+//! and guests to meet it.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use polldisk::blkif::codec::{RawRequest, RawSegment};
+use polldisk::control::admin::client::request;
+use polldisk::control::admin::protocol::{Attach, Detach, DiskReport, Reply, Request};
+use polldisk::control::{self, ControlError};
+use polldisk::msg::event_channel;
+use polldisk::park::Doorbell;
+use polldisk::sim::blkfront::device::{Device, Options};
+use polldisk::sim::blkfront::load::{Load, Report, Runner};
+use polldisk::sim::blkfront::xenbus::{Disk, Xenbus};
+use polldisk::sim::{Domain, Gfn, SimXen, StandIn};
+use polldisk::units::{DomId, GrantRef, VbdId};
+use polldisk::worker::{WorkerThread, spawn_all};
+use polldisk::xen::keys::XenbusState;
+use polldisk::xen::store::StoreClient;
+use polldisk::xen::{PageAccess, Platform, Store};
+use xenstore_rs::Xs;
+
+/// Long enough that only a hang gets there.
+pub const HANG: Duration = Duration::from_secs(60);
+
+/// The disk of every guest.
+pub const VDEV: &str = "xvda";
+pub const VBD: VbdId = VbdId(51712);
+
+/// Bytes of an image: small enough to be read back whole after every test.
+pub const IMAGE_BYTES: u64 = 4 << 20;
+
+/// Memory of a guest: buffers for a full ring, the ring, and some pages for hostile requests.
+const GUEST_PAGES: u32 = 512;
+
+/// A running daemon with one worker, so that whoever disturbs it disturbs all.
+pub struct Rig {
+    pub dom0: StoreClient,
+    stand_in: StandIn,
+    images: tempfile::TempDir,
+    admin: PathBuf,
+    stop: Doorbell,
+    control: Option<JoinHandle<Result<(), ControlError>>>,
+    workers: Vec<WorkerThread>,
+}
+
+impl Rig {
+    pub fn start() -> Rig {
+        let stand_in = StandIn::start_temporary().unwrap();
+        let platform = stand_in.platform();
+        let (reports, events) = event_channel().unwrap();
+        let poll = Duration::from_micros(50);
+        let (senders, workers) = spawn_all(&platform, &[None], poll, &reports).unwrap();
+        let admin = stand_in.folder().join("admin.sock");
+        let config =
+            control::Config { admin_path: Some(admin.clone()), ..control::Config::default() };
+        let dom0 = platform.open_store().unwrap();
+        let stop = Doorbell::new().unwrap();
+        let control = std::thread::Builder::new().name("control".to_owned()).spawn({
+            let stop = stop.clone();
+            move || control::run(&platform, &config, senders, events, &stop)
+        });
+        let images = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let control = Some(control.unwrap());
+        let rig = Rig { dom0, stand_in, images, admin, stop, control, workers };
+        until("the admin socket answers", || request(&rig.admin, &Request::List).is_ok());
+        rig
+    }
+
+    pub fn platform(&self) -> SimXen {
+        self.stand_in.platform()
+    }
+
+    /// A file of zeroes.
+    pub fn image(&self, name: &str) -> PathBuf {
+        let path = self.images.path().join(name);
+        File::create(&path).unwrap().set_len(IMAGE_BYTES).unwrap();
+        path
+    }
+
+    pub fn attach(&self, domid: u32, target: &str, read_only: bool) {
+        let attach = Attach { domid, vdev: VDEV.into(), target: target.into(), read_only };
+        request(&self.admin, &Request::Attach(attach)).unwrap();
+    }
+
+    pub fn detach_by_force(&self, domid: u32) {
+        let detach = Detach { domid, vdev: VDEV.into(), force: true };
+        request(&self.admin, &Request::Detach(detach)).unwrap();
+    }
+
+    /// The disk of a guest, as `polldisk list` tells it.
+    pub fn disk(&self, domid: u32) -> Option<DiskReport> {
+        match request(&self.admin, &Request::List).unwrap() {
+            Reply::Disks { disks } => disks.into_iter().find(|disk| disk.domid == domid),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A domain without a disk.
+    pub fn domain(&self, domid: u32) -> Arc<Domain> {
+        let domid = DomId::try_from(domid).unwrap();
+        Arc::new(self.stand_in.create_domain(domid, GUEST_PAGES).unwrap())
+    }
+
+    /// A domain with a disk that it has not connected to.
+    pub fn guest(&self, domid: u32, target: &str) -> Guest {
+        let domain = self.domain(domid);
+        self.attach(domid, target, false);
+        Guest::of(domain)
+    }
+
+    /// The same on a file of its own.
+    pub fn guest_on_file(&self, domid: u32) -> Guest {
+        let path = self.image(&format!("guest-{domid}.img"));
+        self.guest(domid, &raw(&path))
+    }
+
+    /// What the backend wrote to the disk's `error` node.
+    pub fn error_of(&self, domid: u32) -> Option<String> {
+        let path = format!("/local/domain/0/error/backend/vbd/{domid}/{VBD}/error");
+        self.dom0.read(&path).ok().map(String::from)
+    }
+
+    /// Ends the daemon and waits for it.
+    fn end(&mut self) {
+        self.stop.ring();
+        if let Some(control) = self.control.take() {
+            control.join().unwrap().unwrap();
+        }
+        self.workers.drain(..).for_each(WorkerThread::join);
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        // What failed may hang, and has been told already.
+        if !std::thread::panicking() {
+            self.end();
+        }
+    }
+}
+
+/// How a file is named to the daemon.
+pub fn raw(path: &Path) -> String {
+    format!("raw:{}", path.display())
+}
+
+/// A domain and its view of its disk.
+pub struct Guest {
+    pub domain: Arc<Domain>,
+    pub xenbus: Xenbus,
+}
+
+impl Guest {
+    /// Waits for the toolstack to make the disk's areas.
+    pub fn of(domain: Arc<Domain>) -> Guest {
+        let xenbus = Xenbus::open(&domain, VBD).unwrap();
+        Guest { domain, xenbus }
+    }
+
+    pub fn domid(&self) -> u32 {
+        self.domain.domid().raw().into()
+    }
+
+    pub fn connect(&self, options: Options) -> Device {
+        self.connect_and_look(options).0
+    }
+
+    pub fn connect_and_look(&self, options: Options) -> (Device, Disk) {
+        self.xenbus.connect(&self.domain, options).unwrap()
+    }
+
+    /// Writes some of its own nodes, then `state`.
+    pub fn publish(&self, nodes: &[(&str, &str)], state: XenbusState) {
+        let written = self.xenbus.store().atomically(|span| {
+            nodes.iter().try_for_each(|(node, value)| span.write(&self.xenbus.own(node), value))
+        });
+        written.unwrap();
+        self.xenbus.set_state(state).unwrap();
+    }
+
+    /// Closes the device; nothing may stay mapped.
+    pub fn close(&self, device: Device) {
+        self.xenbus.close(device).unwrap();
+        assert_eq!(self.domain.mapped_grants(), 0);
+    }
+
+    /// From an error to InitWait: as when the driver is loaded again.
+    pub fn start_over(&self) {
+        self.xenbus.set_state(XenbusState::Closed).unwrap();
+        self.xenbus.wait_for(&[XenbusState::Closed]).unwrap();
+        self.xenbus.start_over().unwrap();
+        self.xenbus.wait_for(&[XenbusState::InitWait]).unwrap();
+    }
+
+    /// A page that the backend may use, and how.
+    pub fn grant(&self, access: PageAccess) -> (Gfn, GrantRef) {
+        let page = self.domain.alloc_pages(1).unwrap();
+        (page, self.domain.grant(page, DomId::DOM0, access).unwrap())
+    }
+}
+
+/// A load on a whole image of zeroes.
+pub fn load(seed: u64, block_bytes: usize) -> Load {
+    Load {
+        seed,
+        block_bytes,
+        depth: 32,
+        read_percent: 50,
+        flush_every: 50,
+        sectors: 0..IMAGE_BYTES / 512,
+        zeroed: true,
+        keeps_data: true,
+    }
+}
+
+/// Does at least `requests` random requests, then reads everything back.
+pub fn run_verified(device: &mut Device, load: Load, requests: u64) -> Report {
+    let (stop, done) = (AtomicBool::new(false), AtomicU64::new(0));
+    let mut runner = Runner::new(load, device);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while done.load(Ordering::Relaxed) < requests && !stop.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        let result = runner.run(&stop, &done);
+        stop.store(true, Ordering::Relaxed);
+        result.unwrap();
+    });
+    runner.read_all().unwrap();
+    let report = runner.report();
+    assert_eq!((report.errors, report.mismatches), (0, 0), "{report:?}");
+    assert!(report.reads + report.writes + report.flushes >= requests, "{report:?}");
+    report
+}
+
+/// A guest whose verified I/O runs all the time.
+pub struct Neighbour {
+    thread: Option<JoinHandle<Report>>,
+    stop: Arc<AtomicBool>,
+    done: Arc<AtomicU64>,
+}
+
+impl Neighbour {
+    /// Starts it; its I/O runs when this returns.
+    pub fn start(rig: &Rig, domid: u32) -> Neighbour {
+        let domain = rig.domain(domid);
+        rig.attach(domid, &raw(&rig.image(&format!("guest-{domid}.img"))), false);
+        let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let body = {
+            let (stop, done) = (Arc::clone(&stop), Arc::clone(&done));
+            move || {
+                let guest = Guest::of(domain);
+                let mut device = guest.connect(Options::default());
+                let load = Load { depth: 4, ..load(domid.into(), 4096) };
+                let mut runner = Runner::new(load, &mut device);
+                runner.run(&stop, &done).unwrap();
+                runner.read_all().unwrap();
+                let report = runner.report();
+                guest.close(device);
+                report
+            }
+        };
+        let thread = Some(std::thread::spawn(body));
+        let neighbour = Neighbour { thread, stop, done };
+        neighbour.goes_on();
+        neighbour
+    }
+
+    /// Requests so far.
+    pub fn requests(&self) -> u64 {
+        self.done.load(Ordering::Relaxed)
+    }
+
+    /// Waits for a good number of requests more.
+    pub fn goes_on(&self) {
+        let goal = self.requests() + 100;
+        let alive = || self.thread.as_ref().is_some_and(|thread| !thread.is_finished());
+        until("the neighbour's I/O goes on", || {
+            assert!(alive(), "the neighbour failed");
+            self.requests() >= goal
+        });
+    }
+
+    /// Reads everything back: all was as it must be, from the first request to the last.
+    pub fn finish(mut self) {
+        self.goes_on();
+        self.stop.store(true, Ordering::Relaxed);
+        let report = self.thread.take().unwrap().join().unwrap();
+        assert_eq!((report.errors, report.mismatches), (0, 0), "{report:?}");
+    }
+}
+
+impl Drop for Neighbour {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// A request with these segments; `id` comes back with its answer.
+pub fn raw_request(operation: u8, id: u64, sector: u64, segments: &[RawSegment]) -> RawRequest {
+    let mut request = RawRequest::new(operation, id, sector);
+    request.nr_segments = u8::try_from(segments.len()).unwrap();
+    request.segments[..segments.len()].copy_from_slice(segments);
+    request
+}
+
+/// All sectors of a page.
+pub fn whole(gref: GrantRef) -> RawSegment {
+    RawSegment { gref: gref.0, first: 0, last: 7 }
+}
+
+/// Puts requests with ids 0, 1, ... on the ring as one batch; the statuses by id.
+pub fn ask(device: &mut Device, requests: &[RawRequest]) -> Vec<i16> {
+    requests.iter().for_each(|request| device.put_raw(request));
+    device.publish().unwrap();
+    let mut statuses = vec![None; requests.len()];
+    for _ in requests {
+        let response = wait_response(device);
+        let status = &mut statuses[usize::try_from(response.id).unwrap()];
+        assert_eq!(*status, None, "request {} was answered twice", response.id);
+        *status = Some(response.status);
+    }
+    statuses.into_iter().flatten().collect()
+}
+
+pub fn wait_response(device: &mut Device) -> polldisk::blkif::codec::RawResponse {
+    let start = Instant::now();
+    loop {
+        if let Some(response) = device.next_response() {
+            return response;
+        }
+        assert!(start.elapsed() < HANG, "a request was not answered");
+        device.wait(HANG).unwrap();
+    }
+}
+
+/// Waits until it is so.
+pub fn until(what: &str, mut so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !so() {
+        assert!(start.elapsed() < HANG, "still waiting until {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Says which test a child process runs.
+const ALONE: &str = "POLLDISK_TEST_ALONE";
+
+/// Runs `body` in a process in which no other test runs: for what is counted by process.
+pub fn alone(test: &str, body: impl FnOnce()) {
+    if std::env::var_os(ALONE).is_some() {
+        return body();
+    }
+    let status = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture", "--test-threads=1"])
+        .env(ALONE, test)
+        .status()
+        .unwrap();
+    assert!(status.success(), "{test}: {status}");
+}
