@@ -105,6 +105,12 @@ impl RawRequest {
     }
 }
 
+impl From<RawDirect> for RawRequest {
+    fn from(direct: RawDirect) -> RawRequest {
+        RawRequest::Direct(direct)
+    }
+}
+
 impl RawDirect {
     /// A request without segments.
     pub fn new(operation: u8, id: u64, sector: u64) -> RawDirect {

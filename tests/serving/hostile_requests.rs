@@ -1,6 +1,6 @@
 //! Requests that can't be executed: each fails alone.
 
-use polldisk::blkif::codec::{RawRequest, RawSegment};
+use polldisk::blkif::codec::{RawDirect, RawSegment};
 use polldisk::blkif::op;
 use polldisk::msg::Protocol;
 use polldisk::sim::blkfront::device::{Device, Options};
@@ -47,7 +47,7 @@ fn with_all_options(test: impl Fn(&Guest, &mut Device)) {
 }
 
 /// Asks for each as a batch with sound reads around it.
-fn each_fails(device: &mut Device, sound: &RawRequest, bad: &[RawRequest], status: i16) {
+fn each_fails(device: &mut Device, sound: &RawDirect, bad: &[RawDirect], status: i16) {
     for batch in bad.chunks(15) {
         let mut requests = Vec::new();
         let mut expected = Vec::new();
@@ -67,12 +67,12 @@ fn impossible_segments_fail_their_request_only() {
         let good = whole(gref);
         let sound = raw_request(op::READ, 0, 0, &[good]);
         let counts = |operation| {
-            (12..=u8::MAX).map(move |count| RawRequest {
+            (12..=u8::MAX).map(move |count| RawDirect {
                 nr_segments: count,
                 ..raw_request(operation, 0, 0, &[good])
             })
         };
-        let mut bad: Vec<RawRequest> =
+        let mut bad: Vec<RawDirect> =
             [op::READ, op::WRITE].map(|operation| raw_request(operation, 0, 0, &[])).to_vec();
         bad.extend(counts(op::READ).chain(counts(op::WRITE)).chain(counts(op::FLUSH_DISKCACHE)));
         for (first, last) in (8..=u8::MAX).map(|last| (0, last)).chain([(1, 0), (7, 6), (255, 0)]) {
@@ -181,7 +181,7 @@ fn a_grant_revoked_in_flight_is_the_guests_own_loss() {
             let operation = if round % 2 == 0 { op::READ } else { op::WRITE };
             let segments = [whole(gref); 11];
             for id in 0..16 {
-                device.put_raw(&raw_request(operation, id, 0, &segments));
+                device.put_raw(raw_request(operation, id, 0, &segments));
             }
             device.publish().unwrap();
             guest.domain.revoke(gref);

@@ -75,7 +75,7 @@ fn a_ring_rewritten_while_it_is_read_harms_nobody_else() {
         });
         for _ in 0..300 {
             for id in 0..device.ring_mut().free() {
-                device.put_raw(&raw_request(op::READ, id.into(), 0, &[whole(gref)]));
+                device.put_raw(raw_request(op::READ, id.into(), 0, &[whole(gref)]));
             }
             device.publish().unwrap();
             // Ids are rewritten too, so answers are only counted.
@@ -144,7 +144,7 @@ fn an_answer_leaves_no_byte_of_its_padding_unwritten() {
             let count = usize::from(operation == op::READ);
             let mut request = raw_request(operation, u64::MAX, 0, &[whole(gref)][..count]);
             request.handle = u16::MAX;
-            device.put_raw(&request);
+            device.put_raw(request);
             device.publish().unwrap();
             wait_response(&mut device);
             let ring = guest.domain.shared_pages(device.ring_page(), 1);

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use polldisk::blkif::codec::{RawRequest, RawSegment};
+use polldisk::blkif::codec::{RawDirect, RawSegment};
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Attach, Detach, DiskReport, Reply, Request};
 use polldisk::control::{self, ControlError};
@@ -305,8 +305,8 @@ impl Drop for Neighbour {
 }
 
 /// A request with these segments; `id` comes back with its answer.
-pub fn raw_request(operation: u8, id: u64, sector: u64, segments: &[RawSegment]) -> RawRequest {
-    let mut request = RawRequest::new(operation, id, sector);
+pub fn raw_request(operation: u8, id: u64, sector: u64, segments: &[RawSegment]) -> RawDirect {
+    let mut request = RawDirect::new(operation, id, sector);
     request.nr_segments = u8::try_from(segments.len()).unwrap();
     request.segments[..segments.len()].copy_from_slice(segments);
     request
@@ -318,8 +318,8 @@ pub fn whole(gref: GrantRef) -> RawSegment {
 }
 
 /// Puts requests with ids 0, 1, ... on the ring as one batch; the statuses by id.
-pub fn ask(device: &mut Device, requests: &[RawRequest]) -> Vec<i16> {
-    requests.iter().for_each(|request| device.put_raw(request));
+pub fn ask(device: &mut Device, requests: &[RawDirect]) -> Vec<i16> {
+    requests.iter().for_each(|request| device.put_raw(*request));
     device.publish().unwrap();
     let mut statuses = vec![None; requests.len()];
     for _ in requests {

@@ -180,8 +180,8 @@ impl Device {
 
     /// Writes any request at all, for tests of hostile frontends; its answers are not expected by
     /// [`Device::next_answer`].
-    pub fn put_raw(&mut self, request: &RawRequest) {
-        self.ring.put(request);
+    pub fn put_raw(&mut self, request: impl Into<RawRequest>) {
+        self.ring.put(&request.into());
     }
 
     /// Makes the requests written visible, and notifies the backend if it asked.
