@@ -6,7 +6,7 @@ use xenstore_rs::Xs;
 
 use super::disk::DiskKey;
 use super::frontend::Offer;
-use crate::backing::Geometry;
+use crate::backing::{Discard, Geometry, Image};
 use crate::limits;
 use crate::units::{DomId, parse_decimal};
 use crate::xen::Store;
@@ -21,6 +21,8 @@ pub struct Description {
     pub read_only: bool,
     /// It is a CD-ROM, which is always read-only.
     pub cdrom: bool,
+    /// The toolstack lets its guest discard.
+    pub discard_enable: bool,
     /// Its medium can be taken out.
     pub removable: bool,
     /// The hotplug script that the toolstack runs after InitWait.
@@ -98,9 +100,15 @@ impl Description {
             read_only: cdrom || !mode.contains('w'),
             cdrom,
             removable: text(keys::REMOVABLE)?.is_some_and(|flag| &*flag == "1"),
+            discard_enable: text(keys::DISCARD_ENABLE)?.is_none_or(|flag| &*flag != "0"),
             script: text(keys::SCRIPT)?.map(String::from),
             attached: text(keys::ATTACHED)?.is_some(),
         })
+    }
+
+    /// What the guest is told that it may discard of `image`.
+    pub fn discard(&self, image: &Image) -> Option<Discard> {
+        image.discard().filter(|_| self.discard_enable && !self.read_only)
     }
 
     /// How the toolstack's hotplug script and polldisk share the work.
@@ -125,13 +133,25 @@ impl Description {
 pub type NodeValue = (&'static str, String);
 
 /// What a frontend reads before it chooses its rings, and the toolstack's script before it ends.
-pub fn features(offer: &Offer, geometry: &Geometry, hotplug: Hotplug) -> Vec<NodeValue> {
+pub fn features(
+    offer: &Offer,
+    geometry: &Geometry,
+    discard: Option<Discard>,
+    hotplug: Hotplug,
+) -> Vec<NodeValue> {
     let mut nodes = vec![
         (keys::FEATURE_FLUSH_CACHE, u8::from(offer.flush).to_string()),
+        (keys::FEATURE_BARRIER, u8::from(offer.flush).to_string()),
+        (keys::FEATURE_DISCARD, u8::from(discard.is_some()).to_string()),
         (keys::FEATURE_PERSISTENT, u8::from(offer.persistent).to_string()),
         (keys::SECTOR_SIZE, geometry.sector_bytes.to_string()),
         (keys::PHYSICAL_SECTOR_SIZE, geometry.physical_sector_bytes.to_string()),
     ];
+    if let Some(discard) = discard {
+        nodes.push((keys::DISCARD_GRANULARITY, discard.granularity_bytes.to_string()));
+        nodes.push((keys::DISCARD_ALIGNMENT, discard.alignment_bytes.to_string()));
+        nodes.push((keys::DISCARD_SECURE, u8::from(discard.secure).to_string()));
+    }
     if offer.ring_page_order > 0 {
         nodes.push((keys::MAX_RING_PAGE_ORDER, offer.ring_page_order.to_string()));
     }
@@ -301,7 +321,7 @@ mod test {
         let geometry =
             Geometry { size: Bytes(1 << 30), sector_bytes: 4096, physical_sector_bytes: 4096 };
         let names = |offer: &Offer, hotplug| -> Vec<&str> {
-            features(offer, &geometry, hotplug).into_iter().map(|(node, _)| node).collect()
+            features(offer, &geometry, None, hotplug).into_iter().map(|(node, _)| node).collect()
         };
         let one = names(&Offer::default(), Hotplug::Foreign);
         for node in ["max-ring-page-order", "multi-queue-max-queues", "hotplug-status"] {
