@@ -233,12 +233,12 @@ impl Demo {
         if matches!(plan.target, Some(Spec::Null { .. })) {
             println!("null keeps no data: nothing was compared");
         }
-        if report.errors > 0 {
-            bail!("{} requests were answered with an error", report.errors);
-        }
         println!("verified {} blocks, {} mismatches", report.verified, report.mismatches);
         if report.mismatches > 0 {
             bail!("data was not what it must be");
+        }
+        if report.errors > 0 {
+            bail!("{} requests were answered with an error", report.errors);
         }
         Ok(())
     }

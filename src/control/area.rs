@@ -32,16 +32,17 @@ pub struct Description {
 }
 
 /// The hotplug script of a disk. libxl runs it after InitWait, and where it fails gives up at once
-/// and prints `hotplug-error`; without InitWait it waits for 10 s and prints no reason.
+/// and prints `hotplug-error`; without InitWait it waits for 10 s and prints no reason. A script may
+/// find that somebody else uses what the disk holds, so like blkback polldisk connects only once it
+/// has written `hotplug-status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hotplug {
     /// There is none: polldisk writes `hotplug-status` itself.
     None,
-    /// `block-polldisk`, which only passes on what polldisk wrote to `hotplug-status` and
+    /// `block-polldisk`, which passes on what polldisk writes to `hotplug-status` and
     /// `hotplug-error`. So a disk that can't be opened goes to InitWait too.
     Ours,
-    /// Another, such as `block`, which checks that nobody else uses the device and then writes
-    /// `hotplug-status`. Like blkback polldisk does not connect before.
+    /// Another, such as `block`.
     Foreign,
 }
 
@@ -162,7 +163,7 @@ pub fn features(
     if offer.queues > 1 {
         nodes.push((keys::MULTI_QUEUE_MAX_QUEUES, offer.queues.to_string()));
     }
-    if hotplug != Hotplug::Foreign {
+    if hotplug == Hotplug::None {
         nodes.push((keys::HOTPLUG_STATUS, "connected".to_owned()));
     }
     nodes
@@ -329,7 +330,7 @@ mod test {
         }
         let wide = Offer { ring_page_order: 4, queues: 2, ..Offer::default() };
         for node in ["max-ring-page-order", "multi-queue-max-queues", "hotplug-status"] {
-            assert!(names(&wide, Hotplug::Ours).contains(&node), "{node}");
+            assert!(names(&wide, Hotplug::None).contains(&node), "{node}");
         }
         assert!(shape(0, &geometry).contains(&(keys::SECTORS, (1 << 21).to_string())));
     }

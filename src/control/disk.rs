@@ -295,7 +295,7 @@ impl Disk {
         match self.try_open(around) {
             Ok(hotplug) => {
                 inputs.push_back(Input::Opened);
-                let done = hotplug != Hotplug::Foreign
+                let done = hotplug == Hotplug::None
                     || area::hotplug_done(around.store, &self.area).unwrap_or(false);
                 if done {
                     inputs.push_back(Input::Ready);
