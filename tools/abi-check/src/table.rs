@@ -41,7 +41,7 @@ struct Example {
 
 impl fmt::Debug for Example {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "({}) {}", self.c_type, self.c_value)
+        write!(f, "{} {}", self.c_type, self.c_value)
     }
 }
 
@@ -122,18 +122,21 @@ impl Number {
 
 impl Example {
     fn difference(&self, bytes: &[u8]) -> Option<String> {
-        (self.judge)(bytes).err().map(|error| format!("{self:?}: {error}"))
+        let Example { c_type, c_value, judge } = self;
+        judge(bytes).err().map(|error| format!("{c_type}: {error} in {c_value}"))
     }
 }
 
 /// Says in which byte two encodings differ first; a shorter one goes on with zeroes.
 pub fn same_bytes(ours: &[u8], theirs: &[u8]) -> Result<(), String> {
-    let padded = ours.iter().chain(std::iter::repeat(&0)).take(theirs.len().max(ours.len()));
-    if padded.clone().eq(theirs) {
-        return Ok(());
+    let byte = |bytes: &[u8], at: usize| bytes.get(at).copied().unwrap_or(0);
+    for at in 0..ours.len().max(theirs.len()) {
+        let (ours, theirs) = (byte(ours, at), byte(theirs, at));
+        if ours != theirs {
+            return Err(format!("byte {at} is {theirs:#04x}, polldisk writes {ours:#04x}"));
+        }
     }
-    let first = padded.zip(theirs).position(|(ours, theirs)| ours != theirs);
-    Err(format!("byte {first:?} differs: C has {theirs:02x?}, polldisk {ours:02x?}"))
+    Ok(())
 }
 
 /// The width of a field, from a way to reach it.
