@@ -74,6 +74,21 @@ impl RawImage {
         })
     }
 
+    /// The same image with larger sectors than its storage has: for tests of disks with 4096-byte
+    /// sectors where there is none.
+    ///
+    /// # Panics
+    /// Where the image is not made of whole such sectors.
+    #[must_use]
+    pub fn with_sector_bytes(mut self, sector_bytes: u32) -> RawImage {
+        let shape = &mut self.geometry;
+        assert!(shape.size.0.is_multiple_of(u64::from(sector_bytes)));
+        assert!(sector_bytes >= shape.sector_bytes);
+        shape.sector_bytes = sector_bytes;
+        shape.physical_sector_bytes = shape.physical_sector_bytes.max(sector_bytes);
+        self
+    }
+
     /// Its shape.
     pub fn geometry(&self) -> Geometry {
         self.geometry

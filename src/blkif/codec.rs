@@ -105,6 +105,12 @@ impl RawRequest {
     }
 }
 
+impl From<RawIndirect> for RawRequest {
+    fn from(indirect: RawIndirect) -> RawRequest {
+        RawRequest::Indirect(indirect)
+    }
+}
+
 impl From<RawDirect> for RawRequest {
     fn from(direct: RawDirect) -> RawRequest {
         RawRequest::Direct(direct)
