@@ -114,7 +114,9 @@ fn unknown_operations_are_not_supported() {
         let (_, gref) = guest.grant(PageAccess::ReadWrite);
         let good = whole(gref);
         let bad: Vec<_> = (0..=u8::MAX)
-            .filter(|known| ![op::READ, op::WRITE, op::FLUSH_DISKCACHE].contains(known))
+            .filter(|known| {
+                ![op::READ, op::WRITE, op::FLUSH_DISKCACHE, op::INDIRECT].contains(known)
+            })
             .map(|operation| raw_request(operation, 0, 0, &[good]))
             .collect();
         each_fails(device, &raw_request(op::READ, 0, 0, &[good]), &bad, NOT_SUPPORTED);

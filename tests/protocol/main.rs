@@ -1,0 +1,13 @@
+//! Every combination of rings, queues, indirect requests, grants, layouts and sector sizes: random
+//! requests on random connections, each answer and every byte checked.
+//!
+//! A run prints the seed of each connection before it begins; a test that failed shows them, and
+//! `POLLDISK_PROTOCOL_SEED=<seed>` plays that connection alone.
+
+mod daemon;
+mod draw;
+mod guest;
+mod negotiated;
+mod queues;
+mod random;
+mod workers;
