@@ -3,9 +3,9 @@
 //! An entry is copied out of the ring word by word, each word once, before anything looks at it
 //! (`RING_COPY_REQUEST`, XSA-155). Only as many segments are copied as the copied count says.
 
-use crate::limits::{INDIRECT_PAGES_PER_REQUEST, SEGMENTS_PER_REQUEST};
+use crate::limits::{INDIRECT_PAGES_PER_REQUEST, SEGMENTS_PER_INDIRECT_PAGE, SEGMENTS_PER_REQUEST};
 use crate::msg::Protocol;
-use crate::xen::shm::SharedPage;
+use crate::xen::shm::{PAGE_BYTES, SharedPage};
 
 use super::{Status, op};
 
@@ -84,6 +84,8 @@ pub struct RawSegment {
 
 /// Bytes of a segment, in an entry and in a page of segments.
 pub const SEGMENT_BYTES: usize = 8;
+
+const _: () = assert!(SEGMENTS_PER_INDIRECT_PAGE * SEGMENT_BYTES == PAGE_BYTES);
 
 impl RawRequest {
     /// Echoed in the response.

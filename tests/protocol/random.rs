@@ -4,14 +4,19 @@ use crate::draw::{Combination, Random, Request};
 use crate::guest::{Disk, Guest};
 use crate::workers::Rig;
 
-/// Cases in a run; each is a sequence of requests, and stands for a row of a table nobody could
-/// write down.
+/// Cases in a run, each a sequence of requests.
 const CASES: usize = 10_000;
 const CASES_PER_CONNECTION: usize = 40;
 const REQUESTS_PER_CASE: usize = 12;
 
+/// Requests of a burst, which one case in a hundred is: more than there are buffers.
+const REQUESTS_PER_BURST: usize = 200;
+
 /// Names the one connection that is to be played.
 pub const SEED: &str = "POLLDISK_PROTOCOL_SEED";
+
+/// Says how many cases there are to be instead, for a long run.
+const MORE: &str = "POLLDISK_PROTOCOL_CASES";
 
 /// The seeds of `count` connections, or the one that was asked for.
 pub fn seeds(count: usize) -> Vec<u64> {
@@ -25,7 +30,10 @@ pub fn seeds(count: usize) -> Vec<u64> {
 
 /// Requests of one case.
 pub fn case(random: &mut Random, combination: &Combination) -> Vec<Request> {
-    let count = random.between_by_size(1, REQUESTS_PER_CASE);
+    let count = match random.chance(1) {
+        true => REQUESTS_PER_BURST,
+        false => random.between_by_size(1, REQUESTS_PER_CASE),
+    };
     (0..count).map(|_| Request::draw(random, combination)).collect()
 }
 
@@ -34,7 +42,8 @@ fn every_request_on_every_kind_of_connection_is_answered_rightly_and_data_is_kep
     let mut rig = Rig::start();
     let bad_gref = rig.domain.reserve_refs(1).unwrap()[0];
     let mut disk = Disk::new(1, bad_gref);
-    for seed in seeds(CASES / CASES_PER_CONNECTION) {
+    let cases = std::env::var(MORE).map_or(CASES, |cases| cases.parse().expect("a number"));
+    for seed in seeds(cases.div_ceil(CASES_PER_CONNECTION)) {
         let mut random = Random::new(seed);
         let combination = Combination::draw(&mut random);
         println!("{SEED}={seed}: {combination:?}");
