@@ -67,10 +67,14 @@ counters! {
     writes,
     /// Flush requests answered.
     flushes,
+    /// Discard requests answered.
+    discards,
     /// Bytes read.
     read_bytes,
     /// Bytes written.
     written_bytes,
+    /// Bytes discarded.
+    discarded_bytes,
     /// Requests answered with an error.
     errors,
     /// Event-channel notifications sent.

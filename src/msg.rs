@@ -8,6 +8,8 @@ use crossbeam::channel::{Receiver, Sender, bounded};
 use hdrhistogram::Histogram;
 
 use crate::backing::Image;
+pub use crate::blkif::Protocol;
+use crate::blkif::request::DiskRules;
 use crate::limits;
 use crate::metrics::QueueCounters;
 use crate::park::Doorbell;
@@ -30,16 +32,6 @@ pub struct QueueKey {
 /// The number of a worker, from 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WorkerId(pub usize);
-
-/// The layout of ring entries that a frontend uses: `XEN_IO_PROTO_ABI_*` of Xen's
-/// `public/io/protocols.h`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Protocol {
-    /// 64-bit layout: `x86_64-abi`, and native on every 64-bit host.
-    X86_64,
-    /// 32-bit x86 layout (4-byte alignment of u64): `x86_32-abi`.
-    X86_32,
-}
 
 /// What control asks of a worker. Every command is answered by the event named.
 #[derive(Debug)]
@@ -71,10 +63,8 @@ pub struct Connect {
     pub protocol: Protocol,
     /// Both ends said `feature-persistent`: granted pages stay mapped.
     pub persistent: bool,
-    /// Segments in an indirect request at most, as offered; 0: none.
-    pub indirect_segments: u16,
-    /// Writes answer with an error, whatever the image could do.
-    pub read_only: bool,
+    /// What its guest may do.
+    pub rules: DiskRules,
     /// The opened image, shared by the queues of the disk.
     pub image: Arc<Image>,
     /// Where the queue counts; control reads them at any time.

@@ -77,11 +77,9 @@ pub fn sleep(sources: &[BorrowedFd<'_>], timeout: Option<Duration>) -> [bool; SO
 
 /// How long a worker without work keeps looking before it sleeps.
 ///
-/// Spinning pays where requests come more often than one in the limit. So the budget doubles (up
-/// to the limit) when work turned up while spinning, or when a sleep brought that much of it, and
-/// halves after any other sleep: a loaded worker spins, an idle one costs nothing. The mean counts
-/// and not the sleep's length, because a guest that is served in bursts and woken for each makes
-/// long sleeps of a heavy load, most of all where waking up is slow.
+/// Spinning pays only where the next request comes within it. So the budget doubles (up to the
+/// limit) when work turned up while spinning or soon after falling asleep, and halves when a sleep
+/// outlasted the limit anyway: a loaded worker spins, an idle one costs nothing.
 #[derive(Debug)]
 pub struct SpinBudget {
     limit_ns: u64,
@@ -109,9 +107,9 @@ impl SpinBudget {
             (self.budget_ns * 2).clamp(Self::FLOOR_NS.min(self.limit_ns), self.limit_ns);
     }
 
-    /// A sleep ended after `slept_ns`, and this many requests were there then.
-    pub fn slept(&mut self, slept_ns: u64, requests: u32) {
-        if slept_ns / u64::from(requests.max(1)) <= self.limit_ns {
+    /// A sleep ended after `slept_ns`.
+    pub fn slept(&mut self, slept_ns: u64) {
+        if slept_ns <= self.limit_ns {
             self.work_while_spinning();
         } else {
             self.budget_ns /= 2;
@@ -140,23 +138,11 @@ mod test {
         let mut budget = SpinBudget::new(Duration::from_micros(50));
         assert_eq!(budget.get_ns(), 50_000);
         for _ in 0..10 {
-            budget.slept(1_000_000, 1);
+            budget.slept(1_000_000);
         }
         assert_eq!(budget.get_ns(), 0);
         for _ in 0..10 {
-            budget.slept(5_000, 1);
-        }
-        assert_eq!(budget.get_ns(), 50_000);
-    }
-
-    #[test]
-    fn bursts_are_a_load_however_long_the_sleeps_between_them() {
-        let mut budget = SpinBudget::new(Duration::from_micros(50));
-        for _ in 0..10 {
-            budget.slept(1_000_000, 0);
-        }
-        for _ in 0..10 {
-            budget.slept(200_000, 32);
+            budget.slept(5_000);
         }
         assert_eq!(budget.get_ns(), 50_000);
     }
@@ -165,7 +151,7 @@ mod test {
     fn a_limit_of_zero_never_spins() {
         let mut budget = SpinBudget::new(Duration::ZERO);
         budget.work_while_spinning();
-        budget.slept(0, 1);
+        budget.slept(0);
         assert_eq!(budget.get_ns(), 0);
     }
 }

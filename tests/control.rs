@@ -333,21 +333,21 @@ fn an_area_that_points_at_another_domain_is_refused() {
 fn a_hotplug_script_is_waited_for_and_ours_reports_a_failure() {
     let rig = Rig::start();
     let guest = rig.guest(5);
-    let script = ("script", "/etc/xen/scripts/block");
-    let areas = rig.toolstack_disk_with(5, XVDA, &[("params", "null:1G"), script]);
-    rig.wait_state(&areas.backend, 2);
-    assert_eq!(rig.node(&areas.backend, "hotplug-status"), None, "the script writes it");
-    guest.publish(&areas, 8);
-    rig.list();
-    assert_eq!(rig.plane().connects, 0, "the script may find that the disk is in use elsewhere");
-    rig.dom0.write(&format!("{}/hotplug-status", areas.backend), "connected").unwrap();
-    rig.wait_state(&areas.backend, 4);
+    for (disk, script) in [(XVDA, "block"), (xvd(2).0, "block-polldisk")] {
+        let connected = rig.plane().connects;
+        let script = ("script", format!("/etc/xen/scripts/{script}"));
+        let params = ("params", "null:1G");
+        let areas = rig.toolstack_disk_with(5, disk, &[params, (script.0, &script.1)]);
+        rig.wait_state(&areas.backend, 2);
+        assert_eq!(rig.node(&areas.backend, "hotplug-status"), None, "the script writes it");
+        guest.publish(&areas, 8);
+        rig.list();
+        assert_eq!(rig.plane().connects, connected, "the script may find the disk in use");
+        rig.dom0.write(&format!("{}/hotplug-status", areas.backend), "connected").unwrap();
+        rig.wait_state(&areas.backend, 4);
+    }
 
     let script = ("script", "/etc/xen/scripts/block-polldisk");
-    let areas = rig.toolstack_disk_with(5, xvd(2).0, &[("params", "null:1G"), script]);
-    guest.connect(&rig, &areas);
-    assert_eq!(rig.node(&areas.backend, "hotplug-status").as_deref(), Some("connected"));
-
     let areas = rig.toolstack_disk_with(5, XVDB, &[("params", "raw:/nowhere"), script]);
     rig.wait_state(&areas.backend, 2);
     assert_eq!(rig.node(&areas.backend, "hotplug-status").as_deref(), Some("error"));

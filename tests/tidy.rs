@@ -14,12 +14,12 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("config", &["limits"]),
     ("backing", &["units"]),
     ("xen", &["limits", "park", "units"]),
-    ("msg", &["backing", "limits", "metrics", "park", "units"]),
-    ("blkif", &["backing", "limits", "msg", "units", "xen"]),
+    ("msg", &["backing", "blkif", "limits", "metrics", "park", "units"]),
+    ("blkif", &["backing", "limits", "units", "xen"]),
     ("engine", &["backing", "limits", "park", "xen"]),
     ("queue", &["backing", "blkif", "engine", "limits", "metrics", "msg", "units", "xen"]),
     ("worker", &["backing", "engine", "limits", "metrics", "msg", "park", "queue", "units", "xen"]),
-    ("control", &["backing", "limits", "metrics", "msg", "park", "units", "xen"]),
+    ("control", &["backing", "blkif", "limits", "metrics", "msg", "park", "units", "xen"]),
     ("sim", &["blkif", "limits", "msg", "park", "units", "xen"]),
 ];
 

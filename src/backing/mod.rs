@@ -8,7 +8,7 @@ mod raw;
 mod spec;
 
 pub use null::NullImage;
-pub use raw::RawImage;
+pub use raw::{DeviceHandle, RawImage};
 pub use spec::Spec;
 
 use crate::units::{Bytes, SECTOR_BYTES, Sectors};
@@ -36,6 +36,14 @@ impl Image {
         match self {
             Image::Raw(image) => image.memory_alignment(),
             Image::Null(_) => 1,
+        }
+    }
+
+    /// What its guest may discard.
+    pub fn discard(&self) -> Option<Discard> {
+        match self {
+            Image::Raw(image) => image.discard(),
+            Image::Null(image) => Some(image.discard()),
         }
     }
 
@@ -69,6 +77,17 @@ impl Geometry {
     pub fn sectors_per_block(&self) -> u64 {
         u64::from(self.sector_bytes) / SECTOR_BYTES
     }
+}
+
+/// What can be discarded of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Discard {
+    /// Smallest part that is really given back. What `discard-granularity` says.
+    pub granularity_bytes: u32,
+    /// Where the first such part starts. What `discard-alignment` says.
+    pub alignment_bytes: u32,
+    /// Data can be made unrecoverable. What `discard-secure` says.
+    pub secure: bool,
 }
 
 /// Why a disk's contents can't be served.

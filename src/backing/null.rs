@@ -1,6 +1,6 @@
 //! A disk without contents: writes vanish, reads complete at once. For measuring all but storage.
 
-use super::Geometry;
+use super::{Discard, Geometry};
 use crate::units::Bytes;
 
 /// A disk of a given size that stores nothing.
@@ -27,5 +27,10 @@ impl NullImage {
     /// Its shape: plain 512-byte sectors.
     pub fn geometry(&self) -> Geometry {
         Geometry { size: self.size, sector_bytes: 512, physical_sector_bytes: 512 }
+    }
+
+    /// Everything of it can be discarded.
+    pub fn discard(&self) -> Discard {
+        Discard { granularity_bytes: 512, alignment_bytes: 0, secure: false }
     }
 }

@@ -6,23 +6,33 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::str::FromStr;
+use std::sync::Arc;
 
-use super::{BackingError, Geometry};
+use super::{BackingError, Discard, Geometry};
 use crate::units::Bytes;
 
 /// An open raw image.
 #[derive(Debug)]
 pub struct RawImage {
-    file: File,
+    file: Arc<DeviceHandle>,
+    is_device: bool,
     geometry: Geometry,
     memory_alignment: u16,
     read_only: bool,
+    discard: Option<Discard>,
 }
 
-/// Linux's BLKGETSIZE64, BLKSSZGET and BLKPBSZGET (`include/uapi/linux/fs.h`).
+/// An open file or device, to be shared with a thread that discards.
+#[derive(Debug)]
+pub struct DeviceHandle(File);
+
+/// Linux's BLKGETSIZE64 and the like (`include/uapi/linux/fs.h`).
 const BLKGETSIZE64: libc::Ioctl = 0x8008_1272u32 as libc::Ioctl;
 const BLKSSZGET: libc::Ioctl = 0x1268;
 const BLKPBSZGET: libc::Ioctl = 0x127b;
+const BLKDISCARD: libc::Ioctl = 0x1277;
+const BLKSECDISCARD: libc::Ioctl = 0x127d;
 
 impl RawImage {
     /// Opens `path` with O_DIRECT, for reading only or for both.
@@ -33,6 +43,10 @@ impl RawImage {
             mend: mend.to_owned(),
             source,
         };
+        // Opening a FIFO would wait for its other end.
+        if std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo()) {
+            return Err(not_storage(&fail));
+        }
         let file = OpenOptions::new()
             .read(true)
             .write(!read_only)
@@ -48,11 +62,7 @@ impl RawImage {
         } else if kind.is_file() {
             file_shape(&file, metadata.dev(), metadata.len())
         } else {
-            return Err(fail(
-                "it is neither a file nor a block device",
-                "name a regular file or a block device",
-                None,
-            ));
+            return Err(not_storage(&fail));
         };
         // A tail shorter than a sector can't be reached by O_DIRECT, nor shown to a guest.
         let sector = u64::from(shape.sector_bytes);
@@ -62,7 +72,6 @@ impl RawImage {
             return Err(fail("it holds no whole sector", &mend, None));
         }
         Ok(RawImage {
-            file,
             geometry: Geometry {
                 size,
                 sector_bytes: shape.sector_bytes,
@@ -71,22 +80,10 @@ impl RawImage {
             // Beyond a page no page is aligned enough; the kernel asks for no such thing.
             memory_alignment: shape.memory_alignment.clamp(1, 4096).try_into().unwrap_or(4096),
             read_only,
+            discard: shape.discard.filter(|_| !read_only),
+            is_device: kind.is_block_device(),
+            file: Arc::new(DeviceHandle(file)),
         })
-    }
-
-    /// The same image with larger sectors than its storage has: for tests of disks with 4096-byte
-    /// sectors where there is none.
-    ///
-    /// # Panics
-    /// Where the image is not made of whole such sectors.
-    #[must_use]
-    pub fn with_sector_bytes(mut self, sector_bytes: u32) -> RawImage {
-        let shape = &mut self.geometry;
-        assert!(shape.size.0.is_multiple_of(u64::from(sector_bytes)));
-        assert!(sector_bytes >= shape.sector_bytes);
-        shape.sector_bytes = sector_bytes;
-        shape.physical_sector_bytes = shape.physical_sector_bytes.max(sector_bytes);
-        self
     }
 
     /// Its shape.
@@ -104,16 +101,44 @@ impl RawImage {
         self.read_only
     }
 
+    /// What its guest may discard; `None` where nothing can be, or it is read-only.
+    pub fn discard(&self) -> Option<Discard> {
+        self.discard
+    }
+
+    /// Whether it is a block device.
+    pub fn is_device(&self) -> bool {
+        self.is_device
+    }
+
+    /// The open device, for a thread that discards.
+    pub fn device_handle(&self) -> Arc<DeviceHandle> {
+        Arc::clone(&self.file)
+    }
+
     /// The descriptor, for the engine.
     pub fn raw_fd(&self) -> RawFd {
-        self.file.as_raw_fd()
+        self.file.0.as_raw_fd()
     }
 }
 
-fn open_error(
-    fail: &dyn Fn(&str, &str, Option<io::Error>) -> BackingError,
-    error: io::Error,
-) -> BackingError {
+impl DeviceHandle {
+    /// Discards bytes of a block device; `secure`: beyond recovery. May take long.
+    pub fn discard(&self, offset: u64, len: u64, secure: bool) -> io::Result<()> {
+        let request = if secure { BLKSECDISCARD } else { BLKDISCARD };
+        let range = [offset, len];
+        // SAFETY: both ioctls read two u64, start and length.
+        check(unsafe { libc::ioctl(self.0.as_raw_fd(), request, range.as_ptr()) })
+    }
+}
+
+type Fail<'a> = &'a dyn Fn(&str, &str, Option<io::Error>) -> BackingError;
+
+fn not_storage(fail: Fail<'_>) -> BackingError {
+    fail("it is neither a file nor a block device", "name a regular file or a block device", None)
+}
+
+fn open_error(fail: Fail<'_>, error: io::Error) -> BackingError {
     let (what, mend) = match error.raw_os_error() {
         Some(libc::ENOENT) => ("it does not exist", "create it or correct the path"),
         Some(libc::EACCES | libc::EPERM) => {
@@ -141,6 +166,7 @@ struct Shape {
     sector_bytes: u32,
     physical_sector_bytes: u32,
     memory_alignment: u32,
+    discard: Option<Discard>,
 }
 
 fn device_shape(file: &File) -> io::Result<Shape> {
@@ -160,6 +186,25 @@ fn device_shape(file: &File) -> io::Result<Shape> {
         sector_bytes,
         physical_sector_bytes,
         memory_alignment: direct.map_or(512, |direct| direct.memory),
+        discard: device_discard(file, sector_bytes),
+    })
+}
+
+/// What a device says of discards in its queue's limits.
+fn device_discard(file: &File, sector_bytes: u32) -> Option<Discard> {
+    let dev = file.metadata().ok()?.rdev();
+    if sysfs_value::<u64>(dev, "queue/discard_max_bytes").unwrap_or(0) == 0 {
+        return None;
+    }
+    let granularity = sysfs_value(dev, "queue/discard_granularity").unwrap_or(0);
+    // Discarding nothing succeeds where secure discard is there, and else says EOPNOTSUPP.
+    let nothing = [0u64, 0];
+    // SAFETY: the ioctl reads two u64, start and length.
+    let secure = unsafe { libc::ioctl(file.as_raw_fd(), BLKSECDISCARD, nothing.as_ptr()) } == 0;
+    Some(Discard {
+        granularity_bytes: u32::max(granularity, sector_bytes),
+        alignment_bytes: sysfs_value(dev, "discard_alignment").unwrap_or(0),
+        secure,
     })
 }
 
@@ -169,16 +214,33 @@ fn file_shape(file: &File, dev: u64, size: u64) -> Shape {
     let direct = direct_io_alignment(file);
     let sector_bytes = direct
         .map(|direct| direct.offset)
-        .or_else(|| sysfs_queue_value(dev, "logical_block_size"))
+        .or_else(|| sysfs_value(dev, "queue/logical_block_size"))
         .unwrap_or(512)
         .max(512);
     Shape {
         size,
         sector_bytes,
-        physical_sector_bytes: sysfs_queue_value(dev, "physical_block_size")
+        physical_sector_bytes: sysfs_value(dev, "queue/physical_block_size")
             .unwrap_or(sector_bytes),
         memory_alignment: direct.map_or(sector_bytes, |direct| direct.memory),
+        discard: file_discard(file, sector_bytes),
     }
+}
+
+/// A file's blocks can be punched out where its filesystem knows holes, which is found by punching
+/// beyond its end, where nothing is.
+fn file_discard(file: &File, sector_bytes: u32) -> Option<Discard> {
+    let metadata = file.metadata().ok()?;
+    let beyond = libc::off_t::try_from(metadata.len().checked_next_multiple_of(1 << 20)?).ok()?;
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: no pointers.
+    check(unsafe { libc::fallocate(file.as_raw_fd(), mode, beyond, 4096) }).ok()?;
+    let block_bytes = u32::try_from(metadata.blksize()).unwrap_or(4096);
+    Some(Discard {
+        granularity_bytes: block_bytes.max(sector_bytes),
+        alignment_bytes: 0,
+        secure: false,
+    })
 }
 
 #[derive(Clone, Copy)]
@@ -211,11 +273,11 @@ fn direct_io_alignment(file: &File) -> Option<DirectAlignment> {
     })
 }
 
-/// A value from the request queue of the disk `dev` (of the whole disk, for a partition).
-fn sysfs_queue_value(dev: u64, name: &str) -> Option<u32> {
+/// A value that sysfs has for the disk `dev` (or, for a partition, for the whole disk).
+fn sysfs_value<T: FromStr>(dev: u64, name: &str) -> Option<T> {
     let (major, minor) = (libc::major(dev), libc::minor(dev));
     let device = format!("/sys/dev/block/{major}:{minor}");
-    [format!("{device}/queue/{name}"), format!("{device}/../queue/{name}")]
+    [format!("{device}/{name}"), format!("{device}/../{name}")]
         .iter()
         .find_map(|path| std::fs::read_to_string(path).ok())
         .and_then(|text| text.trim().parse().ok())

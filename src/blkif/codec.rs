@@ -3,8 +3,8 @@
 //! An entry is copied out of the ring word by word, each word once, before anything looks at it
 //! (`RING_COPY_REQUEST`, XSA-155). Only as many segments are copied as the copied count says.
 
+use crate::blkif::Protocol;
 use crate::limits::{INDIRECT_PAGES_PER_REQUEST, SEGMENTS_PER_INDIRECT_PAGE, SEGMENTS_PER_REQUEST};
-use crate::msg::Protocol;
 use crate::xen::shm::{PAGE_BYTES, SharedPage};
 
 use super::{Status, op};

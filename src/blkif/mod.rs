@@ -22,6 +22,16 @@ pub mod op {
     pub const INDIRECT: u8 = 6;
 }
 
+/// The layout of ring entries that a frontend uses: `XEN_IO_PROTO_ABI_*` of Xen's
+/// `public/io/protocols.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// 64-bit layout: `x86_64-abi`, and native on every 64-bit host.
+    X86_64,
+    /// 32-bit x86 layout (4-byte alignment of u64): `x86_32-abi`.
+    X86_32,
+}
+
 /// `BLKIF_RSP_*`: how a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(i16)]

@@ -4,7 +4,7 @@ use crate::backing::Geometry;
 use crate::limits::{SEGMENTS_PER_INDIRECT_PAGE, SEGMENTS_PER_REQUEST};
 use crate::units::{GrantRef, SECTOR_BYTES};
 
-use super::codec::{RawDirect, RawIndirect, RawSegment};
+use super::codec::{RawDirect, RawDiscard, RawIndirect, RawSegment};
 use super::{Status, op};
 
 /// Last 512-byte sector of a granted page.
@@ -19,7 +19,14 @@ pub struct DiskRules {
     pub read_only: bool,
     /// Segments in an indirect request at most; 0: none was offered.
     pub indirect_segments: u16,
+    /// Whether discards were offered.
+    pub discard: bool,
+    /// Whether secure discards were offered, too.
+    pub secure_discard: bool,
 }
+
+/// `BLKIF_DISCARD_SECURE`.
+const DISCARD_SECURE: u8 = 1;
 
 /// A request all of whose numbers are in range. Its segments are checked with it, and kept beside
 /// it.
@@ -34,7 +41,16 @@ pub struct Request {
     /// Where on the disk, in bytes.
     pub offset_bytes: u64,
     /// How much, in bytes: the sum of the segments.
-    pub len_bytes: u32,
+    pub len_bytes: u64,
+}
+
+impl Request {
+    /// Whether it must wait for all requests before it, and all after it for it
+    /// (`BLKIF_OP_WRITE_BARRIER`).
+    #[inline]
+    pub fn is_barrier(&self) -> bool {
+        self.operation == op::WRITE_BARRIER
+    }
 }
 
 /// What a request does.
@@ -48,6 +64,12 @@ pub enum Kind {
     Flush,
     /// Make completed writes durable, then write.
     FlushThenWrite,
+    /// The same, and then make that durable too.
+    FlushedWrite,
+    /// Forget.
+    Discard,
+    /// Forget beyond recovery.
+    SecureDiscard,
 }
 
 /// A run of bytes in one granted page.
@@ -114,6 +136,8 @@ impl DiskRules {
             (op::WRITE, _) => Kind::Write,
             (op::FLUSH_DISKCACHE, 0) => Kind::Flush,
             (op::FLUSH_DISKCACHE, _) => Kind::FlushThenWrite,
+            (op::WRITE_BARRIER, 0) => Kind::Flush,
+            (op::WRITE_BARRIER, _) => Kind::FlushedWrite,
             _ => return Err(RequestFault::UnknownOperation),
         };
         self.check_writable(kind)?;
@@ -127,6 +151,25 @@ impl DiskRules {
         let sectors = self.check_segments(raw_segments.iter().copied(), segments)?;
         self.place(&mut request, raw.sector, sectors)?;
         Ok((request, count))
+    }
+
+    /// Checks a discard. It is refused as unknown where it was not offered, so that a guest that
+    /// relies on it finds out.
+    pub fn check_discard(&self, raw: &RawDiscard) -> Result<Request, RequestFault> {
+        let secure = raw.flag & DISCARD_SECURE != 0;
+        if !self.discard || (secure && !self.secure_discard) {
+            return Err(RequestFault::UnknownOperation);
+        }
+        let kind = if secure { Kind::SecureDiscard } else { Kind::Discard };
+        self.check_writable(kind)?;
+        if raw.nr_sectors == 0 || !raw.nr_sectors.is_multiple_of(self.geometry.sectors_per_block())
+        {
+            return Err(RequestFault::Unaligned);
+        }
+        let mut request =
+            Request { id: raw.id, operation: op::DISCARD, kind, offset_bytes: 0, len_bytes: 0 };
+        self.place(&mut request, raw.sector, raw.nr_sectors)?;
+        Ok(request)
     }
 
     /// Checks what an indirect request says before its pages are read.
@@ -168,7 +211,8 @@ impl DiskRules {
     #[inline]
     fn check_writable(&self, kind: Kind) -> Result<(), RequestFault> {
         match kind {
-            Kind::Write | Kind::FlushThenWrite if self.read_only => Err(RequestFault::ReadOnly),
+            Kind::Read | Kind::Flush => Ok(()),
+            _ if self.read_only => Err(RequestFault::ReadOnly),
             _ => Ok(()),
         }
     }
@@ -179,12 +223,12 @@ impl DiskRules {
         &self,
         raw_segments: impl ExactSizeIterator<Item = RawSegment>,
         segments: &mut [Segment],
-    ) -> Result<u32, RequestFault> {
+    ) -> Result<u64, RequestFault> {
         if raw_segments.len() == 0 || raw_segments.len() > segments.len() {
             return Err(RequestFault::SegmentCount);
         }
         let block = self.geometry.sectors_per_block();
-        let mut sectors = 0u32;
+        let mut sectors = 0u64;
         for (segment, raw) in segments.iter_mut().zip(raw_segments) {
             let (checked, count) = check_segment(&raw)?;
             if !u64::from(raw.first).is_multiple_of(block)
@@ -193,24 +237,24 @@ impl DiskRules {
                 return Err(RequestFault::Unaligned);
             }
             *segment = checked;
-            sectors += u32::from(count);
+            sectors += u64::from(count);
         }
         Ok(sectors)
     }
 
     /// Checks that `sectors` from `first` on are on the disk.
     #[inline]
-    fn place(&self, request: &mut Request, first: u64, sectors: u32) -> Result<(), RequestFault> {
+    fn place(&self, request: &mut Request, first: u64, sectors: u64) -> Result<(), RequestFault> {
         if !first.is_multiple_of(self.geometry.sectors_per_block()) {
             return Err(RequestFault::Unaligned);
         }
-        let end = first.checked_add(u64::from(sectors)).ok_or(RequestFault::BeyondEnd)?;
+        let end = first.checked_add(sectors).ok_or(RequestFault::BeyondEnd)?;
         if end > self.geometry.sectors().0 {
             return Err(RequestFault::BeyondEnd);
         }
         // Cannot overflow: end <= size in bytes / 512.
         request.offset_bytes = first * SECTOR_BYTES;
-        request.len_bytes = sectors * 512;
+        request.len_bytes = sectors * SECTOR_BYTES;
         Ok(())
     }
 }

@@ -7,7 +7,7 @@
 
 use std::sync::atomic::Ordering;
 
-use crate::msg::Protocol;
+use crate::blkif::Protocol;
 use crate::xen::shm::{SharedPage, full_fence};
 
 use super::codec::{

@@ -41,7 +41,7 @@ pub struct Demo {
     #[arg(long, value_name = "N", default_value_t = 2)]
     guests: u32,
     /// How long they do I/O
-    #[arg(long, value_name = "N", default_value_t = 5.0)]
+    #[arg(long, value_name = "N", default_value_t = 5.0, allow_negative_numbers = true)]
     seconds: f64,
     /// Worker threads
     #[arg(long, value_name = "N", default_value_t = 1)]
@@ -117,6 +117,9 @@ impl Demo {
                 2 * self.depth
             );
         }
+        if self.read_percent > 100 {
+            bail!("--read-percent {}: give 0 to 100", self.read_percent);
+        }
         let options = ServeOptions {
             workers: Some(self.workers),
             cores: self.cores.clone(),
@@ -124,7 +127,8 @@ impl Demo {
             ..ServeOptions::default()
         };
         let config = options.check(&available_cores())?;
-        let target = self.target.as_deref().map(str::parse::<Spec>).transpose()?;
+        let target = self.target.as_deref().map(str::parse::<Spec>).transpose();
+        let target = target.context("--target")?;
         if matches!(target, Some(Spec::Raw(_))) && !self.overwrite {
             bail!("--target: the demo writes all over it; add --overwrite if it may be lost");
         }
@@ -229,12 +233,12 @@ impl Demo {
         if matches!(plan.target, Some(Spec::Null { .. })) {
             println!("null keeps no data: nothing was compared");
         }
-        if report.errors > 0 {
-            bail!("{} requests were answered with an error", report.errors);
-        }
         println!("verified {} blocks, {} mismatches", report.verified, report.mismatches);
         if report.mismatches > 0 {
             bail!("data was not what it must be");
+        }
+        if report.errors > 0 {
+            bail!("{} requests were answered with an error", report.errors);
         }
         Ok(())
     }

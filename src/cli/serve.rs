@@ -62,7 +62,6 @@ fn serve(xen: &LinuxXen, config: &Config) -> anyhow::Result<()> {
         admin_path: Some(config.admin.clone()),
         offer: offer(&config.features),
         signals: true,
-        ..control::Config::default()
     };
     let stop = Doorbell::new().context("cannot make an eventfd")?;
     control::run(xen, &control_config, workers, events, &stop)?;

@@ -6,7 +6,7 @@ use xenstore_rs::Xs;
 
 use super::disk::DiskKey;
 use super::frontend::Offer;
-use crate::backing::Geometry;
+use crate::backing::{Discard, Geometry, Image};
 use crate::limits;
 use crate::units::{DomId, parse_decimal};
 use crate::xen::Store;
@@ -21,6 +21,8 @@ pub struct Description {
     pub read_only: bool,
     /// It is a CD-ROM, which is always read-only.
     pub cdrom: bool,
+    /// The toolstack lets its guest discard.
+    pub discard_enable: bool,
     /// Its medium can be taken out.
     pub removable: bool,
     /// The hotplug script that the toolstack runs after InitWait.
@@ -30,16 +32,17 @@ pub struct Description {
 }
 
 /// The hotplug script of a disk. libxl runs it after InitWait, and where it fails gives up at once
-/// and prints `hotplug-error`; without InitWait it waits for 10 s and prints no reason.
+/// and prints `hotplug-error`; without InitWait it waits for 10 s and prints no reason. A script may
+/// find that somebody else uses what the disk holds, so like blkback polldisk connects only once it
+/// has written `hotplug-status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hotplug {
     /// There is none: polldisk writes `hotplug-status` itself.
     None,
-    /// `block-polldisk`, which only passes on what polldisk wrote to `hotplug-status` and
+    /// `block-polldisk`, which passes on what polldisk writes to `hotplug-status` and
     /// `hotplug-error`. So a disk that can't be opened goes to InitWait too.
     Ours,
-    /// Another, such as `block`, which checks that nobody else uses the device and then writes
-    /// `hotplug-status`. Like blkback polldisk does not connect before.
+    /// Another, such as `block`.
     Foreign,
 }
 
@@ -98,9 +101,15 @@ impl Description {
             read_only: cdrom || !mode.contains('w'),
             cdrom,
             removable: text(keys::REMOVABLE)?.is_some_and(|flag| &*flag == "1"),
+            discard_enable: text(keys::DISCARD_ENABLE)?.is_none_or(|flag| &*flag != "0"),
             script: text(keys::SCRIPT)?.map(String::from),
             attached: text(keys::ATTACHED)?.is_some(),
         })
+    }
+
+    /// What the guest is told that it may discard of `image`.
+    pub fn discard(&self, image: &Image) -> Option<Discard> {
+        image.discard().filter(|_| self.discard_enable && !self.read_only)
     }
 
     /// How the toolstack's hotplug script and polldisk share the work.
@@ -126,9 +135,16 @@ pub type NodeValue = (&'static str, String);
 
 /// What a frontend reads before it chooses its rings, and the toolstack's script before it ends.
 /// A feature that is off is written too: a daemon before this one may have offered it.
-pub fn features(offer: &Offer, geometry: &Geometry, hotplug: Hotplug) -> Vec<NodeValue> {
+pub fn features(
+    offer: &Offer,
+    geometry: &Geometry,
+    discard: Option<Discard>,
+    hotplug: Hotplug,
+) -> Vec<NodeValue> {
     let mut nodes = vec![
         (keys::FEATURE_FLUSH_CACHE, u8::from(offer.flush).to_string()),
+        (keys::FEATURE_BARRIER, u8::from(offer.flush).to_string()),
+        (keys::FEATURE_DISCARD, u8::from(discard.is_some()).to_string()),
         (keys::FEATURE_PERSISTENT, u8::from(offer.persistent).to_string()),
         (keys::FEATURE_MAX_INDIRECT_SEGMENTS, offer.indirect_segments.to_string()),
         (keys::MAX_RING_PAGE_ORDER, offer.ring_page_order.to_string()),
@@ -136,7 +152,12 @@ pub fn features(offer: &Offer, geometry: &Geometry, hotplug: Hotplug) -> Vec<Nod
         (keys::SECTOR_SIZE, geometry.sector_bytes.to_string()),
         (keys::PHYSICAL_SECTOR_SIZE, geometry.physical_sector_bytes.to_string()),
     ];
-    if hotplug != Hotplug::Foreign {
+    if let Some(discard) = discard {
+        nodes.push((keys::DISCARD_GRANULARITY, discard.granularity_bytes.to_string()));
+        nodes.push((keys::DISCARD_ALIGNMENT, discard.alignment_bytes.to_string()));
+        nodes.push((keys::DISCARD_SECURE, u8::from(discard.secure).to_string()));
+    }
+    if hotplug == Hotplug::None {
         nodes.push((keys::HOTPLUG_STATUS, "connected".to_owned()));
     }
     nodes
@@ -302,15 +323,15 @@ mod test {
         let geometry =
             Geometry { size: Bytes(1 << 30), sector_bytes: 4096, physical_sector_bytes: 4096 };
         let hotplug = |hotplug| {
-            let nodes = features(&Offer::default(), &geometry, hotplug);
+            let nodes = features(&Offer::default(), &geometry, None, hotplug);
             nodes.iter().any(|(node, _)| *node == keys::HOTPLUG_STATUS)
         };
-        assert!(hotplug(Hotplug::Ours) && !hotplug(Hotplug::Foreign));
+        assert!(hotplug(Hotplug::None) && !hotplug(Hotplug::Foreign));
         for (offer, values) in [
             (Offer { queues: 2, ..Offer::default() }, ["4", "2", "256", "1"]),
             (NOTHING, ["0", "1", "0", "0"]),
         ] {
-            let nodes = features(&offer, &geometry, Hotplug::None);
+            let nodes = features(&offer, &geometry, None, Hotplug::None);
             for (node, value) in [
                 "max-ring-page-order",
                 "multi-queue-max-queues",

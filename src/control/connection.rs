@@ -11,6 +11,7 @@ use super::frontend::Published;
 use super::machine::Input;
 use super::workers::Workers;
 use crate::backing::Image;
+use crate::blkif::request::DiskRules;
 use crate::metrics::{Counts, QueueCounters, new_latency_histogram};
 use crate::msg::{Command, Connect, LinkId, QueueKey, WorkerId};
 use crate::units::QueueId;
@@ -61,15 +62,6 @@ impl News {
     }
 }
 
-/// What the disk's guest may do, whatever it published.
-#[derive(Clone, Copy, Debug)]
-pub struct Rules {
-    /// Nothing may be written.
-    pub read_only: bool,
-    /// Segments in an indirect request at most.
-    pub indirect_segments: u16,
-}
-
 impl Connection {
     /// Asks workers to serve what the frontend published. The news, if any, is that a worker is
     /// missing; the connection has to be closed all the same.
@@ -77,7 +69,7 @@ impl Connection {
         disk: &DiskKey,
         published: Published,
         image: &Arc<Image>,
-        rules: Rules,
+        rules: DiskRules,
         workers: &mut Workers,
     ) -> (Connection, Option<News>) {
         let id = workers.begin_link(disk);
@@ -97,8 +89,7 @@ impl Connection {
                 port: ring.port,
                 protocol: published.protocol,
                 persistent: published.persistent,
-                indirect_segments: rules.indirect_segments,
-                read_only: rules.read_only,
+                rules,
                 image: image.clone(),
                 counters: counters.clone(),
             };

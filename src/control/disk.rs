@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::area::{self, Description, Failure, Hotplug};
-use super::connection::{Connection, News, Rules};
+use super::connection::{Connection, News};
 use super::frontend::{self, Offer};
 use super::machine::{Effect, Input, Link, Machine};
 use super::quiet::{LogBudget, guest_log};
 use super::workers::Workers;
 use crate::backing::{Geometry, Image, Spec};
+use crate::blkif::request::DiskRules;
 use crate::units::{DomId, VbdId};
 use crate::xen::Store;
 use crate::xen::keys::{self, XenbusState};
@@ -294,7 +295,7 @@ impl Disk {
         match self.try_open(around) {
             Ok(hotplug) => {
                 inputs.push_back(Input::Opened);
-                let done = hotplug != Hotplug::Foreign
+                let done = hotplug == Hotplug::None
                     || area::hotplug_done(around.store, &self.area).unwrap_or(false);
                 if done {
                     inputs.push_back(Input::Ready);
@@ -331,7 +332,8 @@ impl Disk {
         let (Some(geometry), Some(description)) = (self.geometry(), &self.description) else {
             return Ok(());
         };
-        let nodes = area::features(around.offer, &geometry, description.hotplug());
+        let discard = self.image().and_then(|image| description.discard(image));
+        let nodes = area::features(around.offer, &geometry, discard, description.hotplug());
         area::write(around.store, &self.area, &nodes)
     }
 
@@ -373,12 +375,23 @@ impl Disk {
             (Err(fault), _) => return Some(self.fail(Input::LinkFailed, Failure::of(&fault))),
             (Ok(_), None) => unreachable!("a disk is ready only with its image open"),
         };
-        let read_only = self.description.as_ref().is_none_or(|description| description.read_only);
-        let rules = Rules { read_only, indirect_segments: around.offer.indirect_segments };
+        let rules = self.rules(image, around.offer);
         let (connection, news) =
             Connection::open(&self.key, published, image, rules, around.workers);
         self.connection = Some(connection);
         news.map(|news| self.digest(news, around.workers))
+    }
+
+    /// What the guest may do, as it was told.
+    fn rules(&self, image: &Image, offer: &Offer) -> DiskRules {
+        let discard = self.description.as_ref().and_then(|it| it.discard(image));
+        DiskRules {
+            geometry: image.geometry(),
+            read_only: self.description.as_ref().is_none_or(|description| description.read_only),
+            indirect_segments: offer.indirect_segments,
+            discard: discard.is_some(),
+            secure_discard: discard.is_some_and(|discard| discard.secure),
+        }
     }
 
     fn disconnect<S: Store>(&mut self, around: &mut Surroundings<'_, S>) -> Option<Input> {

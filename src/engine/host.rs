@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use super::offload::Offload;
 use super::uring::Uring;
 use super::{Completion, Engine, IoOp, Ticket};
 use crate::backing::{Image, NullImage};
@@ -12,13 +13,16 @@ use crate::xen::shm::GuestBuf;
 #[derive(Debug)]
 pub struct HostEngine {
     uring: Uring,
+    offload: Offload,
     immediate: Vec<Completion>,
 }
 
 impl HostEngine {
     /// Sets up an io_uring for the calling thread, which must be the one that uses it.
     pub fn new() -> io::Result<HostEngine> {
-        Ok(HostEngine { uring: Uring::new()?, immediate: Vec::new() })
+        let uring = Uring::new()?;
+        let offload = Offload::new(uring.bell().clone());
+        Ok(HostEngine { uring, offload, immediate: Vec::new() })
     }
 }
 
@@ -33,7 +37,12 @@ impl Engine for HostEngine {
         ticket: Ticket,
     ) -> Result<(), Ticket> {
         match target {
-            Image::Raw(image) => self.uring.submit(image.raw_fd(), operation, ticket),
+            Image::Raw(image) => match operation {
+                IoOp::Discard { offset, len, secure } if image.is_device() => {
+                    self.offload.discard(image, *offset, *len, *secure, ticket)
+                }
+                _ => self.uring.submit(image.raw_fd(), operation, ticket),
+            },
             Image::Null(image) => {
                 self.immediate.push(Completion { ticket, result: null(image, operation) });
                 Ok(())
@@ -50,14 +59,15 @@ impl Engine for HostEngine {
     fn reap(&mut self, done: &mut Vec<Completion>) {
         done.append(&mut self.immediate);
         self.uring.reap(done);
+        self.offload.reap(done);
     }
 
     fn in_flight(&self) -> usize {
-        self.uring.in_flight() + self.immediate.len()
+        self.uring.in_flight() + self.offload.in_flight() + self.immediate.len()
     }
 
     fn arm(&mut self) -> io::Result<bool> {
-        Ok(self.uring.arm()? || !self.immediate.is_empty())
+        Ok(self.uring.arm()? || !self.immediate.is_empty() || self.offload.has_completed())
     }
 
     fn disarm(&mut self, signalled: bool) {
@@ -79,7 +89,7 @@ fn null(image: &NullImage, operation: &IoOp<'_>) -> i32 {
             bytes(buffers)
         }
         IoOp::Write { buffers, .. } => bytes(buffers),
-        IoOp::Flush => 0,
+        IoOp::Flush | IoOp::Discard { .. } => 0,
     }
 }
 

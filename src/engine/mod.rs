@@ -5,6 +5,7 @@
 //! the queue keeps mapped until the ticket is back.
 
 pub mod host;
+mod offload;
 mod uring;
 
 use std::io;
@@ -66,6 +67,15 @@ pub enum IoOp<'a> {
     },
     /// Make all completed writes durable.
     Flush,
+    /// Forget what is stored there; what it reads as afterwards is the target's affair.
+    Discard {
+        /// Byte on the target.
+        offset: u64,
+        /// Bytes.
+        len: u64,
+        /// Beyond recovery.
+        secure: bool,
+    },
 }
 
 impl IoOp<'_> {
@@ -73,7 +83,7 @@ impl IoOp<'_> {
     pub fn buffer_count(&self) -> usize {
         match self {
             IoOp::Read { buffers, .. } | IoOp::Write { buffers, .. } => buffers.len(),
-            IoOp::Flush => 0,
+            IoOp::Flush | IoOp::Discard { .. } => 0,
         }
     }
 }

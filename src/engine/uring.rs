@@ -110,6 +110,11 @@ impl Uring {
                 }
             },
             IoOp::Flush => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
+            // Of a file: its blocks become a hole, which reads as zeroes.
+            IoOp::Discard { offset, len, .. } => opcode::Fallocate::new(file, len)
+                .offset(offset)
+                .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
+                .build(),
         }
     }
 
@@ -181,6 +186,11 @@ impl Uring {
             result: entry.result(),
         }));
         self.in_flight -= done.len() - before;
+    }
+
+    /// The bell that rings for a completion; others may ring it for theirs.
+    pub fn bell(&self) -> &Doorbell {
+        &self.completed
     }
 
     /// Operations taken and not yet reaped.

@@ -89,6 +89,9 @@ pub struct Queue {
     persistent: Option<PersistentGrants>,
     counters: Arc<QueueCounters>,
     latency: Histogram<u64>,
+    /// A barrier: it begins once it is alone in flight, and nothing is taken before it is answered.
+    barrier: Option<u32>,
+    barrier_began: bool,
     /// Takes no more requests: asked to, or the frontend broke the ring.
     stopped: bool,
     storage_errors: u64,
@@ -129,11 +132,7 @@ impl Queue {
             frontend: connect.frontend,
             port,
             ring,
-            rules: DiskRules {
-                geometry: connect.image.geometry(),
-                read_only: connect.read_only,
-                indirect_segments: connect.indirect_segments,
-            },
+            rules: connect.rules,
             memory_alignment: connect.image.memory_alignment(),
             image: connect.image,
             slots: Slots::new(size),
@@ -143,6 +142,8 @@ impl Queue {
             persistent: connect.persistent.then(PersistentGrants::default),
             counters: connect.counters,
             latency: new_latency_histogram(),
+            barrier: None,
+            barrier_began: false,
             stopped: false,
             storage_errors: 0,
         })
@@ -203,6 +204,10 @@ impl Queue {
         if self.has_waiting() {
             self.retry(io, now_ns);
         }
+        if self.barrier.is_some() {
+            self.try_barrier(io, now_ns);
+            return Ok(0);
+        }
         if self.stopped || self.has_waiting() {
             return Ok(0);
         }
@@ -215,6 +220,9 @@ impl Queue {
         }
         for _ in 0..count {
             self.take_one(io, now_ns);
+            if self.barrier.is_some() {
+                break;
+            }
         }
         if !io.scratch.heads.is_empty() {
             self.read_indirect(io, now_ns);
@@ -232,7 +240,11 @@ impl Queue {
                 match self.rules.check_direct(&raw, slot.inline_segments_mut()) {
                     Ok((request, count)) => {
                         slot.begin(request, count, None, now_ns);
-                        io.scratch.fresh.push(index);
+                        if request.is_barrier() {
+                            self.barrier = Some(index);
+                        } else {
+                            io.scratch.fresh.push(index);
+                        }
                     }
                     Err(fault) => {
                         self.slots.give_back(index, &mut io.tables);
@@ -244,9 +256,31 @@ impl Queue {
                 Ok(head) => io.scratch.heads.push(head),
                 Err(fault) => self.refuse(raw.id, raw.operation, fault),
             },
-            RawRequest::Discard(raw) => {
-                self.refuse(raw.id, op::DISCARD, RequestFault::UnknownOperation);
-            }
+            RawRequest::Discard(raw) => match self.rules.check_discard(&raw) {
+                Ok(request) => {
+                    let index = self.slots.take();
+                    self.slots.get_mut(index).begin(request, 0, None, now_ns);
+                    io.scratch.fresh.push(index);
+                }
+                Err(fault) => self.refuse(raw.id, op::DISCARD, fault),
+            },
+        }
+    }
+
+    /// Begins the barrier if nothing else is in flight any more.
+    #[cold]
+    fn try_barrier<G: Grants, E: Engine<Target = Image>>(
+        &mut self,
+        io: &mut Resources<G, E>,
+        now_ns: u64,
+    ) {
+        if let Some(slot) = self.barrier
+            && self.ring.in_flight() == 1
+            && !self.barrier_began
+        {
+            self.barrier_began = true;
+            io.scratch.fresh.push(slot);
+            self.start(io, now_ns);
         }
     }
 
@@ -305,6 +339,10 @@ impl Queue {
         let offset = slot.offset_bytes();
         let taken = match slot.step() {
             Step::Flush => engine.submit(&self.image, &IoOp::Flush, ticket),
+            Step::Discard { secure } => {
+                let len = slot.request.len_bytes;
+                engine.submit(&self.image, &IoOp::Discard { offset, len, secure }, ticket)
+            }
             Step::Read => slot.with_buffers(|buffers| {
                 engine.submit(&self.image, &IoOp::Read { offset, buffers }, ticket)
             }),
@@ -367,6 +405,10 @@ impl Queue {
         }
         let (request, taken_ns) = (slot.request, slot.taken_ns);
         self.slots.give_back(slot_index, &mut io.tables);
+        if self.barrier == Some(slot_index) {
+            self.barrier = None;
+            self.barrier_began = false;
+        }
         self.ring.answer(&RawResponse::new(request.id, request.operation, status));
         self.latency.saturating_record(now_ns.saturating_sub(taken_ns).max(1));
         self.count(&request, status);
@@ -375,19 +417,25 @@ impl Queue {
     #[inline]
     fn count(&self, request: &Request, status: Status) {
         let counters = &self.counters;
+        if status != Status::Okay {
+            return counters.errors.add(1);
+        }
         match request.kind {
-            _ if status != Status::Okay => counters.errors.add(1),
             Kind::Read => {
                 counters.reads.add(1);
-                counters.read_bytes.add(request.len_bytes.into());
+                counters.read_bytes.add(request.len_bytes);
             }
-            Kind::Write | Kind::FlushThenWrite => {
+            Kind::Write | Kind::FlushThenWrite | Kind::FlushedWrite => {
                 counters.writes.add(1);
-                counters.written_bytes.add(request.len_bytes.into());
+                counters.written_bytes.add(request.len_bytes);
             }
             Kind::Flush => {}
+            Kind::Discard | Kind::SecureDiscard => {
+                counters.discards.add(1);
+                counters.discarded_bytes.add(request.len_bytes);
+            }
         }
-        if status == Status::Okay && matches!(request.kind, Kind::Flush | Kind::FlushThenWrite) {
+        if matches!(request.kind, Kind::Flush | Kind::FlushThenWrite | Kind::FlushedWrite) {
             counters.flushes.add(1);
         }
     }
@@ -409,7 +457,8 @@ impl Queue {
             );
         }
         match (request.kind, errno) {
-            (Kind::Flush | Kind::FlushThenWrite, libc::EOPNOTSUPP) => Status::NotSupported,
+            (Kind::Read | Kind::Write, _) => Status::Error,
+            (_, libc::EOPNOTSUPP) => Status::NotSupported,
             _ => Status::Error,
         }
     }

@@ -20,8 +20,8 @@ pub struct Slot {
     in_use: bool,
     /// Bytes that storage has moved so far.
     moved_bytes: u32,
-    /// The flush of a flush-then-write is still to come.
-    flush_first: bool,
+    /// Steps of its plan that are done.
+    steps_done: u8,
     /// Segments with bounce memory.
     bounced: u16,
     count: u16,
@@ -109,7 +109,7 @@ impl Slot {
             failed: false,
             in_use: false,
             moved_bytes: 0,
-            flush_first: false,
+            steps_done: 0,
             bounced: 0,
             count: 0,
             inline: Table {
@@ -140,7 +140,7 @@ impl Slot {
         self.taken_ns = taken_ns;
         self.failed = false;
         self.moved_bytes = 0;
-        self.flush_first = matches!(request.kind, Kind::Flush | Kind::FlushThenWrite);
+        self.steps_done = 0;
         self.bounced = 0;
         self.count = u16::try_from(count).expect("at most the segments of an indirect request");
         self.large = large;
@@ -197,11 +197,7 @@ impl Slot {
     /// What to ask of the engine next.
     #[inline]
     pub fn step(&self) -> Step {
-        match self.request.kind {
-            _ if self.flush_first => Step::Flush,
-            Kind::Read => Step::Read,
-            Kind::Write | Kind::FlushThenWrite | Kind::Flush => Step::Write,
-        }
+        plan(self.request.kind)[usize::from(self.steps_done)]
     }
 
     /// Where the rest of the transfer starts on the disk.
@@ -232,20 +228,33 @@ impl Slot {
     #[inline]
     pub fn advance(&mut self, result: i32) -> Advance {
         let Ok(moved) = u32::try_from(result) else { return Advance::Failed(-result) };
-        if self.flush_first {
-            self.flush_first = false;
-            return if self.request.kind == Kind::Flush { Advance::Done } else { Advance::Again };
-        }
-        let left = self.request.len_bytes - self.moved_bytes;
-        if moved == left {
-            Advance::Done
-        } else if moved == 0 || moved > left {
-            // The file ends inside the disk: it was made shorter under us.
-            Advance::Failed(libc::EIO)
-        } else {
+        if matches!(self.step(), Step::Read | Step::Write) {
             self.moved_bytes += moved;
-            Advance::Again
+            let left = self.request.len_bytes.checked_sub(self.moved_bytes.into());
+            match left {
+                Some(0) => {}
+                Some(_) if moved > 0 => return Advance::Again,
+                // The file ends inside the disk: it was made shorter under us.
+                _ => return Advance::Failed(libc::EIO),
+            }
         }
+        self.steps_done += 1;
+        let is_done = usize::from(self.steps_done) == plan(self.request.kind).len();
+        if is_done { Advance::Done } else { Advance::Again }
+    }
+}
+
+/// What a request takes, in order.
+#[inline]
+fn plan(kind: Kind) -> &'static [Step] {
+    match kind {
+        Kind::Read => &[Step::Read],
+        Kind::Write => &[Step::Write],
+        Kind::Flush => &[Step::Flush],
+        Kind::FlushThenWrite => &[Step::Flush, Step::Write],
+        Kind::FlushedWrite => &[Step::Flush, Step::Write, Step::Flush],
+        Kind::Discard => &[Step::Discard { secure: false }],
+        Kind::SecureDiscard => &[Step::Discard { secure: true }],
     }
 }
 
@@ -258,6 +267,11 @@ pub enum Step {
     Write,
     /// Make completed writes durable.
     Flush,
+    /// Forget.
+    Discard {
+        /// Beyond recovery.
+        secure: bool,
+    },
 }
 
 /// What an engine's result means for its slot.
@@ -333,7 +347,7 @@ mod test {
     fn slot(kind: Kind, pages: &LocalPages) -> Slot {
         let mut slot = Slot::empty();
         let count = pages.count();
-        let len_bytes = u32::try_from(count * 4096).unwrap();
+        let len_bytes = count as u64 * 4096;
         let request = Request { id: 1, operation: op::READ, kind, offset_bytes: 4096, len_bytes };
         *slot.inline_segments_mut() = [Segment { gref: 1, offset: 0, len: 4096 }; 11];
         slot.begin(request, count, None, 0);
@@ -374,6 +388,17 @@ mod test {
         assert_eq!(slot.advance(0), Advance::Again);
         assert_eq!(slot.step(), Step::Write);
         assert_eq!(slot.advance(4096), Advance::Done);
+    }
+
+    #[test]
+    fn a_barrier_flushes_before_and_after_its_write() {
+        let pages = LocalPages::new(1);
+        let mut slot = slot(Kind::FlushedWrite, &pages);
+        for (step, result) in [(Step::Flush, 0), (Step::Write, 4096), (Step::Flush, 0)] {
+            assert_eq!(slot.step(), step);
+            let last = slot.advance(result);
+            assert_eq!(last == Advance::Done, slot.steps_done == 3);
+        }
     }
 
     #[test]

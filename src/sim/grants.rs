@@ -113,6 +113,7 @@ impl Grants for SimGrants {
     fn unmap(&mut self, pages: GuestPages) -> io::Result<()> {
         let mapping = u32::try_from(pages.cookie()).map_err(io::Error::other)?;
         self.mappings.remove(&mapping).ok_or(io::ErrorKind::InvalidInput)?;
+        self.guests.retain(|_, guest| guest.is_alive());
         self.connection.call(Request::Unmap { mapping })?;
         Ok(())
     }

@@ -59,10 +59,6 @@ pub struct Worker<P: Platform, E> {
     last_event_check_ns: u64,
     passes_since_event_check: u32,
     spinning: bool,
-    /// How long the sleep before this pass was, if there was one.
-    slept_ns: Option<u64>,
-    /// Requests taken or completed in this pass, whichever are more.
-    requests_in_pass: u32,
     stopping: bool,
 }
 
@@ -101,8 +97,6 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             last_event_check_ns: 0,
             passes_since_event_check: 0,
             spinning: false,
-            slept_ns: None,
-            requests_in_pass: 0,
             stopping: false,
         })
     }
@@ -112,11 +106,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         let start = Instant::now();
         let clock_ns = || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         while !(self.stopping && self.queues.is_empty()) {
-            let progress = self.poll_once(clock_ns)?;
-            if let Some(slept_ns) = self.slept_ns.take() {
-                self.budget.slept(slept_ns, self.requests_in_pass);
-            }
-            if progress == Progress::Worked {
+            if self.poll_once(clock_ns)? == Progress::Worked {
                 if std::mem::take(&mut self.spinning) {
                     self.budget.work_while_spinning();
                 }
@@ -151,7 +141,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             ],
             None,
         );
-        self.slept_ns = Some(clock_ns().saturating_sub(asleep_ns));
+        self.budget.slept(clock_ns().saturating_sub(asleep_ns));
         self.spinning = false;
         self.resources.engine.disarm(completed);
         if commanded {
@@ -170,11 +160,9 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         if self.event_check_is_due(now_ns) {
             worked |= self.take_events(now_ns)?;
         }
-        let taken = self.take_requests(now_ns);
+        worked |= self.take_requests(now_ns);
         self.resources.engine.kick()?;
-        let completed = self.take_completions(&clock_ns);
-        self.requests_in_pass = taken.max(completed);
-        worked |= self.requests_in_pass > 0;
+        worked |= self.take_completions(&clock_ns);
         if worked {
             self.finish_pass(now_ns)?;
             self.last_work_ns = now_ns;
@@ -303,15 +291,15 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     }
 
     #[inline]
-    fn take_requests(&mut self, now_ns: u64) -> u32 {
-        let mut taken = 0;
+    fn take_requests(&mut self, now_ns: u64) -> bool {
+        let mut worked = false;
         for index in &self.polled {
             let served = &mut self.queues[*index];
             match served.queue.take(&mut self.resources, now_ns) {
                 Ok(0) => {}
-                Ok(count) => {
+                Ok(_) => {
                     served.last_work_ns = now_ns;
-                    taken += count;
+                    worked = true;
                 }
                 Err(fault) => {
                     let event = Event::RingFault(served.queue.key(), fault.to_string());
@@ -319,22 +307,22 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 }
             }
         }
-        taken
+        worked
     }
 
     #[inline]
-    fn take_completions(&mut self, clock_ns: impl Fn() -> u64) -> u32 {
+    fn take_completions(&mut self, clock_ns: impl Fn() -> u64) -> bool {
         let mut done = std::mem::take(&mut self.done);
         self.resources.engine.reap(&mut done);
-        let count = u32::try_from(done.len()).unwrap_or(u32::MAX);
-        let now_ns = if count > 0 { clock_ns() } else { 0 };
+        let worked = !done.is_empty();
+        let now_ns = if worked { clock_ns() } else { 0 };
         for Completion { ticket, result } in done.drain(..) {
             self.poll_queue(ticket.queue(), now_ns);
             let queue = &mut self.queues[ticket.queue()].queue;
             queue.complete(&mut self.resources, ticket.slot(), result, now_ns);
         }
         self.done = done;
-        count
+        worked
     }
 
     #[inline]

@@ -108,6 +108,18 @@ pub const PHYSICAL_SECTOR_SIZE: &str = "physical-sector-size";
 pub const INFO: &str = "info";
 /// Backend area: BLKIF_OP_FLUSH_DISKCACHE is understood.
 pub const FEATURE_FLUSH_CACHE: &str = "feature-flush-cache";
+/// Backend area: BLKIF_OP_WRITE_BARRIER is understood.
+pub const FEATURE_BARRIER: &str = "feature-barrier";
+/// Backend area: BLKIF_OP_DISCARD is understood.
+pub const FEATURE_DISCARD: &str = "feature-discard";
+/// Backend area: bytes of the smallest part that a discard gives back.
+pub const DISCARD_GRANULARITY: &str = "discard-granularity";
+/// Backend area: byte where the first such part starts.
+pub const DISCARD_ALIGNMENT: &str = "discard-alignment";
+/// Backend area: BLKIF_DISCARD_SECURE is understood.
+pub const DISCARD_SECURE: &str = "discard-secure";
+/// Backend area, from the toolstack: 0 where discards are not to be offered.
+pub const DISCARD_ENABLE: &str = "discard-enable";
 /// Both areas: granted pages stay mapped.
 pub const FEATURE_PERSISTENT: &str = "feature-persistent";
 /// Backend area: most segments of an indirect request.

@@ -474,7 +474,7 @@ fn answer(worker: WorkerId, command: Command, plane: &mut Plane) -> Option<Event
         Command::Connect(connect) => {
             plane.connects += 1;
             plane.persistent = Some(connect.persistent);
-            plane.read_only = Some(connect.read_only);
+            plane.read_only = Some(connect.rules.read_only);
             if connect.ring_refs.contains(&GrantRef(BAD_GRANT)) {
                 Event::ConnectFailed(connect.key, "grant 4294967295 can't be mapped".into())
             } else {

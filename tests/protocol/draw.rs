@@ -1,9 +1,9 @@
 //! What is drawn from a seed: a connection, and the requests on it. Nothing here depends on time,
 //! so that a seed plays the same again.
 
+use polldisk::blkif::Protocol;
 use polldisk::blkif::op;
 use polldisk::limits::{INDIRECT_SEGMENTS_MAX, RING_PAGE_ORDER_MAX, SEGMENTS_PER_REQUEST};
-use polldisk::msg::Protocol;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::units::DomId;
 
@@ -188,9 +188,9 @@ impl Request {
             0..45 => op::READ,
             45..90 => op::WRITE,
             _ if indirect => op::WRITE,
-            _ => op::FLUSH_DISKCACHE,
+            _ => random.one_of(&[op::FLUSH_DISKCACHE, op::WRITE_BARRIER]),
         };
-        let is_plain_flush = operation == op::FLUSH_DISKCACHE && random.chance(50);
+        let is_plain_flush = flushes(operation) && random.chance(50);
         let count = match is_plain_flush {
             true => 0,
             false => random.between_by_size(1, combination.segments(indirect)),
@@ -230,6 +230,11 @@ impl Request {
     }
 }
 
+/// Whether it is good without data.
+fn flushes(operation: u8) -> bool {
+    [op::FLUSH_DISKCACHE, op::WRITE_BARRIER].contains(&operation)
+}
+
 /// Segments in whole pages, in parts of pages, or two in each page.
 fn draw_segments(random: &mut Random, combination: &Combination, count: usize) -> Vec<Segment> {
     let shape = if combination.sector_bytes == 512 { random.between(0, 2) } else { 0 };
@@ -257,7 +262,7 @@ fn draw_fault(random: &mut Random, combination: &Combination, request: &Request)
         1 if request.indirect => {
             Fault::Count(random.one_of(&[0, combination.offered_segments + 1, u16::MAX]))
         }
-        1 if request.operation == op::FLUSH_DISKCACHE => Fault::Count(random.between(12, 255)),
+        1 if flushes(request.operation) => Fault::Count(random.between(12, 255)),
         1 => Fault::Count(random.one_of(&[0, 12, 255])),
         2 => Fault::Sector(draw_bad_sector(random, combination, request)),
         3 => {

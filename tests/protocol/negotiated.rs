@@ -1,8 +1,8 @@
 //! Random connections, negotiated through xenstore with the whole daemon.
 
+use polldisk::blkif::Protocol;
 use polldisk::control::Offer;
 use polldisk::limits::{INDIRECT_SEGMENTS_MAX, RING_PAGE_ORDER_MAX};
-use polldisk::msg::Protocol;
 use polldisk::sim::blkfront::xenbus::Wanted;
 
 use crate::daemon::Daemon;

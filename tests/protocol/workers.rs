@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use polldisk::backing::{Image, RawImage};
+use polldisk::backing::{Geometry, Image, RawImage};
+use polldisk::blkif::request::DiskRules;
 use polldisk::metrics::QueueCounters;
 use polldisk::msg::{
     Command, CommandSender, Connect, Event, EventReceiver, LinkId, QueueKey, event_channel,
@@ -67,7 +68,16 @@ impl Rig {
     pub fn connect(&mut self, combination: &Combination) -> Vec<Device> {
         self.links += 1;
         let image = RawImage::open(&self.path, combination.read_only).unwrap();
-        let image = Arc::new(Image::Raw(image.with_sector_bytes(combination.sector_bytes)));
+        // The rules may be those of larger sectors than storage has.
+        let geometry = Geometry { sector_bytes: combination.sector_bytes, ..image.geometry() };
+        let rules = DiskRules {
+            geometry,
+            read_only: combination.read_only,
+            indirect_segments: combination.offered_segments,
+            discard: false,
+            secure_discard: false,
+        };
+        let image = Arc::new(Image::Raw(image));
         let devices: Vec<Device> = (0..combination.queues)
             .map(|_| Device::new(Arc::clone(&self.domain), combination.options).unwrap())
             .collect();
@@ -79,8 +89,7 @@ impl Rig {
                 port: device.port(),
                 protocol: combination.options.protocol,
                 persistent: combination.maps,
-                indirect_segments: combination.offered_segments,
-                read_only: combination.read_only,
+                rules,
                 image: Arc::clone(&image),
                 counters: Arc::new(QueueCounters::default()),
             };

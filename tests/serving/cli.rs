@@ -1,1 +1,196 @@
-//! To come.
+//! The command line: what it says, and with which exit status.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+fn polldisk(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_polldisk")).args(arguments).output().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+/// Runs what has to fail; what it says.
+fn refusal(arguments: &[&str]) -> String {
+    let output = polldisk(arguments);
+    assert!(!output.status.success(), "{arguments:?} has to fail");
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(!text.contains("panicked"), "{arguments:?}: {text}");
+    text
+}
+
+/// Fails, and says all of `parts`.
+fn is_refused(arguments: &[&str], parts: &[&str]) {
+    let text = refusal(arguments);
+    for part in parts {
+        assert!(text.contains(part), "{arguments:?} does not say \"{part}\":\n{text}");
+    }
+}
+
+/// The two numbers of the line that ends a demo.
+fn verdict(output: &Output) -> (u64, u64) {
+    let text = stdout(output);
+    let line = text.lines().last().unwrap_or_default();
+    let numbers = line
+        .strip_prefix("verified ")
+        .and_then(|rest| rest.strip_suffix(" mismatches"))
+        .and_then(|rest| rest.split_once(" blocks, "));
+    let Some((blocks, mismatches)) = numbers else { panic!("the last line is \"{line}\"") };
+    (blocks.parse().unwrap(), mismatches.parse().unwrap())
+}
+
+#[test]
+fn a_demo_ends_with_what_it_verified() {
+    let output = polldisk(&["demo", "--seconds", "1", "--size", "32M"]);
+    assert!(output.status.success(), "{output:?}");
+    let (blocks, mismatches) = verdict(&output);
+    assert!(blocks > 0);
+    assert_eq!(mismatches, 0);
+    let text = stdout(&output);
+    for part in ["IOPS", "P99.9", "CPU/IO", "1:xvda", "2:xvda"] {
+        assert!(text.contains(part), "{text}");
+    }
+}
+
+#[test]
+fn a_demo_on_an_image_that_somebody_else_changes_finds_every_difference() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let path = folder.path().join("shared.img");
+    File::create(&path).unwrap().set_len(4 << 20).unwrap();
+    let target = format!("raw:{}", path.display());
+    let mut demo = Command::new(env!("CARGO_BIN_EXE_polldisk"))
+        .args(["demo", "--guests", "1", "--seconds", "1", "--size", "4M", "--overwrite"])
+        .args(["--target", &target])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while demo.try_wait().unwrap().is_none() {
+        wipe(&path);
+    }
+    let output = demo.wait_with_output().unwrap();
+    assert!(!output.status.success());
+    let (blocks, mismatches) = verdict(&output);
+    assert!(blocks > 0 && mismatches > 0);
+}
+
+/// Zeroes over everything, past the page cache as polldisk itself writes: mixed writes of both kinds
+/// would end in EIO.
+fn wipe(path: &Path) {
+    let status = Command::new("dd")
+        .args(["if=/dev/zero", "bs=64K", "count=64", "oflag=direct", "conv=notrunc", "status=none"])
+        .arg(format!("of={}", path.display()))
+        .status();
+    assert!(status.unwrap().success());
+}
+
+#[test]
+fn serve_without_xen_names_cause_and_mend() {
+    if Path::new("/dev/xen").exists() {
+        eprintln!("skipped: this is a Xen host");
+        return;
+    }
+    let text = refusal(&["serve"]);
+    assert!(text.contains("does not run on Xen"), "{text}");
+    assert!(text.contains("polldisk demo"), "{text}");
+}
+
+#[test]
+fn bad_options_are_named_with_what_would_be_right() {
+    for (arguments, parts) in [
+        (&["serve", "--workers", "0"][..], &["--workers 0", "give 1 to"][..]),
+        (&["serve", "--workers", "many"], &["--workers <N>", "many"]),
+        (&["serve", "--cores", "3-1"], &["--cores 3-1", "2-5,8"]),
+        (&["serve", "--cores", "4000"], &["--cores 4000", "choose from"]),
+        (&["serve", "--poll-us", "99999999"], &["--poll-us 99999999", "give 0 to"]),
+        (&["serve", "--backend-type", "a/b"], &["--backend-type a/b", "give vbd"]),
+        (&["serve", "--config", "/nonexistent.toml"], &["--config /nonexistent.toml", "TOML"]),
+        (&["serve", "--log", "polldisk=loud"], &["--log", "debug"]),
+        (&["serve", "--wrokers", "1"], &["--wrokers", "--workers"]),
+        (&["demo", "--guests", "0"], &["--guests 0", "1 to 1000"]),
+        (&["demo", "--seconds", "-1"], &["--seconds -1", "0 or more"]),
+        (&["demo", "--seconds", "nan"], &["--seconds", "0 or more"]),
+        (&["demo", "--depth", "33"], &["--depth 33", "1 to 32"]),
+        (&["demo", "--block-size", "100"], &["--block-size 100", "multiple of 512"]),
+        (&["demo", "--block-size", "0"], &["--block-size 0", "multiple of 512"]),
+        (&["demo", "--block-size", "45K"], &["--block-size", "44K"]),
+        (&["demo", "--size", "128K"], &["--size", "64 blocks"]),
+        (&["demo", "--size", "x"], &["--size", "x"]),
+        (&["demo", "--workers", "0"], &["--workers 0", "give 1 to"]),
+        (&["demo", "--read-percent", "101"], &["--read-percent", "100"]),
+        (&["demo", "--target", "qcow2:/a"], &["--target", "qcow2:/a", "raw:/path"]),
+        (&["demo", "--target", "null:1M"], &["--size"]),
+        (&["demo", "--target", "raw:/nonexistent"], &["--overwrite"]),
+        (&["demo", "--target", "raw:/nonexistent", "--overwrite"], &["/nonexistent", "create it"]),
+        (&["demo", "--target", "/dev", "--overwrite"], &["/dev", "block device"]),
+        (&["attach", "--vdev", "xvda", "--target", "null:1G"], &["--domid"]),
+        (&["attach", "--domid", "x", "--vdev", "xvda", "--target", "null:1G"], &["--domid", "x"]),
+        (&["detach", "--domid", "5"], &["--vdev"]),
+        (&["list", "--jsno"], &["--jsno", "--json"]),
+    ] {
+        is_refused(arguments, parts);
+    }
+}
+
+#[test]
+fn commands_without_a_daemon_name_cause_and_mend() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("admin.sock");
+    let socket = socket.to_str().unwrap();
+    let disk = ["--domid", "5", "--vdev", "xvda"];
+    for command in [
+        [&["list"][..], &["--admin", socket]].concat(),
+        [&["attach", "--target", "null:1G", "--admin", socket][..], &disk].concat(),
+        [&["detach", "--admin", socket][..], &disk].concat(),
+    ] {
+        is_refused(&command, &[socket, "polldisk serve"]);
+    }
+}
+
+#[test]
+fn help_tells_every_option() {
+    let common = ["--help"];
+    for (command, options) in [
+        (
+            "serve",
+            &[
+                "--config",
+                "--workers",
+                "--cores",
+                "--poll-us",
+                "--backend-type",
+                "--admin",
+                "--log",
+            ][..],
+        ),
+        (
+            "demo",
+            &[
+                "--guests",
+                "--seconds",
+                "--workers",
+                "--cores",
+                "--poll-us",
+                "--target",
+                "--overwrite",
+                "--size",
+                "--depth",
+                "--block-size",
+                "--read-percent",
+                "--log",
+            ],
+        ),
+        ("attach", &["--domid", "--vdev", "--target", "--read-only", "--admin"]),
+        ("detach", &["--domid", "--vdev", "--force", "--admin"]),
+        ("list", &["--json", "--admin"]),
+    ] {
+        let output = polldisk(&[command, "--help"]);
+        assert!(output.status.success());
+        let text = stdout(&output);
+        for option in options.iter().chain(&common) {
+            assert!(text.contains(option), "{command} --help does not tell {option}");
+        }
+    }
+    assert!(stdout(&polldisk(&["--help"])).contains("demo"));
+}

@@ -2,6 +2,7 @@
 
 use polldisk::blkif::codec::{RawDirect, RawSegment};
 use polldisk::blkif::op;
+use polldisk::limits::PERSISTENT_GRANTS_PER_QUEUE;
 use polldisk::msg::Protocol;
 use polldisk::sim::blkfront::device::{Device, Options};
 use polldisk::sim::blkfront::load::Load;
@@ -114,9 +115,7 @@ fn unknown_operations_are_not_supported() {
         let (_, gref) = guest.grant(PageAccess::ReadWrite);
         let good = whole(gref);
         let bad: Vec<_> = (0..=u8::MAX)
-            .filter(|known| {
-                ![op::READ, op::WRITE, op::FLUSH_DISKCACHE, op::INDIRECT].contains(known)
-            })
+            .filter(|operation| *operation == 4 || *operation > op::INDIRECT)
             .map(|operation| raw_request(operation, 0, 0, &[good]))
             .collect();
         each_fails(device, &raw_request(op::READ, 0, 0, &[good]), &bad, NOT_SUPPORTED);
@@ -198,4 +197,33 @@ fn a_grant_revoked_in_flight_is_the_guests_own_loss() {
             }
         }
     });
+}
+
+/// XSA-300: a guest decides how many pages it grants, and the daemon how many it keeps mapped.
+#[test]
+fn grants_beyond_the_bound_are_copied_and_not_mapped() {
+    let rig = Rig::start();
+    let guest = rig.guest_on_file(1);
+    let mut device = guest.connect(Options::default());
+    let page = guest.domain.alloc_pages(1).unwrap();
+    let refs = guest.domain.reserve_refs(2 * PERSISTENT_GRANTS_PER_QUEUE).unwrap();
+    for gref in &refs {
+        guest.domain.permit(*gref, page, DomId::DOM0, PageAccess::ReadWrite);
+    }
+    for _ in 0..2 {
+        for batch in refs.chunks(32 * 11) {
+            let requests: Vec<_> = (0..)
+                .zip(batch.chunks(11))
+                .map(|(id, refs)| {
+                    let segments: Vec<_> = refs.iter().map(|gref| whole(*gref)).collect();
+                    raw_request(op::READ, id, 0, &segments)
+                })
+                .collect();
+            assert!(ask(&mut device, &requests).iter().all(|status| *status == OKAY));
+        }
+        let counts = rig.disk(1).unwrap().counts;
+        assert_eq!(counts.grants_mapped, PERSISTENT_GRANTS_PER_QUEUE as u64);
+        assert!(counts.grants_copied > 0);
+    }
+    guest.close(device);
 }

@@ -76,7 +76,11 @@ fn a_read_only_disk_is_read_and_never_written() {
     rig.attach(1, &raw(&path), true);
     let by_toolstack = rig.domain(2);
     toolstack_disk(&rig, 2, &[("params", &raw(&path)), ("mode", "r")]);
-    for guest in [attached, by_toolstack].map(Guest::of) {
+    // Here nothing but the daemon's own check is between the guest and success.
+    let on_null = rig.domain(3);
+    rig.attach(3, "null:4M,read-zeroes", true);
+    for (guest, byte) in [(attached, 0x77), (by_toolstack, 0x77), (on_null, 0)] {
+        let guest = Guest::of(guest);
         let (mut device, disk) = guest.connect_and_look(Options::default());
         assert!(disk.read_only);
         let (page, gref) = guest.grant(PageAccess::ReadWrite);
@@ -93,7 +97,7 @@ fn a_read_only_disk_is_read_and_never_written() {
         assert_eq!(statuses, [-1, -1, 0, 0]);
         let mut data = [0; 4096];
         guest.domain.page(page).copy_to(&mut data);
-        assert_eq!(data, [0x77; 4096]);
+        assert_eq!(data, [byte; 4096]);
         guest.close(device);
     }
     assert!(fs::read(&path).unwrap().iter().all(|byte| *byte == 0x77));

@@ -1,6 +1,7 @@
 //! The whole daemon as guests and admins meet it, on the stand-in for Xen.
 
 mod cli;
+mod discard;
 mod guests_that_vanish;
 mod hostile_nodes;
 mod hostile_requests;

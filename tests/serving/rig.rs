@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use polldisk::blkif::codec::{RawDirect, RawSegment};
+use polldisk::blkif::codec::{RawDirect, RawRequest, RawSegment};
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Attach, Detach, DiskReport, Reply, Request};
 use polldisk::control::{self, ControlError};
@@ -318,7 +318,7 @@ pub fn whole(gref: GrantRef) -> RawSegment {
 }
 
 /// Puts requests with ids 0, 1, ... on the ring as one batch; the statuses by id.
-pub fn ask(device: &mut Device, requests: &[RawDirect]) -> Vec<i16> {
+pub fn ask<R: Copy + Into<RawRequest>>(device: &mut Device, requests: &[R]) -> Vec<i16> {
     requests.iter().for_each(|request| device.put_raw(*request));
     device.publish().unwrap();
     let mut statuses = vec![None; requests.len()];

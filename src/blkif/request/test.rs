@@ -9,6 +9,8 @@ fn disk(sectors: u64, sector_bytes: u32, read_only: bool) -> DiskRules {
         geometry: Geometry { size, sector_bytes, physical_sector_bytes: sector_bytes },
         read_only,
         indirect_segments: 256,
+        discard: true,
+        secure_discard: false,
     }
 }
 
@@ -74,7 +76,7 @@ fn a_request_ends_with_the_disk() {
 #[test]
 fn a_read_only_disk_refuses_every_change_and_takes_a_flush() {
     let disk = disk(100, 512, true);
-    for operation in [op::WRITE, op::FLUSH_DISKCACHE] {
+    for operation in [op::WRITE, op::FLUSH_DISKCACHE, op::WRITE_BARRIER] {
         assert_eq!(fault(&raw(operation, 0, &[(0, 7)]), &disk), RequestFault::ReadOnly);
     }
     assert!(check(&raw(op::READ, 0, &[(0, 7)]), &disk).is_ok());
@@ -93,7 +95,7 @@ fn a_4kn_disk_takes_whole_blocks_only() {
 #[test]
 fn what_nobody_defined_is_not_supported() {
     let disk = disk(100, 512, false);
-    for operation in [op::WRITE_BARRIER, 4, 7, 255] {
+    for operation in [4, 7, 255] {
         let fault = fault(&raw(operation, 0, &[(0, 7)]), &disk);
         assert_eq!(fault.status(), Status::NotSupported);
     }
@@ -112,11 +114,11 @@ proptest! {
         let mut raw = raw(operation, sector, &segments);
         raw.nr_segments = nr_segments;
         if let Ok((request, segments)) = check(&raw, &disk) {
-            let end = request.offset_bytes + u64::from(request.len_bytes);
+            let end = request.offset_bytes + request.len_bytes;
             prop_assert!(end <= disk.geometry.size.0);
-            let sum: u32 = segments.iter().map(|segment| u32::from(segment.len)).sum();
+            let sum: u64 = segments.iter().map(|segment| u64::from(segment.len)).sum();
             prop_assert_eq!(sum, request.len_bytes);
-            prop_assert!(request.len_bytes.is_multiple_of(sector_bytes));
+            prop_assert!(request.len_bytes.is_multiple_of(sector_bytes.into()));
             for segment in segments {
                 prop_assert!(segment.len > 0 && segment.offset + segment.len <= 4096);
             }
@@ -177,4 +179,29 @@ fn the_segments_of_an_indirect_request_are_checked_like_any_other() {
     raw[19].last = 8;
     let fault = disk.check_indirect_segments(&head, raw.into_iter(), &mut segments);
     assert_eq!(fault, Err(RequestFault::SegmentRange));
+}
+
+#[test]
+fn a_discard_lies_on_the_disk_and_is_refused_where_it_was_not_offered() {
+    let disk = disk(800, 4096, false);
+    let discard =
+        |flag, sector, nr_sectors| RawDiscard { flag, handle: 0, id: 1, sector, nr_sectors };
+    let request = disk.check_discard(&discard(0, 8, 792)).unwrap();
+    assert_eq!((request.offset_bytes, request.len_bytes), (4096, 792 * 512));
+    for (sector, nr_sectors) in [(8, 800), (0, u64::MAX - 7), (u64::MAX - 7, 8), (1 << 60, 8)] {
+        let fault = disk.check_discard(&discard(0, sector, nr_sectors)).unwrap_err();
+        assert_eq!(fault, RequestFault::BeyondEnd, "{sector} {nr_sectors}");
+    }
+    for (sector, nr_sectors) in [(1, 8), (8, 1), (8, 0)] {
+        let fault = disk.check_discard(&discard(0, sector, nr_sectors)).unwrap_err();
+        assert_eq!(fault, RequestFault::Unaligned, "{sector} {nr_sectors}");
+    }
+    let secure = disk.check_discard(&discard(1, 0, 8)).unwrap_err();
+    assert_eq!(secure.status(), Status::NotSupported);
+    let never_offered = DiskRules { discard: false, ..disk };
+    let fault = never_offered.check_discard(&discard(0, 0, 8)).unwrap_err();
+    assert_eq!(fault.status(), Status::NotSupported);
+    let read_only = DiskRules { read_only: true, ..disk };
+    let fault = read_only.check_discard(&discard(0, 0, 8)).unwrap_err();
+    assert_eq!(fault, RequestFault::ReadOnly);
 }

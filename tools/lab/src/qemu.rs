@@ -33,8 +33,9 @@ pub fn arguments(payload: &Path, sockets: &Path, console: Console) -> Vec<String
     // libxl's time-outs then do not depend on how busy the host is. That takes a single thread.
     add("-accel", "tcg,thread=single".into());
     add("-icount", "shift=0".into());
-    // A newer model than this makes dom0 crash early.
-    add("-cpu", "Nehalem".into());
+    // A newer model than this makes dom0 crash early. Without rdrand each kernel computes half a
+    // minute for its first random number.
+    add("-cpu", "Nehalem,+rdrand".into());
     add("-smp", "2".into());
     add("-m", MACHINE_MEMORY.into());
     add("-display", "none".into());

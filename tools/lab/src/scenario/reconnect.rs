@@ -66,16 +66,22 @@ fn run(lab: &mut Lab) -> Result<()> {
 fn unbind(lab: &mut Lab, guest: &mut Guest) -> Result<()> {
     guest.agent.ask(&format!("echo vbd-{VBD} >/sys/bus/xen/drivers/vbd/unbind"))?;
     wait_for_state(lab, guest, "6")?;
-    lab.dom0.ask(&format!("xenstore-chmod {} n0", frontend(guest)))?;
+    let frontend = frontend(guest);
+    lab.dom0.ask(&format!("xenstore-chmod {frontend}/state n0 && xenstore-chmod {frontend} n0"))?;
     wait_for(&mut guest.agent, &format!("[ ! -e /sys/bus/xen/devices/vbd-{VBD} ]"), STATE_LIMIT)
 }
 
-/// The device is there again, Initialising, and the driver binds to it.
+/// The device is Initialising, the backend must offer the disk anew, and the driver binds to it.
+///
+/// The guest may see its device only then: a driver that finds the backend still Closed closes too.
+/// Its kernel looks for a new device at each change, so what says that it is new comes last.
 fn bind(lab: &mut Lab, guest: &mut Guest) -> Result<()> {
     let frontend = frontend(guest);
+    lab.dom0.ask(&format!("xenstore-write {frontend}/state 1"))?;
+    wait_for_state(lab, guest, "2")?;
+    let domid = guest.domid;
     lab.dom0.ask(&format!(
-        "xenstore-write {frontend}/state 1 && xenstore-chmod {frontend} n{} r0",
-        guest.domid
+        "xenstore-chmod {frontend} n{domid} r0 && xenstore-chmod {frontend}/state n{domid} r0"
     ))?;
     expect_disk(&mut guest.agent, "xvda", DISK_MIB << 20)?;
     wait_for_state(lab, guest, "4")
