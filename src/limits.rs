@@ -35,6 +35,12 @@ pub const RING_PAGES_MAX: usize = 1 << RING_PAGE_ORDER_MAX;
 /// (`max_persistent_grants`): a 32-entry ring with three quarters of its indirect segments.
 pub const PERSISTENT_GRANTS_PER_QUEUE: usize = 1056;
 
+/// How often a worker looks which mapped pages were used.
+pub const PERSISTENT_SWEEP_SECONDS: u64 = 15;
+
+/// Sweeps in a row after which unused pages are unmapped: blkback's 60 s.
+pub const PERSISTENT_IDLE_SWEEPS: u32 = 4;
+
 /// Grants mapped by one system call. A failing batch is mapped again one by one, so a batch is
 /// also what one bad reference can cost.
 pub const GRANTS_PER_MAP_BATCH: usize = 32 * SEGMENTS_PER_REQUEST;

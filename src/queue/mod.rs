@@ -155,10 +155,8 @@ impl Queue {
         if let Err(error) = events.unbind(self.port) {
             tracing::warn!(domid = %self.frontend, port = %self.port, %error, "unbinding failed");
         }
-        if let Some(persistent) = &mut self.persistent
-            && let Err(error) = persistent.unmap_all(grants)
-        {
-            tracing::warn!(domid = %self.frontend, %error, "unmapping granted pages failed");
+        if let Some(persistent) = &mut self.persistent {
+            persistent.unmap_all(grants);
         }
         self.counters.grants_mapped.set(0);
         unmap_ring(grants, self.ring.into_page());
@@ -187,6 +185,14 @@ impl Queue {
     /// Asks the frontend for a notification, then looks again; `true`: there is work already.
     pub fn arm(&mut self) -> bool {
         self.has_waiting() || (!self.stopped && self.ring.arm())
+    }
+
+    /// Unmaps granted pages that have long been idle; `true`: others are still mapped.
+    pub fn sweep<G: Grants>(&mut self, grants: &mut G) -> bool {
+        let Some(persistent) = &mut self.persistent else { return false };
+        persistent.sweep(grants, self.slots.refs());
+        self.counters.grants_mapped.set(persistent.count() as u64);
+        persistent.count() > 0
     }
 
     /// Hands over the latencies recorded since the last time.
