@@ -200,9 +200,20 @@ impl Queue {
         std::mem::replace(&mut self.latency, new_latency_histogram())
     }
 
-    /// Takes requests off the ring and gets them under way; the count of those taken.
+    /// Takes requests off the ring and gets them under way. `true`: some were taken, or answered
+    /// already; those that had waited can fail here, too.
     #[inline]
     pub fn take<G: Grants, E: Engine<Target = Image>>(
+        &mut self,
+        io: &mut Resources<G, E>,
+        now_ns: u64,
+    ) -> Result<bool, RingFault> {
+        let taken = self.take_requests(io, now_ns)?;
+        Ok(taken > 0 || self.ring.has_unpublished())
+    }
+
+    #[inline]
+    fn take_requests<G: Grants, E: Engine<Target = Image>>(
         &mut self,
         io: &mut Resources<G, E>,
         now_ns: u64,

@@ -322,8 +322,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         for index in &self.polled {
             let served = &mut self.queues[*index];
             match served.queue.take(&mut self.resources, now_ns) {
-                Ok(0) => {}
-                Ok(_) => {
+                Ok(false) => {}
+                Ok(true) => {
                     served.last_work_ns = now_ns;
                     worked = true;
                 }

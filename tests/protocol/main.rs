@@ -8,6 +8,7 @@
 mod daemon;
 mod draw;
 mod exhaustion;
+mod failures;
 mod guest;
 mod negotiated;
 mod queues;

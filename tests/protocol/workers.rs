@@ -64,10 +64,15 @@ impl Rig {
         }
     }
 
-    /// Connects the queues to the workers in turn.
+    /// Connects the queues to the workers in turn, with the file as their disk.
     pub fn connect(&mut self, combination: &Combination) -> Vec<Device> {
-        self.links += 1;
         let image = RawImage::open(&self.path, combination.read_only).unwrap();
+        self.connect_to(Image::Raw(image), combination)
+    }
+
+    /// The same with another disk.
+    pub fn connect_to(&mut self, image: Image, combination: &Combination) -> Vec<Device> {
+        self.links += 1;
         // The rules may be those of larger sectors than storage has.
         let geometry = Geometry { sector_bytes: combination.sector_bytes, ..image.geometry() };
         let rules = DiskRules {
@@ -77,7 +82,7 @@ impl Rig {
             discard: false,
             secure_discard: false,
         };
-        let image = Arc::new(Image::Raw(image));
+        let image = Arc::new(image);
         let devices: Vec<Device> = (0..combination.queues)
             .map(|_| Device::new(Arc::clone(&self.domain), combination.options).unwrap())
             .collect();
