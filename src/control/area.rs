@@ -4,8 +4,8 @@ use std::io;
 
 use xenstore_rs::Xs;
 
-use super::disk::DiskKey;
 use super::frontend::Offer;
+use super::key::DiskKey;
 use crate::backing::{Discard, Geometry, Image};
 use crate::limits;
 use crate::units::{DomId, parse_decimal};

@@ -7,7 +7,7 @@ use xenstore_rs::Xs;
 
 use super::admin::protocol::Attach;
 use super::area;
-use super::disk::DiskKey;
+use super::key::DiskKey;
 use crate::backing::{BackingError, Spec};
 use crate::units::{BadNumber, DomId};
 use crate::xen::keys::{self, XenbusState};

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use hdrhistogram::Histogram;
 
-use super::disk::DiskKey;
 use super::frontend::Published;
+use super::key::DiskKey;
 use super::machine::Input;
 use super::workers::Workers;
 use crate::backing::Image;

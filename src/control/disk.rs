@@ -1,7 +1,6 @@
 //! One disk: its machine, and what carries the machine's effects out.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,49 +8,15 @@ use std::time::Instant;
 use super::area::{self, Description, Failure, Hotplug};
 use super::connection::{Connection, News};
 use super::frontend::{self, Offer};
+use super::key::DiskKey;
 use super::machine::{Effect, Input, Link, Machine};
 use super::quiet::{LogBudget, guest_log};
 use super::workers::Workers;
 use crate::backing::{Geometry, Image, Spec};
 use crate::blkif::request::DiskRules;
-use crate::units::{DomId, VbdId};
+use crate::units::DomId;
 use crate::xen::Store;
 use crate::xen::keys::{self, XenbusState};
-use crate::xen::vdev::Vdev;
-
-/// Which disk: the end of its backend area's path.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct DiskKey {
-    /// The backend type, such as `vbd`.
-    pub kind: Arc<str>,
-    /// The frontend's domain.
-    pub domid: DomId,
-    /// Its number in that domain.
-    pub vbd: VbdId,
-}
-
-impl DiskKey {
-    /// Its backend area.
-    pub fn backend_area(&self, own: DomId) -> String {
-        keys::backend_area(own, &self.kind, self.domid, self.vbd)
-    }
-
-    /// Its frontend area.
-    pub fn frontend_area(&self) -> String {
-        keys::frontend_area(self.domid, self.vbd)
-    }
-
-    /// Where its failures are told.
-    pub fn error_area(&self, own: DomId) -> String {
-        keys::error_area(own, &self.kind, self.domid, self.vbd)
-    }
-}
-
-impl fmt::Display for DiskKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}/{} ({})", self.kind, self.domid, self.vbd, Vdev::from(self.vbd))
-    }
-}
 
 /// What a disk needs of its surroundings.
 #[derive(Debug)]

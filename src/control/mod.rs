@@ -30,6 +30,7 @@ mod attach;
 mod connection;
 mod disk;
 mod frontend;
+mod key;
 mod machine;
 mod placement;
 mod quiet;

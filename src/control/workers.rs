@@ -3,7 +3,7 @@
 
 use rustc_hash::FxHashMap;
 
-use super::disk::DiskKey;
+use super::key::DiskKey;
 use super::placement::Placement;
 use crate::msg::{Command, CommandSender, LinkId, WorkerGone, WorkerId};
 

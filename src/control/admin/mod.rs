@@ -16,7 +16,8 @@ use mio::{Registry as Polled, Token};
 
 use super::area::Failure;
 use super::attach::AttachError;
-use super::disk::{Disk, DiskKey};
+use super::disk::Disk;
+use super::key::DiskKey;
 use super::registry::Registry;
 use crate::backing::Image;
 use crate::limits;
