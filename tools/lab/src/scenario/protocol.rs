@@ -240,7 +240,6 @@ fn expect_offer(lab: &mut Lab, guest: &Guest, disk: Disk) -> Result<()> {
         ("max-ring-page-order", ALL.ring_page_order),
         ("feature-max-indirect-segments", ALL.indirect_segments),
         ("feature-persistent", 1),
-        ("feature-flush-cache", 1),
         ("feature-discard", 1),
     ] {
         expect_key(lab, &format!("{area}/{key}"), Some(value))?;
