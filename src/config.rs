@@ -37,6 +37,22 @@ pub struct ServeOptions {
     #[arg(long = "backend-type", value_name = "TYPE")]
     pub backend_type: Vec<String>,
 
+    /// Largest ring offered, as the log2 of its 4 KiB pages: 0 to 5 [default: 4]
+    #[arg(long, value_name = "N")]
+    pub max_ring_page_order: Option<u32>,
+
+    /// Most rings of one disk; they are spread over the workers [default: as many as workers]
+    #[arg(long, value_name = "N")]
+    pub max_queues: Option<u16>,
+
+    /// Most 4 KiB segments of an indirect request: 0 (no indirect requests) to 1024 [default: 256]
+    #[arg(long, value_name = "N")]
+    pub max_indirect_segments: Option<u16>,
+
+    /// Do not offer persistent grants: guests' data is copied
+    #[arg(long)]
+    pub no_persistent: bool,
+
     /// Socket for attach, detach and list [default: /run/polldisk/admin.sock]
     #[arg(long, value_name = "PATH")]
     pub admin: Option<PathBuf>,
@@ -54,12 +70,27 @@ pub struct Config {
     pub workers: Vec<Option<usize>>,
     /// Longest time a worker polls without work.
     pub poll: Duration,
+    /// What frontends are offered.
+    pub features: Features,
     /// `backend/<type>` areas served.
     pub backend_types: Vec<String>,
     /// The admin socket.
     pub admin: PathBuf,
     /// Log filter.
     pub log: String,
+}
+
+/// Features that can be limited or switched off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features {
+    /// log2 of the largest ring in pages.
+    pub ring_page_order: u32,
+    /// Most rings of one disk.
+    pub queues: u16,
+    /// Most segments of an indirect request; 0: none.
+    pub indirect_segments: u16,
+    /// Granted pages may stay mapped.
+    pub persistent: bool,
 }
 
 /// An option that can't be obeyed.
@@ -85,7 +116,7 @@ impl ServeOptions {
         let text = std::fs::read_to_string(path)
             .map_err(|error| fail(error.to_string(), "name a readable TOML file"))?;
         toml::from_str(&text).map_err(|error| {
-            let known = "the keys are workers, cores, poll-us, backend-type, admin, log";
+            let known = "the keys are the long options without their dashes";
             fail(error.to_string().trim_end().to_owned(), known)
         })
     }
@@ -102,6 +133,10 @@ impl ServeOptions {
             } else {
                 self.backend_type
             },
+            max_ring_page_order: self.max_ring_page_order.or(file.max_ring_page_order),
+            max_queues: self.max_queues.or(file.max_queues),
+            max_indirect_segments: self.max_indirect_segments.or(file.max_indirect_segments),
+            no_persistent: self.no_persistent || file.no_persistent,
             admin: self.admin.or(file.admin),
             log: self.log.or(file.log),
         }
@@ -109,6 +144,8 @@ impl ServeOptions {
 
     /// Checks everything against a host with the cores `available`.
     pub fn check(self, available: &[usize]) -> Result<Config, ConfigError> {
+        let workers = place_workers(self.workers, self.cores.as_deref(), available)?;
+        let features = self.check_features(workers.len())?;
         let backend_types = match self.backend_type {
             types if types.is_empty() => vec!["vbd".to_owned()],
             types => types,
@@ -117,13 +154,65 @@ impl ServeOptions {
             check_backend_type(backend_type)?;
         }
         Ok(Config {
-            workers: place_workers(self.workers, self.cores.as_deref(), available)?,
+            workers,
             poll: check_poll(self.poll_us)?,
+            features,
             backend_types,
             admin: self.admin.unwrap_or_else(|| ADMIN_SOCKET.into()),
             log: self.log.unwrap_or_else(|| "info".to_owned()),
         })
     }
+
+    fn check_features(&self, workers: usize) -> Result<Features, ConfigError> {
+        let order = self.max_ring_page_order.unwrap_or(limits::RING_PAGE_ORDER_DEFAULT);
+        let queues = self.max_queues.unwrap_or_else(|| {
+            u16::try_from(workers).map_or(limits::QUEUES_PER_DISK_MAX, |workers| {
+                workers.min(limits::QUEUES_PER_DISK_MAX)
+            })
+        });
+        let segments = self.max_indirect_segments.unwrap_or(limits::INDIRECT_SEGMENTS_DEFAULT);
+        check_range(
+            "--max-ring-page-order",
+            order,
+            0..=limits::RING_PAGE_ORDER_MAX,
+            "no frontend has such rings",
+        )?;
+        check_range(
+            "--max-queues",
+            queues,
+            1..=limits::QUEUES_PER_DISK_MAX,
+            "that is no sensible count of rings",
+        )?;
+        check_range(
+            "--max-indirect-segments",
+            segments,
+            0..=limits::INDIRECT_SEGMENTS_MAX,
+            "one read or write of the host takes no more",
+        )?;
+        Ok(Features {
+            ring_page_order: order,
+            queues,
+            indirect_segments: segments,
+            persistent: !self.no_persistent,
+        })
+    }
+}
+
+/// Checks a number against the bounds of its option.
+fn check_range<N: PartialOrd + std::fmt::Display>(
+    option: &str,
+    value: N,
+    range: std::ops::RangeInclusive<N>,
+    why: &str,
+) -> Result<(), ConfigError> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    Err(ConfigError {
+        option: format!("{option} {value}"),
+        what: why.to_owned(),
+        mend: format!("give {} to {}", range.start(), range.end()),
+    })
 }
 
 /// The core of each worker: `workers` of them, on `cores` where given.
@@ -253,19 +342,41 @@ mod test {
 
     #[test]
     fn bad_options_are_named_with_what_would_be_right() {
-        let cases: [(ServeOptions, &str); 7] = [
+        let cases: [(ServeOptions, &str); 11] = [
             (options(|options| options.workers = Some(0)), "--workers 0: "),
             (options(|options| options.cores = Some("4-2".to_owned())), "--cores 4-2: "),
             (options(|options| options.cores = Some("x".to_owned())), "--cores x: "),
             (options(|options| options.cores = Some("1,1".to_owned())), "--cores 1,1: "),
             (options(|options| options.cores = Some("9".to_owned())), "--cores 9: core 9 is not"),
             (options(|options| options.poll_us = Some(9_000_000)), "--poll-us 9000000: "),
+            (options(|options| options.max_ring_page_order = Some(6)), "--max-ring-page-order 6: "),
+            (options(|options| options.max_queues = Some(0)), "--max-queues 0: "),
+            (options(|options| options.max_queues = Some(257)), "--max-queues 257: "),
+            (
+                options(|options| options.max_indirect_segments = Some(1025)),
+                "--max-indirect-segments 1025: ",
+            ),
             (options(|options| options.backend_type = vec!["a/b".to_owned()]), "--backend-type"),
         ];
         for (options, start) in cases {
             let error = options.check(&[0, 1]).unwrap_err().to_string();
             assert!(error.starts_with(start) && error.contains("; "), "{error}");
         }
+    }
+
+    #[test]
+    fn features_are_what_the_workers_can_keep_unless_limited() {
+        let config = options(|options| options.workers = Some(3)).check(&[0, 1]).unwrap();
+        let offered =
+            Features { ring_page_order: 4, queues: 3, indirect_segments: 256, persistent: true };
+        assert_eq!(config.features, offered);
+        let text = "max-ring-page-order = 0\nmax-queues = 1\nmax-indirect-segments = 0\n\
+                    no-persistent = true\n";
+        let file: ServeOptions = toml::from_str(text).unwrap();
+        let config = options(|options| options.max_queues = Some(2)).or(file).check(&[0]).unwrap();
+        let offered =
+            Features { ring_page_order: 0, queues: 2, indirect_segments: 0, persistent: false };
+        assert_eq!(config.features, offered);
     }
 
     #[test]

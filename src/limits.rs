@@ -24,12 +24,22 @@ pub const INDIRECT_REQUESTS_PER_WORKER: usize = 512;
 /// Largest `ring-page-order` accepted anywhere: 32 pages, what FreeBSD's backend also takes.
 pub const RING_PAGE_ORDER_MAX: u32 = 5;
 
+/// Largest `ring-page-order` that frontends are offered unless configured otherwise: 16 pages, the
+/// figure of blkback and QEMU.
+pub const RING_PAGE_ORDER_DEFAULT: u32 = 4;
+
 /// Pages of the largest ring.
 pub const RING_PAGES_MAX: usize = 1 << RING_PAGE_ORDER_MAX;
 
 /// Pages that one queue keeps mapped for a guest. blkback's figure
 /// (`max_persistent_grants`): a 32-entry ring with three quarters of its indirect segments.
 pub const PERSISTENT_GRANTS_PER_QUEUE: usize = 1056;
+
+/// How often a worker looks which mapped pages were used.
+pub const PERSISTENT_SWEEP_SECONDS: u64 = 15;
+
+/// Sweeps in a row after which unused pages are unmapped: blkback's 60 s.
+pub const PERSISTENT_IDLE_SWEEPS: u32 = 4;
 
 /// Grants mapped by one system call. A failing batch is mapped again one by one, so a batch is
 /// also what one bad reference can cost.
@@ -67,6 +77,9 @@ pub const WORKERS_MAX: usize = 256;
 
 /// Queues on one worker: the ticket's queue field has 16 bits.
 pub const QUEUES_PER_WORKER: usize = 1 << 16;
+
+/// Rings of one disk: one for each worker that there can be.
+pub const QUEUES_PER_DISK_MAX: u16 = 256;
 
 /// Event channels fetched by one read.
 pub const PORTS_PER_READ: usize = 256;
@@ -173,5 +186,7 @@ const _: () = assert!(
     INDIRECT_SEGMENTS_MAX as usize <= INDIRECT_PAGES_PER_REQUEST * SEGMENTS_PER_INDIRECT_PAGE
 );
 const _: () = assert!(INDIRECT_SEGMENTS_DEFAULT <= INDIRECT_SEGMENTS_MAX);
+const _: () = assert!(QUEUES_PER_DISK_MAX as usize == WORKERS_MAX);
+const _: () = assert!(RING_PAGE_ORDER_DEFAULT <= RING_PAGE_ORDER_MAX);
 const _: () =
     assert!(URING_ENTRIES as usize * SEGMENTS_PER_REQUEST >= INDIRECT_SEGMENTS_MAX as usize);

@@ -4,8 +4,8 @@
 //! (`RING_COPY_REQUEST`, XSA-155). Only as many segments are copied as the copied count says.
 
 use crate::blkif::Protocol;
-use crate::limits::{INDIRECT_PAGES_PER_REQUEST, SEGMENTS_PER_REQUEST};
-use crate::xen::shm::SharedPage;
+use crate::limits::{INDIRECT_PAGES_PER_REQUEST, SEGMENTS_PER_INDIRECT_PAGE, SEGMENTS_PER_REQUEST};
+use crate::xen::shm::{PAGE_BYTES, SharedPage};
 
 use super::{Status, op};
 
@@ -85,6 +85,8 @@ pub struct RawSegment {
 /// Bytes of a segment, in an entry and in a page of segments.
 pub const SEGMENT_BYTES: usize = 8;
 
+const _: () = assert!(SEGMENTS_PER_INDIRECT_PAGE * SEGMENT_BYTES == PAGE_BYTES);
+
 impl RawRequest {
     /// Echoed in the response.
     pub fn id(&self) -> u64 {
@@ -102,6 +104,12 @@ impl RawRequest {
             RawRequest::Indirect(indirect) => indirect.operation,
             RawRequest::Discard(_) => op::DISCARD,
         }
+    }
+}
+
+impl From<RawIndirect> for RawRequest {
+    fn from(indirect: RawIndirect) -> RawRequest {
+        RawRequest::Indirect(indirect)
     }
 }
 

@@ -148,10 +148,16 @@ impl BackRing {
         self.rsp_prod = self.rsp_prod.wrapping_add(1);
     }
 
+    /// Whether the frontend can't see some responses yet.
+    #[inline]
+    pub fn has_unpublished(&self) -> bool {
+        self.rsp_published != self.rsp_prod
+    }
+
     /// Publishes all responses written since the last time; `true`: notify the frontend.
     #[inline]
     pub fn publish(&mut self) -> bool {
-        if self.rsp_published == self.rsp_prod {
+        if !self.has_unpublished() {
             return false;
         }
         let old = std::mem::replace(&mut self.rsp_published, self.rsp_prod);

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use polldisk::config::{Config, ServeOptions};
-use polldisk::control;
+use polldisk::config::{Config, Features, ServeOptions};
+use polldisk::control::{self, Offer};
 use polldisk::msg::event_channel;
 use polldisk::park::Doorbell;
 use polldisk::worker::{WorkerThread, spawn_all};
@@ -53,20 +53,32 @@ fn serve(xen: &LinuxXen, config: &Config) -> anyhow::Result<()> {
         cores = ?config.workers.iter().flatten().collect::<Vec<_>>(),
         poll_us = config.poll.as_micros(),
         backend_types = ?config.backend_types,
+        features = ?config.features,
         admin = %config.admin.display(),
         "serving"
     );
     let control_config = control::Config {
         backend_types: config.backend_types.clone(),
         admin_path: Some(config.admin.clone()),
+        offer: offer(&config.features),
         signals: true,
-        ..control::Config::default()
     };
     let stop = Doorbell::new().context("cannot make an eventfd")?;
     control::run(xen, &control_config, workers, events, &stop)?;
     threads.into_iter().for_each(WorkerThread::join);
     tracing::info!("ended");
     Ok(())
+}
+
+/// What frontends are offered.
+pub fn offer(features: &Features) -> Offer {
+    Offer {
+        ring_page_order: features.ring_page_order,
+        queues: features.queues,
+        indirect_segments: features.indirect_segments,
+        persistent: features.persistent,
+        ..Offer::default()
+    }
 }
 
 /// The cores that this process may use.

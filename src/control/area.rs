@@ -134,6 +134,7 @@ impl Description {
 pub type NodeValue = (&'static str, String);
 
 /// What a frontend reads before it chooses its rings, and the toolstack's script before it ends.
+/// A feature that is off is written too: a daemon before this one may have offered it.
 pub fn features(
     offer: &Offer,
     geometry: &Geometry,
@@ -145,6 +146,9 @@ pub fn features(
         (keys::FEATURE_BARRIER, u8::from(offer.flush).to_string()),
         (keys::FEATURE_DISCARD, u8::from(discard.is_some()).to_string()),
         (keys::FEATURE_PERSISTENT, u8::from(offer.persistent).to_string()),
+        (keys::FEATURE_MAX_INDIRECT_SEGMENTS, offer.indirect_segments.to_string()),
+        (keys::MAX_RING_PAGE_ORDER, offer.ring_page_order.to_string()),
+        (keys::MULTI_QUEUE_MAX_QUEUES, offer.queues.to_string()),
         (keys::SECTOR_SIZE, geometry.sector_bytes.to_string()),
         (keys::PHYSICAL_SECTOR_SIZE, geometry.physical_sector_bytes.to_string()),
     ];
@@ -152,16 +156,6 @@ pub fn features(
         nodes.push((keys::DISCARD_GRANULARITY, discard.granularity_bytes.to_string()));
         nodes.push((keys::DISCARD_ALIGNMENT, discard.alignment_bytes.to_string()));
         nodes.push((keys::DISCARD_SECURE, u8::from(discard.secure).to_string()));
-    }
-    if offer.ring_page_order > 0 {
-        nodes.push((keys::MAX_RING_PAGE_ORDER, offer.ring_page_order.to_string()));
-    }
-    if offer.indirect_segments > 0 {
-        let segments = offer.indirect_segments.to_string();
-        nodes.push((keys::FEATURE_MAX_INDIRECT_SEGMENTS, segments));
-    }
-    if offer.queues > 1 {
-        nodes.push((keys::MULTI_QUEUE_MAX_QUEUES, offer.queues.to_string()));
     }
     if hotplug == Hotplug::None {
         nodes.push((keys::HOTPLUG_STATUS, "connected".to_owned()));
@@ -317,20 +311,38 @@ mod test {
     }
 
     #[test]
-    fn only_what_the_data_plane_can_keep_is_offered() {
+    fn what_is_not_offered_is_denied_in_words() {
         use crate::units::Bytes;
+        const NOTHING: Offer = Offer {
+            persistent: false,
+            flush: true,
+            ring_page_order: 0,
+            queues: 1,
+            indirect_segments: 0,
+        };
         let geometry =
             Geometry { size: Bytes(1 << 30), sector_bytes: 4096, physical_sector_bytes: 4096 };
-        let names = |offer: &Offer, hotplug| -> Vec<&str> {
-            features(offer, &geometry, None, hotplug).into_iter().map(|(node, _)| node).collect()
+        let hotplug = |hotplug| {
+            let nodes = features(&Offer::default(), &geometry, None, hotplug);
+            nodes.iter().any(|(node, _)| *node == keys::HOTPLUG_STATUS)
         };
-        let one = names(&Offer::default(), Hotplug::Foreign);
-        for node in ["max-ring-page-order", "multi-queue-max-queues", "hotplug-status"] {
-            assert!(!one.contains(&node), "{node}");
-        }
-        let wide = Offer { ring_page_order: 4, queues: 2, ..Offer::default() };
-        for node in ["max-ring-page-order", "multi-queue-max-queues", "hotplug-status"] {
-            assert!(names(&wide, Hotplug::None).contains(&node), "{node}");
+        assert!(hotplug(Hotplug::None) && !hotplug(Hotplug::Foreign));
+        for (offer, values) in [
+            (Offer { queues: 2, ..Offer::default() }, ["4", "2", "256", "1"]),
+            (NOTHING, ["0", "1", "0", "0"]),
+        ] {
+            let nodes = features(&offer, &geometry, None, Hotplug::None);
+            for (node, value) in [
+                "max-ring-page-order",
+                "multi-queue-max-queues",
+                "feature-max-indirect-segments",
+                "feature-persistent",
+            ]
+            .into_iter()
+            .zip(values)
+            {
+                assert!(nodes.contains(&(node, value.to_owned())), "{node}: {nodes:?}");
+            }
         }
         assert!(shape(0, &geometry).contains(&(keys::SECTORS, (1 << 21).to_string())));
     }

@@ -5,6 +5,7 @@ use std::io;
 
 use xenstore_rs::Xs;
 
+use crate::limits;
 use crate::msg::Protocol;
 use crate::units::{GrantRef, Port, parse_decimal};
 use crate::xen::keys::{self, XenbusState};
@@ -24,9 +25,16 @@ pub struct Offer {
     pub indirect_segments: u16,
 }
 
+/// What one worker can keep; with more of them a disk may have more queues.
 impl Default for Offer {
     fn default() -> Self {
-        Offer { persistent: true, flush: true, ring_page_order: 0, queues: 1, indirect_segments: 0 }
+        Offer {
+            persistent: true,
+            flush: true,
+            ring_page_order: limits::RING_PAGE_ORDER_DEFAULT,
+            queues: 1,
+            indirect_segments: limits::INDIRECT_SEGMENTS_DEFAULT,
+        }
     }
 }
 

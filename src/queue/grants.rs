@@ -1,13 +1,17 @@
 //! Where the data of a segment is: in a guest page that stays mapped, or in bounce memory that
 //! grant copy fills and empties. Never mapped and unmapped per request.
 
+use std::cell::Cell;
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::io;
 
 use rustc_hash::FxBuildHasher;
+use slab::Slab;
 
 use crate::limits::{
     BOUNCE_PAGES_PER_WORKER, GRANTS_PER_MAP_BATCH, MAP_REFUSALS_MAX, PERSISTENT_GRANTS_PER_QUEUE,
+    PERSISTENT_IDLE_SWEEPS,
 };
 use crate::units::{DomId, GrantRef};
 use crate::xen::shm::{GuestBuf, GuestPages, LocalPages, PAGE_BYTES};
@@ -15,21 +19,48 @@ use crate::xen::{Grants, PageAccess};
 
 /// A frontend's pages that stay mapped (`feature-persistent`).
 ///
-/// Bounded by `limits::PERSISTENT_GRANTS_PER_QUEUE` (XSA-300); what is beyond is copied. The
-/// frontend may give a reference another page only after it ended access to the first, which it
-/// cannot while we hold it mapped, so an entry stays right until the queue disconnects.
+/// They are mapped in batches, each one range of memory, and unmapped in the same batches. Bounded
+/// by `limits::PERSISTENT_GRANTS_PER_QUEUE` (XSA-300): a batch that nothing used lately makes room,
+/// and where there is none, data is copied. A batch that nothing used for
+/// `limits::PERSISTENT_IDLE_SWEEPS` sweeps is unmapped, so that the guest can have its pages back.
+///
+/// The frontend may give a reference another page only after it ended access to the first, which it
+/// cannot while we hold it mapped, so an entry stays right until it is unmapped.
 #[derive(Debug, Default)]
 pub struct PersistentGrants {
-    pages: HashMap<u32, GuestBuf, FxBuildHasher>,
-    batches: Vec<GuestPages>,
+    pages: HashMap<u32, MappedPage, FxBuildHasher>,
+    batches: Slab<Batch>,
     refusals: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct MappedPage {
+    buffer: GuestBuf,
+    batch: usize,
+}
+
+#[derive(Debug)]
+struct Batch {
+    pages: GuestPages,
+    refs: Vec<GrantRef>,
+    /// Since the last sweep.
+    used: Cell<bool>,
+    /// Sweeps that found it unused, in a row.
+    idle_sweeps: u32,
+    /// Holds data of a request in flight; valid only during [`PersistentGrants::sweep`] and
+    /// [`PersistentGrants::map`].
+    busy: bool,
 }
 
 impl PersistentGrants {
     /// The page of a reference, if it is mapped.
     #[inline]
     pub fn page(&self, gref: u32) -> Option<GuestBuf> {
-        self.pages.get(&gref).copied()
+        let page = self.pages.get(&gref)?;
+        if let Some(batch) = self.batches.get(page.batch) {
+            batch.used.set(true);
+        }
+        Some(page.buffer)
     }
 
     /// Pages mapped.
@@ -37,11 +68,22 @@ impl PersistentGrants {
         self.pages.len()
     }
 
-    /// Maps as many of `wanted` as the bounds allow, in batches. What can't be mapped stays
-    /// unmapped: its data is copied, and the copy's status tells what is wrong with it.
-    pub fn map<G: Grants>(&mut self, grants: &mut G, domid: DomId, wanted: &mut Vec<GrantRef>) {
+    /// Maps as many of `wanted` as the bounds allow, in batches, in place of batches that nothing
+    /// used lately. What can't be mapped stays unmapped: its data is copied, and the copy's status
+    /// tells what is wrong with it. `in_flight` are the references that requests hold.
+    pub fn map<G: Grants>(
+        &mut self,
+        grants: &mut G,
+        domid: DomId,
+        wanted: &mut Vec<GrantRef>,
+        in_flight: impl Iterator<Item = u32>,
+    ) {
         wanted.sort_unstable();
         wanted.dedup();
+        let room = PERSISTENT_GRANTS_PER_QUEUE.saturating_sub(self.pages.len());
+        if wanted.len() > room {
+            self.make_room(grants, wanted.len(), in_flight);
+        }
         wanted.truncate(PERSISTENT_GRANTS_PER_QUEUE.saturating_sub(self.pages.len()));
         for batch in wanted.chunks(GRANTS_PER_MAP_BATCH) {
             if self.refusals >= MAP_REFUSALS_MAX {
@@ -49,6 +91,60 @@ impl PersistentGrants {
             }
             if self.map_batch(grants, domid, batch).is_err() {
                 self.map_singly(grants, domid, batch);
+            }
+        }
+    }
+
+    /// Unmaps idle batches, the longest idle first, until `wanted` pages fit.
+    #[cold]
+    fn make_room<G: Grants>(
+        &mut self,
+        grants: &mut G,
+        wanted: usize,
+        in_flight: impl Iterator<Item = u32>,
+    ) {
+        self.mark_busy(in_flight);
+        let mut idle: Vec<usize> = self
+            .batches
+            .iter()
+            .filter(|(_, batch)| !batch.busy && !batch.used.get())
+            .map(|(index, _)| index)
+            .collect();
+        idle.sort_by_key(|index| Reverse(self.batches[*index].idle_sweeps));
+        for index in idle {
+            if self.pages.len() + wanted <= PERSISTENT_GRANTS_PER_QUEUE {
+                return;
+            }
+            self.unmap_batch(grants, index);
+        }
+    }
+
+    /// Looks what was used since the last time, and unmaps what has long been idle.
+    pub fn sweep<G: Grants>(&mut self, grants: &mut G, in_flight: impl Iterator<Item = u32>) {
+        self.mark_busy(in_flight);
+        let mut idle = Vec::new();
+        for (index, batch) in &mut self.batches {
+            if batch.used.replace(false) || batch.busy {
+                batch.idle_sweeps = 0;
+            } else {
+                batch.idle_sweeps += 1;
+            }
+            if batch.idle_sweeps >= PERSISTENT_IDLE_SWEEPS {
+                idle.push(index);
+            }
+        }
+        for index in idle {
+            self.unmap_batch(grants, index);
+        }
+    }
+
+    fn mark_busy(&mut self, in_flight: impl Iterator<Item = u32>) {
+        self.batches.iter_mut().for_each(|(_, batch)| batch.busy = false);
+        for gref in in_flight {
+            if let Some(page) = self.pages.get(&gref)
+                && let Some(batch) = self.batches.get_mut(page.batch)
+            {
+                batch.busy = true;
             }
         }
     }
@@ -70,25 +166,41 @@ impl PersistentGrants {
         &mut self,
         grants: &mut G,
         domid: DomId,
-        batch: &[GrantRef],
+        refs: &[GrantRef],
     ) -> io::Result<()> {
-        let pages = grants.map(domid, batch, PageAccess::ReadWrite)?;
-        for (index, gref) in batch.iter().enumerate() {
-            self.pages.insert(gref.0, pages.page(index));
+        let pages = grants.map(domid, refs, PageAccess::ReadWrite)?;
+        let entry = self.batches.vacant_entry();
+        for (index, gref) in refs.iter().enumerate() {
+            let page = MappedPage { buffer: pages.page(index), batch: entry.key() };
+            self.pages.insert(gref.0, page);
         }
-        self.batches.push(pages);
+        entry.insert(Batch {
+            pages,
+            refs: refs.to_vec(),
+            used: Cell::new(true),
+            idle_sweeps: 0,
+            busy: false,
+        });
         Ok(())
     }
 
-    /// Unmaps everything; no request may be in flight. An error of one batch does not keep the
-    /// others mapped.
-    pub fn unmap_all<G: Grants>(&mut self, grants: &mut G) -> io::Result<()> {
-        self.pages.clear();
-        let mut result = Ok(());
-        for pages in self.batches.drain(..) {
-            result = result.and(grants.unmap(pages));
+    /// No request in flight may hold a page of it.
+    fn unmap_batch<G: Grants>(&mut self, grants: &mut G, index: usize) {
+        let batch = self.batches.remove(index);
+        for gref in &batch.refs {
+            self.pages.remove(&gref.0);
         }
-        result
+        if let Err(error) = grants.unmap(batch.pages) {
+            tracing::warn!(%error, "unmapping granted pages failed");
+        }
+    }
+
+    /// Unmaps everything; no request may be in flight.
+    pub fn unmap_all<G: Grants>(&mut self, grants: &mut G) {
+        let all: Vec<usize> = self.batches.iter().map(|(index, _)| index).collect();
+        for index in all {
+            self.unmap_batch(grants, index);
+        }
     }
 }
 
@@ -127,3 +239,6 @@ impl BouncePool {
         self.free.push(index);
     }
 }
+
+#[cfg(test)]
+mod test;

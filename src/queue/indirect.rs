@@ -47,7 +47,7 @@ impl Queue {
             }
         }
         if !wanted.is_empty() {
-            persistent.map(&mut io.grants, self.frontend, wanted);
+            persistent.map(&mut io.grants, self.frontend, wanted, self.slots.refs());
             wanted.clear();
             self.counters.grants_mapped.set(persistent.count() as u64);
         }

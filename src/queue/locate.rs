@@ -41,7 +41,7 @@ impl Queue {
                 wanted.push(segment.grant());
             }
         }
-        persistent.map(&mut io.grants, self.frontend, wanted);
+        persistent.map(&mut io.grants, self.frontend, wanted, self.slots.refs());
         wanted.clear();
         self.counters.grants_mapped.set(persistent.count() as u64);
     }

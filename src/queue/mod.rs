@@ -155,10 +155,8 @@ impl Queue {
         if let Err(error) = events.unbind(self.port) {
             tracing::warn!(domid = %self.frontend, port = %self.port, %error, "unbinding failed");
         }
-        if let Some(persistent) = &mut self.persistent
-            && let Err(error) = persistent.unmap_all(grants)
-        {
-            tracing::warn!(domid = %self.frontend, %error, "unmapping granted pages failed");
+        if let Some(persistent) = &mut self.persistent {
+            persistent.unmap_all(grants);
         }
         self.counters.grants_mapped.set(0);
         unmap_ring(grants, self.ring.into_page());
@@ -189,14 +187,33 @@ impl Queue {
         self.has_waiting() || (!self.stopped && self.ring.arm())
     }
 
+    /// Unmaps granted pages that have long been idle; `true`: others are still mapped.
+    pub fn sweep<G: Grants>(&mut self, grants: &mut G) -> bool {
+        let Some(persistent) = &mut self.persistent else { return false };
+        persistent.sweep(grants, self.slots.refs());
+        self.counters.grants_mapped.set(persistent.count() as u64);
+        persistent.count() > 0
+    }
+
     /// Hands over the latencies recorded since the last time.
     pub fn take_latency(&mut self) -> Histogram<u64> {
         std::mem::replace(&mut self.latency, new_latency_histogram())
     }
 
-    /// Takes requests off the ring and gets them under way; the count of those taken.
+    /// Takes requests off the ring and gets them under way. `true`: some were taken, or answered
+    /// already; those that had waited can fail here, too.
     #[inline]
     pub fn take<G: Grants, E: Engine<Target = Image>>(
+        &mut self,
+        io: &mut Resources<G, E>,
+        now_ns: u64,
+    ) -> Result<bool, RingFault> {
+        let taken = self.take_requests(io, now_ns)?;
+        Ok(taken > 0 || self.ring.has_unpublished())
+    }
+
+    #[inline]
+    fn take_requests<G: Grants, E: Engine<Target = Image>>(
         &mut self,
         io: &mut Resources<G, E>,
         now_ns: u64,

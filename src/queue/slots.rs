@@ -323,6 +323,12 @@ impl Slots {
         slot
     }
 
+    /// Grant references of all requests in the slots.
+    pub fn refs(&self) -> impl Iterator<Item = u32> + '_ {
+        let in_use = self.slots.iter().filter(|slot| slot.in_use);
+        in_use.flat_map(|slot| slot.segments().iter().map(|segment| segment.gref))
+    }
+
     /// Frees a slot; a table lent for it goes back to `tables`.
     ///
     /// # Panics

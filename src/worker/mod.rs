@@ -11,14 +11,15 @@ mod thread;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use slab::Slab;
 
 use crate::backing::Image;
 use crate::engine::{Completion, Engine};
 use crate::limits::{
-    COMMANDS_PER_PASS, EVENT_CHECK_NS, EVENT_CHECK_PASSES, PORTS_PER_READ, QUEUES_PER_WORKER,
+    COMMANDS_PER_PASS, EVENT_CHECK_NS, EVENT_CHECK_PASSES, PERSISTENT_SWEEP_SECONDS,
+    PORTS_PER_READ, QUEUES_PER_WORKER,
 };
 use crate::msg::{Command, CommandReceiver, Connect, Event, EventSender, QueueKey};
 use crate::park::{self, SpinBudget};
@@ -27,6 +28,8 @@ use crate::units::Port;
 use crate::xen::{Events, Platform, PlatformError};
 
 pub use thread::{Setup, SpawnError, WorkerThread, spawn, spawn_all};
+
+const SWEEP_NS: u64 = PERSISTENT_SWEEP_SECONDS * 1_000_000_000;
 
 /// Whether a pass found anything to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +61,7 @@ pub struct Worker<P: Platform, E> {
     last_work_ns: u64,
     last_event_check_ns: u64,
     passes_since_event_check: u32,
+    next_sweep_ns: u64,
     spinning: bool,
     stopping: bool,
 }
@@ -96,6 +100,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             last_work_ns: 0,
             last_event_check_ns: 0,
             passes_since_event_check: 0,
+            next_sweep_ns: u64::MAX,
             spinning: false,
             stopping: false,
         })
@@ -139,7 +144,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 self.resources.engine.completion_fd(),
                 self.commands.bell.as_fd(),
             ],
-            None,
+            self.until_sweep(asleep_ns),
         );
         self.budget.slept(clock_ns().saturating_sub(asleep_ns));
         self.spinning = false;
@@ -156,6 +161,9 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     /// event-channel device fails), never a guest's.
     pub fn poll_once(&mut self, clock_ns: impl Fn() -> u64) -> io::Result<Progress> {
         let now_ns = clock_ns();
+        if now_ns >= self.next_sweep_ns {
+            self.sweep(now_ns);
+        }
         let mut worked = self.take_commands(now_ns);
         if self.event_check_is_due(now_ns) {
             worked |= self.take_events(now_ns)?;
@@ -171,6 +179,22 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             self.disconnect_drained();
         }
         Ok(if worked { Progress::Worked } else { Progress::Idle })
+    }
+
+    /// Unmaps granted pages that have long been idle. Once none is mapped and no queue is active
+    /// there is nothing to come back for, and a worker without work sleeps for ever.
+    fn sweep(&mut self, now_ns: u64) {
+        let mut some_left = !self.polled.is_empty();
+        for (_, served) in &mut self.queues {
+            some_left |= served.queue.sweep(&mut self.resources.grants);
+        }
+        self.next_sweep_ns = if some_left { now_ns + SWEEP_NS } else { u64::MAX };
+    }
+
+    fn until_sweep(&self, now_ns: u64) -> Option<Duration> {
+        let left = (self.next_sweep_ns != u64::MAX)
+            .then(|| self.next_sweep_ns - now_ns.min(self.next_sweep_ns));
+        left.map(Duration::from_nanos)
     }
 
     fn take_commands(&mut self, now_ns: u64) -> bool {
@@ -217,8 +241,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             Ok(queue) => {
                 self.by_key.insert(key, index);
                 self.by_port.insert(queue.port(), index);
-                entry.insert(Served { queue, polled: true, last_work_ns: now_ns });
-                self.polled.push(index);
+                entry.insert(Served { queue, polled: false, last_work_ns: now_ns });
+                self.poll_queue(index, now_ns);
                 self.reports.send(Event::Connected(key));
             }
             Err(reason) => self.reports.send(Event::ConnectFailed(key, reason)),
@@ -287,6 +311,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         if !served.polled {
             served.polled = true;
             self.polled.push(index);
+            // What it maps now will be idle one day.
+            self.next_sweep_ns = self.next_sweep_ns.min(now_ns + SWEEP_NS);
         }
     }
 
@@ -296,8 +322,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         for index in &self.polled {
             let served = &mut self.queues[*index];
             match served.queue.take(&mut self.resources, now_ns) {
-                Ok(0) => {}
-                Ok(_) => {
+                Ok(false) => {}
+                Ok(true) => {
                     served.last_work_ns = now_ns;
                     worked = true;
                 }

@@ -20,8 +20,14 @@ const NOT_SUPPORTED: i16 = -2;
 
 /// Both protocols and both ways to a guest's pages.
 const ALL: [Options; 4] = {
-    const USUAL: Options =
-        Options { backend: DomId::DOM0, protocol: Protocol::X86_64, persistent: true, buffers: 32 };
+    const USUAL: Options = Options {
+        backend: DomId::DOM0,
+        protocol: Protocol::X86_64,
+        persistent: true,
+        buffers: 32,
+        ring_order: 0,
+        segments: 11,
+    };
     [
         USUAL,
         Options { persistent: false, ..USUAL },

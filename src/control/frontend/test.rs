@@ -130,9 +130,13 @@ fn nonsense_is_refused_by_name() {
 #[test]
 fn what_was_not_offered_is_refused() {
     let good = [("ring-ref", "8"), ("ring-ref0", "8"), ("event-channel", "15")];
-    for extra in [("ring-page-order", "1"), ("multi-queue-num-queues", "2")] {
-        let nodes = [&good[..], &[extra]].concat();
-        assert!(Area::new(&nodes).refusal(Offer::default()).contains("offered"));
+    for (node, offered, more) in
+        [("ring-page-order", "0", "1"), ("multi-queue-num-queues", "1", "2")]
+    {
+        let with = |value| Area::new(&[&good[..], &[(node, value)]].concat());
+        let offer = Offer { ring_page_order: 0, ..Offer::default() };
+        with(offered).read(offer).unwrap();
+        assert!(with(more).refusal(offer).contains("offered"), "{node}");
     }
 }
 

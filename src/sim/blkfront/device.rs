@@ -5,10 +5,12 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::blkif::codec::{RawDirect, RawRequest, RawResponse, RawSegment};
+use crate::blkif::codec::{
+    RawDirect, RawIndirect, RawRequest, RawResponse, RawSegment, SEGMENT_BYTES,
+};
 use crate::blkif::op;
 use crate::blkif::ring::FrontRing;
-use crate::limits::SEGMENTS_PER_REQUEST;
+use crate::limits::{INDIRECT_PAGES_PER_REQUEST, SEGMENTS_PER_INDIRECT_PAGE, SEGMENTS_PER_REQUEST};
 use crate::msg::Protocol;
 use crate::park;
 use crate::sim::domain::StillMapped;
@@ -17,9 +19,6 @@ use crate::sim::{Domain, Gfn};
 use crate::units::{DomId, GrantRef, Port, SECTOR_BYTES};
 use crate::xen::shm::{GuestBuf, PAGE_BYTES};
 use crate::xen::{Events, PageAccess};
-
-/// Bytes that a request of the largest size moves.
-pub const REQUEST_BYTES_MAX: usize = SEGMENTS_PER_REQUEST * PAGE_BYTES;
 
 /// What a frontend chooses.
 #[derive(Clone, Copy, Debug)]
@@ -30,13 +29,54 @@ pub struct Options {
     pub protocol: Protocol,
     /// Its buffers are granted once and stay granted; otherwise for each request.
     pub persistent: bool,
-    /// Buffers, each for one request of up to [`REQUEST_BYTES_MAX`]; requests in flight at most.
+    /// Buffers, each for one request of `segments` pages; requests in flight at most.
     pub buffers: usize,
+    /// log2 of the ring in pages.
+    pub ring_order: u32,
+    /// Segments of a request at most. A request of more than [`SEGMENTS_PER_REQUEST`] is indirect.
+    pub segments: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { backend: DomId::DOM0, protocol: Protocol::X86_64, persistent: true, buffers: 32 }
+        Options {
+            backend: DomId::DOM0,
+            protocol: Protocol::X86_64,
+            persistent: true,
+            buffers: 32,
+            ring_order: 0,
+            segments: SEGMENTS_PER_REQUEST,
+        }
+    }
+}
+
+impl Options {
+    /// Bytes that a request moves at most.
+    pub fn request_bytes_max(&self) -> usize {
+        self.segments * PAGE_BYTES
+    }
+
+    /// Pages of the ring.
+    fn ring_pages(&self) -> u32 {
+        1 << self.ring_order
+    }
+
+    /// Pages for the segments of an indirect request.
+    fn segment_pages(&self) -> usize {
+        match self.segments {
+            ..=SEGMENTS_PER_REQUEST => 0,
+            segments => segments.div_ceil(SEGMENTS_PER_INDIRECT_PAGE),
+        }
+    }
+
+    /// Pages of one buffer.
+    fn buffer_pages(&self) -> usize {
+        self.segments + self.segment_pages()
+    }
+
+    /// Pages of the domain that a device takes.
+    pub fn device_pages(&self) -> u32 {
+        self.ring_pages() + count_u32(self.buffers * self.buffer_pages())
     }
 }
 
@@ -47,20 +87,21 @@ pub struct Device {
     options: Options,
     ring: FrontRing,
     ring_page: Gfn,
-    ring_ref: GrantRef,
+    ring_refs: Vec<GrantRef>,
     events: SimEvents,
     port: Port,
     buffers: Vec<Buffer>,
     free: Vec<usize>,
+    /// Reused by [`Device::put`].
+    segments: Vec<RawSegment>,
 }
 
-/// Pages for the data of one request.
+/// Pages for one request: those of its data, then those of its segments where it is indirect.
 #[derive(Debug)]
 struct Buffer {
     first: Gfn,
     refs: Vec<GrantRef>,
-    /// Pages of the request in flight, if one is.
-    in_flight: Option<usize>,
+    in_flight: bool,
 }
 
 /// A request that came back.
@@ -77,19 +118,40 @@ impl Device {
     pub fn new(domain: Arc<Domain>, options: Options) -> io::Result<Device> {
         let mut events = domain.open_events()?;
         let port = events.alloc_unbound(options.backend)?;
-        let ring_page = domain.alloc_pages(1)?;
-        let ring_ref = domain.grant(ring_page, options.backend, PageAccess::ReadWrite)?;
-        let ring = FrontRing::init(domain.shared_pages(ring_page, 1), options.protocol);
+        let ring_page = domain.alloc_pages(options.ring_pages())?;
+        let ring_refs = (ring_page.0..)
+            .take(1 << options.ring_order)
+            .map(|gfn| domain.grant(Gfn(gfn), options.backend, PageAccess::ReadWrite))
+            .collect::<io::Result<Vec<_>>>()?;
+        let ring_memory = domain.shared_pages(ring_page, options.ring_pages());
+        let ring = FrontRing::init(ring_memory, options.protocol);
         let buffers = (0..options.buffers)
             .map(|_| Buffer::new(&domain, &options))
             .collect::<io::Result<Vec<_>>>()?;
         let free = (0..buffers.len()).rev().collect();
-        Ok(Device { domain, options, ring, ring_page, ring_ref, events, port, buffers, free })
+        let segments = Vec::new();
+        Ok(Device {
+            domain,
+            options,
+            ring,
+            ring_page,
+            ring_refs,
+            events,
+            port,
+            buffers,
+            free,
+            segments,
+        })
     }
 
-    /// What `ring-ref` says.
+    /// What `ring-ref` says of a one-page ring.
     pub fn ring_ref(&self) -> GrantRef {
-        self.ring_ref
+        self.ring_refs[0]
+    }
+
+    /// What `ring-ref0` and the following say of a larger one.
+    pub fn ring_refs(&self) -> &[GrantRef] {
+        &self.ring_refs
     }
 
     /// What `event-channel` says.
@@ -102,7 +164,7 @@ impl Device {
         self.options
     }
 
-    /// The page that the ring is in, for tests of hostile frontends.
+    /// The first page that the ring is in, for tests of hostile frontends.
     pub fn ring_page(&self) -> Gfn {
         self.ring_page
     }
@@ -134,47 +196,100 @@ impl Device {
 
     /// Puts data into a buffer, from its start.
     pub fn fill(&self, buffer: usize, data: &[u8]) {
-        for (page, part) in self.pages(buffer).zip(data.chunks(PAGE_BYTES)) {
-            page.copy_from(part);
+        for (page, part) in data.chunks(PAGE_BYTES).enumerate() {
+            self.page(buffer, page).copy_from(part);
         }
     }
 
     /// Takes data out of a buffer, from its start.
     pub fn drain(&self, buffer: usize, data: &mut [u8]) {
-        for (page, part) in self.pages(buffer).zip(data.chunks_mut(PAGE_BYTES)) {
-            page.copy_to(part);
+        for (page, part) in data.chunks_mut(PAGE_BYTES).enumerate() {
+            self.page(buffer, page).copy_to(part);
         }
     }
 
-    fn pages(&self, buffer: usize) -> impl Iterator<Item = GuestBuf> + '_ {
-        let first = self.buffers[buffer].first.0;
-        (first..).take(SEGMENTS_PER_REQUEST).map(|gfn| self.domain.page(Gfn(gfn)))
+    /// A page of a buffer.
+    pub fn page(&self, buffer: usize, page: usize) -> GuestBuf {
+        self.domain.page(self.buffers[buffer].gfn(page))
+    }
+
+    /// A segment of sectors `first` to `last` of a page of a buffer.
+    pub fn segment(&self, buffer: usize, page: usize, first: u8, last: u8) -> RawSegment {
+        RawSegment { gref: self.buffers[buffer].refs[page].0, first, last }
     }
 
     /// Writes a request for the first `len` bytes (whole sectors; 0: none) of the buffer that
     /// [`Device::free_buffer`] named. [`Device::publish`] makes it visible.
     pub fn put(&mut self, operation: u8, sector: u64, len: usize) -> usize {
-        let index = self.free.pop().expect("a free buffer");
-        let mut request = RawDirect::new(operation, index as u64, sector);
-        let count = len.div_ceil(PAGE_BYTES);
-        request.nr_segments = u8::try_from(count).expect("at most a request's segments");
-        let access = match operation {
-            op::READ => PageAccess::ReadWrite,
-            _ => PageAccess::ReadOnly,
-        };
-        let buffer = &mut self.buffers[index];
-        let segments = request.segments.iter_mut().zip(&buffer.refs).take(count);
-        for (page, (segment, gref)) in segments.enumerate() {
+        let buffer = self.free_buffer().expect("a free buffer");
+        let mut segments = std::mem::take(&mut self.segments);
+        segments.clear();
+        segments.extend((0..len.div_ceil(PAGE_BYTES)).map(|page| {
             let bytes = (len - page * PAGE_BYTES).min(PAGE_BYTES);
             let sectors = u8::try_from(bytes as u64 / SECTOR_BYTES).expect("at most 8 in a page");
-            *segment = RawSegment { gref: gref.0, first: 0, last: sectors - 1 };
-            if !self.options.persistent {
-                let gfn = Gfn(buffer.first.0 + index_of(page));
-                self.domain.permit(*gref, gfn, self.options.backend, access);
+            self.segment(buffer, page, 0, sectors - 1)
+        }));
+        let request = match segments.len() {
+            ..=SEGMENTS_PER_REQUEST => self.direct(operation, sector, &segments).into(),
+            _ => self.indirect(operation, sector, &segments).into(),
+        };
+        self.put_request(&request, segments.len());
+        self.segments = segments;
+        buffer
+    }
+
+    /// A request in its entry, for [`Device::put_request`].
+    pub fn direct(&self, operation: u8, sector: u64, segments: &[RawSegment]) -> RawDirect {
+        let mut request = RawDirect::new(operation, self.next_id(), sector);
+        request.nr_segments = u8::try_from(segments.len()).expect("at most a request's segments");
+        request.segments[..segments.len()].copy_from_slice(segments);
+        request
+    }
+
+    /// A request whose segments are in pages of its buffer now, for [`Device::put_request`].
+    pub fn indirect(&self, operation: u8, sector: u64, segments: &[RawSegment]) -> RawIndirect {
+        let id = self.next_id();
+        let buffer = self.free_buffer().expect("a free buffer");
+        let mut pages = [0; INDIRECT_PAGES_PER_REQUEST];
+        let places = pages.iter_mut().zip(self.options.segments..);
+        for (part, (gref, page)) in segments.chunks(SEGMENTS_PER_INDIRECT_PAGE).zip(places) {
+            *gref = self.buffers[buffer].refs[page].0;
+            let memory = self.page(buffer, page);
+            for (segment, at) in part.iter().zip((0..).step_by(SEGMENT_BYTES)) {
+                let place = memory.part(at, 8).expect("512 segments in a page");
+                place.copy_from(&segment.to_word().to_le_bytes());
             }
         }
-        buffer.in_flight = Some(count);
-        self.ring.put(&RawRequest::Direct(request));
+        let nr_segments = u16::try_from(segments.len()).expect("at most 8 pages of segments");
+        RawIndirect { operation, nr_segments, id, sector, handle: 0, pages }
+    }
+
+    /// The id of the next request: the buffer it uses.
+    fn next_id(&self) -> u64 {
+        self.free_buffer().expect("a free buffer") as u64
+    }
+
+    /// Writes a request that [`Device::direct`] or [`Device::indirect`] made, whatever became of it
+    /// since, with the first `pages` pages of its buffer; returns the buffer.
+    pub fn put_request(&mut self, request: &RawRequest, pages: usize) -> usize {
+        let index = self.free.pop().expect("a free buffer");
+        assert_eq!(request.id(), index as u64, "a request of this buffer");
+        if !self.options.persistent {
+            let data = match request.operation() {
+                op::READ => PageAccess::ReadWrite,
+                _ => PageAccess::ReadOnly,
+            };
+            let grants = (0..pages).map(|page| (page, data));
+            let segment_pages = self.options.segments..self.options.buffer_pages();
+            let all = grants.chain(segment_pages.map(|page| (page, PageAccess::ReadOnly)));
+            let buffer = &self.buffers[index];
+            for (page, access) in all {
+                let (gref, gfn) = (buffer.refs[page], buffer.gfn(page));
+                self.domain.permit(gref, gfn, self.options.backend, access);
+            }
+        }
+        self.buffers[index].in_flight = true;
+        self.ring.put(request);
         index
     }
 
@@ -199,15 +314,11 @@ impl Device {
     pub fn next_answer(&mut self) -> Result<Option<Answer>, BackendFault> {
         let Some(response) = self.ring.next_response() else { return Ok(None) };
         let index = usize::try_from(response.id).unwrap_or(usize::MAX);
-        let Some((buffer, pages)) = self
-            .buffers
-            .get_mut(index)
-            .and_then(|buffer| buffer.in_flight.take().map(|pages| (buffer, pages)))
-        else {
-            return Err(BackendFault::UnknownId(response.id));
-        };
+        let buffer = self.buffers.get_mut(index).filter(|buffer| buffer.in_flight);
+        let Some(buffer) = buffer else { return Err(BackendFault::UnknownId(response.id)) };
+        buffer.in_flight = false;
         if !self.options.persistent {
-            for gref in buffer.refs.iter().take(pages) {
+            for gref in &buffer.refs {
                 self.domain.withdraw(*gref)?;
             }
         }
@@ -230,8 +341,8 @@ impl Device {
     pub fn close(mut self) -> Result<(), StillMapped> {
         // Closing a channel fails only where the hypervisor is gone, and then it is closed.
         let _ = self.events.unbind(self.port);
-        self.domain.end_access(self.ring_ref)?;
-        self.domain.free_pages(self.ring_page, 1);
+        self.ring_refs.iter().try_for_each(|gref| self.domain.end_access(*gref))?;
+        self.domain.free_pages(self.ring_page, self.options.ring_pages());
         for buffer in self.buffers.drain(..) {
             buffer.free(&self.domain)?;
         }
@@ -252,25 +363,30 @@ pub enum BackendFault {
 
 impl Buffer {
     fn new(domain: &Domain, options: &Options) -> io::Result<Buffer> {
-        let first = domain.alloc_pages(index_of(SEGMENTS_PER_REQUEST))?;
-        let refs = domain.reserve_refs(SEGMENTS_PER_REQUEST)?;
+        let pages = options.buffer_pages();
+        let first = domain.alloc_pages(count_u32(pages))?;
+        let refs = domain.reserve_refs(pages)?;
         if options.persistent {
             for (gfn, gref) in (first.0..).zip(&refs) {
                 domain.permit(*gref, Gfn(gfn), options.backend, PageAccess::ReadWrite);
             }
         }
-        Ok(Buffer { first, refs, in_flight: None })
+        Ok(Buffer { first, refs, in_flight: false })
+    }
+
+    fn gfn(&self, page: usize) -> Gfn {
+        Gfn(self.first.0 + count_u32(page))
     }
 
     fn free(self, domain: &Domain) -> Result<(), StillMapped> {
         for gref in &self.refs {
             domain.end_access(*gref)?;
         }
-        domain.free_pages(self.first, index_of(SEGMENTS_PER_REQUEST));
+        domain.free_pages(self.first, count_u32(self.refs.len()));
         Ok(())
     }
 }
 
-fn index_of(page: usize) -> u32 {
-    u32::try_from(page).expect("a page of one request")
+fn count_u32(pages: usize) -> u32 {
+    u32::try_from(pages).expect("pages of one domain")
 }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::device::{Answer, BackendFault, Device, REQUEST_BYTES_MAX};
+use super::device::{Answer, BackendFault, Device};
 use super::oracle::{Oracle, SECTOR};
 use crate::blkif::op;
 
@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Load {
     /// Seeds the choice of places and the data.
     pub seed: u64,
-    /// Bytes of each request: whole sectors of the disk, at most [`REQUEST_BYTES_MAX`].
+    /// Bytes of each request: whole sectors of the disk, at most what the device's requests move.
     pub block_bytes: usize,
     /// Requests in flight at most.
     pub depth: usize,
@@ -100,7 +100,7 @@ impl<'a> Runner<'a> {
     pub fn new(load: Load, device: &'a mut Device) -> Runner<'a> {
         let sectors = usize::try_from(load.sectors.end - load.sectors.start).expect("a small disk");
         let per_block = load.block_bytes / SECTOR;
-        assert!(per_block > 0 && load.block_bytes <= REQUEST_BYTES_MAX);
+        assert!(per_block > 0 && load.block_bytes <= device.options().request_bytes_max());
         let blocks = sectors / per_block;
         assert!(blocks > 2 * load.depth, "too few blocks for the depth");
         Runner {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use xenstore_rs::Xs;
 
 use super::device::{Device, Options};
+use crate::limits::SEGMENTS_PER_REQUEST;
 use crate::msg::Protocol;
 use crate::park;
 use crate::sim::Domain;
@@ -25,6 +26,51 @@ pub struct Xenbus {
     store: StoreClient,
     area: String,
     backend: String,
+}
+
+/// What a frontend would like to be. It becomes what of that the backend offers.
+#[derive(Clone, Copy, Debug)]
+pub struct Wanted {
+    /// Rings of the disk, each a [`Device`].
+    pub queues: usize,
+    /// What each of them is like.
+    pub options: Options,
+    /// It writes `protocol`; without it the backend takes an x86 guest for a 32-bit one.
+    pub names_protocol: bool,
+    /// Nodes of its earlier connection stay where the new one has no use for them. Such a frontend
+    /// writes the order and the number of its rings even where they are 0 and 1.
+    pub leaves_nodes: bool,
+}
+
+impl Wanted {
+    /// One ring, by a frontend that says everything and cleans up.
+    pub fn one_queue(options: Options) -> Wanted {
+        Wanted { queues: 1, options, names_protocol: true, leaves_nodes: false }
+    }
+
+    /// As much of it as is offered.
+    fn within(mut self, offered: &Offered) -> Wanted {
+        self.queues = self.queues.min(offered.queues);
+        let options = &mut self.options;
+        options.persistent &= offered.persistent;
+        options.ring_order = options.ring_order.min(offered.ring_order);
+        options.segments =
+            options.segments.min(offered.indirect_segments.max(SEGMENTS_PER_REQUEST));
+        self
+    }
+}
+
+/// What the backend offers from InitWait on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offered {
+    /// Granted pages may stay mapped.
+    pub persistent: bool,
+    /// log2 of the largest ring in pages.
+    pub ring_order: u32,
+    /// Most rings of the disk.
+    pub queues: usize,
+    /// Most segments of an indirect request; 0: none.
+    pub indirect_segments: usize,
 }
 
 /// What the backend says of the disk.
@@ -84,33 +130,59 @@ impl Xenbus {
 
     /// Goes through the whole negotiation: a device that the backend serves, and its disk.
     pub fn connect(&self, domain: &Arc<Domain>, options: Options) -> io::Result<(Device, Disk)> {
+        let (mut devices, disk) = self.connect_all(domain, Wanted::one_queue(options))?;
+        Ok((devices.remove(0), disk))
+    }
+
+    /// The same with several rings.
+    pub fn connect_all(
+        &self,
+        domain: &Arc<Domain>,
+        wanted: Wanted,
+    ) -> io::Result<(Vec<Device>, Disk)> {
         self.wait_for(&[XenbusState::InitWait])?;
-        let device = Device::new(Arc::clone(domain), options)?;
-        self.publish(&device)?;
+        let wanted = wanted.within(&self.offered()?);
+        let devices = (0..wanted.queues)
+            .map(|_| Device::new(Arc::clone(domain), wanted.options))
+            .collect::<io::Result<Vec<_>>>()?;
+        self.publish_all(&devices, &wanted)?;
         match self.wait_for(&[XenbusState::Connected, XenbusState::Closing, XenbusState::Closed])? {
             XenbusState::Connected => {}
             state => return Err(io::Error::other(format!("the backend went to {state}"))),
         }
         let disk = self.disk()?;
         self.set_state(XenbusState::Connected)?;
-        Ok((device, disk))
+        Ok((devices, disk))
     }
 
     /// Writes a device's ring and event channel in one transaction, then Initialised.
     pub fn publish(&self, device: &Device) -> io::Result<()> {
-        let options = device.options();
-        let protocol = match options.protocol {
-            Protocol::X86_64 => "x86_64-abi",
-            Protocol::X86_32 => "x86_32-abi",
-        };
+        let wanted = Wanted::one_queue(device.options());
+        self.publish_all(std::slice::from_ref(device), &wanted)
+    }
+
+    fn publish_all(&self, devices: &[Device], wanted: &Wanted) -> io::Result<()> {
+        let nodes = nodes(devices, wanted);
         self.store.atomically(|span| {
-            span.write(&self.own(keys::RING_REF), &device.ring_ref().to_string())?;
-            span.write(&self.own(keys::EVENT_CHANNEL), &device.port().to_string())?;
-            span.write(&self.own(keys::PROTOCOL), protocol)?;
-            let persistent = if options.persistent { "1" } else { "0" };
-            span.write(&self.own(keys::FEATURE_PERSISTENT), persistent)
+            for name in span.directory(&self.area)? {
+                let stays = wanted.leaves_nodes && &*name != keys::PROTOCOL;
+                if is_of_a_connection(&name) && !stays {
+                    span.rm(&self.own(&name))?;
+                }
+            }
+            nodes.iter().try_for_each(|(node, value)| span.write(&self.own(node), value))
         })?;
         self.set_state(XenbusState::Initialised)
+    }
+
+    /// Reads what the backend offers.
+    pub fn offered(&self) -> io::Result<Offered> {
+        Ok(Offered {
+            persistent: self.number_or(keys::FEATURE_PERSISTENT, 0)? == 1,
+            ring_order: self.number_or(keys::MAX_RING_PAGE_ORDER, 0)?,
+            queues: self.number_or(keys::MULTI_QUEUE_MAX_QUEUES, 1)?,
+            indirect_segments: self.number_or(keys::FEATURE_MAX_INDIRECT_SEGMENTS, 0)?,
+        })
     }
 
     /// Reads what a backend has to publish before Connected.
@@ -120,32 +192,91 @@ impl Xenbus {
             sectors: Sectors(self.number(keys::SECTORS)?),
             sector_bytes: self.number(keys::SECTOR_SIZE)?,
             read_only: info & keys::VDISK_READONLY != 0,
-            persistent: read_text(&self.store, &self.theirs(keys::FEATURE_PERSISTENT))?
-                .is_some_and(|text| text == "1"),
+            persistent: self.offered()?.persistent,
         })
     }
 
     fn number<T: std::str::FromStr>(&self, key: &str) -> io::Result<T> {
+        self.number_if_there(key)?.ok_or(io::ErrorKind::NotFound.into())
+    }
+
+    fn number_or<T: std::str::FromStr>(&self, key: &str, unsaid: T) -> io::Result<T> {
+        Ok(self.number_if_there(key)?.unwrap_or(unsaid))
+    }
+
+    fn number_if_there<T: std::str::FromStr>(&self, key: &str) -> io::Result<Option<T>> {
         let path = self.theirs(key);
-        let text = self.store.read(&path)?;
-        parse_decimal(&text).ok_or_else(|| io::Error::other(format!("{path} holds \"{text}\"")))
+        let Some(text) = read_text(&self.store, &path)? else { return Ok(None) };
+        match parse_decimal(&text) {
+            Some(number) => Ok(Some(number)),
+            None => Err(io::Error::other(format!("{path} holds \"{text}\""))),
+        }
     }
 
     /// Closes the device: Closing, the backend's Closing, Closed, the backend's Closed; then every
     /// page is taken back. An error names a page that the backend still has.
     pub fn close(&self, device: Device) -> io::Result<()> {
+        self.close_all(vec![device])
+    }
+
+    /// The same with several rings.
+    pub fn close_all(&self, devices: Vec<Device>) -> io::Result<()> {
         self.set_state(XenbusState::Closing)?;
         self.wait_for(&[XenbusState::Closing, XenbusState::Closed, XenbusState::Unknown])?;
         self.set_state(XenbusState::Closed)?;
         // An online backend starts over at once.
         self.wait_for(&[XenbusState::Closed, XenbusState::InitWait, XenbusState::Unknown])?;
-        device.close().map_err(io::Error::other)
+        devices.into_iter().try_for_each(Device::close).map_err(io::Error::other)
     }
 
     /// Starts over after [`Xenbus::close`]: the backend goes to InitWait again.
     pub fn start_over(&self) -> io::Result<()> {
         self.set_state(XenbusState::Initialising)
     }
+}
+
+/// What a frontend writes for a connection, below its own area.
+fn nodes(devices: &[Device], wanted: &Wanted) -> Vec<(String, String)> {
+    let Wanted { options, names_protocol, leaves_nodes, .. } = wanted;
+    let mut nodes = vec![(keys::FEATURE_PERSISTENT, u8::from(options.persistent).to_string())];
+    if *names_protocol {
+        nodes.push((keys::PROTOCOL, name_of(options.protocol).to_owned()));
+    }
+    let says_order = options.ring_order > 0 || *leaves_nodes;
+    if says_order {
+        nodes.push((keys::RING_PAGE_ORDER, options.ring_order.to_string()));
+    }
+    if devices.len() > 1 || *leaves_nodes {
+        nodes.push((keys::MULTI_QUEUE_NUM_QUEUES, devices.len().to_string()));
+    }
+    let mut nodes: Vec<_> =
+        nodes.into_iter().map(|(node, value)| (node.to_owned(), value)).collect();
+    for (number, device) in devices.iter().enumerate() {
+        let folder = if devices.len() > 1 { format!("queue-{number}/") } else { String::new() };
+        let ring_ref = |page: usize| match says_order {
+            true => format!("{folder}{}{page}", keys::RING_REF),
+            false => format!("{folder}{}", keys::RING_REF),
+        };
+        let refs = device.ring_refs().iter().enumerate();
+        nodes.extend(refs.map(|(page, gref)| (ring_ref(page), gref.to_string())));
+        nodes.push((format!("{folder}{}", keys::EVENT_CHANNEL), device.port().to_string()));
+    }
+    nodes
+}
+
+fn name_of(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::X86_64 => "x86_64-abi",
+        Protocol::X86_32 => "x86_32-abi",
+    }
+}
+
+/// Whether a connection wrote the node that is named.
+fn is_of_a_connection(name: &str) -> bool {
+    [keys::PROTOCOL, keys::EVENT_CHANNEL, keys::RING_PAGE_ORDER, keys::MULTI_QUEUE_NUM_QUEUES]
+        .contains(&name)
+        || name.starts_with(keys::RING_REF)
+        || name.starts_with("queue-")
 }
 
 fn read_text(store: &StoreClient, path: &str) -> io::Result<Option<String>> {

@@ -1,0 +1,103 @@
+use std::collections::HashSet;
+use std::ptr::NonNull;
+
+use super::*;
+use crate::xen::GrantCopy;
+
+/// Grants without a hypervisor: every mapping is memory of our own.
+#[derive(Debug, Default)]
+struct FakeGrants {
+    memory: HashMap<u64, LocalPages>,
+    next: u64,
+    refused: HashSet<u32>,
+}
+
+impl Grants for FakeGrants {
+    #[allow(unsafe_code)]
+    fn map(&mut self, _: DomId, refs: &[GrantRef], _: PageAccess) -> io::Result<GuestPages> {
+        if refs.iter().any(|gref| self.refused.contains(&gref.0)) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let memory = LocalPages::new(refs.len());
+        let base: NonNull<u8> = memory.page(0).address();
+        self.next += 1;
+        self.memory.insert(self.next, memory);
+        // SAFETY: the memory is kept until it is unmapped.
+        Ok(unsafe { GuestPages::from_raw(base, refs.len(), self.next) })
+    }
+
+    fn unmap(&mut self, pages: GuestPages) -> io::Result<()> {
+        assert!(self.memory.remove(&pages.cookie()).is_some());
+        Ok(())
+    }
+
+    fn copy(&mut self, _: DomId, _: &mut [GrantCopy]) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+const GUEST: DomId = DomId::DOM0;
+
+fn map(persistent: &mut PersistentGrants, grants: &mut FakeGrants, refs: std::ops::Range<u32>) {
+    let mut wanted = refs.map(GrantRef).collect();
+    persistent.map(grants, GUEST, &mut wanted, std::iter::empty());
+}
+
+#[test]
+fn what_was_idle_for_long_is_unmapped_and_what_is_used_stays() {
+    let (mut persistent, mut grants) = (PersistentGrants::default(), FakeGrants::default());
+    map(&mut persistent, &mut grants, 0..10);
+    map(&mut persistent, &mut grants, 10..20);
+    map(&mut persistent, &mut grants, 20..30);
+    for _ in 0..=PERSISTENT_IDLE_SWEEPS {
+        // 5 is used again and again; 25 belongs to a request that storage takes long for.
+        persistent.page(5).unwrap();
+        persistent.sweep(&mut grants, [25].into_iter());
+    }
+    assert!(persistent.page(5).is_some() && persistent.page(25).is_some());
+    assert!(persistent.page(15).is_none());
+    assert_eq!((persistent.count(), grants.memory.len()), (20, 2));
+    persistent.unmap_all(&mut grants);
+    assert_eq!((persistent.count(), grants.memory.len()), (0, 0));
+}
+
+#[test]
+fn a_full_cache_makes_room_by_what_is_idle_and_never_by_what_is_in_flight() {
+    let (mut persistent, mut grants) = (PersistentGrants::default(), FakeGrants::default());
+    let full = u32::try_from(PERSISTENT_GRANTS_PER_QUEUE).unwrap();
+    let third = full / 3;
+    for start in 0..3 {
+        map(&mut persistent, &mut grants, start * third..(start + 1) * third);
+    }
+    map(&mut persistent, &mut grants, full..full + 10);
+    assert!(persistent.page(full).is_none(), "all the others were used just now");
+    assert_eq!(persistent.count(), PERSISTENT_GRANTS_PER_QUEUE);
+
+    persistent.sweep(&mut grants, std::iter::empty());
+    persistent.page(0).unwrap();
+    let mut wanted: Vec<GrantRef> = (2000..2010).map(GrantRef).collect();
+    persistent.map(&mut grants, GUEST, &mut wanted, [third].into_iter());
+    assert!(persistent.page(2000).is_some(), "the idle third made room");
+    assert!(persistent.page(0).is_some(), "used since the sweep");
+    assert!(persistent.page(third).is_some(), "in flight");
+    assert!(persistent.page(2 * third).is_none());
+    assert!(persistent.count() <= PERSISTENT_GRANTS_PER_QUEUE);
+}
+
+#[test]
+fn one_bad_reference_keeps_no_good_one_unmapped() {
+    let (mut persistent, mut grants) = (PersistentGrants::default(), FakeGrants::default());
+    grants.refused.insert(7);
+    map(&mut persistent, &mut grants, 0..10);
+    assert_eq!(persistent.count(), 9);
+    assert!(persistent.page(7).is_none());
+}
+
+#[test]
+fn a_frontend_that_keeps_sending_bad_references_is_only_copied_for() {
+    let (mut persistent, mut grants) = (PersistentGrants::default(), FakeGrants::default());
+    grants.refused.extend(0..1000);
+    map(&mut persistent, &mut grants, 0..1000);
+    map(&mut persistent, &mut grants, 2000..2010);
+    assert_eq!(persistent.count(), 0, "a good one is not mapped any more either");
+}

@@ -1,0 +1,298 @@
+//! What is drawn from a seed: a connection, and the requests on it. Nothing here depends on time,
+//! so that a seed plays the same again.
+
+use polldisk::blkif::Protocol;
+use polldisk::blkif::op;
+use polldisk::limits::{INDIRECT_SEGMENTS_MAX, RING_PAGE_ORDER_MAX, SEGMENTS_PER_REQUEST};
+use polldisk::sim::blkfront::device::Options;
+use polldisk::units::DomId;
+
+/// Sectors of the disk: as many as the largest indirect request moves.
+pub const SECTORS: u64 = 8 * INDIRECT_SEGMENTS_MAX as u64;
+
+/// Sectors in a page.
+const PAGE: u8 = 8;
+
+/// Pages of the guest for all buffers of a connection.
+const BUFFER_PAGES: usize = 6 * 1024;
+
+pub const OKAY: i16 = 0;
+pub const ERROR: i16 = -1;
+pub const NOT_SUPPORTED: i16 = -2;
+
+/// splitmix64.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Random {
+        Random(seed)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut hash = self.0;
+        hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        hash ^ (hash >> 31)
+    }
+
+    /// A number from `low` to `high`, both possible.
+    pub fn between<N>(&mut self, low: N, high: N) -> N
+    where
+        N: TryInto<u64> + TryFrom<u64>,
+    {
+        let [low, high] = [low, high].map(|number| number.try_into().ok().unwrap());
+        assert!(low <= high);
+        N::try_from(low + self.next() % (high - low + 1)).ok().unwrap()
+    }
+
+    /// The same, small numbers as often as large ones.
+    pub fn between_by_size(&mut self, low: usize, high: usize) -> usize {
+        let bound = low.max(1) << self.between(0, (high / low.max(1)).ilog2() + 1);
+        self.between(low, bound.clamp(low, high))
+    }
+
+    pub fn chance(&mut self, percent: u64) -> bool {
+        self.between(1, 100) <= percent
+    }
+
+    pub fn one_of<T: Copy>(&mut self, choices: &[T]) -> T {
+        choices[self.between(0, choices.len() - 1)]
+    }
+}
+
+/// A connection: what both ends agreed on, and the disk.
+#[derive(Clone, Copy, Debug)]
+pub struct Combination {
+    pub queues: usize,
+    pub options: Options,
+    /// Whether the backend keeps pages mapped; where it does not, a frontend may still keep them
+    /// granted.
+    pub maps: bool,
+    /// Segments of an indirect request that were offered; 0: none.
+    pub offered_segments: u16,
+    pub sector_bytes: u32,
+    pub read_only: bool,
+}
+
+impl Combination {
+    pub fn draw(random: &mut Random) -> Combination {
+        let queues = random.between(1, 4);
+        let offered_segments = match random.chance(60) {
+            true => random.between_by_size(1, INDIRECT_SEGMENTS_MAX.into()),
+            false => 0,
+        };
+        let options = draw_options(random, queues, offered_segments);
+        Combination {
+            queues,
+            options,
+            maps: options.persistent && random.chance(80),
+            offered_segments: u16::try_from(offered_segments).unwrap(),
+            sector_bytes: random.one_of(&[512, 4096]),
+            read_only: random.chance(5),
+        }
+    }
+
+    /// 512-byte sectors in one of the disk's.
+    fn block(&self) -> u64 {
+        u64::from(self.sector_bytes / 512)
+    }
+
+    /// The largest request, in segments.
+    pub fn segments(&self, indirect: bool) -> usize {
+        if indirect { self.options.segments } else { SEGMENTS_PER_REQUEST }
+    }
+
+    pub fn has_indirect(&self) -> bool {
+        self.options.segments > SEGMENTS_PER_REQUEST
+    }
+}
+
+/// What a frontend chooses where so much is offered.
+pub fn draw_options(random: &mut Random, queues: usize, offered_segments: usize) -> Options {
+    let segments = match offered_segments {
+        ..=SEGMENTS_PER_REQUEST => SEGMENTS_PER_REQUEST,
+        _ => random.between_by_size(SEGMENTS_PER_REQUEST + 1, offered_segments),
+    };
+    let ring_order = random.between(0, RING_PAGE_ORDER_MAX);
+    let room = BUFFER_PAGES / (queues * (segments + 2));
+    Options {
+        backend: DomId::DOM0,
+        protocol: random.one_of(&[Protocol::X86_64, Protocol::X86_32]),
+        persistent: random.chance(60),
+        buffers: random.between_by_size(1, room.min(32 << ring_order)),
+        ring_order,
+        segments,
+    }
+}
+
+/// One request, sound but for its fault.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub queue: usize,
+    pub operation: u8,
+    pub sector: u64,
+    pub segments: Vec<Segment>,
+    pub indirect: bool,
+    pub fault: Option<Fault>,
+    /// Whether the backend is to see it at once.
+    pub publish: bool,
+}
+
+/// Sectors `first` to `last` of a page of the request's buffer.
+#[derive(Clone, Copy, Debug)]
+pub struct Segment {
+    pub page: usize,
+    pub first: u8,
+    pub last: u8,
+}
+
+/// What is wrong with a request.
+#[derive(Clone, Copy, Debug)]
+pub enum Fault {
+    /// No such operation.
+    Operation(u8),
+    /// A count of segments that can't be.
+    Count(u16),
+    /// A place that is not on the disk, or within one of its sectors.
+    Sector(u64),
+    /// A segment that is not within its page, or not made of the disk's sectors.
+    Range { index: usize, first: u8, last: u8 },
+    /// A segment without a grant.
+    Grant { index: usize, absurd: bool },
+    /// No grant for the page of an indirect request's segments.
+    SegmentPage,
+    /// An indirect request where none was offered.
+    Unoffered,
+}
+
+impl Fault {
+    pub fn status(&self) -> i16 {
+        match self {
+            Fault::Operation(_) | Fault::Unoffered => NOT_SUPPORTED,
+            _ => ERROR,
+        }
+    }
+}
+
+impl Segment {
+    pub fn sectors(&self) -> usize {
+        usize::from(self.last - self.first) + 1
+    }
+}
+
+impl Request {
+    pub fn draw(random: &mut Random, combination: &Combination) -> Request {
+        let indirect = combination.has_indirect() && random.chance(40);
+        let operation = match random.between(0, 99) {
+            0..45 => op::READ,
+            45..90 => op::WRITE,
+            _ if indirect => op::WRITE,
+            _ => random.one_of(&[op::FLUSH_DISKCACHE, op::WRITE_BARRIER]),
+        };
+        let is_plain_flush = flushes(operation) && random.chance(50);
+        let count = match is_plain_flush {
+            true => 0,
+            false => random.between_by_size(1, combination.segments(indirect)),
+        };
+        let segments = draw_segments(random, combination, count);
+        let mut request = Request {
+            queue: random.between(0, combination.queues - 1),
+            operation,
+            sector: 0,
+            segments,
+            indirect,
+            fault: None,
+            publish: random.chance(50),
+        };
+        let block = combination.block();
+        request.sector = random.between(0, (SECTORS - request.sectors()) / block) * block;
+        if !is_plain_flush && random.chance(10) {
+            request.fault = Some(draw_fault(random, combination, &request));
+        }
+        request
+    }
+
+    /// Whole pages of the disk.
+    pub fn read(queue: usize, sector: u64, pages: usize, indirect: bool) -> Request {
+        let segments = (0..pages).map(|page| Segment { page, first: 0, last: PAGE - 1 }).collect();
+        let operation = op::READ;
+        Request { queue, operation, sector, segments, indirect, fault: None, publish: true }
+    }
+
+    pub fn sectors(&self) -> u64 {
+        self.segments.iter().map(|segment| segment.sectors() as u64).sum()
+    }
+
+    /// Pages of its buffer that it uses, from the first on.
+    pub fn pages(&self) -> usize {
+        self.segments.iter().map(|segment| segment.page + 1).max().unwrap_or(0)
+    }
+}
+
+/// Whether it is good without data.
+fn flushes(operation: u8) -> bool {
+    [op::FLUSH_DISKCACHE, op::WRITE_BARRIER].contains(&operation)
+}
+
+/// Segments in whole pages, in parts of pages, or two in each page.
+fn draw_segments(random: &mut Random, combination: &Combination, count: usize) -> Vec<Segment> {
+    let shape = if combination.sector_bytes == 512 { random.between(0, 2) } else { 0 };
+    let mut segments = Vec::with_capacity(count);
+    for index in 0..count {
+        let (page, first, last) = match shape {
+            0 => (index, 0, PAGE - 1),
+            1 => {
+                let first = random.between(0, PAGE - 1);
+                (index, first, random.between(first, PAGE - 1))
+            }
+            _ if index % 2 == 0 => (index / 2, 0, random.between(0, PAGE - 2)),
+            _ => (index / 2, segments.last().map_or(0, |one: &Segment| one.last) + 1, PAGE - 1),
+        };
+        segments.push(Segment { page, first, last });
+    }
+    segments
+}
+
+fn draw_fault(random: &mut Random, combination: &Combination, request: &Request) -> Fault {
+    let index = random.between(0, request.segments.len() - 1);
+    match random.between(0, 6) {
+        0 if request.indirect => Fault::Operation(random.between(op::WRITE_BARRIER, u8::MAX)),
+        0 => Fault::Operation(random.between(op::INDIRECT + 1, u8::MAX)),
+        1 if request.indirect => {
+            Fault::Count(random.one_of(&[0, combination.offered_segments + 1, u16::MAX]))
+        }
+        1 if flushes(request.operation) => Fault::Count(random.between(12, 255)),
+        1 => Fault::Count(random.one_of(&[0, 12, 255])),
+        2 => Fault::Sector(draw_bad_sector(random, combination, request)),
+        3 => {
+            let (first, last) = draw_bad_range(random, combination);
+            Fault::Range { index, first, last }
+        }
+        4 if request.indirect => Fault::SegmentPage,
+        5 if combination.offered_segments == 0 => Fault::Unoffered,
+        _ => Fault::Grant { index, absurd: random.chance(50) },
+    }
+}
+
+fn draw_bad_sector(random: &mut Random, combination: &Combination, request: &Request) -> u64 {
+    let beyond = SECTORS - request.sectors() + 1;
+    match random.between(0, 3) {
+        0 => random.between(beyond, SECTORS),
+        1 => u64::MAX - random.between(0, request.sectors()),
+        2 if combination.block() > 1 => request.sector + random.between(1, combination.block() - 1),
+        _ => random.between(SECTORS, u64::MAX - 1),
+    }
+}
+
+fn draw_bad_range(random: &mut Random, combination: &Combination) -> (u8, u8) {
+    match random.between(0, 2) {
+        0 if combination.block() > 1 => (0, random.between(0, PAGE - 2)),
+        1 if combination.block() > 1 => (random.between(1, PAGE - 1), PAGE - 1),
+        2 => (0, random.between(PAGE, u8::MAX)),
+        _ => {
+            let first = random.between(1, u8::MAX);
+            (first, random.between(0, first - 1))
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! More in flight than a worker has tables, bounce memory or room in io_uring for: the rest waits.
+
+use polldisk::blkif::op;
+use polldisk::limits::{
+    BOUNCE_PAGES_PER_WORKER, INDIRECT_REQUESTS_PER_WORKER, PERSISTENT_GRANTS_PER_QUEUE,
+};
+use polldisk::sim::blkfront::device::Options;
+
+use crate::draw::{Combination, Request, SECTORS};
+use crate::guest::{Disk, Guest};
+use crate::workers::Rig;
+
+/// Writes and reads back `requests` places of `pages` pages, each time as one batch for all queues,
+/// with granted pages mapped and with data copied.
+fn play_batches(queues: usize, requests: usize, pages: usize) {
+    let mut rig = Rig::start();
+    let bad_gref = rig.domain.reserve_refs(1).unwrap()[0];
+    let mut disk = Disk::new(1, bad_gref);
+    let options = Options {
+        buffers: requests / queues,
+        ring_order: 5,
+        segments: pages.max(12),
+        ..Options::default()
+    };
+    for persistent in [true, false] {
+        let combination = Combination {
+            queues,
+            options: Options { persistent, ..options },
+            maps: persistent,
+            offered_segments: 512,
+            sector_bytes: 512,
+            read_only: false,
+        };
+        let devices = rig.connect(&combination);
+        let mut guest = Guest::new(&mut disk, combination, devices);
+        let places = (SECTORS / 8) / pages as u64;
+        let batch = |operation| {
+            (0..requests).map(move |number| {
+                let place = number as u64 % places * 8 * pages as u64;
+                let read = Request::read(number % queues, place, pages, true);
+                Request { operation, publish: false, ..read }
+            })
+        };
+        guest.play(batch(op::WRITE).take(usize::try_from(places).unwrap()));
+        guest.play(batch(op::READ));
+        rig.disconnect(guest.into_devices());
+    }
+}
+
+#[test]
+fn more_indirect_requests_than_tables_wait_in_their_ring() {
+    const REQUESTS: usize = 600;
+    const { assert!(REQUESTS > INDIRECT_REQUESTS_PER_WORKER) };
+    play_batches(1, REQUESTS, 1);
+}
+
+#[test]
+fn more_data_than_bounce_memory_or_mapped_pages_waits_or_is_copied() {
+    const REQUESTS: usize = 12;
+    const PAGES: usize = 512;
+    // Queues 0 and 2 are on one worker.
+    const { assert!(REQUESTS / 2 * PAGES > BOUNCE_PAGES_PER_WORKER) };
+    const { assert!(REQUESTS / 4 * PAGES > PERSISTENT_GRANTS_PER_QUEUE) };
+    play_batches(4, REQUESTS, PAGES);
+}

@@ -1,0 +1,78 @@
+//! Random connections, negotiated through xenstore with the whole daemon.
+
+use polldisk::blkif::Protocol;
+use polldisk::control::Offer;
+use polldisk::limits::{INDIRECT_SEGMENTS_MAX, RING_PAGE_ORDER_MAX};
+use polldisk::sim::blkfront::xenbus::Wanted;
+
+use crate::daemon::Daemon;
+use crate::draw::{Combination, Random, draw_options};
+use crate::guest::{Disk, Guest};
+use crate::random::{SEED, case, seeds};
+
+const DAEMONS: usize = 8;
+const CONNECTIONS_PER_DAEMON: usize = 12;
+const CASES_PER_CONNECTION: usize = 5;
+
+#[test]
+fn whatever_is_offered_and_wanted_the_two_ends_agree_and_data_is_kept() {
+    for seed in seeds(DAEMONS) {
+        let mut random = Random::new(seed);
+        let offer = draw_offer(&mut random);
+        println!("{SEED}={seed}: {offer:?}");
+        let daemon = Daemon::start(offer);
+        let bad_gref = daemon.domain.reserve_refs(1).unwrap()[0];
+        let mut disk = Disk::new(seed, bad_gref);
+        for _ in 0..CONNECTIONS_PER_DAEMON {
+            connect_and_play(&mut random, &daemon, &offer, &mut disk);
+        }
+    }
+}
+
+fn draw_offer(random: &mut Random) -> Offer {
+    Offer {
+        persistent: random.chance(70),
+        ring_page_order: random.between(0, RING_PAGE_ORDER_MAX),
+        queues: random.between(1, 4),
+        indirect_segments: random.one_of(&[0, 8, 12, 256, INDIRECT_SEGMENTS_MAX]),
+        ..Offer::default()
+    }
+}
+
+/// A frontend that wants anything; it gets as much of it as is offered.
+fn connect_and_play(random: &mut Random, daemon: &Daemon, offer: &Offer, disk: &mut Disk) {
+    let queues = random.between(1, 4);
+    let options = draw_options(random, queues, INDIRECT_SEGMENTS_MAX.into());
+    let wanted = Wanted {
+        queues,
+        options,
+        names_protocol: options.protocol == Protocol::X86_64 || random.chance(50),
+        leaves_nodes: random.chance(50),
+    };
+    println!("{wanted:?}");
+    let (devices, told) = daemon.xenbus.connect_all(&daemon.domain, wanted).unwrap();
+    let agreed = devices[0].options();
+    assert_eq!(devices.len(), queues.min(offer.queues.into()));
+    assert_eq!(agreed.ring_order, options.ring_order.min(offer.ring_page_order));
+    assert_eq!(agreed.persistent, options.persistent && offer.persistent);
+    assert!(agreed.segments <= usize::from(offer.indirect_segments).max(11));
+    let report = daemon.disk();
+    let expected: Vec<usize> = (0..devices.len()).map(|queue| queue % 2).collect();
+    assert_eq!(report.workers, expected, "the queues go round the workers");
+    let combination = Combination {
+        queues: devices.len(),
+        options: agreed,
+        maps: agreed.persistent,
+        offered_segments: offer.indirect_segments,
+        sector_bytes: told.sector_bytes,
+        read_only: told.read_only,
+    };
+    let mut guest = Guest::new(disk, combination, devices);
+    for _ in 0..CASES_PER_CONNECTION {
+        guest.play(case(random, &combination));
+    }
+    guest.read_all();
+    daemon.xenbus.close_all(guest.into_devices()).unwrap();
+    assert_eq!(daemon.domain.mapped_grants(), 0);
+    daemon.xenbus.start_over().unwrap();
+}

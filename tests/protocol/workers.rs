@@ -1,0 +1,156 @@
+//! Workers without control: connections are commands, so that one costs next to nothing.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use polldisk::backing::{Geometry, Image, RawImage};
+use polldisk::blkif::request::DiskRules;
+use polldisk::metrics::QueueCounters;
+use polldisk::msg::{
+    Command, CommandSender, Connect, Event, EventReceiver, LinkId, QueueKey, event_channel,
+};
+use polldisk::sim::blkfront::device::Device;
+use polldisk::sim::{Domain, StandIn};
+use polldisk::units::{DomId, QueueId};
+use polldisk::worker::{WorkerThread, spawn_all};
+
+use crate::draw::{Combination, SECTORS};
+use crate::guest::HANG;
+
+/// Pages of a guest: its buffers, the largest rings of four queues, and some.
+pub const GUEST_PAGES: u32 = 8 * 1024;
+
+/// Two workers, a guest, and a disk.
+pub struct Rig {
+    pub domain: Arc<Domain>,
+    _stand_in: StandIn,
+    _folder: tempfile::TempDir,
+    path: PathBuf,
+    senders: Vec<CommandSender>,
+    threads: Vec<WorkerThread>,
+    events: EventReceiver,
+    links: u64,
+}
+
+/// A file of zeroes where O_DIRECT works.
+pub fn zeroes(folder: &Path) -> PathBuf {
+    let path = folder.join("disk.img");
+    File::create(&path).unwrap().set_len(SECTORS * 512).unwrap();
+    path
+}
+
+impl Rig {
+    pub fn start() -> Rig {
+        let stand_in = StandIn::start_temporary().unwrap();
+        let domid = DomId::try_from(1).unwrap();
+        let domain = Arc::new(stand_in.create_domain(domid, GUEST_PAGES).unwrap());
+        let (reports, events) = event_channel().unwrap();
+        let poll = Duration::from_micros(50);
+        let (senders, threads) =
+            spawn_all(&stand_in.platform(), &[None, None], poll, &reports).unwrap();
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let path = zeroes(folder.path());
+        Rig {
+            domain,
+            _stand_in: stand_in,
+            _folder: folder,
+            path,
+            senders,
+            threads,
+            events,
+            links: 0,
+        }
+    }
+
+    /// Connects the queues to the workers in turn, with the file as their disk.
+    pub fn connect(&mut self, combination: &Combination) -> Vec<Device> {
+        let image = RawImage::open(&self.path, combination.read_only).unwrap();
+        self.connect_to(Image::Raw(image), combination)
+    }
+
+    /// The same with another disk.
+    pub fn connect_to(&mut self, image: Image, combination: &Combination) -> Vec<Device> {
+        self.links += 1;
+        // The rules may be those of larger sectors than storage has.
+        let geometry = Geometry { sector_bytes: combination.sector_bytes, ..image.geometry() };
+        let rules = DiskRules {
+            geometry,
+            read_only: combination.read_only,
+            indirect_segments: combination.offered_segments,
+            discard: false,
+            secure_discard: false,
+        };
+        let image = Arc::new(image);
+        let devices: Vec<Device> = (0..combination.queues)
+            .map(|_| Device::new(Arc::clone(&self.domain), combination.options).unwrap())
+            .collect();
+        for (queue, device) in devices.iter().enumerate() {
+            let connect = Connect {
+                key: self.key(queue),
+                frontend: self.domain.domid(),
+                ring_refs: device.ring_refs().to_vec(),
+                port: device.port(),
+                protocol: combination.options.protocol,
+                persistent: combination.maps,
+                rules,
+                image: Arc::clone(&image),
+                counters: Arc::new(QueueCounters::default()),
+            };
+            self.ask(queue % 2, Command::Connect(Box::new(connect)));
+            match self.answer() {
+                Event::Connected(key) => assert_eq!(key, self.key(queue)),
+                other => panic!("{other:?}"),
+            }
+        }
+        devices
+    }
+
+    /// Nothing of the guest stays mapped.
+    pub fn disconnect(&self, devices: Vec<Device>) {
+        for queue in 0..devices.len() {
+            self.ask(queue % 2, Command::Disconnect(self.key(queue)));
+            match self.answer() {
+                Event::Disconnected(key) => assert_eq!(key, self.key(queue)),
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(self.domain.mapped_grants(), 0);
+        devices.into_iter().for_each(|device| device.close().unwrap());
+    }
+
+    /// Requests that a worker has answered on a queue since the last time; `None` where it does
+    /// not serve it.
+    pub fn answered(&self, worker: usize, queue: usize) -> Option<u64> {
+        self.ask(worker, Command::TakeLatency(self.key(queue)));
+        match self.answer() {
+            Event::Latency(key, latency) if key == self.key(queue) => {
+                latency.map(|latency| latency.len())
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn key(&self, queue: usize) -> QueueKey {
+        QueueKey { link: LinkId(self.links), queue: QueueId(u16::try_from(queue).unwrap()) }
+    }
+
+    fn ask(&self, worker: usize, command: Command) {
+        self.senders[worker].send(command).unwrap();
+    }
+
+    fn answer(&self) -> Event {
+        self.events.events.recv_timeout(HANG).unwrap()
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        // What failed may hang, and has been told already.
+        if !std::thread::panicking() {
+            self.senders.iter().for_each(|sender| sender.send(Command::Stop).unwrap());
+            self.threads.drain(..).for_each(WorkerThread::join);
+        }
+    }
+}
