@@ -138,7 +138,7 @@ fn trims_command(vdev: &str, mebibyte: u32) -> String {
     let mut command = fio(vdev);
     command += " --size=4M";
     for (name, job) in [
-        ("rewrite", format!("--offset={first}M --rw=randtrimwrite --bs=32k --verify=crc32c")),
+        ("rewrite", format!("--offset={first}M --rw=trimwrite --bs=32k --verify=crc32c")),
         ("fill", format!("--offset={second}M --rw=write --bs=256k")),
         ("trim", format!("--offset={second}M --rw=randtrim --bs=64k")),
         (
@@ -183,7 +183,10 @@ fn parse_fio(text: &str) -> Result<Requests> {
         reads: jobs.iter().map(|job| job.read.total_ios).sum(),
         writes: jobs.iter().map(|job| job.write.total_ios).sum(),
     };
-    ensure!(requests.writes > 0 && requests.reads >= requests.writes, "not all was read back");
+    ensure!(
+        requests.writes > 0 && requests.reads >= requests.writes,
+        "not all was read back: {requests:?}"
+    );
     Ok(requests)
 }
 
