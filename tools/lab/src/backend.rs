@@ -50,12 +50,18 @@ impl Backend {
         }
     }
 
-    /// Makes the backend ready for guests.
-    pub fn start(self, dom0: &mut Agent) -> Result<Option<Daemon>> {
+    /// Makes the backend ready for guests, with this many queues to offer or as it does by itself.
+    pub fn start(self, dom0: &mut Agent, queues: Option<u32>) -> Result<Option<Daemon>> {
+        let option = |name| queues.map_or_else(String::new, |queues| format!("{name}{queues}"));
         match self {
-            Self::Polldisk => Daemon::start(dom0).map(Some),
-            Self::Qdisk => Ok(None),
-            Self::Blkback => dom0.ask("modprobe xen-blkback").map(|_| None),
+            Self::Polldisk => Daemon::start(dom0, &option("--workers ")).map(Some),
+            Self::Qdisk => {
+                ensure!(queues.is_none(), "qdisk has one queue for each disk");
+                Ok(None)
+            }
+            Self::Blkback => {
+                dom0.ask(&format!("modprobe xen-blkback {}", option("max_queues="))).map(|_| None)
+            }
         }
     }
 
@@ -97,6 +103,8 @@ pub struct Disk {
     pub vdev: String,
     /// Its xenbus state.
     pub state: String,
+    /// Its rings in use.
+    pub queues: u32,
     /// Read requests served.
     pub reads: u64,
     /// Write requests served.
@@ -125,9 +133,10 @@ pub struct Daemon {
 
 impl Daemon {
     /// Starts the daemon and waits until it answers `polldisk list`.
-    pub fn start(dom0: &mut Agent) -> Result<Self> {
-        let serve =
-            format!("echo $$ >/run/polldisk.pid; exec polldisk serve --log info 2>{DAEMON_LOG}");
+    pub fn start(dom0: &mut Agent, options: &str) -> Result<Self> {
+        let serve = format!(
+            "echo $$ >/run/polldisk.pid; exec polldisk serve --log info {options} 2>{DAEMON_LOG}"
+        );
         let job = dom0.start(&serve, None)?;
         let ready = wait_for(dom0, "polldisk list --json >/dev/null 2>&1", START_LIMIT);
         if dom0.has_ended(&job) || ready.is_err() {
@@ -206,9 +215,9 @@ mod tests {
 
     #[test]
     fn a_list_may_say_more_than_the_lab_reads() {
-        let text = r#"[{"domid": 5, "vdev": "xvdb", "state": "Connected", "backing": "raw:/d",
+        let text = r#"[{"domid": 5, "vdev": "xvdb", "state": "Connected", "queues": 2, "backing": "raw:/d",
                         "worker": 0, "reads": 1, "writes": 2, "flushes": 3}]"#;
         let disks: Vec<Disk> = serde_json::from_str(text).expect("a list");
-        assert_eq!((disks[0].domid, disks[0].flushes), (5, 3));
+        assert_eq!((disks[0].domid, disks[0].queues, disks[0].flushes), (5, 2, 3));
     }
 }

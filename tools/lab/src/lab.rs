@@ -12,7 +12,7 @@ use crate::backend::{Backend, Daemon, Storage};
 use crate::machine::Machine;
 use crate::report::{Report, Step};
 use crate::scenario::Scenario;
-use crate::xen::Guest;
+use crate::xen::{Guest, Size};
 
 /// What a failure needs from dom0, by the name of the log.
 const EVIDENCE: [(&str, &str); 6] = [
@@ -92,7 +92,12 @@ impl Lab {
 
     /// Makes the backend ready for guests.
     pub fn start_backend(&mut self) -> Result<Option<Daemon>> {
-        self.backend.start(&mut self.dom0)
+        self.backend.start(&mut self.dom0, None)
+    }
+
+    /// [`Lab::start_backend`] with so many queues to offer for each disk.
+    pub fn start_backend_with_queues(&mut self, queues: u32) -> Result<Option<Daemon>> {
+        self.backend.start(&mut self.dom0, Some(queues))
     }
 
     /// A disk of the lab's backend in xl's syntax.
@@ -102,7 +107,12 @@ impl Lab {
 
     /// Creates a guest and waits for its agent.
     pub fn create_guest(&mut self, name: &str, disks: &[String]) -> Result<Guest> {
-        Guest::create(&mut self.machine, &mut self.dom0, name, disks)
+        self.create_guest_of(Size::default(), name, disks)
+    }
+
+    /// [`Lab::create_guest`] with processors and memory of the caller's choice.
+    pub fn create_guest_of(&mut self, size: Size, name: &str, disks: &[String]) -> Result<Guest> {
+        Guest::create(&mut self.machine, &mut self.dom0, name, size, disks)
     }
 
     fn note_step(&mut self, name: &str, start: Instant) {

@@ -11,6 +11,22 @@ use crate::machine::Machine;
 /// libxl waits 10 s for a backend and 40 s for a hotplug script before it gives up.
 const CREATE_LIMIT: Duration = Duration::from_secs(180);
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(120);
+const DETACH_LIMIT: Duration = Duration::from_secs(60);
+
+/// What a guest has besides its disks.
+#[derive(Clone, Copy, Debug)]
+pub struct Size {
+    /// Virtual processors.
+    pub vcpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+}
+
+impl Default for Size {
+    fn default() -> Self {
+        Self { vcpus: 1, memory_mib: 384 }
+    }
+}
 
 /// A running PV guest and the agent on its console.
 #[derive(Debug)]
@@ -31,10 +47,11 @@ impl Guest {
         machine: &mut Machine,
         dom0: &mut Agent,
         name: &str,
+        size: Size,
         disks: &[String],
     ) -> Result<Self> {
         let file = format!("/run/{name}.cfg");
-        dom0.ask(&format!("cat >{file} <<'END'\n{}END\n", config(name, disks)))?;
+        dom0.ask(&format!("cat >{file} <<'END'\n{}END\n", config(name, size, disks)))?;
         dom0.ask_within(&format!("xl create {file}"), CREATE_LIMIT)?;
         let domid = dom0.ask(&format!("xl domid {name}"))?.parse().context("domid")?;
         let (port, mut agent) = machine.guest_port(name)?;
@@ -44,6 +61,17 @@ impl Guest {
         let console = dom0.start(&bridge, None)?;
         agent.wait_ready()?;
         Ok(Self { name: name.into(), domid, agent, console })
+    }
+
+    /// Gives the guest another disk, in xl's disk syntax.
+    pub fn attach(&self, dom0: &mut Agent, disk: &str) -> Result<()> {
+        dom0.ask_within(&format!("xl block-attach {} {disk}", self.domid), CREATE_LIMIT).map(drop)
+    }
+
+    /// Takes a disk away and waits until neither end knows it.
+    pub fn detach(&mut self, dom0: &mut Agent, vdev: &str) -> Result<()> {
+        dom0.ask_within(&format!("xl block-detach {} {vdev}", self.domid), CREATE_LIMIT)?;
+        wait_for(&mut self.agent, &format!("[ ! -e /sys/block/{vdev} ]"), DETACH_LIMIT)
     }
 
     /// Asks the guest to shut down and waits until its domain is gone.
@@ -56,15 +84,16 @@ impl Guest {
     }
 }
 
-fn config(name: &str, disks: &[String]) -> String {
+fn config(name: &str, size: Size, disks: &[String]) -> String {
+    let Size { vcpus, memory_mib } = size;
     let mut text = format!(
         "name = \"{name}\"\n\
          type = \"pv\"\n\
          kernel = \"/boot/guest/vmlinuz\"\n\
          ramdisk = \"/boot/guest/initramfs\"\n\
          extra = \"console=hvc0 quiet mitigations=off panic=1\"\n\
-         memory = 384\n\
-         vcpus = 1\n\
+         memory = {memory_mib}\n\
+         vcpus = {vcpus}\n\
          on_crash = \"destroy\"\n\
          on_reboot = \"destroy\"\n\
          disk = [\n"
@@ -135,7 +164,7 @@ mod tests {
 
     #[test]
     fn a_guests_disks_stand_in_its_config() {
-        let text = config("g", &["vdev=xvda,target=/dev/ram0".into()]);
+        let text = config("g", Size::default(), &["vdev=xvda,target=/dev/ram0".into()]);
         assert!(text.contains("disk = [\n    \"vdev=xvda,target=/dev/ram0\",\n]\n"), "{text}");
     }
 }

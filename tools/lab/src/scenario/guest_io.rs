@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use crate::agent::Agent;
@@ -46,6 +46,20 @@ pub fn verify(
     parse_fio(&output).with_context(|| format!("fio: {output}"))
 }
 
+/// [`verify`] from so many processors at the same time, each in a region of its own: a driver with
+/// a queue for each processor then uses all of them.
+pub fn verify_on_cpus(guest: &mut Agent, vdev: &str, cpus: u32) -> Result<Requests> {
+    let output = guest.ask_within(&cpus_command(vdev, cpus), IO_LIMIT)?;
+    parse_fio(&output).with_context(|| format!("fio: {output}"))
+}
+
+/// Trims blocks and writes them again, verified; then trims others, which must read as zeroes.
+/// Returns how many trims that were. Uses 8 MiB from `mebibyte` on.
+pub fn verify_trims(guest: &mut Agent, vdev: &str, mebibyte: u32) -> Result<u32> {
+    let output = guest.ask_within(&trims_command(vdev, mebibyte), IO_LIMIT)?;
+    parse_trims(&output).with_context(|| format!("fio: {output}"))
+}
+
 /// Makes a file system, checks it through an unmount, and leaves the disk unmounted.
 pub fn check_file_system(guest: &mut Agent, vdev: &str) -> Result<()> {
     let script = format!(
@@ -85,17 +99,54 @@ pub fn read_pattern(dom0: &mut Agent, path: &str, mebibyte: u32) -> Result<Strin
     ))
 }
 
+/// What all fio runs share. Options that stand before the first `--name` are those of all jobs.
+fn fio(vdev: &str) -> String {
+    format!(
+        "fio --output-format=json --filename=/dev/{vdev} --direct=1 --thread --ioengine=libaio \
+         --iodepth=8 --verify_fatal=1"
+    )
+}
+
 fn fio_command(vdev: &str, sizes: &[(&str, u32)], seed: usize) -> String {
-    let mut command = format!(
-        "fio --output-format=json --filename=/dev/{vdev} --rw=randwrite --direct=1 --thread \
-         --ioengine=libaio --iodepth=8 --verify=crc32c --verify_fatal=1 --randseed={seed} \
-         --size={REGION_MIB}M"
-    );
+    let mut command = fio(vdev);
+    command += &format!(" --rw=randwrite --verify=crc32c --randseed={seed} --size={REGION_MIB}M");
     for ((size, count), region) in sizes.iter().zip(0u32..) {
         let offset = region * REGION_MIB;
         command += &format!(
             " --name={size} --stonewall --bs={size} --offset={offset}M --number_ios={count}"
         );
+    }
+    command
+}
+
+fn cpus_command(vdev: &str, cpus: u32) -> String {
+    let mut command = fio(vdev);
+    command += &format!(
+        " --rw=randwrite --verify=crc32c --size={REGION_MIB}M --bsrange=4k-128k --number_ios=48"
+    );
+    for cpu in 0..cpus {
+        let offset = cpu * REGION_MIB;
+        command += &format!(" --name=cpu{cpu} --cpus_allowed={cpu} --offset={offset}M");
+    }
+    command
+}
+
+/// fio 3.33 trims no blocks of a job that only writes (`--trim_percentage` fails an assertion), and
+/// verifies of a job that trims and writes only what it wrote. So zeroes are checked by another job.
+fn trims_command(vdev: &str, mebibyte: u32) -> String {
+    let (first, second) = (mebibyte, mebibyte + 4);
+    let mut command = fio(vdev);
+    command += " --size=4M";
+    for (name, job) in [
+        ("rewrite", format!("--offset={first}M --rw=trimwrite --bs=32k --verify=crc32c")),
+        ("fill", format!("--offset={second}M --rw=write --bs=256k")),
+        ("trim", format!("--offset={second}M --rw=randtrim --bs=64k")),
+        (
+            "zeroes",
+            format!("--offset={second}M --rw=read --bs=256k --verify=pattern --verify_pattern=0"),
+        ),
+    ] {
+        command += &format!(" --name={name} --stonewall {job}");
     }
     command
 }
@@ -110,6 +161,7 @@ struct FioJob {
     error: i32,
     read: FioDirection,
     write: FioDirection,
+    trim: FioDirection,
 }
 
 #[derive(Deserialize)]
@@ -117,17 +169,38 @@ struct FioDirection {
     total_ios: u32,
 }
 
-fn parse_fio(text: &str) -> Result<Requests> {
+fn parse_jobs(text: &str) -> Result<Vec<FioJob>> {
     // Notes may stand before the report.
     let start = text.find('{').context("no report")?;
     let report: FioReport = serde_json::from_str(&text[start..])?;
     ensure!(report.jobs.iter().all(|job| job.error == 0), "a job failed");
+    Ok(report.jobs)
+}
+
+fn parse_fio(text: &str) -> Result<Requests> {
+    let jobs = parse_jobs(text)?;
     let requests = Requests {
-        reads: report.jobs.iter().map(|job| job.read.total_ios).sum(),
-        writes: report.jobs.iter().map(|job| job.write.total_ios).sum(),
+        reads: jobs.iter().map(|job| job.read.total_ios).sum(),
+        writes: jobs.iter().map(|job| job.write.total_ios).sum(),
     };
-    ensure!(requests.writes > 0 && requests.reads >= requests.writes, "not all was read back");
+    ensure!(
+        requests.writes > 0 && requests.reads >= requests.writes,
+        "not all was read back: {requests:?}"
+    );
     Ok(requests)
+}
+
+fn parse_trims(text: &str) -> Result<u32> {
+    let jobs = parse_jobs(text)?;
+    let [rewrite, fill, trim, zeroes] = &jobs[..] else {
+        bail!("{} jobs instead of 4", jobs.len());
+    };
+    let (rewritten, read_back) = (rewrite.write.total_ios, rewrite.read.total_ios);
+    ensure!(rewritten > 0 && read_back >= rewritten, "not all was read back");
+    ensure!(fill.write.total_ios == zeroes.read.total_ios, "not all was read after its trim");
+    let trims = [rewrite.trim.total_ios, trim.trim.total_ios];
+    ensure!(trims.iter().all(|trims| *trims > 0), "nothing was trimmed");
+    Ok(trims.iter().sum())
 }
 
 #[cfg(test)]
@@ -146,12 +219,36 @@ mod tests {
         let report = |error, reads, writes| {
             parse_fio(&format!(
                 "note\n{{\"jobs\": [{{\"error\": {error}, \"read\": {{\"total_ios\": {reads}}}, \
-                 \"write\": {{\"total_ios\": {writes}}}}}]}}"
+                 \"write\": {{\"total_ios\": {writes}}}, \"trim\": {{\"total_ios\": 0}}}}]}}"
             ))
         };
         assert_eq!(report(0, 8, 8).expect("good"), Requests { reads: 8, writes: 8 });
         assert!(report(84, 8, 8).is_err());
         assert!(report(0, 7, 8).is_err());
         assert!(report(0, 0, 0).is_err());
+    }
+
+    #[test]
+    fn each_processor_writes_in_a_region_of_its_own() {
+        let command = cpus_command("xvda", 2);
+        assert!(command.contains("--name=cpu0 --cpus_allowed=0 --offset=0M"), "{command}");
+        assert!(command.contains("--name=cpu1 --cpus_allowed=1 --offset=8M"), "{command}");
+    }
+
+    #[test]
+    fn trims_count_only_if_what_they_left_was_read() {
+        let job = |reads, writes, trims| {
+            format!(
+                "{{\"error\": 0, \"read\": {{\"total_ios\": {reads}}}, \
+                 \"write\": {{\"total_ios\": {writes}}}, \"trim\": {{\"total_ios\": {trims}}}}}"
+            )
+        };
+        let report = |zeroes, trims| {
+            let jobs = [job(8, 8, 8), job(0, 4, 0), job(0, 0, trims), job(zeroes, 0, 0)];
+            parse_trims(&format!("{{\"jobs\": [{}]}}", jobs.join(", ")))
+        };
+        assert_eq!(report(4, 5).expect("good"), 13);
+        assert!(report(3, 5).is_err());
+        assert!(report(4, 0).is_err());
     }
 }

@@ -2,6 +2,7 @@
 
 mod first_disk;
 mod guest_io;
+mod protocol;
 mod reconnect;
 
 use anyhow::Result;
@@ -20,7 +21,8 @@ pub struct Scenario {
 }
 
 /// All of them, in the order of `lab all`.
-pub const SCENARIOS: [Scenario; 2] = [first_disk::SCENARIO, reconnect::SCENARIO];
+pub const SCENARIOS: [Scenario; 3] =
+    [first_disk::SCENARIO, reconnect::SCENARIO, protocol::SCENARIO];
 
 /// Looks a scenario up by its name.
 pub fn find(name: &str) -> Option<Scenario> {

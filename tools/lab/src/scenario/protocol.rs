@@ -1,0 +1,396 @@
+//! Everything that Linux's driver can negotiate, on each kind of storage, and then without each part.
+
+use anyhow::{Context, Result, ensure};
+
+use super::Scenario;
+use super::guest_io::{
+    expect_disk, read_pattern, verify, verify_on_cpus, verify_trims, write_pattern,
+};
+use crate::backend::{Backend, Daemon, Storage};
+use crate::lab::Lab;
+use crate::xen::{Guest, Size};
+
+pub(super) const SCENARIO: Scenario = Scenario {
+    name: "protocol",
+    about: "4 queues, 64 KiB rings, 256 segments, persistent grants, trims; then without each",
+    run,
+};
+
+/// With all features at once, blkfront keeps a page for every segment of every entry of every ring:
+/// 4 * 512 * 257 pages for one disk.
+const GUEST: Size = Size { vcpus: QUEUES, memory_mib: 3072 };
+const QUEUES: u32 = 4;
+
+const DISK_MIB: u64 = 64;
+const BLOCK_SIZES: [(&str, u32); 5] =
+    [("4k", 64), ("16k", 32), ("64k", 32), ("256k", 16), ("1m", 8)];
+const FEW_BLOCKS: [(&str, u32); 3] = [("4k", 24), ("64k", 12), ("1m", 4)];
+
+/// Behind all that `verify` writes: 8 MiB of trims, then 8 MiB of discard between two patterns.
+const TRIM_MIB: u32 = 40;
+const HOLE_MIB: u32 = 50;
+const HOLE_LENGTH_MIB: u32 = 8;
+
+/// A disk of the scenario.
+#[derive(Clone, Copy, Debug)]
+struct Disk {
+    vdev: &'static str,
+    /// Its number in xenstore.
+    number: u32,
+    about: &'static str,
+    storage: Storage<'static>,
+    sector_bytes: u32,
+}
+
+const DISKS: [Disk; 4] = [
+    Disk {
+        vdev: "xvda",
+        number: 51712,
+        about: "a device",
+        storage: Storage::Device("/dev/nullb0"),
+        sector_bytes: 512,
+    },
+    Disk {
+        vdev: "xvdb",
+        number: 51728,
+        about: "a file",
+        storage: Storage::File("/srv/disk.img"),
+        sector_bytes: 512,
+    },
+    Disk {
+        vdev: "xvdc",
+        number: 51744,
+        about: "a 4Kn device",
+        storage: Storage::Device("/dev/nullb1"),
+        sector_bytes: 4096,
+    },
+    Disk {
+        vdev: "xvdd",
+        number: 51760,
+        about: "a file on a 4Kn device",
+        storage: Storage::File("/srv/4kn/disk.img"),
+        sector_bytes: 4096,
+    },
+];
+
+/// What a frontend is allowed to use.
+#[derive(Clone, Copy, Debug)]
+struct Features {
+    queues: u32,
+    ring_page_order: u32,
+    /// 0: no indirect requests.
+    indirect_segments: u32,
+    persistent: bool,
+}
+
+const ALL: Features =
+    Features { queues: QUEUES, ring_page_order: 4, indirect_segments: 256, persistent: true };
+const NONE: Features =
+    Features { queues: 1, ring_page_order: 0, indirect_segments: 0, persistent: false };
+
+const WITHOUT: [(&str, Features); 5] = [
+    ("several queues", Features { queues: 1, ..ALL }),
+    ("rings of several pages", Features { ring_page_order: 0, ..ALL }),
+    ("indirect requests", Features { indirect_segments: 0, ..ALL }),
+    ("persistent grants", Features { persistent: false, ..ALL }),
+    ("any of these", NONE),
+];
+
+/// Most segments of a request that is not indirect.
+const DIRECT_SEGMENTS: u32 = 11;
+
+fn run(lab: &mut Lab) -> Result<()> {
+    lab.step("devices of 512 and 4096, a file on each", make_storage)?;
+    let daemon = lab
+        .step("the backend starts with four queues", |lab| lab.start_backend_with_queues(QUEUES))?;
+    let idle = daemon.as_ref().map(|daemon| daemon.footprint(&mut lab.dom0)).transpose()?;
+    let mut guest = lab.step("a guest with four processors boots", |lab| {
+        lab.create_guest_of(GUEST, "protocol", &[])
+    })?;
+
+    load_driver(&mut guest, ALL)?;
+    for disk in DISKS {
+        prove_all(lab, daemon.as_ref(), &mut guest, disk)?;
+    }
+    for (what, features) in WITHOUT {
+        load_driver(&mut guest, features)?;
+        for disk in [DISKS[1], DISKS[2]] {
+            lab.step(&format!("{}: verified without {what}", disk.about), |lab| {
+                attach(lab, daemon.as_ref(), &mut guest, disk, features)?;
+                note_verified(lab, &mut guest, disk, &FEW_BLOCKS)?;
+                guest.detach(&mut lab.dom0, disk.vdev)
+            })?;
+        }
+    }
+
+    lab.step("the guest shuts down", |lab| guest.shut_down(&mut lab.dom0))?;
+    daemon.zip(idle).map_or(Ok(()), |(daemon, idle)| {
+        lab.step("polldisk holds what it held before, and ends", |lab| {
+            daemon.expect_footprint(&mut lab.dom0, idle)?;
+            daemon.stop(&mut lab.dom0)
+        })
+    })
+}
+
+/// Files are written in full, so that what a discard frees is known.
+fn make_storage(lab: &mut Lab) -> Result<()> {
+    // The kernel numbers the devices in the order in which they are switched on.
+    lab.dom0
+        .ask(&format!(
+            "set -e
+             modprobe null_blk nr_devices=0
+             mountpoint -q /sys/kernel/config || mount -t configfs configfs /sys/kernel/config
+             device() {{
+                 mkdir /sys/kernel/config/nullb/$1
+                 cd /sys/kernel/config/nullb/$1
+                 echo $2 >blocksize
+                 echo $3 >size
+                 echo 1 >memory_backed
+                 echo 1 >discard
+                 echo 1 >power
+                 [ $(blockdev --getss /dev/$1) = $2 ]
+             }}
+             device nullb0 512 {DISK_MIB}
+             device nullb1 4096 {DISK_MIB}
+             device nullb2 4096 {}
+             mkfs.ext4 -q -b 4096 /dev/nullb2
+             mkdir -p /srv/4kn
+             mount -t ext4 /dev/nullb2 /srv/4kn
+             for file in /srv/disk.img /srv/4kn/disk.img; do
+                 dd if=/dev/zero of=$file bs=1M count={DISK_MIB} conv=fsync 2>/dev/null
+             done",
+            DISK_MIB + 32
+        ))
+        .map(drop)
+}
+
+/// Gives the driver these features at most. It has no disk then.
+fn load_driver(guest: &mut Guest, features: Features) -> Result<()> {
+    let Features { queues, ring_page_order, indirect_segments, persistent } = features;
+    let persistent = u32::from(persistent);
+    guest
+        .agent
+        .ask(&format!(
+            "rmmod xen_blkfront && insmod /lib/modules/xen-blkfront.ko max_queues={queues} \
+             max_ring_page_order={ring_page_order} max_indirect_segments={indirect_segments} \
+             feature_persistent={persistent}"
+        ))
+        .map(drop)
+}
+
+/// A disk from its attachment to its end, with all features.
+fn prove_all(lab: &mut Lab, daemon: Option<&Daemon>, guest: &mut Guest, disk: Disk) -> Result<()> {
+    let about = disk.about;
+    lab.step(&format!("{about}: every feature is agreed on"), |lab| {
+        attach(lab, daemon, guest, disk, ALL)
+    })?;
+    lab.step(&format!("{about}: verified from 4 KiB to 1 MiB"), |lab| {
+        note_verified(lab, guest, disk, &BLOCK_SIZES)
+    })?;
+    lab.step(&format!("{about}: verified on four queues at a time"), |lab| {
+        let before = queue_events(guest)?;
+        let requests = verify_on_cpus(&mut guest.agent, disk.vdev, QUEUES)?;
+        let after = queue_events(guest)?;
+        lab.figure("writes", requests.writes);
+        let used = before.iter().zip(&after).filter(|(before, after)| after > before).count();
+        ensure!(used == QUEUES as usize, "{used} queues were used: {before:?}, then {after:?}");
+        Ok(())
+    })?;
+    lab.step(&format!("{about}: trims are verified"), |lab| {
+        let trims = verify_trims(&mut guest.agent, disk.vdev, TRIM_MIB)?;
+        lab.figure("trims", trims);
+        Ok(())
+    })?;
+    lab.step(&format!("{about}: a discard frees and reads as zeroes"), |lab| {
+        expect_discard(lab, guest, disk)
+    })?;
+    lab.step(&format!("{about}: the disk goes"), |lab| guest.detach(&mut lab.dom0, disk.vdev))
+}
+
+/// Attaches the disk and checks, at both ends, that they use just these features.
+fn attach(
+    lab: &mut Lab,
+    daemon: Option<&Daemon>,
+    guest: &mut Guest,
+    disk: Disk,
+    features: Features,
+) -> Result<()> {
+    let spec = lab.disk(disk.vdev, disk.storage)?;
+    guest.attach(&mut lab.dom0, &spec)?;
+    expect_disk(&mut guest.agent, disk.vdev, DISK_MIB << 20)?;
+    expect_offer(lab, guest, disk)?;
+    expect_frontend_area(lab, guest, disk, features)?;
+    expect_driver(lab, guest, disk, features)?;
+    if let Some(daemon) = daemon {
+        let disks = daemon.list(&mut lab.dom0)?;
+        let listed = disks
+            .iter()
+            .find(|listed| listed.vdev == disk.vdev && listed.domid == guest.domid)
+            .with_context(|| format!("no {} in {disks:?}", disk.vdev))?;
+        ensure!(listed.state == "Connected" && listed.queues == features.queues, "{listed:?}");
+    }
+    Ok(())
+}
+
+/// What the backend's area offers, whatever the frontend makes of it.
+fn expect_offer(lab: &mut Lab, guest: &Guest, disk: Disk) -> Result<()> {
+    let area = format!("/local/domain/0/backend/vbd/{}/{}", guest.domid, disk.number);
+    for (key, value) in [
+        ("multi-queue-max-queues", QUEUES),
+        ("max-ring-page-order", ALL.ring_page_order),
+        ("feature-max-indirect-segments", ALL.indirect_segments),
+        ("feature-persistent", 1),
+        ("feature-discard", 1),
+    ] {
+        expect_key(lab, &format!("{area}/{key}"), Some(value))?;
+    }
+    Ok(())
+}
+
+/// What Linux writes: keys of features that it does not use are absent.
+fn expect_frontend_area(
+    lab: &mut Lab,
+    guest: &Guest,
+    disk: Disk,
+    features: Features,
+) -> Result<()> {
+    let area = format!("/local/domain/{}/device/vbd/{}", guest.domid, disk.number);
+    let several = |count: u32, least| Some(count).filter(|count| *count >= least);
+    expect_key(lab, &format!("{area}/multi-queue-num-queues"), several(features.queues, 2))?;
+    expect_key(lab, &format!("{area}/ring-page-order"), several(features.ring_page_order, 1))?;
+    let persistent = u32::from(features.persistent);
+    expect_key(lab, &format!("{area}/feature-persistent"), Some(persistent))?;
+
+    let last_queue = match features.queues {
+        1 => String::new(),
+        queues => format!("/queue-{}", queues - 1),
+    };
+    let last_page = match features.ring_page_order {
+        0 => String::new(),
+        order => ((1 << order) - 1).to_string(),
+    };
+    lab.dom0
+        .ask(&format!("xenstore-read {area}{last_queue}/ring-ref{last_page}"))
+        .context("the last page of the last ring")
+        .map(drop)
+}
+
+/// What the guest's kernel made of it.
+fn expect_driver(lab: &Lab, guest: &mut Guest, disk: Disk, features: Features) -> Result<()> {
+    let vdev = disk.vdev;
+    let (word, segments) = match features.indirect_segments {
+        0 => ("disabled", DIRECT_SEGMENTS),
+        segments => ("enabled", segments),
+    };
+    let grants = if features.persistent { "enabled" } else { "disabled" };
+    let expected = format!("persistent grants: {grants}; indirect descriptors: {word};");
+    let line = guest.agent.ask(&format!("dmesg | grep 'blkfront: {vdev}:' | tail -n 1"))?;
+    ensure!(line.contains(&expected), "the guest's kernel says {line}");
+
+    let queue = format!("/sys/block/{vdev}/queue");
+    for (command, value) in [
+        (format!("ls /sys/block/{vdev}/mq | wc -l"), features.queues),
+        (format!("cat {queue}/max_segments"), segments),
+        (format!("cat {queue}/max_hw_sectors_kb"), segments * 4),
+    ] {
+        let found = guest.agent.ask(&command)?;
+        ensure!(found.trim() == value.to_string(), "{found} instead of {value}: {command}");
+    }
+    // blkback has a file through a loop device, which has sectors of 512 bytes on any storage.
+    if lab.backend == Backend::Polldisk || matches!(disk.storage, Storage::Device(_)) {
+        let found = guest.agent.ask(&format!("cat {queue}/logical_block_size"))?;
+        ensure!(found == disk.sector_bytes.to_string(), "sectors of {found} bytes");
+    }
+    Ok(())
+}
+
+fn expect_key(lab: &mut Lab, path: &str, value: Option<u32>) -> Result<()> {
+    let found = lab.dom0.ask(&format!("xenstore-read {path} 2>/dev/null || true"))?;
+    let expected = value.map_or_else(String::new, |value| value.to_string());
+    ensure!(found == expected, "{path} is \"{found}\" instead of \"{expected}\"");
+    Ok(())
+}
+
+fn note_verified(
+    lab: &mut Lab,
+    guest: &mut Guest,
+    disk: Disk,
+    sizes: &[(&str, u32)],
+) -> Result<()> {
+    let requests = verify(&mut guest.agent, disk.vdev, sizes, 1)?;
+    lab.figure("writes", requests.writes);
+    lab.figure("reads", requests.reads);
+    Ok(())
+}
+
+/// How many events each ring of the guest's only disk has had, on all processors.
+fn queue_events(guest: &mut Guest) -> Result<Vec<u64>> {
+    let interrupts = guest.agent.ask("grep -w blkif /proc/interrupts")?;
+    Ok(interrupts.lines().map(sum_events).collect())
+}
+
+fn sum_events(line: &str) -> u64 {
+    line.split_whitespace().skip(1).map_while(|field| field.parse::<u64>().ok()).sum()
+}
+
+/// Discards a range between two patterns: it reads as zeroes, they stay, and a file grows holes.
+fn expect_discard(lab: &mut Lab, guest: &mut Guest, disk: Disk) -> Result<()> {
+    let vdev = disk.vdev;
+    let fill = format!(
+        "dd if=/dev/urandom of=/dev/{vdev} bs=1M seek={HOLE_MIB} count={HOLE_LENGTH_MIB} \
+         oflag=direct 2>/dev/null"
+    );
+    guest.agent.ask(&fill)?;
+    let ends = [HOLE_MIB - 1, HOLE_MIB + HOLE_LENGTH_MIB];
+    let mut patterns = Vec::new();
+    for end in ends {
+        patterns.push((end, write_pattern(&mut guest.agent, vdev, end)?));
+    }
+    let before = file_bytes(lab, disk)?;
+
+    let offset = u64::from(HOLE_MIB) << 20;
+    let length = u64::from(HOLE_LENGTH_MIB) << 20;
+    guest.agent.ask(&format!("blkdiscard -o {offset} -l {length} /dev/{vdev}"))?;
+    let after = file_bytes(lab, disk)?;
+    if let Some((before, after)) = before.zip(after) {
+        lab.figure("KiB freed", u32::try_from(before.saturating_sub(after) >> 10)?);
+        ensure!(before - after == length, "{before} bytes before, {after} after");
+    }
+    let left = guest.agent.ask(&format!(
+        "dd if=/dev/{vdev} bs=1M skip={HOLE_MIB} count={HOLE_LENGTH_MIB} iflag=direct 2>/dev/null |
+         tr -d '\\000' | wc -c"
+    ))?;
+    ensure!(left.trim() == "0", "{left} bytes are not zero");
+    for (end, written) in patterns {
+        let found = read_pattern(&mut guest.agent, &format!("/dev/{vdev}"), end)?;
+        ensure!(found == written, "the pattern at {end} MiB has changed");
+    }
+    Ok(())
+}
+
+/// How much a disk's file takes on its filesystem.
+fn file_bytes(lab: &mut Lab, disk: Disk) -> Result<Option<u64>> {
+    let Storage::File(path) = disk.storage else {
+        return Ok(None);
+    };
+    let blocks: u64 = lab.dom0.ask(&format!("stat -c %b {path}"))?.parse()?;
+    Ok(Some(blocks * 512))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_of_all_processors_are_summed() {
+        assert_eq!(sum_events(" 48:  12  0  3  5  xen-dyn  -event  blkif"), 20);
+    }
+
+    #[test]
+    fn a_disks_number_belongs_to_its_name() {
+        for (disk, letter) in DISKS.iter().zip('a'..) {
+            assert_eq!(disk.vdev, format!("xvd{letter}"));
+            assert_eq!(disk.number, 51712 + 16 * (u32::from(letter) - u32::from('a')));
+        }
+    }
+}
