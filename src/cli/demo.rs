@@ -4,6 +4,7 @@
 //! meet through the same xenstore protocol, rings, grants and event channels as under Xen, and the
 //! image is a real file behind O_DIRECT and io_uring.
 
+mod frontend;
 mod guest;
 
 use std::path::PathBuf;
@@ -24,14 +25,16 @@ use polldisk::control::admin::protocol::{Attach, DiskReport, Request};
 use polldisk::msg::event_channel;
 use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::load::{Load, Report};
+use polldisk::sim::blkfront::xenbus::Wanted;
 use polldisk::sim::{SimXen, StandIn};
-use polldisk::units::{Bytes, DomId};
+use polldisk::units::{Bytes, DomId, SECTOR_BYTES};
 use polldisk::worker::{WorkerThread, spawn_all};
 
 use super::list::list;
 use super::log;
-use super::rates::{DiskRates, duration, rates, table};
-use super::serve::available_cores;
+use super::rates::{DiskRates, duration, rates, table, workers};
+use super::serve::{available_cores, offer};
+use frontend::Frontend;
 use guest::{Guest, VDEV};
 
 /// Show it working here and now: guests, a stand-in for Xen, verified I/O; no Xen, no root
@@ -62,15 +65,17 @@ pub struct Demo {
     /// Size of each guest's disk, or part of the target
     #[arg(long, value_name = "SIZE", default_value = "256M")]
     size: Bytes,
-    /// Requests that each guest keeps in flight, at most 32
+    /// Requests that each guest keeps in flight on each of its rings, at most 32 in a one-page ring
     #[arg(long, value_name = "N", default_value_t = 32)]
     depth: usize,
-    /// Bytes of each request: a multiple of 512, at most 44K
+    /// Bytes of each request: a multiple of 512, at most 44K without --indirect
     #[arg(long, value_name = "SIZE", default_value = "4K")]
     block_size: Bytes,
     /// Reads among 100 requests; the others are writes and some flushes
     #[arg(long, value_name = "N", default_value_t = 70)]
     read_percent: u64,
+    #[command(flatten)]
+    frontend: Frontend,
     /// What to log
     #[arg(long, value_name = "LEVEL", default_value = "warn")]
     log: String,
@@ -103,19 +108,13 @@ impl Demo {
         }
         let duration = Duration::try_from_secs_f64(self.seconds)
             .map_err(|_| anyhow!("--seconds {}: give a number, 0 or more", self.seconds))?;
-        if self.depth == 0 || self.depth > 32 {
-            bail!("--depth {}: give 1 to 32, what a one-page ring holds", self.depth);
-        }
         let block_bytes = usize::try_from(self.block_size.0).unwrap_or(usize::MAX);
-        if block_bytes == 0 || !block_bytes.is_multiple_of(512) || block_bytes > 44 * 1024 {
-            bail!("--block-size {}: give a multiple of 512, at most 44K", self.block_size);
-        }
-        if self.size.0 / self.block_size.0 <= 2 * self.depth as u64 || self.size.0 > 1 << 40 {
-            bail!(
-                "--size {}: give room for more than {} blocks, at most 1T",
-                self.size,
-                2 * self.depth
-            );
+        let wanted = self.frontend.wanted(self.depth, block_bytes)?;
+        let blocks = 2 * self.depth * wanted.queues;
+        if self.size.0 / self.block_size.0 / wanted.queues as u64 <= 2 * self.depth as u64
+            || self.size.0 > 1 << 40
+        {
+            bail!("--size {}: give room for more than {blocks} blocks, at most 1T", self.size);
         }
         if self.read_percent > 100 {
             bail!("--read-percent {}: give 0 to 100", self.read_percent);
@@ -126,7 +125,7 @@ impl Demo {
             poll_us: self.poll_us,
             ..ServeOptions::default()
         };
-        let config = options.check(&available_cores())?;
+        let config = self.frontend.offer(options).check(&available_cores())?;
         let target = self.target.as_deref().map(str::parse::<Spec>).transpose();
         let target = target.context("--target")?;
         if matches!(target, Some(Spec::Raw(_))) && !self.overwrite {
@@ -136,7 +135,7 @@ impl Demo {
             None => Some(guest::make_files(self.guests, self.size)?),
             Some(_) => None,
         };
-        Ok(Plan { config, target, files, duration, block_bytes })
+        Ok(Plan { config, wanted, target, files, duration, block_bytes })
     }
 
     /// Attaches a disk to each guest, lets them run, and takes the figures of that time.
@@ -151,7 +150,8 @@ impl Demo {
         let mut guests = Vec::new();
         for index in 0..self.guests {
             let domid = DomId::try_from(index + 1)?;
-            let guest = Guest::start(stand_in, domid, self.load(index, plan), &requests)?;
+            let guest =
+                Guest::start(stand_in, domid, plan.wanted, self.loads(index, plan), &requests)?;
             let attach = Attach {
                 domid: domid.raw().into(),
                 vdev: VDEV.to_owned(),
@@ -205,19 +205,23 @@ impl Demo {
         Ok(costs(&before, after, elapsed, &cpu_ns))
     }
 
-    fn load(&self, index: u32, plan: &Plan) -> Load {
+    /// The load of each ring of a guest, on a part of the disk of its own.
+    fn loads(&self, index: u32, plan: &Plan) -> Vec<Load> {
         let sectors = self.size.to_sectors().0;
         let first = if plan.target.is_some() { u64::from(index) * sectors } else { 0 };
-        Load {
-            seed: 0x706f_6c6c_6469_736b ^ u64::from(index + 1) << 40,
+        let per_block = plan.block_bytes as u64 / SECTOR_BYTES;
+        let share = sectors / plan.wanted.queues as u64 / per_block * per_block;
+        let load = |queue: u64| Load {
+            seed: 0x706f_6c6c_6469_736b ^ u64::from(index + 1) << 40 ^ queue << 32,
             block_bytes: plan.block_bytes,
             depth: self.depth,
             read_percent: self.read_percent,
             flush_every: FLUSH_EVERY,
-            sectors: first..first + sectors,
+            sectors: first + queue * share..first + (queue + 1) * share,
             keeps_data: !matches!(plan.target, Some(Spec::Null { .. })),
             zeroed: plan.target.is_none(),
-        }
+        };
+        (0..plan.wanted.queues as u64).map(load).collect()
     }
 
     fn target_of(&self, index: u32, plan: &Plan) -> String {
@@ -247,6 +251,7 @@ impl Demo {
 /// The options, checked.
 struct Plan {
     config: Config,
+    wanted: Wanted,
     target: Option<Spec>,
     files: Option<tempfile::TempDir>,
     duration: Duration,
@@ -267,8 +272,11 @@ impl Daemon {
         let (reports, events) = event_channel()?;
         let (senders, workers) = spawn_all(&platform, &config.workers, config.poll, &reports)?;
         let admin = stand_in.folder().join("admin.sock");
-        let control_config =
-            control::Config { admin_path: Some(admin.clone()), ..control::Config::default() };
+        let control_config = control::Config {
+            admin_path: Some(admin.clone()),
+            offer: offer(&config.features),
+            ..control::Config::default()
+        };
         let stop = Doorbell::new()?;
         let control = {
             let stop = stop.clone();
@@ -302,7 +310,7 @@ struct DiskCost {
     cpu_ns_per_io: f64,
 }
 
-/// A worker's CPU time is shared out by requests.
+/// A worker's CPU time is shared out by requests, and a disk's requests by its rings.
 fn costs(
     before: &[DiskReport],
     after: Vec<DiskReport>,
@@ -312,17 +320,23 @@ fn costs(
     let rates = rates(before, after, elapsed);
     let mut iops = vec![0.0; cpu_ns.len()];
     for disk in &rates {
-        if let Some(sum) = disk.disk.worker.and_then(|worker| iops.get_mut(worker)) {
-            *sum += disk.iops;
+        for worker in &disk.disk.workers {
+            if let Some(sum) = iops.get_mut(*worker) {
+                *sum += disk.iops / disk.disk.workers.len() as f64;
+            }
         }
     }
-    let cost = |worker: Option<usize>| {
-        let requests = worker.and_then(|worker| iops.get(worker))? * elapsed.as_secs_f64();
-        Some(*cpu_ns.get(worker?)? as f64 / requests).filter(|ns| ns.is_finite())
+    let cost = |worker: usize| {
+        let requests = iops.get(worker)? * elapsed.as_secs_f64();
+        Some(*cpu_ns.get(worker)? as f64 / requests).filter(|ns| ns.is_finite())
+    };
+    let mean = |workers: &[usize]| {
+        let sum: f64 = workers.iter().filter_map(|worker| cost(*worker)).sum();
+        sum / workers.len().max(1) as f64
     };
     rates
         .into_iter()
-        .map(|rates| DiskCost { cpu_ns_per_io: cost(rates.disk.worker).unwrap_or(0.0), rates })
+        .map(|rates| DiskCost { cpu_ns_per_io: mean(&rates.disk.workers), rates })
         .collect()
 }
 
@@ -337,7 +351,7 @@ fn cost_table(disks: &[DiskCost]) -> comfy_table::Table {
             duration(rates.p99_ns),
             duration(rates.p999_ns),
             format!("{cpu_ns_per_io:.0} ns"),
-            rates.disk.worker.map_or("-".to_owned(), |worker| worker.to_string()),
+            workers(&rates.disk),
         ]
     });
     table(&header, rows)

@@ -9,7 +9,7 @@ use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{DiskReport, Reply, Request};
 
 use super::admin::Daemon;
-use super::rates::{DiskRates, duration, rates, table};
+use super::rates::{DiskRates, duration, rates, table, workers};
 
 /// Show every disk: state, backing, worker, IOPS and latency percentiles
 #[derive(Args, Debug)]
@@ -69,7 +69,6 @@ fn disk_table(disks: &[DiskRates]) -> comfy_table::Table {
 
 fn row(rates: &DiskRates) -> Vec<String> {
     let disk = &rates.disk;
-    let workers: Vec<String> = disk.workers.iter().map(ToString::to_string).collect();
     vec![
         disk.domid.to_string(),
         disk.vdev.clone(),
@@ -81,7 +80,7 @@ fn row(rates: &DiskRates) -> Vec<String> {
         disk.target.clone(),
         if disk.read_only { "r" } else { "w" }.to_owned(),
         polldisk::units::Bytes(disk.sectors.saturating_mul(512)).to_string(),
-        if workers.is_empty() { "-".to_owned() } else { workers.join(",") },
+        workers(disk),
         format!("{:.0}", rates.iops),
         format!("{:.1}", rates.mb_per_s),
         duration(rates.p50_ns),

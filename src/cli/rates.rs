@@ -93,6 +93,12 @@ pub fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Ta
     table
 }
 
+/// The worker of each ring of a disk.
+pub fn workers(disk: &DiskReport) -> String {
+    let workers: Vec<String> = disk.workers.iter().map(ToString::to_string).collect();
+    if workers.is_empty() { "-".to_owned() } else { workers.join(",") }
+}
+
 /// Nanoseconds as people read them.
 pub fn duration(ns: u64) -> String {
     match ns {

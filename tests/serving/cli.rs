@@ -55,6 +55,20 @@ fn a_demo_ends_with_what_it_verified() {
 }
 
 #[test]
+fn the_demo_verifies_frontends_of_other_kinds() {
+    for frontend in [
+        "--queues 2 --workers 2 --ring-order 1 --depth 33 --indirect 32 --block-size 128K",
+        "--queues 3 --protocol x86_32 --no-persistent",
+    ] {
+        let mut arguments = vec!["demo", "--seconds", "1", "--size", "64M"];
+        arguments.extend(frontend.split(' '));
+        let output = polldisk(&arguments);
+        let (blocks, mismatches) = verdict(&output);
+        assert!(output.status.success() && blocks > 0 && mismatches == 0, "{output:?}");
+    }
+}
+
+#[test]
 fn a_demo_on_an_image_that_somebody_else_changes_finds_every_difference() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let path = folder.path().join("shared.img");
@@ -105,6 +119,9 @@ fn bad_options_are_named_with_what_would_be_right() {
         (&["serve", "--cores", "4000"], &["--cores 4000", "choose from"]),
         (&["serve", "--poll-us", "99999999"], &["--poll-us 99999999", "give 0 to"]),
         (&["serve", "--backend-type", "a/b"], &["--backend-type a/b", "give vbd"]),
+        (&["serve", "--max-queues", "0"], &["--max-queues 0", "give 1 to"]),
+        (&["serve", "--max-ring-page-order", "6"], &["--max-ring-page-order 6", "give 0 to 5"]),
+        (&["serve", "--max-indirect-segments", "1025"], &["--max-indirect-segments 1025", "1024"]),
         (&["serve", "--config", "/nonexistent.toml"], &["--config /nonexistent.toml", "TOML"]),
         (&["serve", "--log", "polldisk=loud"], &["--log", "debug"]),
         (&["serve", "--wrokers", "1"], &["--wrokers", "--workers"]),
@@ -115,6 +132,10 @@ fn bad_options_are_named_with_what_would_be_right() {
         (&["demo", "--block-size", "100"], &["--block-size 100", "multiple of 512"]),
         (&["demo", "--block-size", "0"], &["--block-size 0", "multiple of 512"]),
         (&["demo", "--block-size", "45K"], &["--block-size", "44K"]),
+        (&["demo", "--queues", "0"], &["--queues 0", "give 1 to"]),
+        (&["demo", "--ring-order", "6"], &["--ring-order 6", "give 0 to 5"]),
+        (&["demo", "--indirect", "11"], &["--indirect 11", "12 to 1024"]),
+        (&["demo", "--protocol", "sparc"], &["--protocol", "x86_32"]),
         (&["demo", "--size", "128K"], &["--size", "64 blocks"]),
         (&["demo", "--size", "x"], &["--size", "x"]),
         (&["demo", "--workers", "0"], &["--workers 0", "give 1 to"]),
@@ -159,6 +180,10 @@ fn help_tells_every_option() {
                 "--workers",
                 "--cores",
                 "--poll-us",
+                "--max-queues",
+                "--max-ring-page-order",
+                "--max-indirect-segments",
+                "--no-persistent",
                 "--backend-type",
                 "--admin",
                 "--log",
@@ -178,6 +203,11 @@ fn help_tells_every_option() {
                 "--depth",
                 "--block-size",
                 "--read-percent",
+                "--queues",
+                "--ring-order",
+                "--indirect",
+                "--no-persistent",
+                "--protocol",
                 "--log",
             ],
         ),

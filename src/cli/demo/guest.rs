@@ -10,18 +10,15 @@ use std::thread::JoinHandle;
 
 use anyhow::{Context, anyhow, bail};
 use crossbeam::channel::{Receiver, Sender, bounded};
-use polldisk::sim::blkfront::device::Options;
+use polldisk::sim::blkfront::device::Device;
 use polldisk::sim::blkfront::load::{Load, Report, Runner};
-use polldisk::sim::blkfront::xenbus::Xenbus;
+use polldisk::sim::blkfront::xenbus::{Disk, Wanted, Xenbus};
 use polldisk::sim::{Domain, StandIn};
 use polldisk::units::{Bytes, DomId, VbdId};
 
 /// The disk of every guest.
 pub const VDEV: &str = "xvda";
 const VBD: VbdId = VbdId(51712);
-
-/// Memory of a guest in pages: buffers for a full ring, and the ring.
-const GUEST_PAGES: u32 = 512;
 
 /// A running guest.
 pub struct Guest {
@@ -36,16 +33,18 @@ impl Guest {
     pub fn start(
         stand_in: &StandIn,
         domid: DomId,
-        load: Load,
+        wanted: Wanted,
+        loads: Vec<Load>,
         requests: &Arc<AtomicU64>,
     ) -> anyhow::Result<Guest> {
-        let domain = Arc::new(stand_in.create_domain(domid, GUEST_PAGES)?);
+        let domain = Arc::new(stand_in.create_domain(domid, u32::try_from(wanted.pages())?)?);
         let (is_connected, connected) = bounded(1);
         let (go, may_go) = bounded(1);
         let stop = Arc::new(AtomicBool::new(false));
         let body = Body {
             domain,
-            load,
+            wanted,
+            loads,
             is_connected,
             may_go,
             stop: Arc::clone(&stop),
@@ -88,7 +87,9 @@ impl Guest {
 
 struct Body {
     domain: Arc<Domain>,
-    load: Load,
+    wanted: Wanted,
+    /// By ring.
+    loads: Vec<Load>,
     is_connected: Sender<()>,
     may_go: Receiver<()>,
     stop: Arc<AtomicBool>,
@@ -98,30 +99,56 @@ struct Body {
 impl Body {
     fn run(self) -> anyhow::Result<Report> {
         let xenbus = Xenbus::open(&self.domain, VBD)?;
-        let (mut device, disk) = xenbus.connect(&self.domain, Options::default())?;
-        if self.load.sectors.end > disk.sectors.0 {
+        let (mut devices, disk) = xenbus.connect_all(&self.domain, self.wanted)?;
+        self.check(&disk)?;
+        let _ = self.is_connected.send(());
+        let _ = self.may_go.recv();
+        let report = self.run_load(&mut devices)?;
+        xenbus.close_all(devices)?;
+        match self.domain.mapped_grants() {
+            0 => Ok(report),
+            left => bail!("{left} pages are still mapped after closing"),
+        }
+    }
+
+    fn check(&self, disk: &Disk) -> anyhow::Result<()> {
+        let end = self.loads.last().map_or(0, |load| load.sectors.end);
+        let block_bytes = self.loads.first().map_or(0, |load| load.block_bytes);
+        if end > disk.sectors.0 {
             bail!(
                 "the target holds only {} sectors of 512 bytes; give a smaller --size",
                 disk.sectors
             );
         }
-        if !self.load.block_bytes.is_multiple_of(disk.sector_bytes as usize) {
+        if !block_bytes.is_multiple_of(disk.sector_bytes as usize) {
             bail!(
                 "the disk's sectors have {} bytes; give a multiple as --block-size",
                 disk.sector_bytes
             );
         }
-        let _ = self.is_connected.send(());
-        let _ = self.may_go.recv();
-        let mut runner = Runner::new(self.load, &mut device);
+        Ok(())
+    }
+
+    /// Each ring has a thread, as each of a guest's vCPUs has a ring.
+    fn run_load(&self, devices: &mut [Device]) -> anyhow::Result<Report> {
+        std::thread::scope(|scope| {
+            let queues = devices.iter_mut().zip(&self.loads);
+            let threads: Vec<_> = queues
+                .map(|(device, load)| scope.spawn(move || self.run_queue(device, load.clone())))
+                .collect();
+            let mut sum = Report::default();
+            for thread in threads {
+                sum += thread.join().map_err(|_| anyhow!("a guest's thread panicked"))??;
+            }
+            Ok(sum)
+        })
+    }
+
+    fn run_queue(&self, device: &mut Device, load: Load) -> anyhow::Result<Report> {
+        let mut runner = Runner::new(load, device);
         runner.run(&self.stop, &self.requests)?;
         runner.read_all()?;
-        let report = runner.report();
-        xenbus.close(device)?;
-        match self.domain.mapped_grants() {
-            0 => Ok(report),
-            left => bail!("{left} pages are still mapped after closing"),
-        }
+        Ok(runner.report())
     }
 }
 

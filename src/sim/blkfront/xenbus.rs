@@ -48,6 +48,11 @@ impl Wanted {
         Wanted { queues: 1, options, names_protocol: true, leaves_nodes: false }
     }
 
+    /// Pages of the domain that its devices take, and grants.
+    pub fn pages(&self) -> usize {
+        self.queues * self.options.device_pages()
+    }
+
     /// As much of it as is offered.
     fn within(mut self, offered: &Offered) -> Wanted {
         self.queues = self.queues.min(offered.queues);

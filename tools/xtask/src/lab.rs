@@ -108,7 +108,8 @@ fn build_polldisk() -> Result<PathBuf> {
     Ok(target_folder().join("release/polldisk"))
 }
 
-fn workspace() -> &'static Path {
+/// Where the workspace's manifest is.
+pub fn workspace() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 

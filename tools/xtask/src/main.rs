@@ -1,5 +1,6 @@
 //! The one developer entry point: `cargo xtask <command>`.
 
+mod abi_check;
 mod lab;
 
 use std::process::ExitCode;
@@ -10,11 +11,13 @@ use clap::Parser;
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 enum Command {
+    AbiCheck(abi_check::Arguments),
     Lab(lab::Arguments),
 }
 
 fn main() -> ExitCode {
     let result = match Command::parse() {
+        Command::AbiCheck(arguments) => abi_check::run(&arguments),
         Command::Lab(arguments) => lab::run(arguments),
     };
     match result {
