@@ -5,9 +5,10 @@ mod rig;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use polldisk::blkif::features::Offer;
+use polldisk::control::Config;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Detach, Request};
-use polldisk::control::{Config, Offer};
 use polldisk::msg::{Event, WorkerId};
 use polldisk::xen::store::StoreClient;
 use polldisk::xen::{NodeAccess, Nodes};

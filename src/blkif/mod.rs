@@ -1,8 +1,9 @@
-//! The blkif protocol without I/O: ring, entry layouts, validated requests.
+//! The blkif protocol without I/O: features, ring, entry layouts, validated requests.
 //!
 //! Mirrors Xen's `public/io/blkif.h` and `public/io/ring.h`.
 
 pub mod codec;
+pub mod features;
 pub mod request;
 pub mod ring;
 

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
+use polldisk::blkif::features::Offer;
 use polldisk::config::{Config, Features, ServeOptions};
-use polldisk::control::{self, Offer};
+use polldisk::control;
 use polldisk::msg::event_channel;
 use polldisk::park::Doorbell;
 use polldisk::worker::{WorkerThread, spawn_all};

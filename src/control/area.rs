@@ -4,9 +4,9 @@ use std::io;
 
 use xenstore_rs::Xs;
 
-use super::frontend::Offer;
 use super::key::DiskKey;
 use crate::backing::{Discard, Geometry, Image};
+use crate::blkif::features::{self, DiskOffer};
 use crate::limits;
 use crate::units::{DomId, parse_decimal};
 use crate::xen::Store;
@@ -134,29 +134,8 @@ impl Description {
 pub type NodeValue = (&'static str, String);
 
 /// What a frontend reads before it chooses its rings, and the toolstack's script before it ends.
-/// A feature that is off is written too: a daemon before this one may have offered it.
-pub fn features(
-    offer: &Offer,
-    geometry: &Geometry,
-    discard: Option<Discard>,
-    hotplug: Hotplug,
-) -> Vec<NodeValue> {
-    let mut nodes = vec![
-        (keys::FEATURE_FLUSH_CACHE, u8::from(offer.flush).to_string()),
-        (keys::FEATURE_BARRIER, u8::from(offer.flush).to_string()),
-        (keys::FEATURE_DISCARD, u8::from(discard.is_some()).to_string()),
-        (keys::FEATURE_PERSISTENT, u8::from(offer.persistent).to_string()),
-        (keys::FEATURE_MAX_INDIRECT_SEGMENTS, offer.indirect_segments.to_string()),
-        (keys::MAX_RING_PAGE_ORDER, offer.ring_page_order.to_string()),
-        (keys::MULTI_QUEUE_MAX_QUEUES, offer.queues.to_string()),
-        (keys::SECTOR_SIZE, geometry.sector_bytes.to_string()),
-        (keys::PHYSICAL_SECTOR_SIZE, geometry.physical_sector_bytes.to_string()),
-    ];
-    if let Some(discard) = discard {
-        nodes.push((keys::DISCARD_GRANULARITY, discard.granularity_bytes.to_string()));
-        nodes.push((keys::DISCARD_ALIGNMENT, discard.alignment_bytes.to_string()));
-        nodes.push((keys::DISCARD_SECURE, u8::from(discard.secure).to_string()));
-    }
+pub fn features(disk: &DiskOffer, hotplug: Hotplug) -> Vec<NodeValue> {
+    let mut nodes = features::nodes(disk);
     if hotplug == Hotplug::None {
         nodes.push((keys::HOTPLUG_STATUS, "connected".to_owned()));
     }
@@ -311,39 +290,16 @@ mod test {
     }
 
     #[test]
-    fn what_is_not_offered_is_denied_in_words() {
+    fn only_without_a_script_does_polldisk_write_the_hotplug_status() {
+        use crate::blkif::features::Offer;
         use crate::units::Bytes;
-        const NOTHING: Offer = Offer {
-            persistent: false,
-            flush: true,
-            ring_page_order: 0,
-            queues: 1,
-            indirect_segments: 0,
-        };
         let geometry =
             Geometry { size: Bytes(1 << 30), sector_bytes: 4096, physical_sector_bytes: 4096 };
-        let hotplug = |hotplug| {
-            let nodes = features(&Offer::default(), &geometry, None, hotplug);
-            nodes.iter().any(|(node, _)| *node == keys::HOTPLUG_STATUS)
+        let disk = DiskOffer { general: Offer::default(), geometry, discard: None };
+        let written = |hotplug| {
+            features(&disk, hotplug).iter().any(|(node, _)| *node == keys::HOTPLUG_STATUS)
         };
-        assert!(hotplug(Hotplug::None) && !hotplug(Hotplug::Foreign));
-        for (offer, values) in [
-            (Offer { queues: 2, ..Offer::default() }, ["4", "2", "256", "1"]),
-            (NOTHING, ["0", "1", "0", "0"]),
-        ] {
-            let nodes = features(&offer, &geometry, None, Hotplug::None);
-            for (node, value) in [
-                "max-ring-page-order",
-                "multi-queue-max-queues",
-                "feature-max-indirect-segments",
-                "feature-persistent",
-            ]
-            .into_iter()
-            .zip(values)
-            {
-                assert!(nodes.contains(&(node, value.to_owned())), "{node}: {nodes:?}");
-            }
-        }
+        assert!(written(Hotplug::None) && !written(Hotplug::Ours) && !written(Hotplug::Foreign));
         assert!(shape(0, &geometry).contains(&(keys::SECTORS, (1 << 21).to_string())));
     }
 }

@@ -7,12 +7,13 @@ use std::time::Instant;
 
 use super::area::{self, Description, Failure, Hotplug};
 use super::connection::{Connection, News};
-use super::frontend::{self, Offer};
+use super::frontend;
 use super::key::DiskKey;
 use super::machine::{Effect, Input, Link, Machine};
 use super::quiet::{LogBudget, guest_log};
 use super::workers::Workers;
 use crate::backing::{Geometry, Image, Spec};
+use crate::blkif::features::{DiskOffer, Offer};
 use crate::blkif::request::DiskRules;
 use crate::units::DomId;
 use crate::xen::Store;
@@ -298,8 +299,8 @@ impl Disk {
             return Ok(());
         };
         let discard = self.image().and_then(|image| description.discard(image));
-        let nodes = area::features(around.offer, &geometry, discard, description.hotplug());
-        area::write(around.store, &self.area, &nodes)
+        let disk = DiskOffer { general: *around.offer, geometry, discard };
+        area::write(around.store, &self.area, &area::features(&disk, description.hotplug()))
     }
 
     fn publish_disk<S: Store>(&mut self, around: &Surroundings<'_, S>) -> io::Result<()> {

@@ -5,38 +5,10 @@ use std::io;
 
 use xenstore_rs::Xs;
 
-use crate::limits;
+use crate::blkif::features::Offer;
 use crate::msg::Protocol;
 use crate::units::{GrantRef, Port, parse_decimal};
 use crate::xen::keys::{self, XenbusState};
-
-/// What polldisk offers to frontends, as the data plane can keep it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Offer {
-    /// Granted pages may stay mapped.
-    pub persistent: bool,
-    /// Flushes are understood.
-    pub flush: bool,
-    /// log2 of the largest ring in pages, at most `limits::RING_PAGE_ORDER_MAX`.
-    pub ring_page_order: u32,
-    /// Most rings of one disk, at least 1.
-    pub queues: u16,
-    /// Most segments of an indirect request, at most `limits::INDIRECT_SEGMENTS_MAX`; 0: none.
-    pub indirect_segments: u16,
-}
-
-/// What one worker can keep; with more of them a disk may have more queues.
-impl Default for Offer {
-    fn default() -> Self {
-        Offer {
-            persistent: true,
-            flush: true,
-            ring_page_order: limits::RING_PAGE_ORDER_DEFAULT,
-            queues: 1,
-            indirect_segments: limits::INDIRECT_SEGMENTS_DEFAULT,
-        }
-    }
-}
 
 /// What a frontend asked for, within what was offered.
 #[derive(Clone, Debug, PartialEq, Eq)]

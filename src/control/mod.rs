@@ -38,5 +38,4 @@ mod registry;
 mod run;
 mod workers;
 
-pub use frontend::Offer;
 pub use run::{Config, ControlError, run};

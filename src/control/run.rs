@@ -10,8 +10,8 @@ use mio::{Events, Interest, Poll, Token};
 use signal_hook_mio::v1_0::Signals;
 
 use super::admin::{Admin, BindError, FIRST_CLIENT};
-use super::frontend::Offer;
 use super::registry::Registry;
+use crate::blkif::features::Offer;
 use crate::limits;
 use crate::msg::{Command, CommandSender, Event, EventReceiver};
 use crate::park::Doorbell;

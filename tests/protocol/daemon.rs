@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use polldisk::blkif::features::Offer;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Attach, DiskReport, Reply, Request};
-use polldisk::control::{self, ControlError, Offer};
+use polldisk::control::{self, ControlError};
 use polldisk::msg::event_channel;
 use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::xenbus::Xenbus;

@@ -1,7 +1,7 @@
 //! Random connections, negotiated through xenstore with the whole daemon.
 
 use polldisk::blkif::Protocol;
-use polldisk::control::Offer;
+use polldisk::blkif::features::Offer;
 use polldisk::limits::{INDIRECT_SEGMENTS_MAX, RING_PAGE_ORDER_MAX};
 use polldisk::sim::blkfront::xenbus::Wanted;
 
