@@ -11,7 +11,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("limits", &[]),
     ("park", &[]),
     ("metrics", &[]),
-    ("config", &["limits"]),
+    ("config", &["backing", "limits"]),
     ("backing", &["units"]),
     ("xen", &["limits", "park", "units"]),
     ("msg", &["backing", "blkif", "limits", "metrics", "park", "units"]),

@@ -39,14 +39,15 @@ pub struct DiskOptions {
 }
 
 /// How data gets from the guest's pages to storage and back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DataPath {
-    /// Pages stay mapped where the frontend lets them (`feature-persistent`), else data is copied.
+    /// Pages stay mapped where the frontend keeps them granted, else data is copied
     #[default]
     Auto,
-    /// Pages are mapped, if need be for the time of each request.
+    /// The same, but else the pages of large requests are mapped for their time
     Map,
-    /// Data is always copied.
+    /// Data is always copied
     Copy,
 }
 

@@ -145,7 +145,7 @@ pub fn features(
         (keys::FEATURE_FLUSH_CACHE, u8::from(offer.flush).to_string()),
         (keys::FEATURE_BARRIER, u8::from(offer.flush).to_string()),
         (keys::FEATURE_DISCARD, u8::from(discard.is_some()).to_string()),
-        (keys::FEATURE_PERSISTENT, u8::from(offer.persistent).to_string()),
+        (keys::FEATURE_PERSISTENT, u8::from(offer.is_persistent()).to_string()),
         (keys::FEATURE_MAX_INDIRECT_SEGMENTS, offer.indirect_segments.to_string()),
         (keys::MAX_RING_PAGE_ORDER, offer.ring_page_order.to_string()),
         (keys::MULTI_QUEUE_MAX_QUEUES, offer.queues.to_string()),
@@ -312,9 +312,10 @@ mod test {
 
     #[test]
     fn what_is_not_offered_is_denied_in_words() {
+        use crate::backing::DataPath;
         use crate::units::Bytes;
         const NOTHING: Offer = Offer {
-            persistent: false,
+            data_path: DataPath::Copy,
             flush: true,
             ring_page_order: 0,
             queues: 1,

@@ -88,7 +88,7 @@ impl Connection {
                 ring_refs: ring.refs.clone(),
                 port: ring.port,
                 protocol: published.protocol,
-                persistent: published.persistent,
+                mapping: published.mapping,
                 rules,
                 image: image.clone(),
                 counters: counters.clone(),

@@ -5,16 +5,17 @@ use std::io;
 
 use xenstore_rs::Xs;
 
+use crate::backing::DataPath;
 use crate::limits;
-use crate::msg::Protocol;
+use crate::msg::{Mapping, Protocol};
 use crate::units::{GrantRef, Port, parse_decimal};
 use crate::xen::keys::{self, XenbusState};
 
 /// What polldisk offers to frontends, as the data plane can keep it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offer {
-    /// Granted pages may stay mapped.
-    pub persistent: bool,
+    /// How data gets from the guest's pages to storage.
+    pub data_path: DataPath,
     /// Flushes are understood.
     pub flush: bool,
     /// log2 of the largest ring in pages, at most `limits::RING_PAGE_ORDER_MAX`.
@@ -25,11 +26,18 @@ pub struct Offer {
     pub indirect_segments: u16,
 }
 
+impl Offer {
+    /// Whether granted pages may stay mapped.
+    pub fn is_persistent(&self) -> bool {
+        self.data_path != DataPath::Copy
+    }
+}
+
 /// What one worker can keep; with more of them a disk may have more queues.
 impl Default for Offer {
     fn default() -> Self {
         Offer {
-            persistent: true,
+            data_path: DataPath::Auto,
             flush: true,
             ring_page_order: limits::RING_PAGE_ORDER_DEFAULT,
             queues: 1,
@@ -43,8 +51,8 @@ impl Default for Offer {
 pub struct Published {
     /// The layout of its ring entries.
     pub protocol: Protocol,
-    /// Whether both ends keep granted pages mapped.
-    pub persistent: bool,
+    /// What is mapped of its data pages.
+    pub mapping: Mapping,
     /// Its rings, at least one.
     pub rings: Vec<Ring>,
 }
@@ -113,13 +121,14 @@ pub fn read(store: &impl Xs, area: &str, offer: &Offer) -> Result<Published, Fro
             .map(|n| nodes.ring(&format!("queue-{n}/"), order))
             .collect::<Result<_, _>>()?,
     };
-    let wants_persistent =
+    let keeps_grants =
         nodes.text(keys::FEATURE_PERSISTENT)?.is_some_and(|text| text.as_ref() == "1");
-    Ok(Published {
-        protocol: nodes.protocol()?,
-        persistent: offer.persistent && wants_persistent,
-        rings,
-    })
+    let mapping = match offer.data_path {
+        DataPath::Auto | DataPath::Map if keeps_grants => Mapping::Kept,
+        DataPath::Map => Mapping::PerRequest,
+        DataPath::Auto | DataPath::Copy => Mapping::Nothing,
+    };
+    Ok(Published { protocol: nodes.protocol()?, mapping, rings })
 }
 
 struct Nodes<'a, S> {

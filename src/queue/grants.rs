@@ -1,5 +1,5 @@
 //! Where the data of a segment is: in a guest page that stays mapped, or in bounce memory that
-//! grant copy fills and empties. Never mapped and unmapped per request.
+//! grant copy fills and empties.
 
 use std::cell::Cell;
 use std::cmp::Reverse;

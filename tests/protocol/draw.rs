@@ -4,6 +4,7 @@
 use polldisk::blkif::Protocol;
 use polldisk::blkif::op;
 use polldisk::limits::{INDIRECT_SEGMENTS_MAX, RING_PAGE_ORDER_MAX, SEGMENTS_PER_REQUEST};
+use polldisk::msg::Mapping;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::units::DomId;
 
@@ -66,9 +67,8 @@ impl Random {
 pub struct Combination {
     pub queues: usize,
     pub options: Options,
-    /// Whether the backend keeps pages mapped; where it does not, a frontend may still keep them
-    /// granted.
-    pub maps: bool,
+    /// What the backend maps; a frontend may keep granted what the backend does not keep mapped.
+    pub mapping: Mapping,
     /// Segments of an indirect request that were offered; 0: none.
     pub offered_segments: u16,
     pub sector_bytes: u32,
@@ -86,7 +86,10 @@ impl Combination {
         Combination {
             queues,
             options,
-            maps: options.persistent && random.chance(80),
+            mapping: match options.persistent {
+                true => random.one_of(&[Mapping::Kept, Mapping::Kept, Mapping::Nothing]),
+                false => random.one_of(&[Mapping::PerRequest, Mapping::Nothing]),
+            },
             offered_segments: u16::try_from(offered_segments).unwrap(),
             sector_bytes: random.one_of(&[512, 4096]),
             read_only: random.chance(5),

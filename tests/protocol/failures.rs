@@ -3,6 +3,7 @@
 use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
 use polldisk::limits::BOUNCE_PAGES_PER_WORKER;
+use polldisk::msg::Mapping;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::units::Bytes;
 
@@ -23,7 +24,7 @@ fn play(requests: Vec<Request>) {
     let combination = Combination {
         queues: 1,
         options,
-        maps: false,
+        mapping: Mapping::Nothing,
         offered_segments: u16::try_from(PAGES).unwrap(),
         sector_bytes: 512,
         read_only: false,

@@ -1,5 +1,6 @@
 //! Several queues of one disk.
 
+use polldisk::msg::Mapping;
 use polldisk::sim::blkfront::device::Options;
 
 use crate::draw::{Combination, Request};
@@ -15,7 +16,7 @@ fn queues_of_one_disk_are_served_by_different_workers_and_share_its_data() {
     let combination = Combination {
         queues: 2,
         options: Options::default(),
-        maps: true,
+        mapping: Mapping::Kept,
         offered_segments: 0,
         sector_bytes: 512,
         read_only: false,

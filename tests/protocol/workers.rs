@@ -93,7 +93,7 @@ impl Rig {
                 ring_refs: device.ring_refs().to_vec(),
                 port: device.port(),
                 protocol: combination.options.protocol,
-                persistent: combination.maps,
+                mapping: combination.mapping,
                 rules,
                 image: Arc::clone(&image),
                 counters: Arc::new(QueueCounters::default()),
