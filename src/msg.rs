@@ -10,6 +10,7 @@ use hdrhistogram::Histogram;
 use crate::backing::Image;
 pub use crate::blkif::Protocol;
 use crate::blkif::request::DiskRules;
+use crate::budget::GrantBudget;
 use crate::limits;
 use crate::metrics::QueueCounters;
 use crate::park::Doorbell;
@@ -63,6 +64,8 @@ pub struct Connect {
     pub protocol: Protocol,
     /// How its data is got at.
     pub mapping: Mapping,
+    /// The frontend's domain's, shared by all of its queues.
+    pub budget: Arc<GrantBudget>,
     /// What its guest may do.
     pub rules: DiskRules,
     /// The opened image, shared by the queues of the disk.

@@ -22,6 +22,7 @@ use crate::blkif::codec::{RawRequest, RawResponse};
 use crate::blkif::op;
 use crate::blkif::request::{DiskRules, IndirectHead, Kind, Request, RequestFault};
 use crate::blkif::ring::{BackRing, RingFault};
+use crate::budget::Share;
 use crate::engine::{Engine, IoOp, Ticket};
 use crate::limits::REQUESTS_PER_PASS;
 use crate::metrics::{QueueCounters, new_latency_histogram};
@@ -143,6 +144,7 @@ impl Queue {
             }
         };
         let size = ring.size();
+        let share = Share::of(connect.budget);
         Ok(Queue {
             key: connect.key,
             index,
@@ -157,8 +159,8 @@ impl Queue {
             stalled: Vec::with_capacity(size as usize),
             copy_out: Vec::with_capacity(size as usize),
             mapped: match connect.mapping {
-                Mapping::Kept => Mapped::Kept(PersistentGrants::default()),
-                Mapping::PerRequest => Mapped::PerRequest(TransientGrants::default()),
+                Mapping::Kept => Mapped::Kept(PersistentGrants::new(share)),
+                Mapping::PerRequest => Mapped::PerRequest(TransientGrants::new(share)),
                 Mapping::Nothing => Mapped::Nothing,
             },
             counters: connect.counters,
@@ -440,7 +442,7 @@ impl Queue {
             slot.bounced().for_each(|(_, buffer)| io.bounce.give_back(buffer));
         }
         if let Mapped::PerRequest(transient) = &mut self.mapped {
-            transient.unmap(&mut io.grants, slot);
+            transient.release(&mut io.grants, slot);
             self.counters.grants_mapped.set(transient.count() as u64);
         }
         let (request, taken_ns) = (slot.request, slot.taken_ns);

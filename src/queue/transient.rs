@@ -10,6 +10,7 @@
 
 use super::slots::Slot;
 use crate::blkif::request::{Kind, Segment};
+use crate::budget::Share;
 use crate::limits::{
     GRANTS_PER_MAP_BATCH, MAP_REFUSALS_MAX, PERSISTENT_GRANTS_PER_QUEUE, SEGMENTS_MAPPED_MIN,
 };
@@ -17,16 +18,22 @@ use crate::units::{DomId, GrantRef};
 use crate::xen::{Grants, PageAccess};
 
 /// What a queue has mapped for requests in flight.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct TransientGrants {
-    count: usize,
+    /// As many pages as are mapped.
+    share: Share,
     refusals: u32,
 }
 
 impl TransientGrants {
+    /// None mapped yet.
+    pub fn new(share: Share) -> TransientGrants {
+        TransientGrants { share, refusals: 0 }
+    }
+
     /// Pages mapped.
     pub fn count(&self) -> usize {
-        self.count
+        self.share.taken()
     }
 
     /// Maps all pages of a request and points its segments at them; `false`: none is mapped, and its
@@ -40,11 +47,13 @@ impl TransientGrants {
         wanted: &mut Vec<GrantRef>,
     ) -> bool {
         let segments = slot.segments();
-        let aligned = |segment: &Segment| segment.offset.is_multiple_of(memory_alignment);
-        if segments.len() < SEGMENTS_MAPPED_MIN
-            || self.count + segments.len() > PERSISTENT_GRANTS_PER_QUEUE
+        let (count, is_aligned) =
+            (segments.len(), |it: &Segment| it.offset.is_multiple_of(memory_alignment));
+        if count < SEGMENTS_MAPPED_MIN
+            || self.count() + count > PERSISTENT_GRANTS_PER_QUEUE
             || self.refusals >= MAP_REFUSALS_MAX
-            || !segments.iter().all(aligned)
+            || !segments.iter().all(is_aligned)
+            || !self.share.take_all(count)
         {
             return false;
         }
@@ -56,13 +65,14 @@ impl TransientGrants {
             _ => PageAccess::ReadOnly,
         };
         for batch in wanted.chunks(GRANTS_PER_MAP_BATCH) {
-            let Ok(pages) = grants.map(domid, batch, access) else {
-                self.refusals += 1;
-                self.unmap(grants, slot);
-                return false;
-            };
-            self.count += pages.count();
-            slot.mapped.push(pages);
+            match grants.map(domid, batch, access) {
+                Ok(pages) => slot.mapped.push(pages),
+                Err(_) => {
+                    self.refusals += 1;
+                    self.unmap(grants, slot);
+                    return false;
+                }
+            }
         }
         slot.point_at_mapped();
         true
@@ -70,12 +80,19 @@ impl TransientGrants {
 
     /// Unmaps what is mapped for a request, which storage must be done with.
     #[inline]
-    pub fn unmap<G: Grants>(&mut self, grants: &mut G, slot: &mut Slot) {
+    pub fn release<G: Grants>(&mut self, grants: &mut G, slot: &mut Slot) {
+        if !slot.mapped.is_empty() {
+            self.unmap(grants, slot);
+        }
+    }
+
+    /// Gives back all that was taken for a request, even where only some of it was mapped.
+    fn unmap<G: Grants>(&mut self, grants: &mut G, slot: &mut Slot) {
         for pages in slot.mapped.drain(..) {
-            self.count -= pages.count();
             if let Err(error) = grants.unmap(pages) {
                 tracing::warn!(%error, "unmapping a request's pages failed");
             }
         }
+        self.share.give_back(slot.segments().len());
     }
 }

@@ -64,14 +64,19 @@ impl Guest<'_> {
     /// answer.
     pub fn play(&mut self, requests: impl IntoIterator<Item = Request>) {
         for request in requests {
-            while self.devices[request.queue].free_buffer().is_none() || self.must_wait(&request) {
-                self.take_answers();
-            }
-            self.put(request);
+            self.begin_one(request);
         }
         while self.in_flight() > 0 {
             self.take_answers();
         }
+    }
+
+    /// Asks for one as soon as a buffer and its place allow it.
+    pub fn begin_one(&mut self, request: Request) {
+        while self.devices[request.queue].free_buffer().is_none() || self.must_wait(&request) {
+            self.take_answers();
+        }
+        self.put(request);
     }
 
     /// Reads the whole disk, through all queues.

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use polldisk::backing::{Geometry, Image, RawImage};
 use polldisk::blkif::request::DiskRules;
+use polldisk::budget::GrantBudget;
+use polldisk::limits::PERSISTENT_GRANTS_PER_DOMAIN;
 use polldisk::metrics::QueueCounters;
 use polldisk::msg::{
     Command, CommandSender, Connect, Event, EventReceiver, LinkId, QueueKey, event_channel,
@@ -32,6 +34,8 @@ pub struct Rig {
     threads: Vec<WorkerThread>,
     events: EventReceiver,
     links: u64,
+    budget: Arc<GrantBudget>,
+    budget_pages: usize,
 }
 
 /// A file of zeroes where O_DIRECT works.
@@ -43,6 +47,11 @@ pub fn zeroes(folder: &Path) -> PathBuf {
 
 impl Rig {
     pub fn start() -> Rig {
+        Rig::with_budget(PERSISTENT_GRANTS_PER_DOMAIN)
+    }
+
+    /// The same with so many pages that may be mapped.
+    pub fn with_budget(budget_pages: usize) -> Rig {
         let stand_in = StandIn::start_temporary().unwrap();
         let domid = DomId::try_from(1).unwrap();
         let domain = Arc::new(stand_in.create_domain(domid, GUEST_PAGES).unwrap());
@@ -61,6 +70,8 @@ impl Rig {
             threads,
             events,
             links: 0,
+            budget: Arc::new(GrantBudget::new(budget_pages)),
+            budget_pages,
         }
     }
 
@@ -94,6 +105,7 @@ impl Rig {
                 port: device.port(),
                 protocol: combination.options.protocol,
                 mapping: combination.mapping,
+                budget: Arc::clone(&self.budget),
                 rules,
                 image: Arc::clone(&image),
                 counters: Arc::new(QueueCounters::default()),
@@ -117,6 +129,7 @@ impl Rig {
             }
         }
         assert_eq!(self.domain.mapped_grants(), 0);
+        assert_eq!(self.budget.left(), self.budget_pages, "all of the budget is back");
         devices.into_iter().for_each(|device| device.close().unwrap());
     }
 
