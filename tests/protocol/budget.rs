@@ -31,7 +31,7 @@ const BUDGET: usize = 300;
 fn the_queues_of_a_domain_map_no_more_than_its_budget_and_copy_the_rest() {
     const QUEUES: usize = 4;
     const PAGES: usize = 64;
-    let mut rig = Rig::with_budget(BUDGET);
+    let mut rig = Rig::start();
     let bad_gref = rig.domain.reserve_refs(1).unwrap()[0];
     let mut disk = Disk::new(1, bad_gref);
     for mapping in [Mapping::Kept, Mapping::PerRequest] {
@@ -42,8 +42,8 @@ fn the_queues_of_a_domain_map_no_more_than_its_budget_and_copy_the_rest() {
             options,
             mapping,
             offered_segments: 256,
-            sector_bytes: 512,
-            read_only: false,
+            budget: BUDGET,
+            ..Combination::default()
         };
         let devices = rig.connect(&combination);
         let rings = QUEUES << options.ring_order;

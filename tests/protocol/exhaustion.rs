@@ -31,8 +31,7 @@ fn play_batches(queues: usize, requests: usize, pages: usize) {
             options: Options { persistent, ..options },
             mapping,
             offered_segments: 512,
-            sector_bytes: 512,
-            read_only: false,
+            ..Combination::default()
         };
         let devices = rig.connect(&combination);
         let mut guest = Guest::new(&mut disk, combination, devices);

@@ -22,12 +22,10 @@ fn play(requests: Vec<Request>) {
     let mut disk = Disk::new(1, bad_gref);
     let options = Options { persistent: false, segments: PAGES, buffers: 3, ..Options::default() };
     let combination = Combination {
-        queues: 1,
         options,
         mapping: Mapping::Nothing,
         offered_segments: u16::try_from(PAGES).unwrap(),
-        sector_bytes: 512,
-        read_only: false,
+        ..Combination::default()
     };
     let null = NullImage::new(Bytes(SECTORS * 512), true);
     let devices = rig.connect_to(Image::Null(null), &combination);

@@ -7,6 +7,8 @@ use polldisk::limits::{INDIRECT_SEGMENTS_MAX, RING_PAGE_ORDER_MAX};
 use polldisk::msg::Mapping;
 use polldisk::sim::blkfront::xenbus::Wanted;
 
+use xenstore_rs::Xs;
+
 use crate::daemon::Daemon;
 use crate::draw::{Combination, Random, draw_options};
 use crate::guest::{Disk, Guest};
@@ -58,6 +60,8 @@ fn connect_and_play(random: &mut Random, daemon: &Daemon, offer: &Offer, disk: &
     assert_eq!(agreed.ring_order, options.ring_order.min(offer.ring_page_order));
     assert_eq!(agreed.persistent, options.persistent && offer.data_path != DataPath::Copy);
     assert!(agreed.segments <= usize::from(offer.indirect_segments).max(11));
+    let node = daemon.xenbus.theirs("feature-discard");
+    let discard = daemon.xenbus.store().read(&node).unwrap();
     let report = daemon.disk();
     let expected: Vec<usize> = (0..devices.len()).map(|queue| queue % 2).collect();
     assert_eq!(report.workers, expected, "the queues go round the workers");
@@ -72,6 +76,8 @@ fn connect_and_play(random: &mut Random, daemon: &Daemon, offer: &Offer, disk: &
         offered_segments: offer.indirect_segments,
         sector_bytes: told.sector_bytes,
         read_only: told.read_only,
+        discard: &*discard == "1",
+        ..Combination::default()
     };
     let mut guest = Guest::new(disk, combination, devices);
     for _ in 0..CASES_PER_CONNECTION {

@@ -8,7 +8,6 @@ use std::time::Duration;
 use polldisk::backing::{Geometry, Image, RawImage};
 use polldisk::blkif::request::DiskRules;
 use polldisk::budget::GrantBudget;
-use polldisk::limits::PERSISTENT_GRANTS_PER_DOMAIN;
 use polldisk::metrics::QueueCounters;
 use polldisk::msg::{
     Command, CommandSender, Connect, Event, EventReceiver, LinkId, QueueKey, event_channel,
@@ -34,6 +33,7 @@ pub struct Rig {
     threads: Vec<WorkerThread>,
     events: EventReceiver,
     links: u64,
+    /// Of the connection that there is.
     budget: Arc<GrantBudget>,
     budget_pages: usize,
 }
@@ -47,11 +47,6 @@ pub fn zeroes(folder: &Path) -> PathBuf {
 
 impl Rig {
     pub fn start() -> Rig {
-        Rig::with_budget(PERSISTENT_GRANTS_PER_DOMAIN)
-    }
-
-    /// The same with so many pages that may be mapped.
-    pub fn with_budget(budget_pages: usize) -> Rig {
         let stand_in = StandIn::start_temporary().unwrap();
         let domid = DomId::try_from(1).unwrap();
         let domain = Arc::new(stand_in.create_domain(domid, GUEST_PAGES).unwrap());
@@ -70,8 +65,8 @@ impl Rig {
             threads,
             events,
             links: 0,
-            budget: Arc::new(GrantBudget::new(budget_pages)),
-            budget_pages,
+            budget: Arc::new(GrantBudget::new(0)),
+            budget_pages: 0,
         }
     }
 
@@ -84,13 +79,15 @@ impl Rig {
     /// The same with another disk.
     pub fn connect_to(&mut self, image: Image, combination: &Combination) -> Vec<Device> {
         self.links += 1;
+        self.budget_pages = combination.budget;
+        self.budget = Arc::new(GrantBudget::new(combination.budget));
         // The rules may be those of larger sectors than storage has.
         let geometry = Geometry { sector_bytes: combination.sector_bytes, ..image.geometry() };
         let rules = DiskRules {
             geometry,
             read_only: combination.read_only,
             indirect_segments: combination.offered_segments,
-            discard: false,
+            discard: combination.discard,
             secure_discard: false,
         };
         let image = Arc::new(image);
