@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::Args;
 use serde::Deserialize;
 
+use crate::backing::DataPath;
 use crate::limits;
 
 /// Where `polldisk serve` listens for `attach`, `detach` and `list` unless told otherwise.
@@ -49,9 +50,9 @@ pub struct ServeOptions {
     #[arg(long, value_name = "N")]
     pub max_indirect_segments: Option<u16>,
 
-    /// Do not offer persistent grants: guests' data is copied
-    #[arg(long)]
-    pub no_persistent: bool,
+    /// How guests' data gets to storage, where a disk's target does not say it [default: auto]
+    #[arg(long, value_name = "PATH", value_enum)]
+    pub data_path: Option<DataPath>,
 
     /// Socket for attach, detach and list [default: /run/polldisk/admin.sock]
     #[arg(long, value_name = "PATH")]
@@ -89,8 +90,8 @@ pub struct Features {
     pub queues: u16,
     /// Most segments of an indirect request; 0: none.
     pub indirect_segments: u16,
-    /// Granted pages may stay mapped.
-    pub persistent: bool,
+    /// How the data of disks gets to storage whose targets do not say it.
+    pub data_path: DataPath,
 }
 
 /// An option that can't be obeyed.
@@ -136,7 +137,7 @@ impl ServeOptions {
             max_ring_page_order: self.max_ring_page_order.or(file.max_ring_page_order),
             max_queues: self.max_queues.or(file.max_queues),
             max_indirect_segments: self.max_indirect_segments.or(file.max_indirect_segments),
-            no_persistent: self.no_persistent || file.no_persistent,
+            data_path: self.data_path.or(file.data_path),
             admin: self.admin.or(file.admin),
             log: self.log.or(file.log),
         }
@@ -193,7 +194,7 @@ impl ServeOptions {
             ring_page_order: order,
             queues,
             indirect_segments: segments,
-            persistent: !self.no_persistent,
+            data_path: self.data_path.unwrap_or_default(),
         })
     }
 }
@@ -367,15 +368,23 @@ mod test {
     #[test]
     fn features_are_what_the_workers_can_keep_unless_limited() {
         let config = options(|options| options.workers = Some(3)).check(&[0, 1]).unwrap();
-        let offered =
-            Features { ring_page_order: 4, queues: 3, indirect_segments: 256, persistent: true };
+        let offered = Features {
+            ring_page_order: 4,
+            queues: 3,
+            indirect_segments: 256,
+            data_path: DataPath::Auto,
+        };
         assert_eq!(config.features, offered);
         let text = "max-ring-page-order = 0\nmax-queues = 1\nmax-indirect-segments = 0\n\
-                    no-persistent = true\n";
+                    data-path = \"copy\"\n";
         let file: ServeOptions = toml::from_str(text).unwrap();
         let config = options(|options| options.max_queues = Some(2)).or(file).check(&[0]).unwrap();
-        let offered =
-            Features { ring_page_order: 0, queues: 2, indirect_segments: 0, persistent: false };
+        let offered = Features {
+            ring_page_order: 0,
+            queues: 2,
+            indirect_segments: 0,
+            data_path: DataPath::Copy,
+        };
         assert_eq!(config.features, offered);
     }
 

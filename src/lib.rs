@@ -16,7 +16,7 @@
 //! # Who may import whom
 //!
 //! ```text
-//! units limits park metrics
+//! units limits park metrics budget
 //!   └─ backing ─ msg
 //!   └─ xen (traits, shm, keys, store) ─ blkif ─┐
 //!         └─ engine ───────────────────────────┴─ queue ─ worker
@@ -35,6 +35,7 @@
 
 pub mod backing;
 pub mod blkif;
+pub mod budget;
 pub mod config;
 pub mod control;
 pub mod engine;

@@ -35,6 +35,17 @@ pub const RING_PAGES_MAX: usize = 1 << RING_PAGE_ORDER_MAX;
 /// (`max_persistent_grants`): a 32-entry ring with three quarters of its indirect segments.
 pub const PERSISTENT_GRANTS_PER_QUEUE: usize = 1056;
 
+/// Pages that all queues of one domain keep mapped: those of sixteen full queues. However many disks
+/// a guest has, that is a quarter of the mappings that a process can have (`vm.max_map_count`, 65530)
+/// even where each page is one of its own, and a fifteenth of what Xen lets dom0 map altogether
+/// (1024 frames of its maptrack, 256 pages each), so one guest never starves the others (XSA-300).
+pub const PERSISTENT_GRANTS_PER_DOMAIN: usize = 16 * PERSISTENT_GRANTS_PER_QUEUE;
+
+/// Least segments of a request whose pages are mapped for its time only. Such a mapping takes four
+/// system calls and a flush of the TLB, a copy one system call for all requests of a pass: a page
+/// or two are cheaper copied on any host. From here on there are two pages and more for a call.
+pub const SEGMENTS_MAPPED_MIN: usize = 8;
+
 /// How often a worker looks which mapped pages were used.
 pub const PERSISTENT_SWEEP_SECONDS: u64 = 15;
 
@@ -155,6 +166,8 @@ pub const ERROR_TEXT_MAX: usize = 1024;
 
 const _: () = assert!(REQUESTS_PER_PASS * SEGMENTS_PER_REQUEST >= GRANTS_PER_MAP_BATCH);
 const _: () = assert!(PERSISTENT_GRANTS_PER_QUEUE >= GRANTS_PER_MAP_BATCH);
+const _: () = assert!(PERSISTENT_GRANTS_PER_QUEUE >= INDIRECT_SEGMENTS_MAX as usize);
+const _: () = assert!(SEGMENTS_MAPPED_MIN <= SEGMENTS_PER_REQUEST);
 const _: () = assert!(XENSTORE_ABS_PATH_MAX < XENSTORE_PAYLOAD_MAX);
 
 /// Bounce pages of one worker: several one-page rings full of largest requests that are copied.

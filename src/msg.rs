@@ -10,6 +10,7 @@ use hdrhistogram::Histogram;
 use crate::backing::Image;
 pub use crate::blkif::Protocol;
 use crate::blkif::request::DiskRules;
+use crate::budget::GrantBudget;
 use crate::limits;
 use crate::metrics::QueueCounters;
 use crate::park::Doorbell;
@@ -61,14 +62,28 @@ pub struct Connect {
     pub port: Port,
     /// The layout of its ring entries.
     pub protocol: Protocol,
-    /// Both ends said `feature-persistent`: granted pages stay mapped.
-    pub persistent: bool,
+    /// How its data is got at.
+    pub mapping: Mapping,
+    /// The frontend's domain's, shared by all of its queues.
+    pub budget: Arc<GrantBudget>,
     /// What its guest may do.
     pub rules: DiskRules,
     /// The opened image, shared by the queues of the disk.
     pub image: Arc<Image>,
     /// Where the queue counts; control reads them at any time.
     pub counters: Arc<QueueCounters>,
+}
+
+/// What of a guest's data pages a queue maps. What it doesn't, it copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mapping {
+    /// Both ends said `feature-persistent`: pages stay mapped.
+    Kept,
+    /// The frontend takes its pages back with every answer: those of a large request are mapped for
+    /// its time.
+    PerRequest,
+    /// Nothing.
+    Nothing,
 }
 
 /// What a worker tells control.

@@ -9,7 +9,7 @@ use polldisk::blkif::features::Offer;
 use polldisk::control::Config;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Detach, Request};
-use polldisk::msg::{Event, WorkerId};
+use polldisk::msg::{Event, Mapping, WorkerId};
 use polldisk::xen::store::StoreClient;
 use polldisk::xen::{NodeAccess, Nodes};
 use rig::{Areas, BAD_GRANT, Guest, Rig, domid, owner, reads, until, xvd};
@@ -53,7 +53,7 @@ fn a_connected_disk_tells_its_size_in_512_byte_sectors() {
     assert_eq!(guest.read(&areas.backend, "sectors").as_deref(), Some("16777216"));
     assert_eq!(guest.read(&areas.backend, "info").as_deref(), Some("0"));
     assert_eq!(rig.served(5), 1);
-    assert_eq!(rig.plane().persistent, Some(true));
+    assert_eq!(rig.plane().mapping, Some(Mapping::Kept));
 }
 
 #[test]

@@ -11,15 +11,22 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("limits", &[]),
     ("park", &[]),
     ("metrics", &[]),
-    ("config", &["limits"]),
+    ("budget", &[]),
+    ("config", &["backing", "limits"]),
     ("backing", &["units"]),
     ("xen", &["limits", "park", "units"]),
-    ("msg", &["backing", "blkif", "limits", "metrics", "park", "units"]),
+    ("msg", &["backing", "blkif", "budget", "limits", "metrics", "park", "units"]),
     ("blkif", &["backing", "limits", "units", "xen"]),
     ("engine", &["backing", "limits", "park", "xen"]),
-    ("queue", &["backing", "blkif", "engine", "limits", "metrics", "msg", "units", "xen"]),
+    (
+        "queue",
+        &["backing", "blkif", "budget", "engine", "limits", "metrics", "msg", "units", "xen"],
+    ),
     ("worker", &["backing", "engine", "limits", "metrics", "msg", "park", "queue", "units", "xen"]),
-    ("control", &["backing", "blkif", "limits", "metrics", "msg", "park", "units", "xen"]),
+    (
+        "control",
+        &["backing", "blkif", "budget", "limits", "metrics", "msg", "park", "units", "xen"],
+    ),
     ("sim", &["blkif", "limits", "msg", "park", "units", "xen"]),
 ];
 

@@ -9,7 +9,7 @@ mod spec;
 
 pub use null::NullImage;
 pub use raw::{DeviceHandle, RawImage};
-pub use spec::Spec;
+pub use spec::{Backing, DataPath, DiskOptions, Spec};
 
 use crate::units::{Bytes, SECTOR_BYTES, Sectors};
 

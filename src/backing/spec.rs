@@ -1,4 +1,5 @@
-//! How a disk's contents are named: `raw:/path`, `null:SIZE`, or a bare absolute path.
+//! How a disk's contents are named: `raw:/path`, `null:SIZE`, or a bare absolute path; with options
+//! of the disk before the colon, as in `raw,data-path=copy:/path`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -9,7 +10,16 @@ use crate::units::{Bytes, SECTOR_BYTES};
 
 /// A target, parsed and not yet opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Spec {
+pub struct Spec {
+    /// What holds the contents.
+    pub backing: Backing,
+    /// How the disk is served.
+    pub options: DiskOptions,
+}
+
+/// What holds a disk's contents.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Backing {
     /// `raw:/path`, or `/path`: a file or a block device, byte for byte.
     Raw(PathBuf),
     /// `null:SIZE` or `null:SIZE,read-zeroes`: nothing, of that size.
@@ -21,12 +31,32 @@ pub enum Spec {
     },
 }
 
+/// The options before the colon, the same for every backing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskOptions {
+    /// `data-path=auto|map|copy`; `None`: the daemon's own.
+    pub data_path: Option<DataPath>,
+}
+
+/// How data gets from the guest's pages to storage and back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DataPath {
+    /// Pages stay mapped where the frontend keeps them granted, else data is copied
+    #[default]
+    Auto,
+    /// The same, but else the pages of large requests are mapped for their time
+    Map,
+    /// Data is always copied
+    Copy,
+}
+
 impl Spec {
     /// Opens what it names. Never waits for a network.
     pub fn open(&self, read_only: bool) -> Result<Image, BackingError> {
-        match self {
-            Spec::Raw(path) => RawImage::open(path, read_only).map(Image::Raw),
-            Spec::Null { size, read_zeroes } => {
+        match &self.backing {
+            Backing::Raw(path) => RawImage::open(path, read_only).map(Image::Raw),
+            Backing::Null { size, read_zeroes } => {
                 Ok(Image::Null(NullImage::new(*size, *read_zeroes)))
             }
         }
@@ -37,41 +67,90 @@ impl FromStr for Spec {
     type Err = BackingError;
 
     fn from_str(target: &str) -> Result<Self, BackingError> {
-        match target.split_once(':') {
-            Some(("raw", path)) => raw(target, path),
-            Some(("null", shape)) => null(target, shape),
-            _ if target.starts_with('/') => raw(target, target),
-            Some((scheme, _)) if scheme.bytes().all(|byte| byte.is_ascii_alphanumeric()) => {
-                Err(bad(target, format!("polldisk has no backing \"{scheme}\"")))
-            }
-            _ => Err(bad(target, "it is neither a backing nor an absolute path".to_owned())),
+        if target.starts_with('/') {
+            let backing = raw(target).map_err(|what| bad(target, what))?;
+            return Ok(Spec { backing, options: DiskOptions::default() });
         }
+        let Some((head, rest)) = target.split_once(':') else {
+            return Err(bad(target, "it is neither a backing nor an absolute path".to_owned()));
+        };
+        let (kind, options) = match head.split_once(',') {
+            None => (head, None),
+            Some((kind, options)) => (kind, Some(options)),
+        };
+        let backing = match kind {
+            "raw" => raw(rest),
+            "null" => null(rest),
+            _ => Err(format!("polldisk has no backing \"{kind}\"")),
+        };
+        let backing = backing.map_err(|what| bad(target, what))?;
+        let options = options.map_or(Ok(DiskOptions::default()), str::parse);
+        Ok(Spec { backing, options: options.map_err(|what| bad_option(target, what))? })
     }
 }
 
-fn raw(target: &str, path: &str) -> Result<Spec, BackingError> {
+fn raw(path: &str) -> Result<Backing, String> {
     if !path.starts_with('/') {
-        return Err(bad(target, format!("the path \"{path}\" is not absolute")));
+        return Err(format!("the path \"{path}\" is not absolute"));
     }
     if path.contains('\0') {
-        return Err(bad(target, "the path holds a NUL byte".to_owned()));
+        return Err("the path holds a NUL byte".to_owned());
     }
-    Ok(Spec::Raw(PathBuf::from(path)))
+    Ok(Backing::Raw(PathBuf::from(path)))
 }
 
-fn null(target: &str, shape: &str) -> Result<Spec, BackingError> {
+fn null(shape: &str) -> Result<Backing, String> {
     let (size, read_zeroes) = match shape.split_once(',') {
         None => (shape, false),
         Some((size, "read-zeroes")) => (size, true),
-        Some((_, option)) => {
-            return Err(bad(target, format!("null has no option \"{option}\"")));
-        }
+        Some((_, option)) => return Err(format!("after its size null has no \"{option}\"")),
     };
-    let size: Bytes = size.parse().map_err(|error| bad(target, format!("{error}")))?;
+    let size: Bytes = size.parse().map_err(|error| format!("{error}"))?;
     if size.0 == 0 || !size.0.is_multiple_of(SECTOR_BYTES) {
-        return Err(bad(target, format!("{size} is not a positive multiple of 512 bytes")));
+        return Err(format!("{size} is not a positive multiple of 512 bytes"));
     }
-    Ok(Spec::Null { size, read_zeroes })
+    Ok(Backing::Null { size, read_zeroes })
+}
+
+/// The options that there are, for whoever wrote another.
+const OPTIONS: &str = "data-path=auto, data-path=map or data-path=copy";
+
+impl FromStr for DiskOptions {
+    /// What is wrong, naming the option.
+    type Err = String;
+
+    fn from_str(list: &str) -> Result<Self, String> {
+        let mut options = DiskOptions::default();
+        let mut names = Vec::new();
+        for option in list.split(',') {
+            let (name, value) = match option.split_once('=') {
+                None => (option, None),
+                Some((name, value)) => (name, Some(value)),
+            };
+            if names.contains(&name) {
+                return Err(format!("the option \"{name}\" is there twice"));
+            }
+            names.push(name);
+            match (name, value) {
+                ("data-path", Some(value)) => options.data_path = Some(value.parse()?),
+                ("", None) => return Err("an option is empty".to_owned()),
+                _ => return Err(format!("there is no option \"{option}\"")),
+            }
+        }
+        Ok(options)
+    }
+}
+
+impl FromStr for DataPath {
+    /// What is wrong.
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        [DataPath::Auto, DataPath::Map, DataPath::Copy]
+            .into_iter()
+            .find(|path| path.to_string() == name)
+            .ok_or_else(|| format!("the option data-path knows no \"{name}\""))
+    }
 }
 
 fn bad(target: &str, what: String) -> BackingError {
@@ -83,14 +162,39 @@ fn bad(target: &str, what: String) -> BackingError {
     }
 }
 
+fn bad_option(target: &str, what: String) -> BackingError {
+    let mend = format!("give {OPTIONS}, as in raw,data-path=copy:/path");
+    BackingError { mend, ..bad(target, what) }
+}
+
 impl fmt::Display for Spec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Spec::Raw(path) => write!(f, "raw:{}", path.display()),
-            Spec::Null { size, read_zeroes } => {
-                write!(f, "null:{}{}", size.0, if *read_zeroes { ",read-zeroes" } else { "" })
+        let Spec { backing, options } = self;
+        match backing {
+            Backing::Raw(path) => write!(f, "raw{options}:{}", path.display()),
+            Backing::Null { size, read_zeroes } => {
+                let read_zeroes = if *read_zeroes { ",read-zeroes" } else { "" };
+                write!(f, "null{options}:{}{read_zeroes}", size.0)
             }
         }
+    }
+}
+
+/// As they stand after the backing's name, each with its comma.
+impl fmt::Display for DiskOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let DiskOptions { data_path } = self;
+        data_path.iter().try_for_each(|path| write!(f, ",data-path={path}"))
+    }
+}
+
+impl fmt::Display for DataPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DataPath::Auto => "auto",
+            DataPath::Map => "map",
+            DataPath::Copy => "copy",
+        })
     }
 }
 
@@ -103,8 +207,12 @@ mod test {
         for (text, printed) in [
             ("raw:/srv/a:b.img", "raw:/srv/a:b.img"),
             ("/dev/nvme0n1", "raw:/dev/nvme0n1"),
+            ("/srv/a,b:c", "raw:/srv/a,b:c"),
             ("null:8G", "null:8589934592"),
             ("null:1M,read-zeroes", "null:1048576,read-zeroes"),
+            ("raw,data-path=copy:/srv/a,b:c", "raw,data-path=copy:/srv/a,b:c"),
+            ("raw,data-path=auto:/a", "raw,data-path=auto:/a"),
+            ("null,data-path=map:1M,read-zeroes", "null,data-path=map:1048576,read-zeroes"),
         ] {
             let spec: Spec = text.parse().unwrap();
             assert_eq!(spec.to_string(), printed);
@@ -113,11 +221,46 @@ mod test {
     }
 
     #[test]
+    fn options_are_of_the_disk_whatever_holds_it() {
+        for (text, data_path) in [
+            ("raw:/a", None),
+            ("raw,data-path=auto:/a", Some(DataPath::Auto)),
+            ("raw,data-path=map:/a", Some(DataPath::Map)),
+            ("null,data-path=copy:8G", Some(DataPath::Copy)),
+        ] {
+            assert_eq!(text.parse::<Spec>().unwrap().options, DiskOptions { data_path });
+        }
+    }
+
+    #[test]
     fn a_bad_target_is_named_with_what_would_be_right() {
-        for text in ["", "disk.img", "raw:disk.img", "qcow2:/a", "null:", "null:100", "null:1G,x"] {
+        for text in
+            ["", "disk.img", "raw:disk.img", "qcow2:/a", "null:", "null:100", "null:1G,x", ",a:/b"]
+        {
             let error = text.parse::<Spec>().unwrap_err().to_string();
             assert!(error.starts_with(&format!("{text}: ")), "{error}");
             assert!(error.contains("write raw:/path"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_bad_option_is_named_with_those_that_there_are() {
+        for (text, what) in [
+            ("raw,:/a", "an option is empty"),
+            ("raw,data-path=map,:/a", "an option is empty"),
+            ("raw,data-path=map,data-path=map:/a", "the option \"data-path\" is there twice"),
+            ("raw,data-path:/a", "there is no option \"data-path\""),
+            ("raw,data-path=:/a", "the option data-path knows no \"\""),
+            ("raw,data-path=mop:/a", "the option data-path knows no \"mop\""),
+            ("raw,fast:/a", "there is no option \"fast\""),
+            ("raw,fast=1:/a", "there is no option \"fast=1\""),
+            ("null,=:1G", "there is no option \"=\""),
+        ] {
+            let error = text.parse::<Spec>().unwrap_err().to_string();
+            assert!(
+                error.starts_with(&format!("{text}: {what}; give data-path=auto, ")),
+                "{error}"
+            );
         }
     }
 }

@@ -3,15 +3,15 @@
 //! Names and meaning of the nodes are those of Xen's `public/io/blkif.h`. What is not offered is
 //! denied in words (`0`), since a daemon before this one may have offered it.
 
-use crate::backing::{Discard, Geometry};
+use crate::backing::{DataPath, Discard, Geometry};
 use crate::limits;
 use crate::xen::keys;
 
 /// What polldisk offers to frontends, as the data plane can keep it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offer {
-    /// Granted pages may stay mapped.
-    pub persistent: bool,
+    /// How data gets from the guest's pages to storage.
+    pub data_path: DataPath,
     /// Flushes and barriers are understood.
     pub flush: bool,
     /// log2 of the largest ring in pages, at most `limits::RING_PAGE_ORDER_MAX`.
@@ -22,11 +22,18 @@ pub struct Offer {
     pub indirect_segments: u16,
 }
 
+impl Offer {
+    /// Whether granted pages may stay mapped.
+    pub fn is_persistent(&self) -> bool {
+        self.data_path != DataPath::Copy
+    }
+}
+
 /// What one worker can keep; with more of them a disk may have more queues.
 impl Default for Offer {
     fn default() -> Self {
         Offer {
-            persistent: true,
+            data_path: DataPath::Auto,
             flush: true,
             ring_page_order: limits::RING_PAGE_ORDER_DEFAULT,
             queues: 1,
@@ -86,7 +93,7 @@ pub const FEATURES: &[Feature] = &[
     },
     Feature {
         name: "persistent grants",
-        offered: &[(keys::FEATURE_PERSISTENT, |disk| flag(disk.general.persistent))],
+        offered: &[(keys::FEATURE_PERSISTENT, |disk| flag(disk.general.is_persistent()))],
         taken_up: &[keys::FEATURE_PERSISTENT],
         negotiation: "in use where both ends say 1",
     },
@@ -152,7 +159,7 @@ mod test {
     use crate::units::Bytes;
 
     const NOTHING: Offer = Offer {
-        persistent: false,
+        data_path: DataPath::Copy,
         flush: false,
         ring_page_order: 0,
         queues: 1,

@@ -16,7 +16,8 @@ pub struct Attach {
     /// The disk's name in the guest: xvda..., hda..., sda..., d0...
     #[arg(long, value_name = "NAME")]
     vdev: String,
-    /// What holds its contents: raw:/path/to/file-or-device, or null:SIZE
+    /// What holds its contents: raw:/path/to/file-or-device, or null:SIZE; options go before the
+    /// colon, as in raw,data-path=copy:/path
     #[arg(long, value_name = "SPEC")]
     target: String,
     /// The guest may not write

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use polldisk::backing::Spec;
+use polldisk::backing::{Backing, Spec};
 use polldisk::config::{Config, ServeOptions};
 use polldisk::control;
 use polldisk::control::ControlError;
@@ -128,7 +128,7 @@ impl Demo {
         let config = self.frontend.offer(options).check(&available_cores())?;
         let target = self.target.as_deref().map(str::parse::<Spec>).transpose();
         let target = target.context("--target")?;
-        if matches!(target, Some(Spec::Raw(_))) && !self.overwrite {
+        if matches!(&target, Some(Spec { backing: Backing::Raw(_), .. })) && !self.overwrite {
             bail!("--target: the demo writes all over it; add --overwrite if it may be lost");
         }
         let files = match target {
@@ -218,7 +218,7 @@ impl Demo {
             read_percent: self.read_percent,
             flush_every: FLUSH_EVERY,
             sectors: first + queue * share..first + (queue + 1) * share,
-            keeps_data: !matches!(plan.target, Some(Spec::Null { .. })),
+            keeps_data: plan.keeps_data(),
             zeroed: plan.target.is_none(),
         };
         (0..plan.wanted.queues as u64).map(load).collect()
@@ -234,7 +234,7 @@ impl Demo {
     fn judge(&self, report: Report, disks: &[DiskCost], plan: &Plan) -> anyhow::Result<()> {
         println!("{}", cost_table(disks));
         println!();
-        if matches!(plan.target, Some(Spec::Null { .. })) {
+        if !plan.keeps_data() {
             println!("null keeps no data: nothing was compared");
         }
         println!("verified {} blocks, {} mismatches", report.verified, report.mismatches);
@@ -256,6 +256,13 @@ struct Plan {
     files: Option<tempfile::TempDir>,
     duration: Duration,
     block_bytes: usize,
+}
+
+impl Plan {
+    fn keeps_data(&self) -> bool {
+        let backing = self.target.as_ref().map(|target| &target.backing);
+        !matches!(backing, Some(Backing::Null { .. }))
+    }
 }
 
 /// The daemon in threads of this process, on the stand-in.

@@ -128,6 +128,7 @@ mod test {
             read_only: false,
             sectors: 8,
             sector_size: 512,
+            data_path: "persistent".to_owned(),
             queues: 1,
             workers: vec![0],
             worker: Some(0),

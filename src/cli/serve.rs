@@ -77,7 +77,7 @@ pub fn offer(features: &Features) -> Offer {
         ring_page_order: features.ring_page_order,
         queues: features.queues,
         indirect_segments: features.indirect_segments,
-        persistent: features.persistent,
+        data_path: features.data_path,
         ..Offer::default()
     }
 }

@@ -73,6 +73,7 @@ impl Connection {
         workers: &mut Workers,
     ) -> (Connection, Option<News>) {
         let id = workers.begin_link(disk);
+        let budget = workers.budget(disk.domid);
         let mut queues = Vec::with_capacity(published.rings.len());
         let mut news = None;
         for (number, ring) in (0..).zip(&published.rings) {
@@ -88,7 +89,8 @@ impl Connection {
                 ring_refs: ring.refs.clone(),
                 port: ring.port,
                 protocol: published.protocol,
-                persistent: published.persistent,
+                mapping: published.mapping,
+                budget: Arc::clone(&budget),
                 rules,
                 image: image.clone(),
                 counters: counters.clone(),

@@ -12,7 +12,7 @@ use super::key::DiskKey;
 use super::machine::{Effect, Input, Link, Machine};
 use super::quiet::{LogBudget, guest_log};
 use super::workers::Workers;
-use crate::backing::{Geometry, Image, Spec};
+use crate::backing::{DiskOptions, Geometry, Image, Spec};
 use crate::blkif::features::{DiskOffer, Offer};
 use crate::blkif::request::DiskRules;
 use crate::units::DomId;
@@ -42,6 +42,7 @@ pub struct Disk {
     /// The backend's `state` as it is in xenstore, as far as we know.
     stored: XenbusState,
     description: Option<Description>,
+    options: DiskOptions,
     image: Option<Arc<Image>>,
     connection: Option<Connection>,
     failure: Failure,
@@ -70,6 +71,7 @@ impl Disk {
             machine: Machine::new(frontend, online),
             stored: state,
             description: None,
+            options: DiskOptions::default(),
             image: None,
             connection: None,
             failure: Failure::default(),
@@ -197,7 +199,7 @@ impl Disk {
         let Some(connection) = &self.connection else { return false };
         self.machine.link() == Link::Up
             && matches!(self.machine.frontend(), Initialised | Connected)
-            && frontend::read(around.store, &self.frontend_area, around.offer)
+            && frontend::read(around.store, &self.frontend_area, &self.offer(around))
                 .is_ok_and(|published| published != *connection.published())
     }
 
@@ -285,11 +287,9 @@ impl Disk {
         let description = Description::read(around.store, &self.area, &self.key)
             .map_err(|error| Failure::of(&error))?;
         let description = self.description.insert(description);
-        let image = description
-            .target
-            .parse::<Spec>()
-            .and_then(|spec| spec.open(description.read_only))
-            .map_err(|error| Failure::of(&error))?;
+        let spec = description.target.parse::<Spec>().map_err(|error| Failure::of(&error))?;
+        let image = spec.open(description.read_only).map_err(|error| Failure::of(&error))?;
+        self.options = spec.options;
         self.image = Some(Arc::new(image));
         Ok(description.hotplug())
     }
@@ -299,7 +299,7 @@ impl Disk {
             return Ok(());
         };
         let discard = self.image().and_then(|image| description.discard(image));
-        let disk = DiskOffer { general: *around.offer, geometry, discard };
+        let disk = DiskOffer { general: self.offer(around), geometry, discard };
         area::write(around.store, &self.area, &area::features(&disk, description.hotplug()))
     }
 
@@ -335,7 +335,7 @@ impl Disk {
     }
 
     fn connect<S: Store>(&mut self, around: &mut Surroundings<'_, S>) -> Option<Input> {
-        let published = frontend::read(around.store, &self.frontend_area, around.offer);
+        let published = frontend::read(around.store, &self.frontend_area, &self.offer(around));
         let (published, image) = match (published, &self.image) {
             (Ok(published), Some(image)) => (published, image),
             (Err(fault), _) => return Some(self.fail(Input::LinkFailed, Failure::of(&fault))),
@@ -346,6 +346,12 @@ impl Disk {
             Connection::open(&self.key, published, image, rules, around.workers);
         self.connection = Some(connection);
         news.map(|news| self.digest(news, around.workers))
+    }
+
+    /// What this disk's frontend is offered: its target's options go before the daemon's.
+    fn offer<S: Store>(&self, around: &Surroundings<'_, S>) -> Offer {
+        let data_path = self.options.data_path.unwrap_or(around.offer.data_path);
+        Offer { data_path, ..*around.offer }
     }
 
     /// What the guest may do, as it was told.

@@ -5,8 +5,9 @@ use std::io;
 
 use xenstore_rs::Xs;
 
+use crate::backing::DataPath;
 use crate::blkif::features::Offer;
-use crate::msg::Protocol;
+use crate::msg::{Mapping, Protocol};
 use crate::units::{GrantRef, Port, parse_decimal};
 use crate::xen::keys::{self, XenbusState};
 
@@ -15,8 +16,8 @@ use crate::xen::keys::{self, XenbusState};
 pub struct Published {
     /// The layout of its ring entries.
     pub protocol: Protocol,
-    /// Whether both ends keep granted pages mapped.
-    pub persistent: bool,
+    /// What is mapped of its data pages.
+    pub mapping: Mapping,
     /// Its rings, at least one.
     pub rings: Vec<Ring>,
 }
@@ -85,13 +86,14 @@ pub fn read(store: &impl Xs, area: &str, offer: &Offer) -> Result<Published, Fro
             .map(|n| nodes.ring(&format!("queue-{n}/"), order))
             .collect::<Result<_, _>>()?,
     };
-    let wants_persistent =
+    let keeps_grants =
         nodes.text(keys::FEATURE_PERSISTENT)?.is_some_and(|text| text.as_ref() == "1");
-    Ok(Published {
-        protocol: nodes.protocol()?,
-        persistent: offer.persistent && wants_persistent,
-        rings,
-    })
+    let mapping = match offer.data_path {
+        DataPath::Auto | DataPath::Map if keeps_grants => Mapping::Kept,
+        DataPath::Map => Mapping::PerRequest,
+        DataPath::Auto | DataPath::Copy => Mapping::Nothing,
+    };
+    Ok(Published { protocol: nodes.protocol()?, mapping, rings })
 }
 
 struct Nodes<'a, S> {

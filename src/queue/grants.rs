@@ -1,5 +1,5 @@
 //! Where the data of a segment is: in a guest page that stays mapped, or in bounce memory that
-//! grant copy fills and empties. Never mapped and unmapped per request.
+//! grant copy fills and empties.
 
 use std::cell::Cell;
 use std::cmp::Reverse;
@@ -9,6 +9,7 @@ use std::io;
 use rustc_hash::FxBuildHasher;
 use slab::Slab;
 
+use crate::budget::Share;
 use crate::limits::{
     BOUNCE_PAGES_PER_WORKER, GRANTS_PER_MAP_BATCH, MAP_REFUSALS_MAX, PERSISTENT_GRANTS_PER_QUEUE,
     PERSISTENT_IDLE_SWEEPS,
@@ -20,17 +21,19 @@ use crate::xen::{Grants, PageAccess};
 /// A frontend's pages that stay mapped (`feature-persistent`).
 ///
 /// They are mapped in batches, each one range of memory, and unmapped in the same batches. Bounded
-/// by `limits::PERSISTENT_GRANTS_PER_QUEUE` (XSA-300): a batch that nothing used lately makes room,
-/// and where there is none, data is copied. A batch that nothing used for
+/// by `limits::PERSISTENT_GRANTS_PER_QUEUE` and by what the domain's other queues leave
+/// (XSA-300): a batch that nothing used lately makes room, and where there is none, data is copied. A batch that nothing used for
 /// `limits::PERSISTENT_IDLE_SWEEPS` sweeps is unmapped, so that the guest can have its pages back.
 ///
 /// The frontend may give a reference another page only after it ended access to the first, which it
 /// cannot while we hold it mapped, so an entry stays right until it is unmapped.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct PersistentGrants {
     pages: HashMap<u32, MappedPage, FxBuildHasher>,
     batches: Slab<Batch>,
     refusals: u32,
+    /// As many pages as are mapped, between two calls.
+    share: Share,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +56,12 @@ struct Batch {
 }
 
 impl PersistentGrants {
+    /// None mapped yet.
+    pub fn new(share: Share) -> PersistentGrants {
+        let (pages, batches) = Default::default();
+        PersistentGrants { pages, batches, refusals: 0, share }
+    }
+
     /// The page of a reference, if it is mapped.
     #[inline]
     pub fn page(&self, gref: u32) -> Option<GuestBuf> {
@@ -80,19 +89,25 @@ impl PersistentGrants {
     ) {
         wanted.sort_unstable();
         wanted.dedup();
-        let room = PERSISTENT_GRANTS_PER_QUEUE.saturating_sub(self.pages.len());
-        if wanted.len() > room {
+        if wanted.len() > self.room() {
             self.make_room(grants, wanted.len(), in_flight);
         }
-        wanted.truncate(PERSISTENT_GRANTS_PER_QUEUE.saturating_sub(self.pages.len()));
+        wanted.truncate(self.room());
+        wanted.truncate(self.share.take(wanted.len()));
         for batch in wanted.chunks(GRANTS_PER_MAP_BATCH) {
             if self.refusals >= MAP_REFUSALS_MAX {
-                return;
+                break;
             }
             if self.map_batch(grants, domid, batch).is_err() {
                 self.map_singly(grants, domid, batch);
             }
         }
+        self.share.give_back(self.share.taken() - self.pages.len());
+    }
+
+    /// Pages that can be mapped beside those that are.
+    fn room(&self) -> usize {
+        PERSISTENT_GRANTS_PER_QUEUE.saturating_sub(self.pages.len()).min(self.share.left())
     }
 
     /// Unmaps idle batches, the longest idle first, until `wanted` pages fit.
@@ -103,6 +118,9 @@ impl PersistentGrants {
         wanted: usize,
         in_flight: impl Iterator<Item = u32>,
     ) {
+        if self.batches.is_empty() {
+            return;
+        }
         self.mark_busy(in_flight);
         let mut idle: Vec<usize> = self
             .batches
@@ -112,7 +130,7 @@ impl PersistentGrants {
             .collect();
         idle.sort_by_key(|index| Reverse(self.batches[*index].idle_sweeps));
         for index in idle {
-            if self.pages.len() + wanted <= PERSISTENT_GRANTS_PER_QUEUE {
+            if wanted <= self.room() {
                 return;
             }
             self.unmap_batch(grants, index);
@@ -193,6 +211,7 @@ impl PersistentGrants {
         if let Err(error) = grants.unmap(batch.pages) {
             tracing::warn!(%error, "unmapping granted pages failed");
         }
+        self.share.give_back(batch.refs.len());
     }
 
     /// Unmaps everything; no request may be in flight.

@@ -6,7 +6,7 @@
 //! for all requests of the pass.
 
 use super::locate::copy_all;
-use super::{Queue, Resources, Scratch};
+use super::{Mapped, Queue, Resources, Scratch};
 use crate::blkif::Status;
 use crate::blkif::codec::{RawResponse, RawSegment, SEGMENT_BYTES};
 use crate::blkif::request::IndirectHead;
@@ -39,17 +39,11 @@ impl Queue {
     }
 
     fn map_segment_pages<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
-        let Some(persistent) = &mut self.persistent else { return };
-        let Scratch { heads, wanted, .. } = &mut io.scratch;
-        for (gref, _) in heads.iter().flat_map(IndirectHead::pages) {
-            if persistent.page(gref).is_none() {
-                wanted.push(GrantRef(gref));
-            }
-        }
-        if !wanted.is_empty() {
-            persistent.map(&mut io.grants, self.frontend, wanted, self.slots.refs());
-            wanted.clear();
-            self.counters.grants_mapped.set(persistent.count() as u64);
+        if let Mapped::Kept(_) = self.mapped {
+            let Scratch { heads, wanted, .. } = &mut io.scratch;
+            let pages = heads.iter().flat_map(IndirectHead::pages);
+            wanted.extend(pages.map(|(gref, _)| GrantRef(gref)));
+            self.map_wanted(io);
         }
     }
 
@@ -65,7 +59,7 @@ impl Queue {
             for (gref, count) in head.pages() {
                 let (bytes, after) = rest.split_at_mut(count * SEGMENT_BYTES);
                 rest = after;
-                match self.persistent.as_ref().and_then(|persistent| persistent.page(gref)) {
+                match self.mapped.kept().and_then(|persistent| persistent.page(gref)) {
                     Some(page) => page.copy_to(bytes),
                     None => {
                         copies.push(GrantCopy {

@@ -1,7 +1,7 @@
 //! Where the data of each segment is: the guest's page where that is mapped, else bounce memory.
 
 use super::grants::{BouncePool, PersistentGrants};
-use super::{Queue, Resources, Scratch};
+use super::{Mapped, Queue, Resources, Scratch};
 use crate::blkif::Status;
 use crate::blkif::request::{Kind, Segment};
 use crate::limits::SEGMENTS_PER_COPY_BATCH;
@@ -16,34 +16,62 @@ impl Queue {
     #[inline]
     pub(super) fn locate<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
         let Scratch { fresh, unmapped, .. } = &mut io.scratch;
+        let persistent = self.mapped.kept();
         for slot_index in &*fresh {
             let slot = self.slots.get_mut(*slot_index);
             for index in 0..slot.segments().len() {
                 let segment = slot.segments()[index];
-                match mapped(self.persistent.as_ref(), segment, self.memory_alignment) {
+                match mapped(persistent, segment, self.memory_alignment) {
                     Some(buffer) => slot.set_buffer(index, buffer, false),
                     None => unmapped.push((*slot_index, index)),
                 }
             }
         }
         if !unmapped.is_empty() {
-            self.map_missing(io);
+            match self.mapped {
+                Mapped::Kept(_) => self.map_missing(io),
+                Mapped::PerRequest(_) => self.map_requests(io),
+                Mapped::Nothing => {}
+            }
             self.bounce_unmapped(io);
         }
     }
 
+    /// Maps pages that are to stay mapped.
     fn map_missing<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
-        let Some(persistent) = &mut self.persistent else { return };
         let Scratch { unmapped, wanted, .. } = &mut io.scratch;
-        for (slot, index) in unmapped {
-            let segment = self.slots.get_mut(*slot).segments()[*index];
-            if persistent.page(segment.gref).is_none() {
-                wanted.push(segment.grant());
-            }
+        wanted.extend(
+            unmapped
+                .iter()
+                .map(|(slot, index)| self.slots.get_mut(*slot).segments()[*index].grant()),
+        );
+        self.map_wanted(io);
+    }
+
+    /// Maps the wanted pages that are not mapped yet, to stay; for a queue that keeps none mapped
+    /// nothing is wanted.
+    pub(super) fn map_wanted<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
+        let Mapped::Kept(persistent) = &mut self.mapped else { return };
+        let wanted = &mut io.scratch.wanted;
+        wanted.retain(|gref| persistent.page(gref.0).is_none());
+        if !wanted.is_empty() {
+            persistent.map(&mut io.grants, self.frontend, wanted, self.slots.refs());
+            wanted.clear();
+            self.counters.grants_mapped.set(persistent.count() as u64);
         }
-        persistent.map(&mut io.grants, self.frontend, wanted, self.slots.refs());
+    }
+
+    /// Maps the pages of each request, for its time; what has no page then is left as unmapped.
+    fn map_requests<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
+        let Mapped::PerRequest(transient) = &mut self.mapped else { return };
+        let Scratch { fresh, unmapped, wanted, .. } = &mut io.scratch;
+        for index in &*fresh {
+            let slot = self.slots.get_mut(*index);
+            transient.map(&mut io.grants, self.frontend, slot, self.memory_alignment, wanted);
+        }
         wanted.clear();
-        self.counters.grants_mapped.set(persistent.count() as u64);
+        unmapped.retain(|(slot, _)| self.slots.get_mut(*slot).mapped.is_empty());
+        self.counters.grants_mapped.set(transient.count() as u64);
     }
 
     /// Gives bounce memory to what is not mapped now either, and copies what the guest writes.
@@ -64,7 +92,7 @@ impl Queue {
     fn bounce_slot<G, E>(&mut self, io: &mut Resources<G, E>, segments: &[(u32, usize)]) {
         let Some((slot_index, _)) = segments.first() else { return };
         let slot = self.slots.get_mut(*slot_index);
-        let (persistent, alignment) = (self.persistent.as_ref(), self.memory_alignment);
+        let (persistent, alignment) = (self.mapped.kept(), self.memory_alignment);
         let needed = segments
             .iter()
             .filter(|(_, index)| mapped(persistent, slot.segments()[*index], alignment).is_none())
@@ -114,6 +142,16 @@ impl Queue {
             let failed = self.slots.get_mut(slot).failed;
             let status = if failed { Status::Error } else { Status::Okay };
             self.answer(io, slot, status, now_ns);
+        }
+    }
+}
+
+impl Mapped {
+    #[inline]
+    pub(super) fn kept(&self) -> Option<&PersistentGrants> {
+        match self {
+            Mapped::Kept(persistent) => Some(persistent),
+            Mapped::PerRequest(_) | Mapped::Nothing => None,
         }
     }
 }

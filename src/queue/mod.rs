@@ -10,6 +10,7 @@ mod grants;
 mod indirect;
 mod locate;
 mod slots;
+mod transient;
 
 use std::sync::Arc;
 
@@ -21,10 +22,11 @@ use crate::blkif::codec::{RawRequest, RawResponse};
 use crate::blkif::op;
 use crate::blkif::request::{DiskRules, IndirectHead, Kind, Request, RequestFault};
 use crate::blkif::ring::{BackRing, RingFault};
+use crate::budget::Share;
 use crate::engine::{Engine, IoOp, Ticket};
 use crate::limits::REQUESTS_PER_PASS;
 use crate::metrics::{QueueCounters, new_latency_histogram};
-use crate::msg::{Connect, QueueKey};
+use crate::msg::{Connect, Mapping, QueueKey};
 use crate::units::{DomId, GrantRef, Port};
 use crate::xen::shm::SharedPage;
 use crate::xen::{Events, GrantCopy, Grants, PageAccess};
@@ -33,6 +35,7 @@ pub use grants::BouncePool;
 use grants::PersistentGrants;
 pub use slots::LargeTables;
 use slots::{Advance, Slots, Step};
+use transient::TransientGrants;
 
 /// What the queues of one worker share, lent to them for a pass.
 #[derive(Debug)]
@@ -85,16 +88,31 @@ pub struct Queue {
     stalled: Vec<u32>,
     /// Reads whose data waits in bounce memory for the end of the pass.
     copy_out: Vec<u32>,
-    /// Granted pages stay mapped.
-    persistent: Option<PersistentGrants>,
+    mapped: Mapped,
     counters: Arc<QueueCounters>,
     latency: Histogram<u64>,
-    /// A barrier: it begins once it is alone in flight, and nothing is taken before it is answered.
-    barrier: Option<u32>,
-    barrier_began: bool,
+    barrier: Barrier,
     /// Takes no more requests: asked to, or the frontend broke the ring.
     stopped: bool,
     storage_errors: u64,
+}
+
+/// What is mapped of the guest's data pages ([`Mapping`]).
+#[derive(Debug)]
+enum Mapped {
+    Kept(PersistentGrants),
+    PerRequest(TransientGrants),
+    Nothing,
+}
+
+/// A write that may not change places with others. Nothing is taken before it is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Barrier {
+    None,
+    /// Its slot waits until it is alone in flight.
+    Waits(u32),
+    /// Its slot is alone in flight.
+    Began(u32),
 }
 
 impl Queue {
@@ -126,6 +144,7 @@ impl Queue {
             }
         };
         let size = ring.size();
+        let share = Share::of(connect.budget);
         Ok(Queue {
             key: connect.key,
             index,
@@ -139,11 +158,14 @@ impl Queue {
             refused: Vec::with_capacity(size as usize),
             stalled: Vec::with_capacity(size as usize),
             copy_out: Vec::with_capacity(size as usize),
-            persistent: connect.persistent.then(PersistentGrants::default),
+            mapped: match connect.mapping {
+                Mapping::Kept => Mapped::Kept(PersistentGrants::new(share)),
+                Mapping::PerRequest => Mapped::PerRequest(TransientGrants::new(share)),
+                Mapping::Nothing => Mapped::Nothing,
+            },
             counters: connect.counters,
             latency: new_latency_histogram(),
-            barrier: None,
-            barrier_began: false,
+            barrier: Barrier::None,
             stopped: false,
             storage_errors: 0,
         })
@@ -155,7 +177,7 @@ impl Queue {
         if let Err(error) = events.unbind(self.port) {
             tracing::warn!(domid = %self.frontend, port = %self.port, %error, "unbinding failed");
         }
-        if let Some(persistent) = &mut self.persistent {
+        if let Mapped::Kept(persistent) = &mut self.mapped {
             persistent.unmap_all(grants);
         }
         self.counters.grants_mapped.set(0);
@@ -189,7 +211,7 @@ impl Queue {
 
     /// Unmaps granted pages that have long been idle; `true`: others are still mapped.
     pub fn sweep<G: Grants>(&mut self, grants: &mut G) -> bool {
-        let Some(persistent) = &mut self.persistent else { return false };
+        let Mapped::Kept(persistent) = &mut self.mapped else { return false };
         persistent.sweep(grants, self.slots.refs());
         self.counters.grants_mapped.set(persistent.count() as u64);
         persistent.count() > 0
@@ -221,7 +243,7 @@ impl Queue {
         if self.has_waiting() {
             self.retry(io, now_ns);
         }
-        if self.barrier.is_some() {
+        if self.barrier != Barrier::None {
             self.try_barrier(io, now_ns);
             return Ok(0);
         }
@@ -237,7 +259,7 @@ impl Queue {
         }
         for _ in 0..count {
             self.take_one(io, now_ns);
-            if self.barrier.is_some() {
+            if self.barrier != Barrier::None {
                 break;
             }
         }
@@ -258,7 +280,7 @@ impl Queue {
                     Ok((request, count)) => {
                         slot.begin(request, count, None, now_ns);
                         if request.is_barrier() {
-                            self.barrier = Some(index);
+                            self.barrier = Barrier::Waits(index);
                         } else {
                             io.scratch.fresh.push(index);
                         }
@@ -291,11 +313,10 @@ impl Queue {
         io: &mut Resources<G, E>,
         now_ns: u64,
     ) {
-        if let Some(slot) = self.barrier
+        if let Barrier::Waits(slot) = self.barrier
             && self.ring.in_flight() == 1
-            && !self.barrier_began
         {
-            self.barrier_began = true;
+            self.barrier = Barrier::Began(slot);
             io.scratch.fresh.push(slot);
             self.start(io, now_ns);
         }
@@ -374,7 +395,7 @@ impl Queue {
 
     /// Takes the result of a step.
     #[inline]
-    pub fn complete<G, E: Engine<Target = Image>>(
+    pub fn complete<G: Grants, E: Engine<Target = Image>>(
         &mut self,
         io: &mut Resources<G, E>,
         slot_index: u32,
@@ -409,7 +430,7 @@ impl Queue {
     }
 
     #[inline]
-    fn answer<G, E>(
+    fn answer<G: Grants, E>(
         &mut self,
         io: &mut Resources<G, E>,
         slot_index: u32,
@@ -420,11 +441,14 @@ impl Queue {
         if slot.has_bounced() {
             slot.bounced().for_each(|(_, buffer)| io.bounce.give_back(buffer));
         }
+        if let Mapped::PerRequest(transient) = &mut self.mapped {
+            transient.release(&mut io.grants, slot);
+            self.counters.grants_mapped.set(transient.count() as u64);
+        }
         let (request, taken_ns) = (slot.request, slot.taken_ns);
         self.slots.give_back(slot_index, &mut io.tables);
-        if self.barrier == Some(slot_index) {
-            self.barrier = None;
-            self.barrier_began = false;
+        if self.barrier == Barrier::Began(slot_index) {
+            self.barrier = Barrier::None;
         }
         self.ring.answer(&RawResponse::new(request.id, request.operation, status));
         self.latency.saturating_record(now_ns.saturating_sub(taken_ns).max(1));

@@ -5,8 +5,8 @@
 //! allocates per request.
 
 use crate::blkif::request::{Kind, Request, Segment};
-use crate::limits::{INDIRECT_REQUESTS_PER_WORKER, SEGMENTS_PER_REQUEST};
-use crate::xen::shm::GuestBuf;
+use crate::limits::{GRANTS_PER_MAP_BATCH, INDIRECT_REQUESTS_PER_WORKER, SEGMENTS_PER_REQUEST};
+use crate::xen::shm::{GuestBuf, GuestPages};
 
 /// One request on its way.
 #[derive(Debug)]
@@ -17,6 +17,9 @@ pub struct Slot {
     pub taken_ns: u64,
     /// A grant copy of it failed: it is answered with an error.
     pub failed: bool,
+    /// Pages mapped for this request only, in the order of its segments: ranges of
+    /// `limits::GRANTS_PER_MAP_BATCH`, and the rest.
+    pub mapped: Vec<GuestPages>,
     in_use: bool,
     /// Bytes that storage has moved so far.
     moved_bytes: u32,
@@ -107,6 +110,7 @@ impl Slot {
             },
             taken_ns: 0,
             failed: false,
+            mapped: Vec::new(),
             in_use: false,
             moved_bytes: 0,
             steps_done: 0,
@@ -173,6 +177,16 @@ impl Slot {
         buffers[index] = buffer;
         is_bounced[index] = bounced;
         self.bounced += u16::from(bounced);
+    }
+
+    /// Points every segment at its page in [`Slot::mapped`].
+    pub fn point_at_mapped(&mut self) {
+        for index in 0..self.segments().len() {
+            let segment = self.segments()[index];
+            let page = self.mapped[index / GRANTS_PER_MAP_BATCH].page(index % GRANTS_PER_MAP_BATCH);
+            let buffer = page.part(segment.offset.into(), segment.len.into());
+            self.set_buffer(index, buffer.expect("a segment lies within its page"), false);
+        }
     }
 
     /// Segments whose data is in bounce memory, with that memory.

@@ -12,7 +12,9 @@ use polldisk::control::admin::client::{RequestError, request};
 use polldisk::control::admin::protocol::{Attach, Detach, DiskReport, Reply, Request};
 use polldisk::control::{self, Config, ControlError};
 use polldisk::metrics::new_latency_histogram;
-use polldisk::msg::{self, Command, CommandReceiver, Event, EventSender, QueueKey, WorkerId};
+use polldisk::msg::{
+    self, Command, CommandReceiver, Event, EventSender, Mapping, QueueKey, WorkerId,
+};
 use polldisk::park::{self, Doorbell};
 use polldisk::sim::store::{Quota, StoreServer};
 use polldisk::units::{DomId, GrantRef, Port, VbdId};
@@ -110,7 +112,7 @@ pub struct Plane {
     pub disconnects: usize,
     /// A second link to a ring that was still served.
     pub doubles: usize,
-    pub persistent: Option<bool>,
+    pub mapping: Option<Mapping>,
     pub read_only: Option<bool>,
     /// Answers to Connect are kept back.
     pub hold: bool,
@@ -473,7 +475,7 @@ fn answer(worker: WorkerId, command: Command, plane: &mut Plane) -> Option<Event
     Some(match command {
         Command::Connect(connect) => {
             plane.connects += 1;
-            plane.persistent = Some(connect.persistent);
+            plane.mapping = Some(connect.mapping);
             plane.read_only = Some(connect.rules.read_only);
             if connect.ring_refs.contains(&GrantRef(BAD_GRANT)) {
                 Event::ConnectFailed(connect.key, "grant 4294967295 can't be mapped".into())

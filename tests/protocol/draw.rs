@@ -3,7 +3,10 @@
 
 use polldisk::blkif::Protocol;
 use polldisk::blkif::op;
-use polldisk::limits::{INDIRECT_SEGMENTS_MAX, RING_PAGE_ORDER_MAX, SEGMENTS_PER_REQUEST};
+use polldisk::limits::{
+    INDIRECT_SEGMENTS_MAX, PERSISTENT_GRANTS_PER_DOMAIN, RING_PAGE_ORDER_MAX, SEGMENTS_PER_REQUEST,
+};
+use polldisk::msg::Mapping;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::units::DomId;
 
@@ -66,13 +69,32 @@ impl Random {
 pub struct Combination {
     pub queues: usize,
     pub options: Options,
-    /// Whether the backend keeps pages mapped; where it does not, a frontend may still keep them
-    /// granted.
-    pub maps: bool,
+    /// What the backend maps; a frontend may keep granted what the backend does not keep mapped.
+    pub mapping: Mapping,
     /// Segments of an indirect request that were offered; 0: none.
     pub offered_segments: u16,
     pub sector_bytes: u32,
     pub read_only: bool,
+    /// Whether discards were offered.
+    pub discard: bool,
+    /// Pages that all queues may keep mapped.
+    pub budget: usize,
+}
+
+/// What most connections have in common.
+impl Default for Combination {
+    fn default() -> Self {
+        Combination {
+            queues: 1,
+            options: Options::default(),
+            mapping: Mapping::Kept,
+            offered_segments: 0,
+            sector_bytes: 512,
+            read_only: false,
+            discard: true,
+            budget: PERSISTENT_GRANTS_PER_DOMAIN,
+        }
+    }
 }
 
 impl Combination {
@@ -83,13 +105,27 @@ impl Combination {
             false => 0,
         };
         let options = draw_options(random, queues, offered_segments);
+        let read_only = random.chance(5);
         Combination {
             queues,
             options,
-            maps: options.persistent && random.chance(80),
+            mapping: match options.persistent {
+                true => random.one_of(&[
+                    Mapping::Kept,
+                    Mapping::Kept,
+                    Mapping::PerRequest,
+                    Mapping::Nothing,
+                ]),
+                false => random.one_of(&[Mapping::PerRequest, Mapping::Nothing]),
+            },
             offered_segments: u16::try_from(offered_segments).unwrap(),
             sector_bytes: random.one_of(&[512, 4096]),
-            read_only: random.chance(5),
+            read_only,
+            discard: !read_only && random.chance(80),
+            budget: match random.chance(60) {
+                true => PERSISTENT_GRANTS_PER_DOMAIN,
+                false => random.between_by_size(1, 200) - 1,
+            },
         }
     }
 
@@ -115,11 +151,12 @@ pub fn draw_options(random: &mut Random, queues: usize, offered_segments: usize)
         _ => random.between_by_size(SEGMENTS_PER_REQUEST + 1, offered_segments),
     };
     let ring_order = random.between(0, RING_PAGE_ORDER_MAX);
-    let room = BUFFER_PAGES / (queues * (segments + 2));
+    let room = BUFFER_PAGES / (queues * (segments + 3));
     Options {
         backend: DomId::DOM0,
         protocol: random.one_of(&[Protocol::X86_64, Protocol::X86_32]),
         persistent: random.chance(60),
+        ends_unmapped: random.chance(50),
         buffers: random.between_by_size(1, room.min(32 << ring_order)),
         ring_order,
         segments,
@@ -137,6 +174,13 @@ pub struct Request {
     pub fault: Option<Fault>,
     /// Whether the backend is to see it at once.
     pub publish: bool,
+    /// Of a discard: how many.
+    pub discard_sectors: u64,
+    /// Of a write, where it is not 0: so many segments have pages of their own, and the others are
+    /// in the same pages again.
+    pub repeats: usize,
+    /// Of a read: it is asked for twice at a time, into the same pages.
+    pub twice: bool,
 }
 
 /// Sectors `first` to `last` of a page of the request's buffer.
@@ -164,18 +208,26 @@ pub enum Fault {
     SegmentPage,
     /// An indirect request where none was offered.
     Unoffered,
+    /// A discard of so many sectors, which can't be.
+    Sectors(u64),
+    /// A discard beyond recovery, which was not offered.
+    Secure,
 }
 
 impl Fault {
     pub fn status(&self) -> i16 {
         match self {
-            Fault::Operation(_) | Fault::Unoffered => NOT_SUPPORTED,
+            Fault::Operation(_) | Fault::Unoffered | Fault::Secure => NOT_SUPPORTED,
             _ => ERROR,
         }
     }
 }
 
 impl Segment {
+    fn whole(page: usize) -> Segment {
+        Segment { page, first: 0, last: PAGE - 1 }
+    }
+
     pub fn sectors(&self) -> usize {
         usize::from(self.last - self.first) + 1
     }
@@ -183,6 +235,9 @@ impl Segment {
 
 impl Request {
     pub fn draw(random: &mut Random, combination: &Combination) -> Request {
+        if random.chance(7) {
+            return Request::draw_discard(random, combination);
+        }
         let indirect = combination.has_indirect() && random.chance(40);
         let operation = match random.between(0, 99) {
             0..45 => op::READ,
@@ -195,32 +250,81 @@ impl Request {
             true => 0,
             false => random.between_by_size(1, combination.segments(indirect)),
         };
-        let segments = draw_segments(random, combination, count);
+        let repeats = match operation == op::WRITE && count > 1 && random.chance(15) {
+            true => random.between(1, count - 1),
+            false => 0,
+        };
+        let segments = match repeats {
+            0 => draw_segments(random, combination, count),
+            _ => (0..count).map(|index| Segment::whole(index % repeats)).collect(),
+        };
         let mut request = Request {
             queue: random.between(0, combination.queues - 1),
             operation,
-            sector: 0,
             segments,
             indirect,
-            fault: None,
             publish: random.chance(50),
+            repeats,
+            twice: operation == op::READ && random.chance(20),
+            ..Request::NOTHING
         };
-        let block = combination.block();
-        request.sector = random.between(0, (SECTORS - request.sectors()) / block) * block;
+        request.place(random, combination);
         if !is_plain_flush && random.chance(10) {
             request.fault = Some(draw_fault(random, combination, &request));
         }
         request
     }
 
+    fn draw_discard(random: &mut Random, combination: &Combination) -> Request {
+        let block = combination.block();
+        let mut request = Request {
+            queue: random.between(0, combination.queues - 1),
+            operation: op::DISCARD,
+            publish: random.chance(50),
+            discard_sectors: random.between_by_size(1, 256) as u64 * block,
+            ..Request::NOTHING
+        };
+        request.place(random, combination);
+        if random.chance(20) {
+            request.fault = Some(match random.between(0, 3) {
+                0 => Fault::Sector(draw_bad_sector(random, combination, &request)),
+                1 => Fault::Sectors(random.one_of(&[0, SECTORS + block, u64::MAX])),
+                2 if block > 1 => Fault::Sectors(random.between(1, block - 1)),
+                _ => Fault::Secure,
+            });
+        }
+        request
+    }
+
+    /// Gives it a place where it fits on the disk.
+    fn place(&mut self, random: &mut Random, combination: &Combination) {
+        let block = combination.block();
+        self.sector = random.between(0, (SECTORS - self.sectors()) / block) * block;
+    }
+
+    const NOTHING: Request = Request {
+        queue: 0,
+        operation: op::READ,
+        sector: 0,
+        segments: Vec::new(),
+        indirect: false,
+        fault: None,
+        publish: true,
+        discard_sectors: 0,
+        repeats: 0,
+        twice: false,
+    };
+
     /// Whole pages of the disk.
     pub fn read(queue: usize, sector: u64, pages: usize, indirect: bool) -> Request {
-        let segments = (0..pages).map(|page| Segment { page, first: 0, last: PAGE - 1 }).collect();
-        let operation = op::READ;
-        Request { queue, operation, sector, segments, indirect, fault: None, publish: true }
+        let segments = (0..pages).map(Segment::whole).collect();
+        Request { queue, sector, segments, indirect, ..Request::NOTHING }
     }
 
     pub fn sectors(&self) -> u64 {
+        if self.operation == op::DISCARD {
+            return self.discard_sectors;
+        }
         self.segments.iter().map(|segment| segment.sectors() as u64).sum()
     }
 

@@ -4,6 +4,7 @@ use polldisk::blkif::op;
 use polldisk::limits::{
     BOUNCE_PAGES_PER_WORKER, INDIRECT_REQUESTS_PER_WORKER, PERSISTENT_GRANTS_PER_QUEUE,
 };
+use polldisk::msg::Mapping;
 use polldisk::sim::blkfront::device::Options;
 
 use crate::draw::{Combination, Request, SECTORS};
@@ -11,7 +12,7 @@ use crate::guest::{Disk, Guest};
 use crate::workers::Rig;
 
 /// Writes and reads back `requests` places of `pages` pages, each time as one batch for all queues,
-/// with granted pages mapped and with data copied.
+/// with pages kept mapped, mapped for each request, and with data copied.
 fn play_batches(queues: usize, requests: usize, pages: usize) {
     let mut rig = Rig::start();
     let bad_gref = rig.domain.reserve_refs(1).unwrap()[0];
@@ -22,14 +23,15 @@ fn play_batches(queues: usize, requests: usize, pages: usize) {
         segments: pages.max(12),
         ..Options::default()
     };
-    for persistent in [true, false] {
+    for (persistent, mapping) in
+        [(true, Mapping::Kept), (false, Mapping::PerRequest), (false, Mapping::Nothing)]
+    {
         let combination = Combination {
             queues,
             options: Options { persistent, ..options },
-            maps: persistent,
+            mapping,
             offered_segments: 512,
-            sector_bytes: 512,
-            read_only: false,
+            ..Combination::default()
         };
         let devices = rig.connect(&combination);
         let mut guest = Guest::new(&mut disk, combination, devices);

@@ -3,6 +3,7 @@
 use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
 use polldisk::limits::BOUNCE_PAGES_PER_WORKER;
+use polldisk::msg::Mapping;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::units::Bytes;
 
@@ -21,12 +22,10 @@ fn play(requests: Vec<Request>) {
     let mut disk = Disk::new(1, bad_gref);
     let options = Options { persistent: false, segments: PAGES, buffers: 3, ..Options::default() };
     let combination = Combination {
-        queues: 1,
         options,
-        maps: false,
+        mapping: Mapping::Nothing,
         offered_segments: u16::try_from(PAGES).unwrap(),
-        sector_bytes: 512,
-        read_only: false,
+        ..Combination::default()
     };
     let null = NullImage::new(Bytes(SECTORS * 512), true);
     let devices = rig.connect_to(Image::Null(null), &combination);

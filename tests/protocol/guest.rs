@@ -3,13 +3,13 @@
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use polldisk::blkif::codec::{RawIndirect, RawRequest, RawSegment};
+use polldisk::blkif::codec::{RawDiscard, RawIndirect, RawRequest, RawSegment};
 use polldisk::blkif::op;
-use polldisk::sim::blkfront::device::{Answer, Device};
+use polldisk::sim::blkfront::device::{Answer, Device, Options};
 use polldisk::sim::blkfront::oracle::{Oracle, SECTOR};
 use polldisk::units::GrantRef;
 
-use crate::draw::{Combination, ERROR, Fault, OKAY, Request, SECTORS, Segment};
+use crate::draw::{Combination, ERROR, Fault, NOT_SUPPORTED, OKAY, Request, SECTORS, Segment};
 
 /// Long enough that only a hang gets there.
 pub const HANG: Duration = Duration::from_secs(60);
@@ -50,6 +50,8 @@ pub struct Guest<'a> {
     devices: Vec<Device>,
     /// By queue and buffer.
     under_way: Vec<Vec<Option<Request>>>,
+    /// By queue and buffer: the buffer whose pages the request in this one uses instead.
+    borrowed: Vec<Vec<Option<usize>>>,
 }
 
 impl Guest<'_> {
@@ -57,21 +59,27 @@ impl Guest<'_> {
         assert_eq!(devices.len(), combination.queues);
         let buffers = combination.options.buffers;
         let under_way = devices.iter().map(|_| vec![None; buffers]).collect();
-        Guest { disk, combination, devices, under_way }
+        let borrowed = vec![vec![None; buffers]; devices.len()];
+        Guest { disk, combination, devices, under_way, borrowed }
     }
 
     /// Asks for all of them, as many at once as buffers and places allow, and waits for the last
     /// answer.
     pub fn play(&mut self, requests: impl IntoIterator<Item = Request>) {
         for request in requests {
-            while self.devices[request.queue].free_buffer().is_none() || self.must_wait(&request) {
-                self.take_answers();
-            }
-            self.put(request);
+            self.begin_one(request);
         }
         while self.in_flight() > 0 {
             self.take_answers();
         }
+    }
+
+    /// Asks for one as soon as a buffer and its place allow it.
+    pub fn begin_one(&mut self, request: Request) {
+        while self.free_buffer(request.queue).is_none() || self.must_wait(&request) {
+            self.take_answers();
+        }
+        self.put(request);
     }
 
     /// Reads the whole disk, through all queues.
@@ -94,6 +102,12 @@ impl Guest<'_> {
         self.devices
     }
 
+    /// The next buffer of a queue, unless it is still to come or its pages are in use.
+    fn free_buffer(&self, queue: usize) -> Option<usize> {
+        let buffer = self.devices[queue].free_buffer()?;
+        (!self.borrowed[queue].contains(&Some(buffer))).then_some(buffer)
+    }
+
     fn in_flight(&self) -> usize {
         self.devices.iter().map(Device::in_flight).sum()
     }
@@ -107,8 +121,9 @@ impl Guest<'_> {
     }
 
     fn expected(&self, request: &Request) -> i16 {
-        let writes = request.operation != op::READ && !request.segments.is_empty();
+        let writes = request.operation != op::READ && request.sectors() > 0;
         match &request.fault {
+            _ if request.operation == op::DISCARD && !self.combination.discard => NOT_SUPPORTED,
             Some(fault) => fault.status(),
             None if writes && self.combination.read_only => ERROR,
             None => OKAY,
@@ -116,7 +131,7 @@ impl Guest<'_> {
     }
 
     fn moves_data(&self, request: &Request) -> bool {
-        self.expected(request) == OKAY && !request.segments.is_empty()
+        self.expected(request) == OKAY && request.sectors() > 0
     }
 
     fn put(&mut self, request: Request) {
@@ -133,33 +148,71 @@ impl Guest<'_> {
             device.publish().unwrap();
         }
         let queue = request.queue;
+        if request.twice && self.moves_data(&request) {
+            self.put_again(&request, &raw, buffer);
+        }
         self.under_way[queue][buffer] = Some(request);
+    }
+
+    /// Asks for a read in flight once more, into the same pages. A frontend may do so only where
+    /// none of the two answers has it take them back.
+    fn put_again(&mut self, request: &Request, raw: &RawRequest, pages_of: usize) {
+        let Options { persistent, ends_unmapped, .. } = self.combination.options;
+        let Some(buffer) = self.free_buffer(request.queue) else { return };
+        if !persistent || ends_unmapped {
+            return;
+        }
+        self.begin(request, pages_of);
+        let mut again = *raw;
+        match &mut again {
+            RawRequest::Direct(raw) => raw.id = buffer as u64,
+            RawRequest::Indirect(raw) => raw.id = buffer as u64,
+            RawRequest::Discard(_) => unreachable!("a read"),
+        }
+        assert_eq!(self.devices[request.queue].put_request(&again, 0), buffer);
+        self.borrowed[request.queue][buffer] = Some(pages_of);
+        self.under_way[request.queue][buffer] = Some(request.clone());
     }
 
     /// Takes its sectors into use; data that is to be written goes to the buffer.
     fn begin(&mut self, request: &Request, buffer: usize) {
         let sectors = sectors_of(request);
-        if request.operation == op::READ {
-            self.disk.users[sectors].iter_mut().for_each(|users| users.readers += 1);
-            return;
+        let users = &mut self.disk.users[sectors.clone()];
+        match request.operation {
+            op::READ => users.iter_mut().for_each(|users| users.readers += 1),
+            _ => users.iter_mut().for_each(|users| users.writers += 1),
         }
-        let mut data = vec![0; sectors.len() * SECTOR];
-        self.disk.oracle.write(sectors.start, &mut data);
-        self.disk.users[sectors].iter_mut().for_each(|users| users.writers += 1);
-        let mut rest = &data[..];
-        for segment in &request.segments {
-            let (part, after) = rest.split_at(segment.sectors() * SECTOR);
-            rest = after;
-            self.devices[request.queue]
-                .page(buffer, segment.page)
-                .part(u32::from(segment.first) * 512, u32::try_from(part.len()).unwrap())
-                .unwrap()
-                .copy_from(part);
+        match request.operation {
+            op::READ => {}
+            op::DISCARD => self.disk.oracle.discard(sectors),
+            _ => self.fill(request, sectors.start, buffer),
+        }
+    }
+
+    fn fill(&mut self, request: &Request, mut sector: usize, buffer: usize) {
+        for (index, segment) in request.segments.iter().enumerate() {
+            let end = sector + segment.sectors();
+            if request.repeats > 0 && index >= request.repeats {
+                let before = request.repeats * segment.sectors();
+                self.disk.oracle.repeat(sector - before, sector..end);
+            } else {
+                let mut data = vec![0; segment.sectors() * SECTOR];
+                self.disk.oracle.write(sector, &mut data);
+                self.devices[request.queue]
+                    .page(buffer, segment.page)
+                    .part(u32::from(segment.first) * 512, u32::try_from(data.len()).unwrap())
+                    .unwrap()
+                    .copy_from(&data);
+            }
+            sector = end;
         }
     }
 
     /// The request as it goes on the ring, with its fault.
     fn raw_of(&self, request: &Request, buffer: usize) -> RawRequest {
+        if request.operation == op::DISCARD {
+            return raw_discard(request, buffer);
+        }
         let device = &self.devices[request.queue];
         let segment =
             |segment: &Segment| device.segment(buffer, segment.page, segment.first, segment.last);
@@ -224,13 +277,14 @@ impl Guest<'_> {
     fn judge(&mut self, queue: usize, answer: Answer) {
         let request = self.under_way[queue][answer.buffer].take().unwrap();
         assert_eq!(answer.status, self.expected(&request), "{request:?}");
+        let pages_of = self.borrowed[queue][answer.buffer].take().unwrap_or(answer.buffer);
         if !self.moves_data(&request) {
             return;
         }
         let users = &mut self.disk.users[sectors_of(&request)];
         if request.operation == op::READ {
             users.iter_mut().for_each(|users| users.readers -= 1);
-            self.check_read(&request, answer.buffer);
+            self.check_read(&request, pages_of);
         } else {
             users.iter_mut().for_each(|users| users.writers -= 1);
         }
@@ -261,6 +315,24 @@ fn sectors_of(request: &Request) -> Range<usize> {
     let [first, end] = [request.sector, request.sector + request.sectors()]
         .map(|sector| usize::try_from(sector).unwrap());
     first..end
+}
+
+fn raw_discard(request: &Request, buffer: usize) -> RawRequest {
+    let (id, handle) = (buffer as u64, 0);
+    let mut raw = RawDiscard {
+        flag: 0,
+        handle,
+        id,
+        sector: request.sector,
+        nr_sectors: request.discard_sectors,
+    };
+    match request.fault {
+        Some(Fault::Sector(sector)) => raw.sector = sector,
+        Some(Fault::Sectors(count)) => raw.nr_sectors = count,
+        Some(Fault::Secure) => raw.flag = 1,
+        _ => {}
+    }
+    RawRequest::Discard(raw)
 }
 
 /// An indirect request of a frontend that nobody offered any.

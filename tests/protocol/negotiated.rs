@@ -1,9 +1,13 @@
 //! Random connections, negotiated through xenstore with the whole daemon.
 
+use polldisk::backing::DataPath;
 use polldisk::blkif::Protocol;
 use polldisk::blkif::features::Offer;
 use polldisk::limits::{INDIRECT_SEGMENTS_MAX, RING_PAGE_ORDER_MAX};
+use polldisk::msg::Mapping;
 use polldisk::sim::blkfront::xenbus::Wanted;
+
+use xenstore_rs::Xs;
 
 use crate::daemon::Daemon;
 use crate::draw::{Combination, Random, draw_options};
@@ -31,7 +35,7 @@ fn whatever_is_offered_and_wanted_the_two_ends_agree_and_data_is_kept() {
 
 fn draw_offer(random: &mut Random) -> Offer {
     Offer {
-        persistent: random.chance(70),
+        data_path: random.one_of(&[DataPath::Auto, DataPath::Map, DataPath::Copy]),
         ring_page_order: random.between(0, RING_PAGE_ORDER_MAX),
         queues: random.between(1, 4),
         indirect_segments: random.one_of(&[0, 8, 12, 256, INDIRECT_SEGMENTS_MAX]),
@@ -54,18 +58,26 @@ fn connect_and_play(random: &mut Random, daemon: &Daemon, offer: &Offer, disk: &
     let agreed = devices[0].options();
     assert_eq!(devices.len(), queues.min(offer.queues.into()));
     assert_eq!(agreed.ring_order, options.ring_order.min(offer.ring_page_order));
-    assert_eq!(agreed.persistent, options.persistent && offer.persistent);
+    assert_eq!(agreed.persistent, options.persistent && offer.data_path != DataPath::Copy);
     assert!(agreed.segments <= usize::from(offer.indirect_segments).max(11));
+    let node = daemon.xenbus.theirs("feature-discard");
+    let discard = daemon.xenbus.store().read(&node).unwrap();
     let report = daemon.disk();
     let expected: Vec<usize> = (0..devices.len()).map(|queue| queue % 2).collect();
     assert_eq!(report.workers, expected, "the queues go round the workers");
     let combination = Combination {
         queues: devices.len(),
         options: agreed,
-        maps: agreed.persistent,
+        mapping: match offer.data_path {
+            DataPath::Auto | DataPath::Map if agreed.persistent => Mapping::Kept,
+            DataPath::Map => Mapping::PerRequest,
+            DataPath::Auto | DataPath::Copy => Mapping::Nothing,
+        },
         offered_segments: offer.indirect_segments,
         sector_bytes: told.sector_bytes,
         read_only: told.read_only,
+        discard: &*discard == "1",
+        ..Combination::default()
     };
     let mut guest = Guest::new(disk, combination, devices);
     for _ in 0..CASES_PER_CONNECTION {

@@ -1,7 +1,5 @@
 //! Several queues of one disk.
 
-use polldisk::sim::blkfront::device::Options;
-
 use crate::draw::{Combination, Request};
 use crate::guest::{Disk, Guest};
 use crate::workers::Rig;
@@ -12,14 +10,7 @@ fn queues_of_one_disk_are_served_by_different_workers_and_share_its_data() {
     let mut rig = Rig::start();
     let bad_gref = rig.domain.reserve_refs(1).unwrap()[0];
     let mut disk = Disk::new(1, bad_gref);
-    let combination = Combination {
-        queues: 2,
-        options: Options::default(),
-        maps: true,
-        offered_segments: 0,
-        sector_bytes: 512,
-        read_only: false,
-    };
+    let combination = Combination { queues: 2, ..Combination::default() };
     let devices = rig.connect(&combination);
     let mut guest = Guest::new(&mut disk, combination, devices);
     let read = |queue, place: u64| Request::read(queue, place * 8, 1, false);

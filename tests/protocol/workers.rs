@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use polldisk::backing::{Geometry, Image, RawImage};
 use polldisk::blkif::request::DiskRules;
+use polldisk::budget::GrantBudget;
 use polldisk::metrics::QueueCounters;
 use polldisk::msg::{
     Command, CommandSender, Connect, Event, EventReceiver, LinkId, QueueKey, event_channel,
@@ -32,6 +33,9 @@ pub struct Rig {
     threads: Vec<WorkerThread>,
     events: EventReceiver,
     links: u64,
+    /// Of the connection that there is.
+    budget: Arc<GrantBudget>,
+    budget_pages: usize,
 }
 
 /// A file of zeroes where O_DIRECT works.
@@ -61,6 +65,8 @@ impl Rig {
             threads,
             events,
             links: 0,
+            budget: Arc::new(GrantBudget::new(0)),
+            budget_pages: 0,
         }
     }
 
@@ -73,13 +79,15 @@ impl Rig {
     /// The same with another disk.
     pub fn connect_to(&mut self, image: Image, combination: &Combination) -> Vec<Device> {
         self.links += 1;
+        self.budget_pages = combination.budget;
+        self.budget = Arc::new(GrantBudget::new(combination.budget));
         // The rules may be those of larger sectors than storage has.
         let geometry = Geometry { sector_bytes: combination.sector_bytes, ..image.geometry() };
         let rules = DiskRules {
             geometry,
             read_only: combination.read_only,
             indirect_segments: combination.offered_segments,
-            discard: false,
+            discard: combination.discard,
             secure_discard: false,
         };
         let image = Arc::new(image);
@@ -93,7 +101,8 @@ impl Rig {
                 ring_refs: device.ring_refs().to_vec(),
                 port: device.port(),
                 protocol: combination.options.protocol,
-                persistent: combination.maps,
+                mapping: combination.mapping,
+                budget: Arc::clone(&self.budget),
                 rules,
                 image: Arc::clone(&image),
                 counters: Arc::new(QueueCounters::default()),
@@ -117,6 +126,7 @@ impl Rig {
             }
         }
         assert_eq!(self.domain.mapped_grants(), 0);
+        assert_eq!(self.budget.left(), self.budget_pages, "all of the budget is back");
         devices.into_iter().for_each(|device| device.close().unwrap());
     }
 

@@ -59,6 +59,8 @@ fn the_demo_verifies_frontends_of_other_kinds() {
     for frontend in [
         "--queues 2 --workers 2 --ring-order 1 --depth 33 --indirect 32 --block-size 128K",
         "--queues 3 --protocol x86_32 --no-persistent",
+        "--no-persistent --data-path map --block-size 32K",
+        "--data-path copy",
     ] {
         let mut arguments = vec!["demo", "--seconds", "1", "--size", "64M"];
         arguments.extend(frontend.split(' '));
@@ -183,7 +185,7 @@ fn help_tells_every_option() {
                 "--max-queues",
                 "--max-ring-page-order",
                 "--max-indirect-segments",
-                "--no-persistent",
+                "--data-path",
                 "--backend-type",
                 "--admin",
                 "--log",
@@ -207,6 +209,7 @@ fn help_tells_every_option() {
                 "--ring-order",
                 "--indirect",
                 "--no-persistent",
+                "--data-path",
                 "--protocol",
                 "--log",
             ],

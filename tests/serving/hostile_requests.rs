@@ -24,6 +24,7 @@ const ALL: [Options; 4] = {
         backend: DomId::DOM0,
         protocol: Protocol::X86_64,
         persistent: true,
+        ends_unmapped: false,
         buffers: 32,
         ring_order: 0,
         segments: 11,

@@ -41,6 +41,76 @@ fn every_protocol_and_grant_policy_keeps_data_at_every_block_size() {
 }
 
 #[test]
+fn each_data_path_serves_frontends_that_keep_pages_granted_and_others() {
+    const PAGES: usize = 8;
+    let rig = Rig::start();
+    let cases = [
+        ("auto", true, "persistent"),
+        ("auto", false, "copy"),
+        ("map", true, "persistent"),
+        ("map", false, "map"),
+        ("copy", true, "copy"),
+        ("copy", false, "copy"),
+    ];
+    for (domid, (option, persistent, in_use)) in (1..).zip(cases) {
+        let path = rig.image(&format!("{option}-{persistent}.img"));
+        let guest = rig.guest(domid, &format!("raw,data-path={option}:{}", path.display()));
+        // A frontend takes no notice of what it was told here, and takes back from the backend
+        // whatever it did not keep mapped by agreement.
+        let mut device =
+            Device::new(guest.domain.clone(), Options { persistent, ..Options::default() })
+                .unwrap();
+        guest.xenbus.wait_for(&[XenbusState::InitWait]).unwrap();
+        assert_eq!(guest.xenbus.offered().unwrap().persistent, option != "copy");
+        guest.xenbus.publish(&device).unwrap();
+        guest.xenbus.wait_for(&[XenbusState::Connected]).unwrap();
+        guest.xenbus.set_state(XenbusState::Connected).unwrap();
+        let mut zeroed = true;
+        for block_bytes in [4096, PAGES * 4096, 45056] {
+            let before = rig.disk(domid).unwrap().counts.grants_copied;
+            run_verified(&mut device, Load { zeroed, ..load(domid.into(), block_bytes) }, 1_000);
+            zeroed = false;
+            let disk = rig.disk(domid).unwrap();
+            let copied = disk.counts.grants_copied > before;
+            let is_large = block_bytes >= PAGES * 4096;
+            assert_eq!(copied, in_use == "copy" || (in_use == "map" && !is_large), "{disk:?}");
+            assert_eq!((disk.data_path.as_str(), disk.counts.errors), (in_use, 0));
+            assert_eq!(disk.counts.grants_mapped > 0, in_use == "persistent", "{disk:?}");
+        }
+        guest.close(device);
+        assert_eq!(rig.disk(domid).unwrap().data_path, "");
+    }
+}
+
+#[test]
+fn pages_that_cannot_be_mapped_for_a_request_are_copied() {
+    let rig = Rig::start();
+    let path = rig.image("map.img");
+    let guest = rig.guest(1, &format!("raw,data-path=map:{}", path.display()));
+    let mut device = guest.connect(Options { persistent: false, ..Options::default() });
+    let pages: Vec<_> = (0..8).map(|_| guest.grant(PageAccess::ReadWrite)).collect();
+    let segments: Vec<_> = pages.iter().map(|(_, gref)| whole(*gref)).collect();
+    for (page, byte) in pages.iter().zip(1..) {
+        guest.domain.page(page.0).copy_from(&[byte; 4096]);
+    }
+    // GNTST_no_device_space: as when the hypervisor's maptrack is used up.
+    guest.domain.fail_maps(pages[5].1, -7);
+    assert_eq!(ask(&mut device, &[raw_request(op::WRITE, 0, 0, &segments)]), [0]);
+    let copied = rig.disk(1).unwrap().counts.grants_copied;
+    assert_eq!((copied, guest.domain.mapped_grants()), (8, 1), "only the ring is mapped");
+    guest.domain.heal(pages[5].1);
+    pages.iter().for_each(|(page, _)| guest.domain.page(*page).zero());
+    assert_eq!(ask(&mut device, &[raw_request(op::READ, 0, 0, &segments)]), [0]);
+    assert_eq!(rig.disk(1).unwrap().counts.grants_copied, copied, "mapped this time");
+    for (page, byte) in pages.iter().zip(1..) {
+        let mut data = [0; 4096];
+        guest.domain.page(page.0).copy_to(&mut data);
+        assert_eq!(data, [byte; 4096]);
+    }
+    guest.close(device);
+}
+
+#[test]
 fn a_flush_with_data_writes_the_data() {
     let rig = Rig::start();
     let guest = rig.guest_on_file(1);

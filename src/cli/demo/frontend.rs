@@ -2,6 +2,7 @@
 
 use anyhow::bail;
 use clap::{Args, ValueEnum};
+use polldisk::backing::DataPath;
 use polldisk::blkif::Protocol;
 use polldisk::blkif::ring::ring_entries;
 use polldisk::config::ServeOptions;
@@ -26,9 +27,12 @@ pub struct Frontend {
     /// requests
     #[arg(long, value_name = "N", default_value_t = 0)]
     indirect: u16,
-    /// Do not keep granted pages mapped: data is copied
+    /// Do not keep pages granted: each request grants its own
     #[arg(long)]
     no_persistent: bool,
+    /// How the daemon gets their data to storage
+    #[arg(long, value_name = "PATH", value_enum, default_value_t = DataPath::Auto)]
+    data_path: DataPath,
     /// Layout of ring entries
     #[arg(long, value_enum, default_value_t = Layout::X86_64)]
     protocol: Layout,
@@ -107,7 +111,7 @@ impl Frontend {
             max_queues: Some(self.queues),
             max_ring_page_order: Some(self.ring_order),
             max_indirect_segments: Some(self.indirect),
-            no_persistent: self.no_persistent,
+            data_path: Some(self.data_path),
             ..options
         }
     }

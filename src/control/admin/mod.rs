@@ -21,7 +21,7 @@ use super::key::DiskKey;
 use super::registry::Registry;
 use crate::backing::Image;
 use crate::limits;
-use crate::msg::QueueKey;
+use crate::msg::{Mapping, QueueKey};
 use crate::xen::Store;
 use crate::xen::vdev::Vdev;
 use protocol::{DiskReport, Reply, Request};
@@ -182,6 +182,13 @@ fn report(disk: &Disk) -> DiskReport {
         read_only: description.is_some_and(|description| description.read_only),
         sectors: geometry.map_or(0, |geometry| geometry.sectors().0),
         sector_size: geometry.map_or(0, |geometry| geometry.sector_bytes),
+        data_path: match connection.map(|connection| connection.published().mapping) {
+            Some(Mapping::Kept) => "persistent",
+            Some(Mapping::PerRequest) => "map",
+            Some(Mapping::Nothing) => "copy",
+            None => "",
+        }
+        .to_owned(),
         queues: workers.len(),
         worker: workers.first().copied(),
         workers,

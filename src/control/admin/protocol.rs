@@ -85,6 +85,9 @@ pub struct DiskReport {
     pub sectors: u64,
     /// Bytes in a logical block; 0 while nothing is open.
     pub sector_size: u32,
+    /// What is done with its guest's data pages: `persistent` (they stay mapped), `map` (those of
+    /// large requests are mapped for their time) or `copy`; empty while it is not connected.
+    pub data_path: String,
     /// Rings in use.
     pub queues: usize,
     /// The worker of each ring.

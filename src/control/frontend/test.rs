@@ -62,10 +62,32 @@ fn a_one_page_ring_is_its_ring_ref() {
     let published = area.read(Offer::default()).unwrap();
     assert_eq!(
         published,
-        Published { protocol: Protocol::X86_64, persistent: true, rings: vec![ring(&[8], 15)] }
+        Published {
+            protocol: Protocol::X86_64,
+            mapping: Mapping::Kept,
+            rings: vec![ring(&[8], 15)]
+        }
     );
-    let not_offered = area.read(Offer { persistent: false, ..Offer::default() }).unwrap();
-    assert!(!not_offered.persistent);
+}
+
+#[test]
+fn what_is_mapped_is_what_the_data_path_and_the_frontend_allow() {
+    for (data_path, keeps_grants, mapping) in [
+        (DataPath::Auto, "1", Mapping::Kept),
+        (DataPath::Auto, "0", Mapping::Nothing),
+        (DataPath::Map, "1", Mapping::Kept),
+        (DataPath::Map, "0", Mapping::PerRequest),
+        (DataPath::Copy, "1", Mapping::Nothing),
+        (DataPath::Copy, "0", Mapping::Nothing),
+    ] {
+        let area = Area::new(&[
+            ("ring-ref", "8"),
+            ("event-channel", "15"),
+            ("feature-persistent", keeps_grants),
+        ]);
+        let published = area.read(Offer { data_path, ..Offer::default() }).unwrap();
+        assert_eq!(published.mapping, mapping, "{data_path} for {keeps_grants}");
+    }
 }
 
 #[test]

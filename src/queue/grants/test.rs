@@ -1,7 +1,9 @@
 use std::collections::HashSet;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use super::*;
+use crate::budget::GrantBudget;
 use crate::xen::GrantCopy;
 
 /// Grants without a hypervisor: every mapping is memory of our own.
@@ -38,6 +40,11 @@ impl Grants for FakeGrants {
 
 const GUEST: DomId = DomId::DOM0;
 
+/// A queue's pages, where no other queue is in its way.
+fn alone() -> PersistentGrants {
+    PersistentGrants::new(Share::of(Arc::new(GrantBudget::new(usize::MAX))))
+}
+
 fn map(persistent: &mut PersistentGrants, grants: &mut FakeGrants, refs: std::ops::Range<u32>) {
     let mut wanted = refs.map(GrantRef).collect();
     persistent.map(grants, GUEST, &mut wanted, std::iter::empty());
@@ -45,7 +52,7 @@ fn map(persistent: &mut PersistentGrants, grants: &mut FakeGrants, refs: std::op
 
 #[test]
 fn what_was_idle_for_long_is_unmapped_and_what_is_used_stays() {
-    let (mut persistent, mut grants) = (PersistentGrants::default(), FakeGrants::default());
+    let (mut persistent, mut grants) = (alone(), FakeGrants::default());
     map(&mut persistent, &mut grants, 0..10);
     map(&mut persistent, &mut grants, 10..20);
     map(&mut persistent, &mut grants, 20..30);
@@ -63,7 +70,7 @@ fn what_was_idle_for_long_is_unmapped_and_what_is_used_stays() {
 
 #[test]
 fn a_full_cache_makes_room_by_what_is_idle_and_never_by_what_is_in_flight() {
-    let (mut persistent, mut grants) = (PersistentGrants::default(), FakeGrants::default());
+    let (mut persistent, mut grants) = (alone(), FakeGrants::default());
     let full = u32::try_from(PERSISTENT_GRANTS_PER_QUEUE).unwrap();
     let third = full / 3;
     for start in 0..3 {
@@ -86,7 +93,7 @@ fn a_full_cache_makes_room_by_what_is_idle_and_never_by_what_is_in_flight() {
 
 #[test]
 fn one_bad_reference_keeps_no_good_one_unmapped() {
-    let (mut persistent, mut grants) = (PersistentGrants::default(), FakeGrants::default());
+    let (mut persistent, mut grants) = (alone(), FakeGrants::default());
     grants.refused.insert(7);
     map(&mut persistent, &mut grants, 0..10);
     assert_eq!(persistent.count(), 9);
@@ -95,9 +102,31 @@ fn one_bad_reference_keeps_no_good_one_unmapped() {
 
 #[test]
 fn a_frontend_that_keeps_sending_bad_references_is_only_copied_for() {
-    let (mut persistent, mut grants) = (PersistentGrants::default(), FakeGrants::default());
+    let (mut persistent, mut grants) = (alone(), FakeGrants::default());
     grants.refused.extend(0..1000);
     map(&mut persistent, &mut grants, 0..1000);
     map(&mut persistent, &mut grants, 2000..2010);
     assert_eq!(persistent.count(), 0, "a good one is not mapped any more either");
+}
+
+#[test]
+fn queues_of_one_domain_share_its_budget_and_give_back_what_they_unmap() {
+    let (budget, mut grants) = (Arc::new(GrantBudget::new(30)), FakeGrants::default());
+    let queue = || PersistentGrants::new(Share::of(Arc::clone(&budget)));
+    let (mut one, mut other) = (queue(), queue());
+    grants.refused.insert(7);
+    map(&mut one, &mut grants, 0..20);
+    map(&mut other, &mut grants, 0..20);
+    assert_eq!((one.count(), other.count(), budget.left()), (19, 10, 1), "7 is refused");
+    map(&mut other, &mut grants, 20..25);
+    assert_eq!((other.count(), budget.left()), (11, 0));
+
+    one.sweep(&mut grants, std::iter::empty());
+    map(&mut one, &mut grants, 30..40);
+    assert_eq!((one.count(), budget.left()), (19, 0));
+    assert!(one.page(39).is_some(), "what it had idle made room");
+    one.unmap_all(&mut grants);
+    assert_eq!(budget.left(), 19);
+    drop(other);
+    assert_eq!(budget.left(), 30);
 }

@@ -30,6 +30,9 @@ pub struct Options {
     pub protocol: Protocol,
     /// Its buffers are granted once and stay granted; otherwise for each request.
     pub persistent: bool,
+    /// With `persistent`: with an answer it takes back what the backend has not mapped, and gives
+    /// the reference another page later, as Linux does.
+    pub ends_unmapped: bool,
     /// Buffers, each for one request of `segments` pages; requests in flight at most.
     pub buffers: usize,
     /// log2 of the ring in pages.
@@ -44,6 +47,7 @@ impl Default for Options {
             backend: DomId::DOM0,
             protocol: Protocol::X86_64,
             persistent: true,
+            ends_unmapped: false,
             buffers: 32,
             ring_order: 0,
             segments: SEGMENTS_PER_REQUEST,
@@ -70,14 +74,20 @@ impl Options {
         }
     }
 
-    /// Pages of one buffer.
+    /// Pages of one buffer that are granted.
     fn buffer_pages(&self) -> usize {
         self.segments + self.segment_pages()
     }
 
+    /// Whether a buffer has a page to give to a reference that it took back.
+    fn has_spares(&self) -> bool {
+        self.persistent && self.ends_unmapped
+    }
+
     /// Pages of the domain that a device takes.
     pub fn device_pages(&self) -> usize {
-        self.ring_pages() as usize + self.buffers * self.buffer_pages()
+        let pages = self.buffer_pages() + usize::from(self.has_spares());
+        self.ring_pages() as usize + self.buffers * pages
     }
 }
 
@@ -93,6 +103,8 @@ pub struct Device {
     port: Port,
     buffers: Vec<Buffer>,
     free: Vec<usize>,
+    /// The buffer of the last answer.
+    answered: Option<usize>,
     /// Reused by [`Device::put`].
     segments: Vec<RawSegment>,
 }
@@ -105,7 +117,11 @@ unsafe impl Send for Device {}
 #[derive(Debug)]
 struct Buffer {
     first: Gfn,
+    /// The page of each reference, and the spare one.
+    pages: Vec<Gfn>,
     refs: Vec<GrantRef>,
+    /// References that were taken back.
+    ended: Vec<usize>,
     in_flight: bool,
 }
 
@@ -145,6 +161,7 @@ impl Device {
             port,
             buffers,
             free,
+            answered: None,
             segments,
         })
     }
@@ -293,7 +310,12 @@ impl Device {
                 self.domain.permit(gref, gfn, self.options.backend, access);
             }
         }
-        self.buffers[index].in_flight = true;
+        let buffer = &mut self.buffers[index];
+        for page in buffer.ended.drain(..) {
+            let (gref, gfn) = (buffer.refs[page], buffer.pages[page]);
+            self.domain.permit(gref, gfn, self.options.backend, PageAccess::ReadWrite);
+        }
+        buffer.in_flight = true;
         self.ring.put(request);
         index
     }
@@ -317,6 +339,7 @@ impl Device {
     /// The next request that came back. An error is the backend's: an unknown id, or a page that
     /// it keeps although it must not.
     pub fn next_answer(&mut self) -> Result<Option<Answer>, BackendFault> {
+        self.replace_ended();
         let Some(response) = self.ring.next_response() else { return Ok(None) };
         let index = usize::try_from(response.id).unwrap_or(usize::MAX);
         let buffer = self.buffers.get_mut(index).filter(|buffer| buffer.in_flight);
@@ -327,8 +350,23 @@ impl Device {
                 self.domain.withdraw(*gref)?;
             }
         }
+        if self.options.has_spares() {
+            let withdrawn = |page: &usize| self.domain.withdraw(buffer.refs[*page]).is_ok();
+            buffer.ended.extend((0..buffer.refs.len()).filter(withdrawn));
+            self.answered = Some(index);
+        }
         self.free.push(index);
         Ok(Some(Answer { buffer: index, status: response.status }))
+    }
+
+    /// Gives other pages to the references that were taken back with the last answer: now that
+    /// its data has been looked at, and unless the buffer has been put to use meanwhile.
+    fn replace_ended(&mut self) {
+        let Some(index) = self.answered.take() else { return };
+        let Buffer { pages, ended, in_flight, .. } = &mut self.buffers[index];
+        if !*in_flight && let Some(spare) = pages.len().checked_sub(1) {
+            ended.iter().for_each(|page| pages.swap(*page, spare));
+        }
     }
 
     /// Waits until a response is there or `timeout` is over.
@@ -368,26 +406,27 @@ pub enum BackendFault {
 
 impl Buffer {
     fn new(domain: &Domain, options: &Options) -> io::Result<Buffer> {
-        let pages = options.buffer_pages();
-        let first = domain.alloc_pages(count_u32(pages))?;
-        let refs = domain.reserve_refs(pages)?;
+        let refs = domain.reserve_refs(options.buffer_pages())?;
+        let count = count_u32(refs.len() + usize::from(options.has_spares()));
+        let first = domain.alloc_pages(count)?;
+        let pages: Vec<Gfn> = (first.0..first.0 + count).map(Gfn).collect();
         if options.persistent {
-            for (gfn, gref) in (first.0..).zip(&refs) {
-                domain.permit(*gref, Gfn(gfn), options.backend, PageAccess::ReadWrite);
+            for (gfn, gref) in pages.iter().zip(&refs) {
+                domain.permit(*gref, *gfn, options.backend, PageAccess::ReadWrite);
             }
         }
-        Ok(Buffer { first, refs, in_flight: false })
+        Ok(Buffer { first, pages, refs, ended: Vec::new(), in_flight: false })
     }
 
     fn gfn(&self, page: usize) -> Gfn {
-        Gfn(self.first.0 + count_u32(page))
+        self.pages[page]
     }
 
     fn free(self, domain: &Domain) -> Result<(), StillMapped> {
         for gref in &self.refs {
             domain.end_access(*gref)?;
         }
-        domain.free_pages(self.first, count_u32(self.refs.len()));
+        domain.free_pages(self.first, count_u32(self.pages.len()));
         Ok(())
     }
 }

@@ -4,6 +4,8 @@
 //! seed, the sector's number and its version, so that data of another disk, another place or an
 //! earlier time is found out, to the byte.
 
+use std::ops::Range;
+
 /// Bytes in one sector.
 pub const SECTOR: usize = 512;
 
@@ -11,18 +13,24 @@ pub const SECTOR: usize = 512;
 #[derive(Debug)]
 pub struct Oracle {
     seed: u64,
+    contents: Vec<Content>,
+    /// By sector: the version that was made of it last.
     versions: Vec<u32>,
 }
+
+/// What a sector holds: what was written to a sector as this version of it, or as version 0 zeroes.
+type Content = (u32, u32);
+const ZEROES: Content = (0, 0);
 
 impl Oracle {
     /// A disk of `sectors` 512-byte sectors, all zero so far.
     pub fn new(seed: u64, sectors: usize) -> Oracle {
-        Oracle { seed, versions: vec![0; sectors] }
+        Oracle { seed, contents: vec![ZEROES; sectors], versions: vec![0; sectors] }
     }
 
     /// Sectors of the disk.
     pub fn sectors(&self) -> usize {
-        self.versions.len()
+        self.contents.len()
     }
 
     /// Whether a sector was written.
@@ -30,7 +38,7 @@ impl Oracle {
     /// # Panics
     /// Where it is beyond the disk.
     pub fn is_written(&self, sector: usize) -> bool {
-        self.versions[sector] > 0
+        self.contents[sector] != ZEROES
     }
 
     /// Makes the next version of the sectors from `first` on, as many as fill `data`.
@@ -41,10 +49,29 @@ impl Oracle {
         for (sector, bytes) in (first..).zip(data.chunks_exact_mut(SECTOR)) {
             let version = &mut self.versions[sector];
             *version = version.wrapping_add(1).max(1);
+            let version = *version;
+            let number = u32::try_from(sector).expect("at most 2 TiB");
             for (index, word) in bytes.as_chunks_mut::<8>().0.iter_mut().enumerate() {
-                *word = word_of(self.seed, sector, self.versions[sector], index).to_le_bytes();
+                *word = word_of(self.seed, number, version, index).to_le_bytes();
             }
+            self.contents[sector] = (number, version);
         }
+    }
+
+    /// Takes note that sectors were written with what those from `from` on hold.
+    ///
+    /// # Panics
+    /// Where either reaches beyond the disk.
+    pub fn repeat(&mut self, from: usize, sectors: Range<usize>) {
+        self.contents.copy_within(from..from + sectors.len(), sectors.start);
+    }
+
+    /// Takes note that sectors were given back: they hold zeroes.
+    ///
+    /// # Panics
+    /// Where they reach beyond the disk.
+    pub fn discard(&mut self, sectors: Range<usize>) {
+        self.contents[sectors].fill(ZEROES);
     }
 
     /// Sectors in `data`, read from `first` on, that do not hold what they should.
@@ -57,19 +84,21 @@ impl Oracle {
     }
 
     fn is_right(&self, sector: usize, bytes: &[u8]) -> bool {
-        match self.versions[sector] {
-            0 => bytes.iter().all(|byte| *byte == 0),
-            version => bytes.as_chunks::<8>().0.iter().enumerate().all(|(index, word)| {
-                *word == word_of(self.seed, sector, version, index).to_le_bytes()
-            }),
+        match self.contents[sector] {
+            ZEROES => bytes.iter().all(|byte| *byte == 0),
+            (number, version) => {
+                bytes.as_chunks::<8>().0.iter().enumerate().all(|(index, word)| {
+                    *word == word_of(self.seed, number, version, index).to_le_bytes()
+                })
+            }
         }
     }
 }
 
 /// One word of a sector: a hash (splitmix64's finisher) of where and when, stepped per word.
 #[inline]
-fn word_of(seed: u64, sector: usize, version: u32, index: usize) -> u64 {
-    let place = (sector as u64) << 32 | u64::from(version);
+fn word_of(seed: u64, sector: u32, version: u32, index: usize) -> u64 {
+    let place = u64::from(sector) << 32 | u64::from(version);
     let mut hash = seed ^ place.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -106,5 +135,20 @@ mod test {
         assert_eq!(oracle.mismatches(4, &new), 1, "another place");
         assert_eq!(oracle.mismatches(3, &foreign), 1, "another disk");
         assert_eq!(oracle.mismatches(3, &[0; SECTOR]), 1, "zeroes");
+    }
+
+    #[test]
+    fn discarded_sectors_hold_zeroes_and_repeated_ones_what_they_repeat() {
+        let mut oracle = Oracle::new(1, 16);
+        let mut data = vec![0; 2 * SECTOR];
+        oracle.write(3, &mut data);
+        oracle.repeat(3, 8..10);
+        assert_eq!((oracle.mismatches(3, &data), oracle.mismatches(8, &data)), (0, 0));
+        oracle.discard(3..4);
+        assert!(!oracle.is_written(3) && oracle.is_written(4));
+        assert_eq!((oracle.mismatches(3, &data), oracle.mismatches(8, &data)), (1, 0));
+        let old = data.clone();
+        oracle.write(3, &mut data);
+        assert_eq!(oracle.mismatches(3, &old), 2, "versions go on after a discard");
     }
 }

@@ -1,0 +1,163 @@
+//! What all queues of a domain may map together.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use polldisk::backing::{Image, NullImage};
+use polldisk::blkif::op;
+use polldisk::blkif::request::DiskRules;
+use polldisk::budget::GrantBudget;
+use polldisk::engine::host::HostEngine;
+use polldisk::engine::{Completion, Engine, IoOp, Ticket};
+use polldisk::metrics::QueueCounters;
+use polldisk::msg::{
+    Command, Connect, LinkId, Mapping, QueueKey, WorkerId, command_channel, event_channel,
+};
+use polldisk::sim::blkfront::device::{Device, Options};
+use polldisk::sim::{SimXen, StandIn};
+use polldisk::units::{Bytes, DomId, QueueId};
+use polldisk::worker::{Setup, Worker};
+
+use crate::draw::{Combination, Request, SECTORS};
+use crate::guest::{Disk, Guest, HANG};
+use crate::workers::Rig;
+
+/// Far below what four queues of large requests would map.
+const BUDGET: usize = 300;
+
+#[test]
+fn the_queues_of_a_domain_map_no_more_than_its_budget_and_copy_the_rest() {
+    const QUEUES: usize = 4;
+    const PAGES: usize = 64;
+    let mut rig = Rig::start();
+    let bad_gref = rig.domain.reserve_refs(1).unwrap()[0];
+    let mut disk = Disk::new(1, bad_gref);
+    for mapping in [Mapping::Kept, Mapping::PerRequest] {
+        let persistent = mapping == Mapping::Kept;
+        let options = Options { persistent, buffers: 8, segments: PAGES, ..Options::default() };
+        let combination = Combination {
+            queues: QUEUES,
+            options,
+            mapping,
+            offered_segments: 256,
+            budget: BUDGET,
+            ..Combination::default()
+        };
+        let devices = rig.connect(&combination);
+        let rings = QUEUES << options.ring_order;
+        let mut guest = Guest::new(&mut disk, combination, devices);
+        let places = SECTORS / 8 / PAGES as u64;
+        for operation in [op::WRITE, op::READ] {
+            let requests = (0..places).map(|place| Request {
+                operation,
+                ..Request::read(
+                    usize::try_from(place).unwrap() % QUEUES,
+                    place * 8 * PAGES as u64,
+                    PAGES,
+                    true,
+                )
+            });
+            for request in requests {
+                guest.begin_one(request);
+                assert!(rig.domain.mapped_grants() <= BUDGET + rings);
+            }
+            guest.play([]);
+        }
+        if persistent {
+            assert_eq!(rig.domain.mapped_grants(), BUDGET + rings, "all of it was used");
+        }
+        rig.disconnect(guest.into_devices());
+    }
+}
+
+/// An engine whose host fails once it is told to.
+struct Failing {
+    engine: HostEngine,
+    fails: bool,
+}
+
+impl Engine for Failing {
+    type Target = Image;
+
+    fn submit(&mut self, target: &Image, op: &IoOp<'_>, ticket: Ticket) -> Result<(), Ticket> {
+        self.fails = matches!(op, IoOp::Flush);
+        self.engine.submit(target, op, ticket)
+    }
+
+    fn kick(&mut self) -> io::Result<()> {
+        if self.fails { Err(io::Error::other("the host fails")) } else { self.engine.kick() }
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        self.engine.reap(done);
+    }
+
+    fn in_flight(&self) -> usize {
+        self.engine.in_flight()
+    }
+
+    fn arm(&mut self) -> io::Result<bool> {
+        self.engine.arm()
+    }
+
+    fn disarm(&mut self, signalled: bool) {
+        self.engine.disarm(signalled);
+    }
+
+    fn completion_fd(&self) -> BorrowedFd<'_> {
+        self.engine.completion_fd()
+    }
+}
+
+#[test]
+fn a_worker_that_dies_takes_nothing_of_the_budget_along() {
+    let stand_in = StandIn::start_temporary().unwrap();
+    let domain = Arc::new(stand_in.create_domain(DomId::try_from(1).unwrap(), 512).unwrap());
+    let (sender, commands) = command_channel(WorkerId(0)).unwrap();
+    let (reports, _events) = event_channel().unwrap();
+    let platform: SimXen = stand_in.platform();
+    let setup =
+        Setup { id: WorkerId(0), platform, core: None, poll: Duration::ZERO, commands, reports };
+    let engine = Failing { engine: HostEngine::new().unwrap(), fails: false };
+    let mut worker = Worker::new(setup, engine).unwrap();
+    let mut device = Device::new(Arc::clone(&domain), Options::default()).unwrap();
+    let image = Image::Null(NullImage::new(Bytes(1 << 20), true));
+    let budget = Arc::new(GrantBudget::new(BUDGET));
+    let rules = DiskRules {
+        geometry: image.geometry(),
+        read_only: false,
+        indirect_segments: 0,
+        discard: false,
+        secure_discard: false,
+    };
+    let connect = Connect {
+        key: QueueKey { link: LinkId(1), queue: QueueId(0) },
+        frontend: domain.domid(),
+        ring_refs: device.ring_refs().to_vec(),
+        port: device.port(),
+        protocol: device.options().protocol,
+        mapping: Mapping::Kept,
+        budget: Arc::clone(&budget),
+        rules,
+        image: Arc::new(image),
+        counters: Arc::new(QueueCounters::default()),
+    };
+    sender.send(Command::Connect(Box::new(connect))).unwrap();
+    for (operation, len) in [(op::WRITE, 11 * 4096), (op::FLUSH_DISKCACHE, 0)] {
+        device.put(operation, 0, len);
+        device.publish().unwrap();
+        let start = std::time::Instant::now();
+        while device.next_answer().unwrap().is_none() {
+            assert!(start.elapsed() < HANG);
+            if let Err(error) = worker.poll_once(|| 1) {
+                assert_eq!(error.to_string(), "the host fails");
+                break;
+            }
+        }
+        assert_eq!(budget.left(), BUDGET - 11);
+    }
+    drop(worker);
+    assert_eq!(budget.left(), BUDGET);
+}
