@@ -151,6 +151,9 @@ pub const WORKER_EVENTS_PER_PASS: usize = 1024;
 /// Seconds that `detach` waits for the guest: libxl's own patience (LIBXL_DESTROY_TIMEOUT).
 pub const DETACH_SECONDS: u64 = 10;
 
+/// Seconds that `insert` and `eject` wait for the requests in flight on the medium before.
+pub const MEDIUM_SECONDS: u64 = 10;
+
 /// Seconds that `list` waits for the workers' latencies before it answers without them.
 pub const LATENCY_SECONDS: u64 = 2;
 

@@ -22,6 +22,8 @@ enum Command {
     Demo(cli::demo::Demo),
     Attach(cli::admin::Attach),
     Detach(cli::admin::Detach),
+    Insert(cli::admin::Insert),
+    Eject(cli::admin::Eject),
     List(cli::list::List),
 }
 
@@ -31,6 +33,8 @@ fn main() -> ExitCode {
         Command::Demo(demo) => demo.run(),
         Command::Attach(attach) => attach.run(),
         Command::Detach(detach) => detach.run(),
+        Command::Insert(insert) => insert.run(),
+        Command::Eject(eject) => eject.run(),
         Command::List(list) => list.run(),
     };
     match result {

@@ -43,6 +43,9 @@ pub enum Command {
     /// Finish what is in flight, then unmap and unbind everything: [`Event::Disconnected`]. Also
     /// for a queue that failed; for a key unknown to the worker it is answered at once.
     Disconnect(QueueKey),
+    /// Serve another image once what is in flight on the old one is finished:
+    /// [`Event::ImageReplaced`]. For a key unknown to the worker it is answered at once.
+    ReplaceImage(Box<ReplaceImage>),
     /// Hand over the latencies recorded since the last time: [`Event::Latency`].
     TakeLatency(QueueKey),
     /// Disconnect every queue without events, and end the thread.
@@ -86,6 +89,18 @@ pub enum Mapping {
     Nothing,
 }
 
+/// Another medium for a ring that is being served.
+#[derive(Debug)]
+pub struct ReplaceImage {
+    /// Which queue.
+    pub key: QueueKey,
+    /// What its guest may do from then on.
+    pub rules: DiskRules,
+    /// The opened image. The sender keeps the old one until all queues have let go of it, so that
+    /// no worker has to close a file.
+    pub image: Arc<Image>,
+}
+
 /// What a worker tells control.
 #[derive(Debug)]
 pub enum Event {
@@ -98,6 +113,8 @@ pub enum Event {
     RingFault(QueueKey, String),
     /// Nothing of the queue is mapped, bound or in flight any more.
     Disconnected(QueueKey),
+    /// No request of the queue uses the image before the last [`Command::ReplaceImage`] any more.
+    ImageReplaced(QueueKey),
     /// Request latencies in nanoseconds since the last [`Command::TakeLatency`]; `None` for an
     /// unknown queue.
     Latency(QueueKey, Option<Box<Histogram<u64>>>),

@@ -20,6 +20,8 @@ pub enum Image {
     Raw(RawImage),
     /// Nothing.
     Null(NullImage),
+    /// A drive without a medium: no sectors to read or write.
+    Empty,
 }
 
 impl Image {
@@ -28,6 +30,7 @@ impl Image {
         match self {
             Image::Raw(image) => image.geometry(),
             Image::Null(image) => image.geometry(),
+            Image::Empty => Geometry::NO_MEDIUM,
         }
     }
 
@@ -35,7 +38,7 @@ impl Image {
     pub fn memory_alignment(&self) -> u16 {
         match self {
             Image::Raw(image) => image.memory_alignment(),
-            Image::Null(_) => 1,
+            Image::Null(_) | Image::Empty => 1,
         }
     }
 
@@ -44,6 +47,7 @@ impl Image {
         match self {
             Image::Raw(image) => image.discard(),
             Image::Null(image) => Some(image.discard()),
+            Image::Empty => None,
         }
     }
 
@@ -51,7 +55,7 @@ impl Image {
     pub fn is_read_only(&self) -> bool {
         match self {
             Image::Raw(image) => image.is_read_only(),
-            Image::Null(_) => false,
+            Image::Null(_) | Image::Empty => false,
         }
     }
 }
@@ -68,6 +72,21 @@ pub struct Geometry {
 }
 
 impl Geometry {
+    /// The shape of a drive without a medium.
+    pub const NO_MEDIUM: Geometry =
+        Geometry { size: Bytes(0), sector_bytes: 512, physical_sector_bytes: 512 };
+
+    /// The same in logical blocks of at least `sector_bytes`; a tail that fills none is cut off.
+    pub fn in_sectors_of(self, sector_bytes: u32) -> Geometry {
+        let sector_bytes = self.sector_bytes.max(sector_bytes);
+        let whole = u64::from(sector_bytes);
+        Geometry {
+            size: Bytes(self.size.0 / whole * whole),
+            sector_bytes,
+            physical_sector_bytes: self.physical_sector_bytes.max(sector_bytes),
+        }
+    }
+
     /// The size in ring sectors of 512 bytes: what `sectors` says, whatever `sector-size` is.
     pub fn sectors(&self) -> Sectors {
         self.size.to_sectors()

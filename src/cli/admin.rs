@@ -1,4 +1,4 @@
-//! `polldisk attach` and `polldisk detach`.
+//! `polldisk attach`, `detach`, `insert` and `eject`.
 
 use std::path::PathBuf;
 
@@ -18,11 +18,17 @@ pub struct Attach {
     vdev: String,
     /// What holds its contents: raw:/path/to/file-or-device, or null:SIZE; options go before the
     /// colon, as in raw,data-path=copy:/path
-    #[arg(long, value_name = "SPEC")]
-    target: String,
+    #[arg(long, value_name = "SPEC", required_unless_present_any = ["cdrom", "removable"])]
+    target: Option<String>,
     /// The guest may not write
     #[arg(long)]
     read_only: bool,
+    /// A CD-ROM drive: read-only, and its medium can be changed; empty without --target
+    #[arg(long)]
+    cdrom: bool,
+    /// A drive whose medium can be changed; empty without --target
+    #[arg(long)]
+    removable: bool,
     #[command(flatten)]
     daemon: Daemon,
 }
@@ -43,6 +49,35 @@ pub struct Detach {
     daemon: Daemon,
 }
 
+/// Put a medium into a CD-ROM or other drive of a guest, in place of the one in it
+#[derive(Args, Debug)]
+pub struct Insert {
+    /// The guest's domid
+    #[arg(long, value_name = "N")]
+    domid: u32,
+    /// The drive's name in the guest
+    #[arg(long, value_name = "NAME")]
+    vdev: String,
+    /// The medium, such as raw:/path/to/image.iso
+    #[arg(long, value_name = "SPEC")]
+    target: String,
+    #[command(flatten)]
+    daemon: Daemon,
+}
+
+/// Take the medium out of a drive of a guest
+#[derive(Args, Debug)]
+pub struct Eject {
+    /// The guest's domid
+    #[arg(long, value_name = "N")]
+    domid: u32,
+    /// The drive's name in the guest
+    #[arg(long, value_name = "NAME")]
+    vdev: String,
+    #[command(flatten)]
+    daemon: Daemon,
+}
+
 /// Which daemon to ask.
 #[derive(Args, Debug)]
 pub struct Daemon {
@@ -54,8 +89,9 @@ pub struct Daemon {
 impl Attach {
     /// Asks the daemon.
     pub fn run(self) -> anyhow::Result<()> {
-        let Attach { domid, vdev, target, read_only, daemon } = self;
-        let attach = protocol::Attach { domid, vdev, target, read_only };
+        let Attach { domid, vdev, target, read_only, cdrom, removable, daemon } = self;
+        let target = target.unwrap_or_default();
+        let attach = protocol::Attach { domid, vdev, target, read_only, cdrom, removable };
         request(&daemon.admin, &Request::Attach(attach))?;
         Ok(())
     }
@@ -66,6 +102,24 @@ impl Detach {
     pub fn run(self) -> anyhow::Result<()> {
         let Detach { domid, vdev, force, daemon } = self;
         request(&daemon.admin, &Request::Detach(protocol::Detach { domid, vdev, force }))?;
+        Ok(())
+    }
+}
+
+impl Insert {
+    /// Asks the daemon, and waits until the medium is in.
+    pub fn run(self) -> anyhow::Result<()> {
+        let Insert { domid, vdev, target, daemon } = self;
+        request(&daemon.admin, &Request::Insert(protocol::Insert { domid, vdev, target }))?;
+        Ok(())
+    }
+}
+
+impl Eject {
+    /// Asks the daemon, and waits until the medium is out.
+    pub fn run(self) -> anyhow::Result<()> {
+        let Eject { domid, vdev, daemon } = self;
+        request(&daemon.admin, &Request::Eject(protocol::Eject { domid, vdev }))?;
         Ok(())
     }
 }

@@ -156,7 +156,7 @@ impl Demo {
                 domid: domid.raw().into(),
                 vdev: VDEV.to_owned(),
                 target: self.target_of(index, plan),
-                read_only: false,
+                ..Attach::default()
             };
             request(&daemon.admin, &Request::Attach(attach))?;
             guests.push(guest);

@@ -79,7 +79,10 @@ fn row(rates: &DiskRates) -> Vec<String> {
         },
         disk.target.clone(),
         if disk.read_only { "r" } else { "w" }.to_owned(),
-        polldisk::units::Bytes(disk.sectors.saturating_mul(512)).to_string(),
+        match disk.backing.as_str() {
+            "empty" => "empty".to_owned(),
+            _ => polldisk::units::Bytes(disk.sectors.saturating_mul(512)).to_string(),
+        },
         workers(disk),
         format!("{:.0}", rates.iops),
         format!("{:.1}", rates.mb_per_s),

@@ -126,6 +126,7 @@ mod test {
             target: "null:8G".to_owned(),
             backing: "null".to_owned(),
             read_only: false,
+            drive: false,
             sectors: 8,
             sector_size: 512,
             data_path: "persistent".to_owned(),

@@ -15,7 +15,7 @@ use crate::xen::keys::{self, XenbusState};
 /// What the toolstack says of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Description {
-    /// What holds its contents, as written.
+    /// What holds its contents, as written but for libxl's `aio:`; empty: a drive without a medium.
     pub target: String,
     /// The guest may not write.
     pub read_only: bool,
@@ -62,8 +62,11 @@ pub enum AreaError {
         /// What its path says.
         wanted: String,
     },
-    /// There is no medium.
-    #[error("params names nothing; name the disk's contents, such as raw:/path")]
+    /// There is no medium, and no drive that one could be put into.
+    #[error(
+        "params names nothing; name the disk's contents, such as raw:/path, or make it a drive \
+         that may be empty (devtype=cdrom)"
+    )]
     Empty,
     /// Xenstore failed.
     #[error("cannot read {node} of the backend area")]
@@ -90,21 +93,31 @@ impl Description {
         };
         is(keys::FRONTEND_ID, key.domid.to_string())?;
         is(keys::FRONTEND, key.frontend_area())?;
-        let target = text(keys::PARAMS)?.ok_or(AreaError::Missing(keys::PARAMS))?;
-        if target.is_empty() {
+        let cdrom = text(keys::DEVICE_TYPE)?.is_some_and(|kind| &*kind == "cdrom");
+        let removable = text(keys::REMOVABLE)?.is_some_and(|flag| &*flag == "1");
+        let target = match text(keys::PARAMS)? {
+            Some(params) => target_of(&params).to_owned(),
+            None if cdrom || removable => String::new(),
+            None => return Err(AreaError::Missing(keys::PARAMS)),
+        };
+        if target.is_empty() && !(cdrom || removable) {
             return Err(AreaError::Empty);
         }
         let mode = text(keys::MODE)?.ok_or(AreaError::Missing(keys::MODE))?;
-        let cdrom = text(keys::DEVICE_TYPE)?.is_some_and(|kind| &*kind == "cdrom");
         Ok(Description {
-            target: target.into(),
+            target,
             read_only: cdrom || !mode.contains('w'),
             cdrom,
-            removable: text(keys::REMOVABLE)?.is_some_and(|flag| &*flag == "1"),
+            removable,
             discard_enable: text(keys::DISCARD_ENABLE)?.is_none_or(|flag| &*flag != "0"),
             script: text(keys::SCRIPT)?.map(String::from),
             attached: text(keys::ATTACHED)?.is_some(),
         })
+    }
+
+    /// Whether it is a drive: its medium may be changed, and may be missing.
+    pub fn is_drive(&self) -> bool {
+        self.cdrom || self.removable
     }
 
     /// What the guest is told that it may discard of `image`.
@@ -127,6 +140,21 @@ impl Description {
         flag(self.cdrom, keys::VDISK_CDROM)
             | flag(self.removable, keys::VDISK_REMOVABLE)
             | flag(self.read_only, keys::VDISK_READONLY)
+    }
+}
+
+/// The target that `params` names. libxl writes raw contents as `aio:/path` where it does not know
+/// the disk for a block device, and always when it changes a CD-ROM's medium.
+fn target_of(params: &str) -> &str {
+    params.strip_prefix("aio:").unwrap_or(params)
+}
+
+/// What `params` names now; empty: no medium. `None` where the node is missing.
+pub fn target(store: &impl Xs, area: &str) -> io::Result<Option<String>> {
+    match store.read(&format!("{area}/{}", keys::PARAMS)) {
+        Ok(params) => Ok(Some(target_of(&params).to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -162,13 +190,15 @@ pub fn write<S: Store>(store: &S, area: &str, nodes: &[NodeValue]) -> io::Result
     })
 }
 
-/// Moves `state` from `expected` to `new`. Where somebody else has written it meanwhile, nothing
-/// is written and what is there is returned: the toolstack's Closing must not be overwritten.
+/// Writes nodes and moves `state` from `expected` to `new`, in one transaction. Where somebody else
+/// has written the state meanwhile, nothing is written and what is there is returned: the
+/// toolstack's Closing must not be overwritten.
 pub fn switch_state<S: Store>(
     store: &S,
     area: &str,
     expected: XenbusState,
     new: XenbusState,
+    nodes: &[NodeValue],
 ) -> io::Result<XenbusState> {
     let node = format!("{area}/{}", keys::STATE);
     store.atomically(|span| {
@@ -181,6 +211,9 @@ pub fn switch_state<S: Store>(
         };
         if found != expected {
             return Ok(found);
+        }
+        for (node, value) in nodes {
+            span.write(&format!("{area}/{node}"), value)?;
         }
         span.write(&node, &new.number().to_string())?;
         Ok(new)

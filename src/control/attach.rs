@@ -7,6 +7,7 @@ use xenstore_rs::Xs;
 
 use super::admin::protocol::Attach;
 use super::area;
+use super::disk::Disk;
 use super::key::DiskKey;
 use crate::backing::{BackingError, Spec};
 use crate::units::{BadNumber, DomId};
@@ -35,6 +36,15 @@ pub enum AttachError {
     /// The guest has no such disk.
     #[error("polldisk serves no disk {1} to domain {0}; see `polldisk list`")]
     NoDisk(DomId, Vdev),
+    /// The disk is not a drive.
+    #[error(
+        "disk {1} of domain {0} is not a drive, and keeps its contents while it is attached; \
+         attach drives with --cdrom or --removable"
+    )]
+    NoDrive(DomId, Vdev),
+    /// Only a drive may be without contents.
+    #[error("a disk needs a target; only a drive (--cdrom, --removable) may be empty")]
+    NoTarget,
     /// It was made, and could not be served.
     #[error("{0}")]
     Failed(String),
@@ -57,8 +67,11 @@ pub fn make<S: Store>(
     key: &DiskKey,
     attach: &Attach,
 ) -> Result<(), AttachError> {
-    // What can't be opened is told to the admin before the guest sees anything of it.
-    attach.target.parse::<Spec>()?.open(attach.read_only)?;
+    match attach.target.as_str() {
+        "" if attach.is_drive() => {}
+        "" => return Err(AttachError::NoTarget),
+        target => check(target, attach.is_read_only())?,
+    }
     if !area::exists(store, &keys::domain(key.domid))? {
         return Err(AttachError::NoDomain(key.domid));
     }
@@ -69,7 +82,7 @@ pub fn make<S: Store>(
                 return Ok(false);
             }
         }
-        make_frontend(span, own, key)?;
+        make_frontend(span, own, key, attach)?;
         make_backend(span, own, key, attach)?;
         Ok(true)
     })?;
@@ -79,7 +92,34 @@ pub fn make<S: Store>(
     }
 }
 
-fn make_frontend(span: &impl Nodes, own: DomId, key: &DiskKey) -> io::Result<()> {
+/// What can't be opened is told to the admin before the guest sees anything of it.
+fn check(target: &str, read_only: bool) -> Result<(), BackingError> {
+    target.parse::<Spec>()?.open(read_only).map(drop)
+}
+
+fn device_type(attach: &Attach) -> String {
+    if attach.cdrom { "cdrom" } else { "disk" }.to_owned()
+}
+
+/// Whether `disk` can have the medium `target`; the empty one is none.
+pub fn check_medium(disk: &Disk, target: &str) -> Result<(), AttachError> {
+    let key = disk.key();
+    let Some(description) = disk.description().filter(|_| disk.image().is_some()) else {
+        return Err(AttachError::Failed(disk.failure().to_owned()));
+    };
+    match target {
+        _ if !description.is_drive() => Err(AttachError::NoDrive(key.domid, key.vbd.into())),
+        "" => Ok(()),
+        target => Ok(check(target, description.read_only)?),
+    }
+}
+
+/// Names the medium of a drive where libxl does.
+pub fn set_medium<S: Store>(store: &S, own: DomId, key: &DiskKey, target: &str) -> io::Result<()> {
+    area::write(store, &key.backend_area(own), &[(keys::PARAMS, target.to_owned())])
+}
+
+fn make_frontend(span: &impl Nodes, own: DomId, key: &DiskKey, attach: &Attach) -> io::Result<()> {
     let area = key.frontend_area();
     span.mkdir(&area)?;
     span.set_permissions(&area, &owned_and_read(key.domid, own))?;
@@ -87,7 +127,7 @@ fn make_frontend(span: &impl Nodes, own: DomId, key: &DiskKey) -> io::Result<()>
         (keys::BACKEND, key.backend_area(own)),
         (keys::BACKEND_ID, own.to_string()),
         (keys::VIRTUAL_DEVICE, key.vbd.to_string()),
-        (keys::DEVICE_TYPE, "disk".to_owned()),
+        (keys::DEVICE_TYPE, device_type(attach)),
         (keys::STATE, XenbusState::Initialising.number().to_string()),
     ] {
         span.write(&format!("{area}/{node}"), &value)?;
@@ -103,10 +143,10 @@ fn make_backend(span: &impl Nodes, own: DomId, key: &DiskKey, attach: &Attach) -
         (keys::FRONTEND, key.frontend_area()),
         (keys::FRONTEND_ID, key.domid.to_string()),
         (keys::PARAMS, attach.target.clone()),
-        (keys::MODE, if attach.read_only { "r" } else { "w" }.to_owned()),
-        (keys::DEVICE_TYPE, "disk".to_owned()),
+        (keys::MODE, if attach.is_read_only() { "r" } else { "w" }.to_owned()),
+        (keys::DEVICE_TYPE, device_type(attach)),
         (keys::DEV, attach.vdev.clone()),
-        (keys::REMOVABLE, "0".to_owned()),
+        (keys::REMOVABLE, u8::from(attach.is_drive()).to_string()),
         (keys::BOOTABLE, "0".to_owned()),
         (keys::ATTACHED, "1".to_owned()),
         (keys::ONLINE, "1".to_owned()),

@@ -13,7 +13,7 @@ use super::workers::Workers;
 use crate::backing::Image;
 use crate::blkif::request::DiskRules;
 use crate::metrics::{Counts, QueueCounters, new_latency_histogram};
-use crate::msg::{Command, Connect, LinkId, QueueKey, WorkerId};
+use crate::msg::{Command, Connect, LinkId, QueueKey, ReplaceImage, WorkerId};
 use crate::units::QueueId;
 
 /// The queues of one connection.
@@ -34,6 +34,7 @@ struct Queue {
     state: QueueState,
     counters: Arc<QueueCounters>,
     latency_asked: bool,
+    replacing: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,8 +96,14 @@ impl Connection {
                 image: image.clone(),
                 counters: counters.clone(),
             };
-            let mut queue =
-                Queue { key, worker, state: QueueState::Asked, counters, latency_asked: false };
+            let mut queue = Queue {
+                key,
+                worker,
+                state: QueueState::Asked,
+                counters,
+                latency_asked: false,
+                replacing: false,
+            };
             if let Err(gone) = workers.send(worker, Command::Connect(Box::new(connect))) {
                 queue.set_down(workers);
                 news = News::because(Input::LinkFailed, gone.to_string());
@@ -142,6 +149,35 @@ impl Connection {
         self.queue(key)?.state = QueueState::Served;
         let served = self.queues.iter().all(|queue| queue.state == QueueState::Served);
         if served && !self.ending { News::plain(Input::LinkUp) } else { None }
+    }
+
+    /// Asks the workers to go over to another image; the news comes when the last has done so.
+    pub fn replace_image(
+        &mut self,
+        image: &Arc<Image>,
+        rules: DiskRules,
+        workers: &Workers,
+    ) -> Option<News> {
+        for queue in self.queues.iter_mut().filter(|queue| queue.state != QueueState::Down) {
+            let replace = ReplaceImage { key: queue.key, rules, image: image.clone() };
+            let command = Command::ReplaceImage(Box::new(replace));
+            if let Err(gone) = workers.send(queue.worker, command) {
+                return News::because(Input::LinkFault, gone.to_string());
+            }
+            queue.replacing = true;
+        }
+        self.replaced()
+    }
+
+    /// A worker has gone over to another image with this queue.
+    pub fn queue_replaced(&mut self, key: QueueKey) -> Option<News> {
+        self.queue(key)?.replacing = false;
+        self.replaced()
+    }
+
+    fn replaced(&self) -> Option<News> {
+        let all = self.queues.iter().all(|queue| !queue.replacing);
+        if all && !self.ending { News::plain(Input::MediumChanged) } else { None }
     }
 
     /// A worker can't serve this queue. It is still to be disconnected with the others.

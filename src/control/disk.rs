@@ -1,18 +1,21 @@
 //! One disk: its machine, and what carries the machine's effects out.
 
+mod medium;
+
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::area::{self, Description, Failure, Hotplug};
+use super::area::{self, Description, Failure, Hotplug, NodeValue};
 use super::connection::{Connection, News};
+use super::drive::Drive;
 use super::frontend;
 use super::key::DiskKey;
 use super::machine::{Effect, Input, Link, Machine};
 use super::quiet::{LogBudget, guest_log};
 use super::workers::Workers;
-use crate::backing::{DiskOptions, Geometry, Image, Spec};
+use crate::backing::{DiskOptions, Geometry, Image};
 use crate::blkif::features::{DiskOffer, Offer};
 use crate::blkif::request::DiskRules;
 use crate::units::DomId;
@@ -44,9 +47,14 @@ pub struct Disk {
     description: Option<Description>,
     options: DiskOptions,
     image: Option<Arc<Image>>,
+    drive: Drive,
+    /// The logical block size that the connected frontend was told; it asks only once.
+    told_sector_bytes: Option<u32>,
     connection: Option<Connection>,
     failure: Failure,
     error_written: bool,
+    /// Why what `params` names now is not served; empty where it is.
+    ignored: String,
     forgotten: bool,
     log: LogBudget,
     since: Instant,
@@ -73,9 +81,12 @@ impl Disk {
             description: None,
             options: DiskOptions::default(),
             image: None,
+            drive: Drive::default(),
+            told_sector_bytes: None,
             connection: None,
             failure: Failure::default(),
             error_written: false,
+            ignored: String::new(),
             forgotten: false,
             log: LogBudget::new(Instant::now()),
             since: Instant::now(),
@@ -111,9 +122,13 @@ impl Disk {
         self.description.as_ref()
     }
 
-    /// Its size and sector sizes, once open.
+    /// Its size and sector sizes as its guest is told them, once open.
     pub fn geometry(&self) -> Option<Geometry> {
-        self.image.as_ref().map(|image| image.geometry())
+        self.image.as_ref().map(|image| self.shown(image))
+    }
+
+    fn shown(&self, image: &Image) -> Geometry {
+        image.geometry().in_sectors_of(self.told_sector_bytes.unwrap_or(0))
     }
 
     /// What holds its contents, once open.
@@ -131,9 +146,9 @@ impl Disk {
         self.connection.as_mut()
     }
 
-    /// Why it failed last; empty where it did not.
+    /// Why it failed last, or does not do what it should; empty where there is no such thing.
     pub fn failure(&self) -> &str {
-        &self.failure.text
+        if self.failure.text.is_empty() { &self.ignored } else { &self.failure.text }
     }
 
     /// Whether it is done with.
@@ -210,8 +225,14 @@ impl Disk {
         }
     }
 
-    /// Runs the machine until nothing follows.
+    /// Runs the machine, and then what is to be done with its medium.
     pub fn step<S: Store>(&mut self, input: Input, around: &mut Surroundings<'_, S>) {
+        self.run(input, around);
+        self.move_medium(around);
+    }
+
+    /// Runs the machine until nothing follows.
+    fn run<S: Store>(&mut self, input: Input, around: &mut Surroundings<'_, S>) {
         let mut inputs = VecDeque::from([input]);
         while let Some(input) = inputs.pop_front() {
             for effect in self.machine.step(input) {
@@ -233,6 +254,7 @@ impl Disk {
             }
             Effect::PublishFeatures => self.publish_features(around),
             Effect::PublishDisk => self.publish_disk(around),
+            Effect::Announce => self.announce(inputs, around),
             Effect::SetState(state) => self.set_state(state, inputs, around),
             Effect::Connect => {
                 inputs.extend(self.connect(around));
@@ -260,6 +282,8 @@ impl Disk {
 
     fn open<S: Store>(&mut self, inputs: &mut VecDeque<Input>, around: &mut Surroundings<'_, S>) {
         self.image = None;
+        self.drive = Drive::default();
+        self.ignored.clear();
         match self.try_open(around) {
             Ok(hotplug) => {
                 inputs.push_back(Input::Opened);
@@ -287,9 +311,9 @@ impl Disk {
         let description = Description::read(around.store, &self.area, &self.key)
             .map_err(|error| Failure::of(&error))?;
         let description = self.description.insert(description);
-        let spec = description.target.parse::<Spec>().map_err(|error| Failure::of(&error))?;
-        let image = spec.open(description.read_only).map_err(|error| Failure::of(&error))?;
-        self.options = spec.options;
+        let (image, options) = medium::open(&description.target, description.read_only)?;
+        self.drive = Drive::with(&description.target);
+        self.options = options;
         self.image = Some(Arc::new(image));
         Ok(description.hotplug())
     }
@@ -307,11 +331,18 @@ impl Disk {
         let (Some(geometry), Some(description)) = (self.geometry(), &self.description) else {
             return Ok(());
         };
+        let nodes = area::shape(description.info(), &geometry);
+        self.clear_error(around)?;
+        area::write(around.store, &self.area, &nodes)
+    }
+
+    /// A disk that works has no error.
+    fn clear_error<S: Store>(&mut self, around: &Surroundings<'_, S>) -> io::Result<()> {
         if std::mem::take(&mut self.error_written) {
             self.failure = Failure::default();
             area::remove(around.store, &self.key.error_area(around.own))?;
         }
-        area::write(around.store, &self.area, &area::shape(description.info(), &geometry))
+        Ok(())
     }
 
     /// Connected is written again even where it stands already: a frontend that has replaced its
@@ -326,7 +357,17 @@ impl Disk {
             return Ok(());
         }
         guest_log!(self.log, info, disk = %self.key, "{state}");
-        let found = area::switch_state(around.store, &self.area, self.stored, state)?;
+        self.write_state(state, &[], inputs, around)
+    }
+
+    fn write_state<S: Store>(
+        &mut self,
+        state: XenbusState,
+        nodes: &[NodeValue],
+        inputs: &mut VecDeque<Input>,
+        around: &Surroundings<'_, S>,
+    ) -> io::Result<()> {
+        let found = area::switch_state(around.store, &self.area, self.stored, state, nodes)?;
         self.stored = found;
         if found != state {
             inputs.push_back(Input::Backend(found));
@@ -341,9 +382,11 @@ impl Disk {
             (Err(fault), _) => return Some(self.fail(Input::LinkFailed, Failure::of(&fault))),
             (Ok(_), None) => unreachable!("a disk is ready only with its image open"),
         };
-        let rules = self.rules(image, around.offer);
+        let image = image.clone();
+        self.told_sector_bytes = Some(image.geometry().sector_bytes);
+        let rules = self.rules(&image, around.offer);
         let (connection, news) =
-            Connection::open(&self.key, published, image, rules, around.workers);
+            Connection::open(&self.key, published, &image, rules, around.workers);
         self.connection = Some(connection);
         news.map(|news| self.digest(news, around.workers))
     }
@@ -358,7 +401,7 @@ impl Disk {
     fn rules(&self, image: &Image, offer: &Offer) -> DiskRules {
         let discard = self.description.as_ref().and_then(|it| it.discard(image));
         DiskRules {
-            geometry: image.geometry(),
+            geometry: self.shown(image),
             read_only: self.description.as_ref().is_none_or(|description| description.read_only),
             indirect_segments: offer.indirect_segments,
             discard: discard.is_some(),
@@ -383,7 +426,10 @@ impl Disk {
                 if let Some(connection) = self.connection.take() {
                     workers.end_link(connection.id());
                 }
+                self.told_sector_bytes = None;
+                self.finish_move();
             }
+            Input::MediumChanged => self.finish_move(),
             _ => {}
         }
         news.input

@@ -12,7 +12,8 @@
 //!   being made or ended. The answer acts on what they want by then;
 //! - several changes may have been seen as one. A frontend found in Initialising under a running
 //!   link, or with another ring than the link uses, has started over: the link is ended first;
-//! - a toolstack that writes Initialising again gets the disk opened afresh.
+//! - a toolstack that writes Initialising again gets the disk opened afresh;
+//! - a drive may be empty, and its medium may change while it is connected.
 
 use std::fmt;
 
@@ -49,6 +50,10 @@ pub enum Input {
     LinkFault,
     /// The data plane holds nothing of the link any more.
     LinkDown,
+    /// The drive has another medium, or none; every queue of the link serves that.
+    MediumChanged,
+    /// The medium that the toolstack named is of no use; the drive is empty.
+    MediumFailed,
     /// The backend area has vanished.
     Gone,
     /// The daemon ends.
@@ -64,6 +69,8 @@ pub enum Effect {
     PublishFeatures,
     /// Write size and kind of the disk.
     PublishDisk,
+    /// Write size and kind of the disk, and `state` as it is: a connected frontend looks again.
+    Announce,
     /// Write the backend's `state`.
     SetState(XenbusState),
     /// Read what the frontend published and have it served; answer with `LinkUp` or `LinkFailed`.
@@ -149,8 +156,8 @@ const IDLE: &[XenbusState] = &[Unknown, Initialising, InitWait, Closed];
 const ALIVE: &[Link] = &[Link::Connecting, Link::Up];
 
 use Effect::{
-    Connect, Disconnect, Forget, Open, PublishDisk, PublishFeatures, SetState, WriteError,
-    WriteHotplugError,
+    Announce, Connect, Disconnect, Forget, Open, PublishDisk, PublishFeatures, SetState,
+    WriteError, WriteHotplugError,
 };
 
 const fn row(on: On, when: &'static [When], then: &'static [Effect]) -> Row {
@@ -320,6 +327,19 @@ pub static TABLE: &[Row] = &[
         &[When::Online(true), When::Frontend(READY), When::Ready],
         &[Connect],
     ),
+    // Another medium in the drive.
+    row(
+        On::Just(Input::MediumChanged),
+        &[When::Link(&[Link::Up]), When::Backend(&[Connected])],
+        &[Announce],
+    ),
+    row(On::Just(Input::MediumChanged), &[When::Link(&[Link::Up])], &[PublishDisk]),
+    row(
+        On::Just(Input::MediumChanged),
+        &[When::Link(&[Link::Down]), When::Backend(&[InitWait])],
+        &[PublishFeatures],
+    ),
+    row(On::Just(Input::MediumFailed), &[], &[WriteError]),
 ];
 
 impl Machine {

@@ -29,6 +29,7 @@ mod area;
 mod attach;
 mod connection;
 mod disk;
+mod drive;
 mod frontend;
 mod key;
 mod machine;

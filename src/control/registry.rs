@@ -53,6 +53,7 @@ struct Due {
 #[derive(Clone, Copy, Debug, Default)]
 struct Ends {
     backend: bool,
+    medium: bool,
     frontend: bool,
 }
 
@@ -103,7 +104,9 @@ impl<S: Store> Registry<S> {
         self.watch()?;
         for disk in self.disks.values() {
             disk.watch_frontend(&self.store)?;
-            self.due.disks.insert(disk.key().clone(), Ends { backend: true, frontend: true });
+            self.due
+                .disks
+                .insert(disk.key().clone(), Ends { backend: true, medium: true, frontend: true });
         }
         Ok(())
     }
@@ -143,14 +146,19 @@ impl<S: Store> Registry<S> {
             Some(Place::Node(key, node))
                 if [keys::STATE, keys::ONLINE, keys::HOTPLUG_STATUS].contains(&node.as_str()) =>
             {
-                self.look_at(key);
+                self.due.disks.entry(key).or_default().backend = true;
+            }
+            Some(Place::Node(key, node)) if node == keys::PARAMS => {
+                self.due.disks.entry(key).or_default().medium = true;
             }
             _ => {}
         }
     }
 
+    /// Anything of the backend area may have changed.
     fn look_at(&mut self, key: DiskKey) {
-        self.due.disks.entry(key).or_default().backend = true;
+        let ends = self.due.disks.entry(key).or_default();
+        (ends.backend, ends.medium) = (true, true);
     }
 
     /// What `<kind>[/<domid>[/<vbd>[/<node>]]]` names.
@@ -229,6 +237,9 @@ impl<S: Store> Registry<S> {
                 .with_disk(key, |disk, around| {
                     if ends.backend {
                         disk.look_at_backend(around)?;
+                    }
+                    if ends.medium && !disk.is_forgotten() {
+                        disk.look_at_medium(around)?;
                     }
                     if ends.frontend && !disk.is_forgotten() {
                         disk.look_at_frontend(around)?;
@@ -309,6 +320,9 @@ impl<S: Store> Registry<S> {
                     disk.connection_mut()?.queue_disconnected(queue, workers)
                 });
             }
+            Event::ImageReplaced(queue) => {
+                self.tell(queue, |disk, _| disk.connection_mut()?.queue_replaced(queue));
+            }
             Event::Latency(queue, latency) => {
                 self.tell(queue, |disk, _| {
                     disk.connection_mut()?.add_latency(queue, latency.as_deref());
@@ -376,14 +390,38 @@ impl<S: Store> Registry<S> {
 
     /// Has a disk closed and destroyed; it is done once the disk is no more.
     pub fn detach(&mut self, detach: &Detach) -> Result<DiskKey, AttachError> {
-        let named = attach::name(&self.kinds[0], detach.domid, &detach.vdev)?;
-        let found = self.kinds.iter().find_map(|kind| {
-            let key = DiskKey { kind: kind.clone(), ..named.clone() };
-            self.disks.contains_key(&key).then_some(key)
-        });
-        let key = found.ok_or(AttachError::NoDisk(named.domid, named.vbd.into()))?;
+        let key = self.find(detach.domid, &detach.vdev)?;
         attach::unmake(&self.store, self.own, &key, detach.force)?;
         Ok(key)
+    }
+
+    /// Has a drive change its medium, for none where `target` is empty; it is done once the disk's
+    /// medium is settled.
+    pub fn change_medium(
+        &mut self,
+        domid: u32,
+        vdev: &str,
+        target: &str,
+    ) -> Result<DiskKey, AttachError> {
+        let key = self.find(domid, vdev)?;
+        if let Some(disk) = self.disk(&key) {
+            attach::check_medium(disk, target)?;
+        }
+        // Taken out first, so that the same name means what it names by now.
+        for target in ["", target] {
+            attach::set_medium(&self.store, self.own, &key, target)?;
+            self.with_disk(&key, Disk::look_at_medium).unwrap_or(Ok(()))?;
+        }
+        Ok(key)
+    }
+
+    /// Which disk a domid and a vdev name, of whatever backend type.
+    fn find(&self, domid: u32, vdev: &str) -> Result<DiskKey, AttachError> {
+        let named = attach::name(&self.kinds[0], domid, vdev)?;
+        let mut keys =
+            self.kinds.iter().map(|kind| DiskKey { kind: kind.clone(), ..named.clone() });
+        keys.find(|key| self.disks.contains_key(key))
+            .ok_or(AttachError::NoDisk(named.domid, named.vbd.into()))
     }
 
     /// Ends every disk: what polldisk attached is removed, the toolstack's disks keep their state

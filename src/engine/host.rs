@@ -47,6 +47,14 @@ impl Engine for HostEngine {
                 self.immediate.push(Completion { ticket, result: null(image, operation) });
                 Ok(())
             }
+            Image::Empty => {
+                let result = match operation {
+                    IoOp::Flush => 0,
+                    _ => -libc::ENOMEDIUM,
+                };
+                self.immediate.push(Completion { ticket, result });
+                Ok(())
+            }
         }
     }
 

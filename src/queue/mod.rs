@@ -94,6 +94,8 @@ pub struct Queue {
     barrier: Barrier,
     /// Takes no more requests: asked to, or the frontend broke the ring.
     stopped: bool,
+    /// Takes no requests until its image is replaced.
+    paused: bool,
     storage_errors: u64,
 }
 
@@ -167,6 +169,7 @@ impl Queue {
             latency: new_latency_histogram(),
             barrier: Barrier::None,
             stopped: false,
+            paused: false,
             storage_errors: 0,
         })
     }
@@ -204,9 +207,24 @@ impl Queue {
         self.stopped = true;
     }
 
+    /// Takes no requests until [`Queue::replace_image`]; those in flight are finished and answered.
+    pub fn pause(&mut self) {
+        self.paused = true;
+    }
+
+    /// Serves another image from now on. Call only once [`Queue::is_drained`], so that no request
+    /// is checked against one image and carried out on another.
+    pub fn replace_image(&mut self, image: Arc<Image>, rules: DiskRules) {
+        assert!(self.is_drained());
+        self.memory_alignment = image.memory_alignment();
+        self.image = image;
+        self.rules = rules;
+        self.paused = false;
+    }
+
     /// Asks the frontend for a notification, then looks again; `true`: there is work already.
     pub fn arm(&mut self) -> bool {
-        self.has_waiting() || (!self.stopped && self.ring.arm())
+        self.has_waiting() || (!self.stopped && !self.paused && self.ring.arm())
     }
 
     /// Unmaps granted pages that have long been idle; `true`: others are still mapped.
@@ -247,7 +265,7 @@ impl Queue {
             self.try_barrier(io, now_ns);
             return Ok(0);
         }
-        if self.stopped || self.has_waiting() {
+        if self.stopped || self.paused || self.has_waiting() {
             return Ok(0);
         }
         let waiting = self.ring.requests().inspect_err(|_| self.stopped = true)?;

@@ -21,7 +21,7 @@ use crate::limits::{
     COMMANDS_PER_PASS, EVENT_CHECK_NS, EVENT_CHECK_PASSES, PERSISTENT_SWEEP_SECONDS,
     PORTS_PER_READ, QUEUES_PER_WORKER,
 };
-use crate::msg::{Command, CommandReceiver, Connect, Event, EventSender, QueueKey};
+use crate::msg::{Command, CommandReceiver, Connect, Event, EventSender, QueueKey, ReplaceImage};
 use crate::park::{self, SpinBudget};
 use crate::queue::{BouncePool, LargeTables, Queue, Resources, Scratch};
 use crate::units::Port;
@@ -52,6 +52,8 @@ pub struct Worker<P: Platform, E> {
     polled: Vec<usize>,
     /// Queues that are to be disconnected once drained.
     leaving: Vec<usize>,
+    /// Queues that get another image once drained.
+    replacing: Vec<(usize, Box<ReplaceImage>)>,
     /// Masked ports of queues that were armed in this pass.
     unmask: Vec<Port>,
     done: Vec<Completion>,
@@ -92,6 +94,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             by_port: HashMap::new(),
             polled: Vec::new(),
             leaving: Vec::new(),
+            replacing: Vec::new(),
             unmask: Vec::new(),
             done: Vec::new(),
             commands: setup.commands,
@@ -175,6 +178,9 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             self.finish_pass(now_ns)?;
             self.last_work_ns = now_ns;
         }
+        if !self.replacing.is_empty() {
+            self.replace_drained(now_ns);
+        }
         if !self.leaving.is_empty() {
             self.disconnect_drained();
         }
@@ -214,6 +220,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         match command {
             Command::Connect(connect) => self.connect(*connect, now_ns),
             Command::Disconnect(key) => self.leave(key),
+            Command::ReplaceImage(replace) => self.replace(replace),
             Command::TakeLatency(key) => {
                 let queue = self.by_key.get(&key).and_then(|index| self.queues.get_mut(*index));
                 let latency = queue.map(|served| Box::new(served.queue.take_latency()));
@@ -258,6 +265,31 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 }
             }
             None => self.reports.send(Event::Disconnected(key)),
+        }
+    }
+
+    fn replace(&mut self, replace: Box<ReplaceImage>) {
+        match self.by_key.get(&replace.key) {
+            Some(index) => {
+                self.queues[*index].queue.pause();
+                self.replacing.push((*index, replace));
+            }
+            None => self.reports.send(Event::ImageReplaced(replace.key)),
+        }
+    }
+
+    fn replace_drained(&mut self, now_ns: u64) {
+        for (index, replace) in std::mem::take(&mut self.replacing) {
+            let queue = &mut self.queues[index].queue;
+            if !queue.is_drained() {
+                self.replacing.push((index, replace));
+                continue;
+            }
+            let ReplaceImage { key, rules, image } = *replace;
+            queue.replace_image(image, rules);
+            // Requests may have come meanwhile.
+            self.poll_queue(index, now_ns);
+            self.reports.send(Event::ImageReplaced(key));
         }
     }
 

@@ -9,7 +9,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use polldisk::control::admin::client::{RequestError, request};
-use polldisk::control::admin::protocol::{Attach, Detach, DiskReport, Reply, Request};
+use polldisk::control::admin::protocol::{
+    Attach, Detach, DiskReport, Eject, Insert, Reply, Request,
+};
 use polldisk::control::{self, Config, ControlError};
 use polldisk::metrics::new_latency_histogram;
 use polldisk::msg::{
@@ -114,7 +116,9 @@ pub struct Plane {
     pub doubles: usize,
     pub mapping: Option<Mapping>,
     pub read_only: Option<bool>,
-    /// Answers to Connect are kept back.
+    /// Bytes of each image that a queue went over to.
+    pub media: Vec<u64>,
+    /// Answers to Connect and ReplaceImage are kept back.
     pub hold: bool,
     held: Vec<Event>,
 }
@@ -228,8 +232,31 @@ impl Rig {
     }
 
     pub fn attach(&self, domid: u32, vdev: &str, target: &str) -> Result<Reply, String> {
-        let attach = Attach { domid, vdev: vdev.into(), target: target.into(), read_only: false };
+        let attach = Attach {
+            domid,
+            vdev: vdev.into(),
+            target: target.into(),
+            read_only: false,
+            ..Attach::default()
+        };
         self.ask(&Request::Attach(attach)).map_err(|error| error.to_string())
+    }
+
+    /// A CD-ROM drive, empty without a target.
+    pub fn attach_cdrom(&self, domid: u32, vdev: &str, target: &str) -> Result<Reply, String> {
+        let (vdev, target) = (vdev.into(), target.into());
+        let attach = Attach { domid, vdev, target, cdrom: true, ..Attach::default() };
+        self.ask(&Request::Attach(attach)).map_err(|error| error.to_string())
+    }
+
+    pub fn insert(&self, domid: u32, vdev: &str, target: &str) -> Result<Reply, String> {
+        let insert = Insert { domid, vdev: vdev.into(), target: target.into() };
+        self.ask(&Request::Insert(insert)).map_err(|error| error.to_string())
+    }
+
+    pub fn eject(&self, domid: u32, vdev: &str) -> Result<Reply, String> {
+        let eject = Eject { domid, vdev: vdev.into() };
+        self.ask(&Request::Eject(eject)).map_err(|error| error.to_string())
     }
 
     pub fn detach(&self, domid: u32, vdev: &str, force: bool) -> Result<Reply, String> {
@@ -241,7 +268,7 @@ impl Rig {
         self.plane.lock().unwrap()
     }
 
-    /// Lets kept back answers to Connect go.
+    /// Lets kept back answers go.
     pub fn release(&self) {
         let held = {
             let mut plane = self.plane();
@@ -311,6 +338,16 @@ impl Rig {
             })
             .unwrap();
         areas
+    }
+
+    /// What libxl writes when it changes a CD-ROM's medium, in one of its two transactions.
+    pub fn toolstack_sets_medium(&self, areas: &Areas, params: &str) {
+        self.dom0
+            .atomically(|span| {
+                span.write(&format!("{}/type", areas.backend), "phy")?;
+                span.write(&format!("{}/params", areas.backend), params)
+            })
+            .unwrap();
     }
 
     pub fn read(&self, path: &str) -> Option<String> {
@@ -495,6 +532,15 @@ fn answer(worker: WorkerId, command: Command, plane: &mut Plane) -> Option<Event
             plane.disconnects += 1;
             plane.serving.remove(&key);
             Event::Disconnected(key)
+        }
+        Command::ReplaceImage(replace) => {
+            plane.media.push(replace.rules.geometry.size.0);
+            let event = Event::ImageReplaced(replace.key);
+            if plane.hold {
+                plane.held.push(event);
+                return None;
+            }
+            event
         }
         Command::TakeLatency(key) => {
             let latency = plane.serving.contains_key(&key).then(|| {

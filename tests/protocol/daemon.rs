@@ -61,7 +61,7 @@ impl Daemon {
         let domid = DomId::try_from(1).unwrap();
         let domain = Arc::new(stand_in.create_domain(domid, GUEST_PAGES).unwrap());
         let target = format!("raw:{}", zeroes(folder.path()).display());
-        let attach = Attach { domid: 1, vdev: VDEV.into(), target, read_only: false };
+        let attach = Attach { domid: 1, vdev: VDEV.into(), target, ..Attach::default() };
         request(&admin, &Request::Attach(attach)).unwrap();
         Daemon {
             xenbus: Xenbus::open(&domain, VBD).unwrap(),

@@ -149,7 +149,10 @@ fn bad_options_are_named_with_what_would_be_right() {
         (&["demo", "--target", "/dev", "--overwrite"], &["/dev", "block device"]),
         (&["attach", "--vdev", "xvda", "--target", "null:1G"], &["--domid"]),
         (&["attach", "--domid", "x", "--vdev", "xvda", "--target", "null:1G"], &["--domid", "x"]),
+        (&["attach", "--domid", "5", "--vdev", "xvda"], &["--target"]),
         (&["detach", "--domid", "5"], &["--vdev"]),
+        (&["insert", "--domid", "5", "--vdev", "xvda"], &["--target"]),
+        (&["eject", "--domid", "5"], &["--vdev"]),
         (&["list", "--jsno"], &["--jsno", "--json"]),
     ] {
         is_refused(arguments, parts);
@@ -165,7 +168,10 @@ fn commands_without_a_daemon_name_cause_and_mend() {
     for command in [
         [&["list"][..], &["--admin", socket]].concat(),
         [&["attach", "--target", "null:1G", "--admin", socket][..], &disk].concat(),
+        [&["attach", "--cdrom", "--admin", socket][..], &disk].concat(),
         [&["detach", "--admin", socket][..], &disk].concat(),
+        [&["insert", "--target", "null:1G", "--admin", socket][..], &disk].concat(),
+        [&["eject", "--admin", socket][..], &disk].concat(),
     ] {
         is_refused(&command, &[socket, "polldisk serve"]);
     }
@@ -214,7 +220,12 @@ fn help_tells_every_option() {
                 "--log",
             ],
         ),
-        ("attach", &["--domid", "--vdev", "--target", "--read-only", "--admin"]),
+        (
+            "attach",
+            &["--domid", "--vdev", "--target", "--read-only", "--cdrom", "--removable", "--admin"],
+        ),
+        ("insert", &["--domid", "--vdev", "--target", "--admin"]),
+        ("eject", &["--domid", "--vdev", "--admin"]),
         ("detach", &["--domid", "--vdev", "--force", "--admin"]),
         ("list", &["--json", "--admin"]),
     ] {

@@ -2,6 +2,7 @@
 
 mod cli;
 mod discard;
+mod drives;
 mod guests_that_vanish;
 mod hostile_nodes;
 mod hostile_requests;

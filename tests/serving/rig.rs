@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use polldisk::blkif::codec::{RawDirect, RawRequest, RawSegment};
 use polldisk::control::admin::client::request;
-use polldisk::control::admin::protocol::{Attach, Detach, DiskReport, Reply, Request};
+use polldisk::control::admin::protocol::{
+    Attach, Detach, DiskReport, Eject, Insert, Reply, Request,
+};
 use polldisk::control::{self, ControlError};
 use polldisk::msg::event_channel;
 use polldisk::park::Doorbell;
@@ -84,8 +86,37 @@ impl Rig {
     }
 
     pub fn attach(&self, domid: u32, target: &str, read_only: bool) {
-        let attach = Attach { domid, vdev: VDEV.into(), target: target.into(), read_only };
+        let attach = Attach {
+            domid,
+            vdev: VDEV.into(),
+            target: target.into(),
+            read_only,
+            ..Attach::default()
+        };
         request(&self.admin, &Request::Attach(attach)).unwrap();
+    }
+
+    /// A drive that its guest may write to; `cdrom`: only read. Empty without a target.
+    pub fn drive(&self, domid: u32, target: &str, cdrom: bool) -> Guest {
+        let domain = self.domain(domid);
+        let (vdev, target) = (VDEV.into(), target.into());
+        let attach = Attach { domid, vdev, target, cdrom, removable: true, read_only: false };
+        request(&self.admin, &Request::Attach(attach)).unwrap();
+        Guest::of(domain)
+    }
+
+    /// Changes the medium of a drive from any thread, for none where `target` is empty; returns
+    /// once that is done.
+    pub fn changer(&self, domid: u32) -> impl Fn(&str) + Send + use<> {
+        let admin = self.admin.clone();
+        move |target| {
+            let vdev = VDEV.into();
+            let change = match target {
+                "" => Request::Eject(Eject { domid, vdev }),
+                target => Request::Insert(Insert { domid, vdev, target: target.into() }),
+            };
+            request(&admin, &change).unwrap();
+        }
     }
 
     pub fn detach_by_force(&self, domid: u32) {
@@ -118,6 +149,11 @@ impl Rig {
     pub fn guest_on_file(&self, domid: u32) -> Guest {
         let path = self.image(&format!("guest-{domid}.img"));
         self.guest(domid, &raw(&path))
+    }
+
+    /// Writes a node as the toolstack.
+    pub fn set(&self, path: &str, value: &str) {
+        self.dom0.write(path, value).unwrap();
     }
 
     /// What the backend wrote to the disk's `error` node.

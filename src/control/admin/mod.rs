@@ -1,4 +1,4 @@
-//! The admin socket: `attach`, `detach` and `list` while the daemon runs.
+//! The admin socket: `attach`, `detach`, `insert`, `eject` and `list` while the daemon runs.
 //!
 //! The command line's side is [`client`]; what goes over the socket is in [`protocol`]. On the
 //! daemon's side a request that has to wait for a guest or for workers is kept as a job, looked at
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use mio::{Registry as Polled, Token};
 
-use super::area::Failure;
+use super::area::{Description, Failure};
 use super::attach::AttachError;
 use super::disk::Disk;
 use super::key::DiskKey;
@@ -24,7 +24,7 @@ use crate::limits;
 use crate::msg::{Mapping, QueueKey};
 use crate::xen::Store;
 use crate::xen::vdev::Vdev;
-use protocol::{DiskReport, Reply, Request};
+use protocol::{DiskReport, Eject, Insert, Reply, Request};
 use server::Server;
 
 pub use server::BindError;
@@ -49,6 +49,8 @@ struct Job {
 enum Wait {
     /// For the disk to be forgotten.
     Detach(DiskKey),
+    /// For the drive to have changed its medium.
+    Medium(DiskKey),
     /// For the workers' latencies.
     Latencies(BTreeSet<QueueKey>),
 }
@@ -120,9 +122,20 @@ fn begin<S: Store>(request: Request, registry: &mut Registry<S>) -> Begun {
             Ok(key) => Begun::Waiting(Wait::Detach(key), limits::DETACH_SECONDS),
             Err(error) => Begun::Replied(reply(Err(error))),
         },
+        Request::Insert(Insert { domid, vdev, target }) => {
+            medium(registry.change_medium(domid, &vdev, &target))
+        }
+        Request::Eject(Eject { domid, vdev }) => medium(registry.change_medium(domid, &vdev, "")),
         Request::List => {
             Begun::Waiting(Wait::Latencies(registry.ask_latencies()), limits::LATENCY_SECONDS)
         }
+    }
+}
+
+fn medium(asked: Result<DiskKey, AttachError>) -> Begun {
+    match asked {
+        Ok(key) => Begun::Waiting(Wait::Medium(key), limits::MEDIUM_SECONDS),
+        Err(error) => Begun::Replied(reply(Err(error))),
     }
 }
 
@@ -142,6 +155,15 @@ impl Job {
                 Some(_) if late => Some(Reply::Error { message: held(key) }),
                 Some(_) => None,
             },
+            Wait::Medium(key) => match registry.disk(key) {
+                None => Some(Reply::Error { message: format!("{key} is gone") }),
+                Some(disk) if disk.has_refused_medium() => {
+                    Some(Reply::Error { message: disk.failure().to_owned() })
+                }
+                Some(disk) if disk.medium_is_settled() => Some(Reply::Done),
+                Some(_) if late => Some(Reply::Error { message: busy(key) }),
+                Some(_) => None,
+            },
             Wait::Latencies(due) => (due.is_empty() || late)
                 .then(|| Reply::Disks { disks: registry.disks().map(report).collect() }),
         }
@@ -155,6 +177,14 @@ fn held(key: &DiskKey) -> String {
          it away with `polldisk detach --domid {domid} --vdev {vdev} --force`",
         domid = key.domid,
         seconds = limits::DETACH_SECONDS,
+    )
+}
+
+fn busy(key: &DiskKey) -> String {
+    format!(
+        "requests on the medium in {key} are not finished after {} s; the drive changes over as \
+         soon as storage has answered them (see the host's log for what it waits for)",
+        limits::MEDIUM_SECONDS
     )
 }
 
@@ -176,10 +206,12 @@ fn report(disk: &Disk) -> DiskReport {
         backing: match disk.image() {
             Some(Image::Raw(_)) => "raw",
             Some(Image::Null(_)) => "null",
+            Some(Image::Empty) => "empty",
             None => "",
         }
         .to_owned(),
         read_only: description.is_some_and(|description| description.read_only),
+        drive: description.is_some_and(Description::is_drive),
         sectors: geometry.map_or(0, |geometry| geometry.sectors().0),
         sector_size: geometry.map_or(0, |geometry| geometry.sector_bytes),
         data_path: match connection.map(|connection| connection.published().mapping) {

@@ -12,22 +12,65 @@ pub enum Request {
     Attach(Attach),
     /// Take a disk away from its guest.
     Detach(Detach),
+    /// Put another medium into a drive.
+    Insert(Insert),
+    /// Take the medium out of a drive.
+    Eject(Eject),
     /// Tell all disks.
     List,
 }
 
 /// A disk to be made.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attach {
     /// The guest.
     pub domid: u32,
     /// The disk's name there, such as `xvdb`.
     pub vdev: String,
-    /// What holds its contents, such as `raw:/path`.
+    /// What holds its contents, such as `raw:/path`; empty: a drive without a medium.
+    #[serde(default)]
     pub target: String,
     /// The guest may not write.
     #[serde(default)]
     pub read_only: bool,
+    /// It is a CD-ROM drive, which is read-only, and its medium can be changed.
+    #[serde(default)]
+    pub cdrom: bool,
+    /// Its medium can be changed.
+    #[serde(default)]
+    pub removable: bool,
+}
+
+impl Attach {
+    /// Whether its medium can be changed, and may be missing.
+    pub fn is_drive(&self) -> bool {
+        self.cdrom || self.removable
+    }
+
+    /// Whether the guest may not write.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only || self.cdrom
+    }
+}
+
+/// A medium for a drive.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Insert {
+    /// The guest.
+    pub domid: u32,
+    /// The drive's name there.
+    pub vdev: String,
+    /// The medium, such as `raw:/path`.
+    pub target: String,
+}
+
+/// A drive whose medium is to be taken out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Eject {
+    /// The guest.
+    pub domid: u32,
+    /// The drive's name there.
+    pub vdev: String,
 }
 
 /// A disk to be taken away.
@@ -77,11 +120,13 @@ pub struct DiskReport {
     pub failure: String,
     /// What holds its contents, as it was named.
     pub target: String,
-    /// The kind of backing; empty while none is open.
+    /// The kind of backing, `empty` for a drive without a medium; empty while none is open.
     pub backing: String,
     /// The guest may not write.
     pub read_only: bool,
-    /// Its size in 512-byte sectors; 0 while nothing is open.
+    /// It is a drive: its medium can be changed.
+    pub drive: bool,
+    /// Its size in 512-byte sectors; 0 while nothing is open or in the drive.
     pub sectors: u64,
     /// Bytes in a logical block; 0 while nothing is open.
     pub sector_size: u32,

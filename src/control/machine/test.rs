@@ -17,6 +17,7 @@
 //! | device_del: online 0 and BE 5 at once | `a_detached_disk_waits_for_its_frontend` |
 //! | forced removal | `a_forced_removal_waits_for_the_link_only` |
 //! | exit | `when_the_daemon_ends_the_link_is_drained_and_no_state_written` |
+//! | another medium in the drive (mended: QEMU never looks) | `a_connected_frontend_is_told_of_another_medium`, `a_medium_changed_before_the_connection_changes_what_is_offered`, `a_medium_of_no_use_is_an_error_and_no_failure` |
 //!
 //! Rows that do not apply here: creation writes and the frontend's creation (the registry's and
 //! attach's: tests/control.rs), resize (no image changes its size yet), drained_begin/end (a
@@ -354,6 +355,33 @@ fn when_the_daemon_ends_the_link_is_drained_and_no_state_written() {
 }
 
 #[test]
+fn a_connected_frontend_is_told_of_another_medium() {
+    let mut machine = connected();
+    assert_eq!(machine.step(Input::MediumChanged), [Announce]);
+    machine.step(Input::Frontend(Closing));
+    assert_eq!(machine.step(Input::MediumChanged), [PublishDisk], "Closing must not be undone");
+    assert_eq!(machine.step(Input::Frontend(Connected)), [SetState(Connected)]);
+}
+
+#[test]
+fn a_medium_changed_before_the_connection_changes_what_is_offered() {
+    let mut machine = waiting();
+    assert_eq!(machine.step(Input::MediumChanged), [PublishFeatures]);
+    machine.step(Input::Frontend(Initialised));
+    assert_eq!(machine.step(Input::MediumChanged), [], "the link's answer publishes the size");
+    assert_eq!(machine.step(Input::LinkUp), [PublishDisk, SetState(Connected)]);
+    assert_eq!(closed().step(Input::MediumChanged), []);
+}
+
+#[test]
+fn a_medium_of_no_use_is_an_error_and_no_failure() {
+    let mut machine = connected();
+    assert_eq!(machine.step(Input::MediumFailed), [WriteError]);
+    assert_eq!((machine.backend(), machine.link()), (Connected, Link::Up));
+    assert_eq!(machine.step(Input::MediumChanged), [Announce]);
+}
+
+#[test]
 fn the_table_is_the_one_that_was_reviewed() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/control/machine/table.txt");
     let table: String = TABLE.iter().map(|row| format!("{row}\n")).collect();
@@ -402,7 +430,7 @@ impl Around {
                     assert!((self.connecting || self.linked) && !self.ending, "{self:?}");
                     self.ending = true;
                 }
-                SetState(Connected) => assert!(self.linked && !self.ending, "{self:?}"),
+                SetState(Connected) | Announce => assert!(self.linked && !self.ending, "{self:?}"),
                 Open => {
                     assert!(idle, "opened under a link");
                     self.opening = true;
@@ -460,6 +488,7 @@ fn any_input() -> impl Strategy<Value = Input> {
         4 => Just(Input::LinkUp),
         1 => prop::sample::select(vec![Input::LinkFailed, Input::LinkFault, Input::RingReplaced]),
         4 => Just(Input::LinkDown),
+        2 => prop::sample::select(vec![Input::MediumChanged, Input::MediumFailed]),
     ]
 }
 
