@@ -113,7 +113,12 @@ impl Queue {
         let slot = self.slots.get_mut(index);
         if !slot.bounce(&mut io.bounce) {
             self.stalled.push(index);
-        } else if slot.request.kind != Kind::Read {
+        } else if slot.request.kind == Kind::Read {
+            if !self.image.fills_reads() {
+                // It holds data of others.
+                slot.located().for_each(|(_, buffer)| buffer.zero());
+            }
+        } else {
             for (segment, buffer) in slot.located() {
                 io.scratch.copies.push(grant_copy(segment, buffer, CopyDirection::FromGuest));
                 io.scratch.owners.push(index);
