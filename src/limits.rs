@@ -36,9 +36,10 @@ pub const RING_PAGES_MAX: usize = 1 << RING_PAGE_ORDER_MAX;
 pub const PERSISTENT_GRANTS_PER_QUEUE: usize = 1056;
 
 /// Pages that all queues of one domain keep mapped: those of sixteen full queues. However many disks
-/// a guest has, that is a quarter of the mappings that a process can have (`vm.max_map_count`, 65530)
-/// even where each page is one of its own, and a fifteenth of what Xen lets dom0 map altogether
-/// (1024 frames of its maptrack, 256 pages each), so one guest never starves the others (XSA-300).
+/// a guest has, it takes at most a quarter of the mappings that a process can have
+/// (`vm.max_map_count`, 65530), even where each page is one of its own; and an eighth of what Xen
+/// lets dom0 map (1024 frames of its maptrack, 256 entries each, two for each page where dom0 is a PV
+/// domain). So one guest does not keep the others from mapping (XSA-300).
 pub const PERSISTENT_GRANTS_PER_DOMAIN: usize = 16 * PERSISTENT_GRANTS_PER_QUEUE;
 
 /// Least segments of a request whose pages are mapped for its time only. Such a mapping takes four

@@ -42,6 +42,14 @@ impl Image {
         }
     }
 
+    /// Whether a read leaves nothing in its buffers of what was there before.
+    pub fn fills_reads(&self) -> bool {
+        match self {
+            Image::Raw(_) => true,
+            Image::Null(image) => image.read_zeroes(),
+        }
+    }
+
     /// What its guest may discard.
     pub fn discard(&self) -> Option<Discard> {
         match self {

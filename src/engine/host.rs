@@ -58,6 +58,10 @@ impl Engine for HostEngine {
         }
     }
 
+    fn register(&mut self, memory: GuestBuf) {
+        self.uring.register(memory);
+    }
+
     #[inline]
     fn kick(&mut self) -> io::Result<()> {
         self.uring.kick()

@@ -27,6 +27,10 @@ pub trait Engine {
         ticket: Ticket,
     ) -> Result<(), Ticket>;
 
+    /// Tells of memory of our own that buffers will often be in, and that outlives the engine's last
+    /// operation; an engine may prepare for it.
+    fn register(&mut self, memory: GuestBuf);
+
     /// Starts everything taken since the last time: at most one system call. An error means that
     /// nothing was lost and the next call tries again.
     fn kick(&mut self) -> io::Result<()>;
@@ -48,7 +52,7 @@ pub trait Engine {
     fn completion_fd(&self) -> BorrowedFd<'_>;
 }
 
-/// One operation. Buffers together are as long as the operation; each lies within one page.
+/// One operation. Buffers together are as long as the operation.
 #[derive(Clone, Copy, Debug)]
 pub enum IoOp<'a> {
     /// Storage to buffers.

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use io_uring::{IoUring, opcode, squeue, types};
@@ -26,6 +27,8 @@ pub struct Uring {
     /// submissions (`IORING_FEAT_SUBMIT_STABLE`), so one pass's worth is enough. Never grows past
     /// its capacity, so that the addresses given to the kernel stay good.
     vectors: Vec<libc::iovec>,
+    /// Addresses of the memory that the kernel keeps pinned for us, its buffer 0.
+    registered: Range<usize>,
 }
 
 impl std::fmt::Debug for Uring {
@@ -48,7 +51,7 @@ impl Uring {
             Vec::with_capacity(limits::URING_ENTRIES as usize * limits::SEGMENTS_PER_REQUEST);
         let completed = Doorbell::new()?;
         ring.submitter().register_eventfd(completed.as_fd().as_raw_fd())?;
-        let mut uring = Uring { ring, completed, in_flight: 0, vectors };
+        let mut uring = Uring { ring, completed, in_flight: 0, vectors, registered: 0..0 };
         uring.disarm(false);
         Ok(uring)
     }
@@ -68,6 +71,27 @@ impl Uring {
                 .build(limits::URING_ENTRIES),
             other => other,
         }
+    }
+
+    /// Has the kernel look up and pin the pages of `memory` now, once, instead of for every
+    /// operation in it. A kernel or a memlock limit that refuses costs only that.
+    pub fn register(&mut self, memory: GuestBuf) {
+        let (start, len) = (memory.address().as_ptr(), memory.len() as usize);
+        let vector = libc::iovec { iov_base: start.cast(), iov_len: len };
+        // SAFETY: the memory is valid now; the kernel keeps its pages until the ring is closed.
+        match unsafe { self.ring.submitter().register_buffers(&[vector]) } {
+            Ok(()) => self.registered = start.addr()..start.addr() + len,
+            Err(error) => tracing::info!(
+                len,
+                %error,
+                "bounce memory is not registered with io_uring, which costs some CPU where data is \
+                 copied; a higher memlock limit (ulimit -l) may mend it"
+            ),
+        }
+    }
+
+    fn is_registered(&self, vector: libc::iovec) -> bool {
+        self.registered.contains(&vector.iov_base.addr())
     }
 
     /// Takes one operation on an open file.
@@ -94,6 +118,11 @@ impl Uring {
     fn entry(&mut self, file: types::Fd, operation: &IoOp<'_>) -> squeue::Entry {
         match *operation {
             IoOp::Read { offset, buffers } => match self.vectors(buffers) {
+                Vectors::One(one) if self.is_registered(one) => {
+                    opcode::ReadFixed::new(file, one.iov_base.cast(), len(one), 0)
+                        .offset(offset)
+                        .build()
+                }
                 Vectors::One(one) => {
                     opcode::Read::new(file, one.iov_base.cast(), len(one)).offset(offset).build()
                 }
@@ -102,6 +131,11 @@ impl Uring {
                 }
             },
             IoOp::Write { offset, buffers } => match self.vectors(buffers) {
+                Vectors::One(one) if self.is_registered(one) => {
+                    opcode::WriteFixed::new(file, one.iov_base.cast(), len(one), 0)
+                        .offset(offset)
+                        .build()
+                }
                 Vectors::One(one) => {
                     opcode::Write::new(file, one.iov_base.cast(), len(one)).offset(offset).build()
                 }

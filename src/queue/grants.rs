@@ -1,5 +1,4 @@
-//! Where the data of a segment is: in a guest page that stays mapped, or in bounce memory that
-//! grant copy fills and empties.
+//! Pages of a frontend with persistent grants, which stay mapped.
 
 use std::cell::Cell;
 use std::cmp::Reverse;
@@ -11,19 +10,19 @@ use slab::Slab;
 
 use crate::budget::Share;
 use crate::limits::{
-    BOUNCE_PAGES_PER_WORKER, GRANTS_PER_MAP_BATCH, MAP_REFUSALS_MAX, PERSISTENT_GRANTS_PER_QUEUE,
-    PERSISTENT_IDLE_SWEEPS,
+    GRANTS_PER_MAP_BATCH, MAP_REFUSALS_MAX, PERSISTENT_GRANTS_PER_QUEUE, PERSISTENT_IDLE_SWEEPS,
 };
 use crate::units::{DomId, GrantRef};
-use crate::xen::shm::{GuestBuf, GuestPages, LocalPages, PAGE_BYTES};
+use crate::xen::shm::{GuestBuf, GuestPages};
 use crate::xen::{Grants, PageAccess};
 
 /// A frontend's pages that stay mapped (`feature-persistent`).
 ///
 /// They are mapped in batches, each one range of memory, and unmapped in the same batches. Bounded
-/// by `limits::PERSISTENT_GRANTS_PER_QUEUE` and by what the domain's other queues leave
-/// (XSA-300): a batch that nothing used lately makes room, and where there is none, data is copied. A batch that nothing used for
-/// `limits::PERSISTENT_IDLE_SWEEPS` sweeps is unmapped, so that the guest can have its pages back.
+/// by `limits::PERSISTENT_GRANTS_PER_QUEUE` and by what the domain's other queues leave (XSA-300): a
+/// batch that nothing used lately makes room, and where there is none, data is copied. A batch that
+/// nothing used for `limits::PERSISTENT_IDLE_SWEEPS` sweeps is unmapped, so that the guest can have
+/// its pages back.
 ///
 /// The frontend may give a reference another page only after it ended access to the first, which it
 /// cannot while we hold it mapped, so an entry stays right until it is unmapped.
@@ -220,42 +219,6 @@ impl PersistentGrants {
         for index in all {
             self.unmap_batch(grants, index);
         }
-    }
-}
-
-/// A worker's bounce memory, in pages; allocated when first needed.
-#[derive(Debug, Default)]
-pub struct BouncePool {
-    memory: Option<LocalPages>,
-    free: Vec<usize>,
-}
-
-impl BouncePool {
-    /// Pages that can be had now.
-    #[inline]
-    pub fn free(&self) -> usize {
-        if self.memory.is_some() { self.free.len() } else { BOUNCE_PAGES_PER_WORKER }
-    }
-
-    /// A page, with whatever it held before: never show it to a guest unless overwritten.
-    ///
-    /// # Panics
-    /// Where none is free; requests are taken only while there is enough for them.
-    pub fn take(&mut self) -> GuestBuf {
-        let memory = self.memory.get_or_insert_with(|| {
-            self.free = (0..BOUNCE_PAGES_PER_WORKER).rev().collect();
-            LocalPages::new(BOUNCE_PAGES_PER_WORKER)
-        });
-        memory.page(self.free.pop().expect("bounce pages were counted before"))
-    }
-
-    /// Gives back the page that a buffer lies in.
-    pub fn give_back(&mut self, buffer: GuestBuf) {
-        let memory = self.memory.as_ref().expect("a page was taken before");
-        let base = memory.page(0).address().as_ptr().addr();
-        let index = (buffer.address().as_ptr().addr() - base) / PAGE_BYTES;
-        assert!(index < BOUNCE_PAGES_PER_WORKER && self.free.len() < BOUNCE_PAGES_PER_WORKER);
-        self.free.push(index);
     }
 }
 

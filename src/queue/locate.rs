@@ -1,9 +1,10 @@
 //! Where the data of each segment is: the guest's page where that is mapped, else bounce memory.
 
-use super::grants::{BouncePool, PersistentGrants};
+use super::grants::PersistentGrants;
 use super::{Mapped, Queue, Resources, Scratch};
 use crate::blkif::Status;
 use crate::blkif::request::{Kind, Segment};
+use crate::engine::Engine;
 use crate::limits::SEGMENTS_PER_COPY_BATCH;
 use crate::units::DomId;
 use crate::xen::abi::GNTST_GENERAL_ERROR;
@@ -14,7 +15,7 @@ impl Queue {
     /// Gives every segment of the fresh requests its buffer, after mapping all that can be in one
     /// go. A request for which there is not enough bounce memory is moved to the stalled ones.
     #[inline]
-    pub(super) fn locate<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
+    pub(super) fn locate<G: Grants, E: Engine>(&mut self, io: &mut Resources<G, E>) {
         let Scratch { fresh, unmapped, .. } = &mut io.scratch;
         let persistent = self.mapped.kept();
         for slot_index in &*fresh {
@@ -22,7 +23,7 @@ impl Queue {
             for index in 0..slot.segments().len() {
                 let segment = slot.segments()[index];
                 match mapped(persistent, segment, self.memory_alignment) {
-                    Some(buffer) => slot.set_buffer(index, buffer, false),
+                    Some(buffer) => slot.set_buffer(index, buffer),
                     None => unmapped.push((*slot_index, index)),
                 }
             }
@@ -74,11 +75,16 @@ impl Queue {
         self.counters.grants_mapped.set(transient.count() as u64);
     }
 
-    /// Gives bounce memory to what is not mapped now either, and copies what the guest writes.
-    fn bounce_unmapped<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
+    /// Gives bounce memory to requests of which anything is not mapped now either, and copies what
+    /// the guest writes.
+    fn bounce_unmapped<G: Grants, E: Engine>(&mut self, io: &mut Resources<G, E>) {
         let unmapped = std::mem::take(&mut io.scratch.unmapped);
         for segments in unmapped.chunk_by(|one, next| one.0 == next.0) {
-            self.bounce_slot(io, segments);
+            if !self.point_at_kept(segments)
+                && let Some((slot, _)) = segments.first()
+            {
+                self.bounce(io, *slot);
+            }
         }
         io.scratch.unmapped = unmapped;
         io.scratch.unmapped.clear();
@@ -88,30 +94,34 @@ impl Queue {
         self.copy(io);
     }
 
-    /// Finds memory for segments of one slot, all of them or none.
-    fn bounce_slot<G, E>(&mut self, io: &mut Resources<G, E>, segments: &[(u32, usize)]) {
-        let Some((slot_index, _)) = segments.first() else { return };
-        let slot = self.slots.get_mut(*slot_index);
-        let (persistent, alignment) = (self.mapped.kept(), self.memory_alignment);
-        let needed = segments
-            .iter()
-            .filter(|(_, index)| mapped(persistent, slot.segments()[*index], alignment).is_none())
-            .count();
-        if needed > io.bounce.free() {
-            self.stalled.push(*slot_index);
-            return;
-        }
-        for (_, index) in segments {
+    /// Points segments of one slot at their pages, now that more of them are mapped; `false`: not
+    /// all are.
+    fn point_at_kept(&mut self, segments: &[(u32, usize)]) -> bool {
+        segments.iter().all(|(slot, index)| {
+            let slot = self.slots.get_mut(*slot);
             let segment = slot.segments()[*index];
-            if let Some(buffer) = mapped(persistent, segment, alignment) {
-                slot.set_buffer(*index, buffer, false);
-                continue;
+            let buffer = mapped(self.mapped.kept(), segment, self.memory_alignment);
+            buffer.inspect(|buffer| slot.set_buffer(*index, *buffer)).is_some()
+        })
+    }
+
+    /// Brings all data of a slot to bounce memory: so it is one vector for storage.
+    fn bounce<G, E: Engine>(&mut self, io: &mut Resources<G, E>, index: u32) {
+        if let Some(memory) = io.bounce.allocate() {
+            io.engine.register(memory);
+        }
+        let slot = self.slots.get_mut(index);
+        if !slot.bounce(&mut io.bounce) {
+            self.stalled.push(index);
+        } else if slot.request.kind == Kind::Read {
+            if !self.image.fills_reads() {
+                // It holds data of others.
+                slot.located().for_each(|(_, buffer)| buffer.zero());
             }
-            let buffer = bounce_buffer(&mut io.bounce, segment);
-            slot.set_buffer(*index, buffer, true);
-            if slot.request.kind != Kind::Read {
+        } else {
+            for (segment, buffer) in slot.located() {
                 io.scratch.copies.push(grant_copy(segment, buffer, CopyDirection::FromGuest));
-                io.scratch.owners.push(*slot_index);
+                io.scratch.owners.push(index);
             }
         }
     }
@@ -132,7 +142,7 @@ impl Queue {
     pub(super) fn copy_reads_out<G: Grants, E>(&mut self, io: &mut Resources<G, E>, now_ns: u64) {
         let Scratch { copies, owners, .. } = &mut io.scratch;
         for slot in &self.copy_out {
-            for (segment, buffer) in self.slots.get_mut(*slot).bounced() {
+            for (segment, buffer) in self.slots.get_mut(*slot).located() {
                 copies.push(grant_copy(segment, buffer, CopyDirection::ToGuest));
                 owners.push(*slot);
             }
@@ -176,10 +186,6 @@ fn mapped(
         return None;
     }
     persistent?.page(segment.gref)?.part(segment.offset.into(), segment.len.into())
-}
-
-fn bounce_buffer(bounce: &mut BouncePool, segment: Segment) -> GuestBuf {
-    bounce.take().part(0, segment.len.into()).expect("a segment is no longer than a page")
 }
 
 fn grant_copy(segment: Segment, buffer: GuestBuf, direction: CopyDirection) -> GrantCopy {

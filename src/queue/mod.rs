@@ -5,7 +5,11 @@
 //! missing pages in one batch and filling bounce memory by one grant copy ([`locate`]), and
 //! submits; [`Queue::complete`] takes the engine's results; [`Queue::finish_pass`] empties bounce
 //! memory by one grant copy, and publishes all responses at once.
+//!
+//! The steady path neither allocates nor calls the system per request, with one exception that the
+//! admin has to choose: pages that are mapped for the time of a request ([`transient`]).
 
+mod bounce;
 mod grants;
 mod indirect;
 mod locate;
@@ -31,7 +35,7 @@ use crate::units::{DomId, GrantRef, Port};
 use crate::xen::shm::SharedPage;
 use crate::xen::{Events, GrantCopy, Grants, PageAccess};
 
-pub use grants::BouncePool;
+pub use bounce::BouncePool;
 use grants::PersistentGrants;
 pub use slots::LargeTables;
 use slots::{Advance, Slots, Step};
@@ -422,7 +426,7 @@ impl Queue {
     ) {
         let slot = self.slots.get_mut(slot_index);
         let advance = slot.advance(result);
-        let needs_copy = slot.has_bounced() && slot.request.kind == Kind::Read;
+        let needs_copy = slot.is_bounced() && slot.request.kind == Kind::Read;
         match advance {
             Advance::Done if needs_copy => self.copy_out.push(slot_index),
             Advance::Done => self.answer(io, slot_index, Status::Okay, now_ns),
@@ -456,8 +460,8 @@ impl Queue {
         now_ns: u64,
     ) {
         let slot = self.slots.get_mut(slot_index);
-        if slot.has_bounced() {
-            slot.bounced().for_each(|(_, buffer)| io.bounce.give_back(buffer));
+        if slot.is_bounced() {
+            slot.give_back_bounced(&mut io.bounce);
         }
         if let Mapped::PerRequest(transient) = &mut self.mapped {
             transient.release(&mut io.grants, slot);

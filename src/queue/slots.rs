@@ -4,9 +4,10 @@
 //! larger tables of indirect requests are a worker's and lent for the time of a request. So nothing
 //! allocates per request.
 
+use super::bounce::BouncePool;
 use crate::blkif::request::{Kind, Request, Segment};
 use crate::limits::{GRANTS_PER_MAP_BATCH, INDIRECT_REQUESTS_PER_WORKER, SEGMENTS_PER_REQUEST};
-use crate::xen::shm::{GuestBuf, GuestPages};
+use crate::xen::shm::{GuestBuf, GuestPages, PAGE_BYTES};
 
 /// One request on its way.
 #[derive(Debug)]
@@ -25,8 +26,7 @@ pub struct Slot {
     moved_bytes: u32,
     /// Steps of its plan that are done.
     steps_done: u8,
-    /// Segments with bounce memory.
-    bounced: u16,
+    bounced: Bounced,
     count: u16,
     inline: Table<SEGMENTS_PER_REQUEST>,
     large: Option<Box<LargeTable>>,
@@ -37,7 +37,6 @@ pub struct Slot {
 struct Table<const N: usize> {
     segments: [Segment; N],
     buffers: [GuestBuf; N],
-    is_bounced: [bool; N],
 }
 
 /// Where the data of an indirect request is; its lists have one length.
@@ -45,7 +44,16 @@ struct Table<const N: usize> {
 pub struct LargeTable {
     segments: Vec<Segment>,
     buffers: Vec<GuestBuf>,
-    is_bounced: Vec<bool>,
+}
+
+/// Whether all data of a request is in bounce memory, and how it lies there.
+#[derive(Clone, Copy, Debug)]
+enum Bounced {
+    No,
+    /// One segment after the other in this run of pages.
+    Run(GuestBuf),
+    /// Each segment in a page of its own.
+    Pages,
 }
 
 impl LargeTable {
@@ -53,8 +61,6 @@ impl LargeTable {
     pub fn segments_mut(&mut self, count: usize) -> &mut [Segment] {
         self.segments.resize(count, Segment::default());
         self.buffers.resize(count, GuestBuf::EMPTY);
-        self.is_bounced.clear();
-        self.is_bounced.resize(count, false);
         &mut self.segments
     }
 }
@@ -82,13 +88,9 @@ impl LargeTables {
     pub fn take(&mut self) -> Box<LargeTable> {
         assert!(self.free() > 0);
         self.lent += 1;
-        self.idle.pop().unwrap_or_else(|| {
-            Box::new(LargeTable {
-                segments: Vec::new(),
-                buffers: Vec::new(),
-                is_bounced: Vec::new(),
-            })
-        })
+        self.idle
+            .pop()
+            .unwrap_or_else(|| Box::new(LargeTable { segments: Vec::new(), buffers: Vec::new() }))
     }
 
     /// Takes a table back.
@@ -114,12 +116,11 @@ impl Slot {
             in_use: false,
             moved_bytes: 0,
             steps_done: 0,
-            bounced: 0,
+            bounced: Bounced::No,
             count: 0,
             inline: Table {
                 segments: [Segment::default(); SEGMENTS_PER_REQUEST],
                 buffers: [GuestBuf::EMPTY; SEGMENTS_PER_REQUEST],
-                is_bounced: [false; SEGMENTS_PER_REQUEST],
             },
             large: None,
         }
@@ -145,7 +146,7 @@ impl Slot {
         self.failed = false;
         self.moved_bytes = 0;
         self.steps_done = 0;
-        self.bounced = 0;
+        self.bounced = Bounced::No;
         self.count = u16::try_from(count).expect("at most the segments of an indirect request");
         self.large = large;
     }
@@ -167,16 +168,13 @@ impl Slot {
         }
     }
 
-    /// Sets where segment `index` has its data; `bounced`: not in the guest's page.
+    /// Sets where segment `index` has its data.
     #[inline]
-    pub fn set_buffer(&mut self, index: usize, buffer: GuestBuf, bounced: bool) {
-        let (buffers, is_bounced) = match &mut self.large {
-            None => (&mut self.inline.buffers[..], &mut self.inline.is_bounced[..]),
-            Some(large) => (&mut large.buffers[..], &mut large.is_bounced[..]),
-        };
-        buffers[index] = buffer;
-        is_bounced[index] = bounced;
-        self.bounced += u16::from(bounced);
+    pub fn set_buffer(&mut self, index: usize, buffer: GuestBuf) {
+        match &mut self.large {
+            None => self.inline.buffers[index] = buffer,
+            Some(large) => large.buffers[index] = buffer,
+        }
     }
 
     /// Points every segment at its page in [`Slot::mapped`].
@@ -185,27 +183,55 @@ impl Slot {
             let segment = self.segments()[index];
             let page = self.mapped[index / GRANTS_PER_MAP_BATCH].page(index % GRANTS_PER_MAP_BATCH);
             let buffer = page.part(segment.offset.into(), segment.len.into());
-            self.set_buffer(index, buffer.expect("a segment lies within its page"), false);
+            self.set_buffer(index, buffer.expect("a segment lies within its page"));
         }
     }
 
-    /// Segments whose data is in bounce memory, with that memory.
-    pub fn bounced(&self) -> impl Iterator<Item = (Segment, GuestBuf)> + '_ {
-        let is_bounced = match &self.large {
-            None => &self.inline.is_bounced[..],
-            Some(large) => &large.is_bounced[..],
-        };
-        let pairs = self.segments().iter().zip(self.buffers());
-        pairs
-            .zip(is_bounced)
-            .filter(|(_, is_bounced)| **is_bounced)
-            .map(|((segment, buffer), _)| (*segment, *buffer))
+    /// Finds bounce memory for all of its data, in one run of pages if there is one; `false`: there
+    /// is not enough now.
+    pub fn bounce(&mut self, pool: &mut BouncePool) -> bool {
+        let count = self.segments().len();
+        let bytes = usize::try_from(self.request.len_bytes).unwrap_or(usize::MAX);
+        if let Some(run) = pool.take(bytes.div_ceil(PAGE_BYTES)) {
+            let mut at = 0;
+            for index in 0..count {
+                let len = self.segments()[index].len.into();
+                self.set_buffer(index, run.part(at, len).expect("the segments are its length"));
+                at += len;
+            }
+            self.bounced = Bounced::Run(run);
+            return true;
+        }
+        if pool.free() < count {
+            return false;
+        }
+        for index in 0..count {
+            let page = pool.take(1).expect("counted before");
+            let len = self.segments()[index].len.into();
+            self.set_buffer(index, page.part(0, len).expect("a segment is no longer than a page"));
+        }
+        self.bounced = Bounced::Pages;
+        true
     }
 
-    /// Whether any segment is in bounce memory.
+    /// Gives its bounce memory back.
+    pub fn give_back_bounced(&mut self, pool: &mut BouncePool) {
+        match std::mem::replace(&mut self.bounced, Bounced::No) {
+            Bounced::No => {}
+            Bounced::Run(run) => pool.give_back(run),
+            Bounced::Pages => self.buffers().iter().for_each(|buffer| pool.give_back(*buffer)),
+        }
+    }
+
+    /// Its segments, with where their data is.
+    pub fn located(&self) -> impl Iterator<Item = (Segment, GuestBuf)> + '_ {
+        self.segments().iter().copied().zip(self.buffers().iter().copied())
+    }
+
+    /// Whether its data is in bounce memory.
     #[inline]
-    pub fn has_bounced(&self) -> bool {
-        self.bounced > 0
+    pub fn is_bounced(&self) -> bool {
+        !matches!(self.bounced, Bounced::No)
     }
 
     /// What to ask of the engine next.
@@ -372,7 +398,7 @@ mod test {
         *slot.inline_segments_mut() = [Segment { gref: 1, offset: 0, len: 4096 }; 11];
         slot.begin(request, count, None, 0);
         for index in 0..count {
-            slot.set_buffer(index, pages.page(index), false);
+            slot.set_buffer(index, pages.page(index));
         }
         slot
     }
@@ -448,5 +474,35 @@ mod test {
         assert_eq!(tables.free(), all - 1);
         slots.give_back(index, &mut tables);
         assert_eq!(tables.free(), all);
+    }
+
+    #[test]
+    fn bounced_data_is_one_run_where_there_is_one_and_comes_back_either_way() {
+        let pages = LocalPages::new(3);
+        let mut slot = slot(Kind::Read, &pages);
+        let mut pool = BouncePool::default();
+        pool.allocate();
+        let all = pool.free();
+        for segment in &mut slot.inline.segments {
+            *segment = Segment { gref: 1, offset: 512, len: 1536 };
+        }
+        slot.request.len_bytes = 3 * 1536;
+        assert!(slot.bounce(&mut pool) && slot.is_bounced());
+        assert_eq!(pool.free(), all - 2, "one after the other, over the end of a page");
+        let first = slot.buffers()[0].address();
+        assert!(slot.buffers().iter().zip(0..).all(|(buffer, index)| {
+            buffer.address().addr().get() == first.addr().get() + index * 1536
+        }));
+        slot.give_back_bounced(&mut pool);
+        assert!(!slot.is_bounced());
+
+        let single: Vec<_> = (0..all).map(|_| pool.take(1).unwrap()).collect();
+        single.iter().step_by(2).take(2).for_each(|page| pool.give_back(*page));
+        assert!(!slot.bounce(&mut pool) && !slot.is_bounced(), "not enough");
+        single.iter().skip(4).step_by(2).for_each(|page| pool.give_back(*page));
+        assert!(slot.bounce(&mut pool));
+        assert_eq!(pool.free(), all / 2 - 3, "each in a page of its own");
+        slot.give_back_bounced(&mut pool);
+        assert_eq!(pool.free(), all / 2);
     }
 }

@@ -36,8 +36,8 @@ impl TransientGrants {
         self.share.taken()
     }
 
-    /// Maps all pages of a request and points its segments at them; `false`: none is mapped, and its
-    /// data has to be copied. `wanted` is a list to be reused.
+    /// Maps all pages of a request and points its segments at them; or none, and its data has to be
+    /// copied. `wanted` is a list to be reused.
     pub fn map<G: Grants>(
         &mut self,
         grants: &mut G,
@@ -45,17 +45,17 @@ impl TransientGrants {
         slot: &mut Slot,
         memory_alignment: u16,
         wanted: &mut Vec<GrantRef>,
-    ) -> bool {
+    ) {
         let segments = slot.segments();
-        let (count, is_aligned) =
-            (segments.len(), |it: &Segment| it.offset.is_multiple_of(memory_alignment));
+        let count = segments.len();
+        let is_aligned = |segment: &Segment| segment.offset.is_multiple_of(memory_alignment);
         if count < SEGMENTS_MAPPED_MIN
             || self.count() + count > PERSISTENT_GRANTS_PER_QUEUE
             || self.refusals >= MAP_REFUSALS_MAX
             || !segments.iter().all(is_aligned)
             || !self.share.take_all(count)
         {
-            return false;
+            return;
         }
         wanted.clear();
         wanted.extend(segments.iter().map(|segment| segment.grant()));
@@ -69,13 +69,11 @@ impl TransientGrants {
                 Ok(pages) => slot.mapped.push(pages),
                 Err(_) => {
                     self.refusals += 1;
-                    self.unmap(grants, slot);
-                    return false;
+                    return self.unmap(grants, slot);
                 }
             }
         }
         slot.point_at_mapped();
-        true
     }
 
     /// Unmaps what is mapped for a request, which storage must be done with.

@@ -64,8 +64,8 @@ impl GuestPages {
     }
 }
 
-/// A piece of one page of memory that a guest may be writing: an address and a length, for the
-/// kernel (`iovec`) or for a byte-wise copy.
+/// A piece of one page of memory that a guest may be writing, or of memory of our own: an address
+/// and a length, for the kernel (`iovec`) or for a byte-wise copy.
 ///
 /// It is plain data and does not keep the mapping alive: whoever unmaps makes sure first that no
 /// request in flight holds one (a queue unmaps only after it has drained).
@@ -170,10 +170,19 @@ impl LocalPages {
     /// # Panics
     /// Where `index` is not below [`LocalPages::count`].
     pub fn page(&self, index: usize) -> GuestBuf {
-        assert!(index < self.count());
-        // SAFETY: index is inside the allocation.
-        let address = unsafe { self.base.add(index * PAGE_BYTES) };
-        GuestBuf { address, len: PAGE_LEN }
+        self.run(index, 1)
+    }
+
+    /// `count` whole pages from `first` on, as [`LocalPages::page`].
+    ///
+    /// # Panics
+    /// Where they are not all inside, or are 4 GiB or more.
+    pub fn run(&self, first: usize, count: usize) -> GuestBuf {
+        assert!(first < self.count() && count <= self.count() - first);
+        let len = u32::try_from(count * PAGE_BYTES).expect("less than 4 GiB");
+        // SAFETY: first is inside the allocation.
+        let address = unsafe { self.base.add(first * PAGE_BYTES) };
+        GuestBuf { address, len }
     }
 
     /// The same memory, seen as words: a ring without a hypervisor, for tests and benches.

@@ -19,6 +19,7 @@ use polldisk::sim::blkfront::device::{Device, Options};
 use polldisk::sim::{SimXen, StandIn};
 use polldisk::units::{Bytes, DomId, QueueId};
 use polldisk::worker::{Setup, Worker};
+use polldisk::xen::shm::GuestBuf;
 
 use crate::draw::{Combination, Request, SECTORS};
 use crate::guest::{Disk, Guest, HANG};
@@ -84,6 +85,10 @@ impl Engine for Failing {
     fn submit(&mut self, target: &Image, op: &IoOp<'_>, ticket: Ticket) -> Result<(), Ticket> {
         self.fails = matches!(op, IoOp::Flush);
         self.engine.submit(target, op, ticket)
+    }
+
+    fn register(&mut self, memory: GuestBuf) {
+        self.engine.register(memory);
     }
 
     fn kick(&mut self) -> io::Result<()> {

@@ -147,6 +147,7 @@ fn bad_options_are_named_with_what_would_be_right() {
         (&["demo", "--target", "raw:/nonexistent"], &["--overwrite"]),
         (&["demo", "--target", "raw:/nonexistent", "--overwrite"], &["/nonexistent", "create it"]),
         (&["demo", "--target", "/dev", "--overwrite"], &["/dev", "block device"]),
+        (&["serve", "--data-path", "mop"], &["--data-path", "mop", "auto", "map", "copy"]),
         (&["attach", "--vdev", "xvda", "--target", "null:1G"], &["--domid"]),
         (&["attach", "--domid", "x", "--vdev", "xvda", "--target", "null:1G"], &["--domid", "x"]),
         (&["attach", "--domid", "5", "--vdev", "xvda"], &["--target"]),

@@ -111,6 +111,31 @@ fn pages_that_cannot_be_mapped_for_a_request_are_copied() {
 }
 
 #[test]
+fn a_disk_without_contents_shows_nothing_of_what_others_wrote() {
+    let rig = Rig::start();
+    let copied = Options { persistent: false, ..Options::default() };
+    let writer = rig.guest_on_file(1);
+    let reader = rig.guest(2, "null:4M");
+    let mut devices = [writer.connect(copied), reader.connect(copied)];
+    // What a page holds after a request, of `before` in all of its bytes.
+    let ask_with = |device: &mut Device, guest: &Guest, operation, before| {
+        let (page, gref) = guest.grant(PageAccess::ReadWrite);
+        guest.domain.page(page).copy_from(&[before; 4096]);
+        assert_eq!(ask(device, &[raw_request(operation, 0, 0, &[whole(gref)])]), [0]);
+        let mut after = [1; 4096];
+        guest.domain.page(page).copy_to(&mut after);
+        after
+    };
+    // Both come by the same bounce memory.
+    ask_with(&mut devices[0], &writer, op::WRITE, 0x5e);
+    let shown = ask_with(&mut devices[1], &reader, op::READ, 0xee);
+    assert!(shown.iter().all(|byte| *byte == 0), "{:#x}", shown[0]);
+    let [one, other] = devices;
+    writer.close(one);
+    reader.close(other);
+}
+
+#[test]
 fn a_flush_with_data_writes_the_data() {
     let rig = Rig::start();
     let guest = rig.guest_on_file(1);

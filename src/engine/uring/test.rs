@@ -83,3 +83,44 @@ fn a_full_ring_gives_the_ticket_back() {
     assert_eq!(refused, Ticket::new(0, limits::URING_ENTRIES));
     assert_eq!(finish(&mut uring).len(), limits::URING_ENTRIES as usize);
 }
+
+#[test]
+fn registered_memory_and_other_memory_hold_the_same_data() {
+    let (_folder, file) = direct_file(1 << 20);
+    let mut uring = Uring::new().unwrap();
+    let (ours, others) = (LocalPages::new(8), LocalPages::new(3));
+    uring.register(ours.run(0, 8));
+    assert!(!uring.registered.is_empty());
+    for index in 0..3u8 {
+        ours.page(index.into()).copy_from(&[index + 1; 4096]);
+    }
+    let write = IoOp::Write { offset: 4096, buffers: &[ours.run(0, 3)] };
+    uring.submit(file.as_raw_fd(), &write, Ticket::new(0, 0)).unwrap();
+    assert_eq!(finish(&mut uring), [(0, 3 * 4096)]);
+
+    let together = [others.run(0, 3)];
+    let apart = [ours.page(7), ours.page(5), ours.page(3)];
+    for (slot, buffers) in [(1, &together[..]), (2, &apart), (3, &[ours.page(4)])] {
+        let read = IoOp::Read { offset: 4096, buffers };
+        uring.submit(file.as_raw_fd(), &read, Ticket::new(0, slot)).unwrap();
+    }
+    assert_eq!(finish(&mut uring), [(1, 3 * 4096), (2, 3 * 4096), (3, 4096)]);
+    let expected = [(others.page(0), 1), (others.page(2), 3), (ours.page(7), 1), (ours.page(3), 3)];
+    for (page, byte) in expected.into_iter().chain([(ours.page(4), 1)]) {
+        let mut copy = [0; 4096];
+        page.copy_to(&mut copy);
+        assert_eq!(copy, [byte; 4096]);
+    }
+}
+
+#[test]
+fn where_registering_is_refused_io_goes_on_without() {
+    let (_folder, file) = direct_file(4096);
+    let mut uring = Uring::new().unwrap();
+    let pages = LocalPages::new(1);
+    uring.register(GuestBuf::EMPTY);
+    assert!(uring.registered.is_empty());
+    let read = IoOp::Read { offset: 0, buffers: &[pages.page(0)] };
+    uring.submit(file.as_raw_fd(), &read, Ticket::new(0, 0)).unwrap();
+    assert_eq!(finish(&mut uring), [(0, 4096)]);
+}

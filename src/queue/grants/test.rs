@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::*;
 use crate::budget::GrantBudget;
 use crate::xen::GrantCopy;
+use crate::xen::shm::LocalPages;
 
 /// Grants without a hypervisor: every mapping is memory of our own.
 #[derive(Debug, Default)]

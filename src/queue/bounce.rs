@@ -1,0 +1,150 @@
+//! A worker's bounce memory: where data is that grant copy brings and takes.
+
+use crate::limits::BOUNCE_PAGES_PER_WORKER;
+use crate::xen::shm::{GuestBuf, LocalPages, PAGE_BYTES};
+
+const WORDS: usize = BOUNCE_PAGES_PER_WORKER / 64;
+const _: () = assert!(BOUNCE_PAGES_PER_WORKER.is_multiple_of(64));
+
+/// Bounce memory in pages, handed out in runs; allocated when first needed.
+#[derive(Debug)]
+pub struct BouncePool {
+    memory: Option<LocalPages>,
+    /// A bit for each page that can be had.
+    free: [u64; WORDS],
+    free_count: usize,
+}
+
+impl Default for BouncePool {
+    fn default() -> Self {
+        BouncePool { memory: None, free: [u64::MAX; WORDS], free_count: BOUNCE_PAGES_PER_WORKER }
+    }
+}
+
+impl BouncePool {
+    /// Pages that can be had now.
+    #[inline]
+    pub fn free(&self) -> usize {
+        self.free_count
+    }
+
+    /// All of it, where this call has allocated it.
+    pub fn allocate(&mut self) -> Option<GuestBuf> {
+        if self.memory.is_some() {
+            return None;
+        }
+        let memory = self.memory.insert(LocalPages::new(BOUNCE_PAGES_PER_WORKER));
+        Some(memory.run(0, BOUNCE_PAGES_PER_WORKER))
+    }
+
+    /// `count` pages in a row, with whatever they held before: never show them to a guest unless
+    /// overwritten. `None`: there is no such run now.
+    ///
+    /// # Panics
+    /// Before [`BouncePool::allocate`].
+    pub fn take(&mut self, count: usize) -> Option<GuestBuf> {
+        let first = self.find_run(count)?;
+        self.set(first, count, false);
+        self.free_count -= count;
+        Some(self.memory.as_ref().expect("allocated before").run(first, count))
+    }
+
+    /// Gives back the pages that a buffer lies in.
+    pub fn give_back(&mut self, buffer: GuestBuf) {
+        let memory = self.memory.as_ref().expect("a page was taken before");
+        let start = buffer.address().as_ptr().addr() - memory.page(0).address().as_ptr().addr();
+        let first = start / PAGE_BYTES;
+        let end = (start + buffer.len() as usize).div_ceil(PAGE_BYTES);
+        self.set(first, end - first, true);
+        self.free_count += end - first;
+    }
+
+    /// The first run of `count` free pages.
+    fn find_run(&self, count: usize) -> Option<usize> {
+        let mut first = self.next(0, true);
+        while first + count <= BOUNCE_PAGES_PER_WORKER {
+            let end = self.next(first, false);
+            if end - first >= count {
+                return Some(first);
+            }
+            first = self.next(end, true);
+        }
+        None
+    }
+
+    /// The first page from `from` on that is free, or that is not; else the end.
+    #[inline]
+    fn next(&self, from: usize, free: bool) -> usize {
+        let mut at = from;
+        while at < BOUNCE_PAGES_PER_WORKER {
+            let word = if free { self.free[at / 64] } else { !self.free[at / 64] };
+            let rest = word >> (at % 64);
+            if rest != 0 {
+                return at + rest.trailing_zeros() as usize;
+            }
+            at = (at / 64 + 1) * 64;
+        }
+        BOUNCE_PAGES_PER_WORKER
+    }
+
+    /// Marks pages that are all of the other kind.
+    fn set(&mut self, first: usize, count: usize, free: bool) {
+        let (mut at, end) = (first, first + count);
+        while at < end {
+            let bits = (64 - at % 64).min(end - at);
+            let mask = (u64::MAX >> (64 - bits)) << (at % 64);
+            let word = &mut self.free[at / 64];
+            assert!(*word & mask == if free { 0 } else { mask }, "each page has one user");
+            *word ^= mask;
+            at += bits;
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn runs_are_contiguous_and_pages_come_back() {
+        let mut pool = BouncePool::default();
+        let whole = pool.allocate().unwrap();
+        assert!(pool.allocate().is_none());
+        let runs = [1, 63, 1, 64, 65, 300].map(|count| (count, pool.take(count).unwrap()));
+        let mut at = whole.address();
+        for (count, run) in runs {
+            assert_eq!((run.address(), run.len() as usize), (at, count * PAGE_BYTES));
+            // SAFETY: nothing is accessed.
+            at = at.map_addr(|addr| addr.saturating_add(count * PAGE_BYTES));
+        }
+        assert_eq!(pool.free(), BOUNCE_PAGES_PER_WORKER - 494);
+        pool.give_back(runs[3].1);
+        assert_eq!(pool.take(64).unwrap().address(), runs[3].1.address(), "the first that fits");
+        // Parts of single pages, as buffers are: their pages come back whole.
+        pool.give_back(runs[2].1.part(0, 512).unwrap());
+        assert_eq!(pool.take(1).unwrap().address(), runs[2].1.address());
+    }
+
+    #[test]
+    fn memory_in_pieces_has_no_long_run() {
+        let mut pool = BouncePool::default();
+        pool.allocate();
+        let pages: Vec<_> = (0..BOUNCE_PAGES_PER_WORKER).map(|_| pool.take(1).unwrap()).collect();
+        assert!(pool.take(1).is_none());
+        pages.iter().step_by(2).for_each(|page| pool.give_back(*page));
+        assert_eq!(pool.free(), BOUNCE_PAGES_PER_WORKER / 2);
+        assert!(pool.take(2).is_none());
+        pool.give_back(pages[1001]);
+        assert_eq!(pool.take(3).unwrap().address(), pages[1000].address());
+    }
+
+    #[test]
+    #[should_panic(expected = "each page has one user")]
+    fn a_page_comes_back_once() {
+        let mut pool = BouncePool::default();
+        pool.allocate();
+        let page = pool.take(1).unwrap();
+        pool.give_back(page);
+        pool.give_back(page);
+    }
+}
