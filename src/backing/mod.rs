@@ -3,10 +3,12 @@
 //! Control opens images; workers only use them. The format always comes from the host's
 //! configuration and is never guessed from bytes that a guest can write (XSA-48).
 
+mod blocks;
 mod null;
 mod raw;
 mod spec;
 
+pub use blocks::{BlockLock, BlockLocks};
 pub use null::NullImage;
 pub use raw::{DeviceHandle, RawImage};
 pub use spec::{Backing, DataPath, DiskOptions, Spec};

@@ -13,7 +13,7 @@ use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{
     Attach, Detach, DiskReport, Eject, Insert, Reply, Request,
 };
-use polldisk::control::{self, ControlError};
+use polldisk::control::{self, ControlError, Offer};
 use polldisk::msg::event_channel;
 use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::device::{Device, Options};
@@ -53,14 +53,23 @@ pub struct Rig {
 
 impl Rig {
     pub fn start() -> Rig {
+        Rig::with_workers(1)
+    }
+
+    /// With several workers, each of which may have a ring of a disk.
+    pub fn with_workers(count: u16) -> Rig {
         let stand_in = StandIn::start_temporary().unwrap();
         let platform = stand_in.platform();
         let (reports, events) = event_channel().unwrap();
         let poll = Duration::from_micros(50);
-        let (senders, workers) = spawn_all(&platform, &[None], poll, &reports).unwrap();
+        let (senders, workers) =
+            spawn_all(&platform, &vec![None; count.into()], poll, &reports).unwrap();
         let admin = stand_in.folder().join("admin.sock");
-        let config =
-            control::Config { admin_path: Some(admin.clone()), ..control::Config::default() };
+        let config = control::Config {
+            admin_path: Some(admin.clone()),
+            offer: Offer { queues: count, ..Offer::default() },
+            ..control::Config::default()
+        };
         let dom0 = platform.open_store().unwrap();
         let stop = Doorbell::new().unwrap();
         let control = std::thread::Builder::new().name("control".to_owned()).spawn({
@@ -83,6 +92,11 @@ impl Rig {
         let path = self.images.path().join(name);
         File::create(&path).unwrap().set_len(IMAGE_BYTES).unwrap();
         path
+    }
+
+    /// Where images lie.
+    pub fn images(&self) -> &Path {
+        self.images.path()
     }
 
     pub fn attach(&self, domid: u32, target: &str, read_only: bool) {

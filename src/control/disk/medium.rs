@@ -104,8 +104,8 @@ impl Disk {
                 errno: libc::EINVAL,
                 text: format!(
                     "{target}: it has blocks of {sector_bytes} bytes, and the guest was told \
-                     {told}, which it asks only once; put the image on storage with blocks of \
-                     {told} bytes, or detach the drive and attach it with this medium"
+                     {told}, which it asks only once; name it with the option emulate-512, or \
+                     detach the drive and attach it with this medium"
                 ),
             }),
         }
