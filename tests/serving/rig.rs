@@ -122,6 +122,12 @@ impl Rig {
     /// Changes the medium of a drive from any thread, for none where `target` is empty; returns
     /// once that is done.
     pub fn changer(&self, domid: u32) -> impl Fn(&str) + Send + use<> {
+        let change = self.try_changer(domid);
+        move |target| change(target).unwrap()
+    }
+
+    /// The same, where it may be refused: then with the reason.
+    pub fn try_changer(&self, domid: u32) -> impl Fn(&str) -> Result<(), String> + Send + use<> {
         let admin = self.admin.clone();
         move |target| {
             let vdev = VDEV.into();
@@ -129,7 +135,7 @@ impl Rig {
                 "" => Request::Eject(Eject { domid, vdev }),
                 target => Request::Insert(Insert { domid, vdev, target: target.into() }),
             };
-            request(&admin, &change).unwrap();
+            request(&admin, &change).map(drop).map_err(|error| error.to_string())
         }
     }
 

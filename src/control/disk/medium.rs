@@ -94,7 +94,8 @@ impl Disk {
         }
     }
 
-    fn open_medium(&self, target: &str) -> Result<Image, Failure> {
+    /// Opens a medium that the guest can use.
+    pub fn open_medium(&self, target: &str) -> Result<Image, Failure> {
         let read_only = self.description.as_ref().is_none_or(|description| description.read_only);
         let image = open(target, read_only)?;
         let (sector_bytes, told) = (image.geometry().sector_bytes, self.told_sector_bytes);
