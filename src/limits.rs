@@ -96,6 +96,14 @@ pub const QUEUES_PER_DISK_MAX: u16 = 256;
 /// Event channels fetched by one read.
 pub const PORTS_PER_READ: usize = 256;
 
+/// Requests for parts of blocks that one worker has under way (`emulate-512`); each has memory of
+/// its own, made when it is first needed. Others wait in their rings.
+pub const EMULATED_PER_WORKER: usize = 64;
+
+/// Pages of that memory: what one direct request and the rest of its blocks take, and some more.
+pub const EMULATED_PAGES: u32 = 16;
+const _: () = assert!(EMULATED_PAGES as usize > SEGMENTS_PER_REQUEST);
+
 /// Entries of a worker's io_uring. Deep enough for tens of busy one-page rings; more requests
 /// wait in their rings.
 pub const URING_ENTRIES: u32 = 1024;

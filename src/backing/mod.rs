@@ -3,10 +3,12 @@
 //! Control opens images; workers only use them. The format always comes from the host's
 //! configuration and is never guessed from bytes that a guest can write (XSA-48).
 
+mod blocks;
 mod null;
 mod raw;
 mod spec;
 
+pub use blocks::{BlockLock, BlockLocks};
 pub use null::NullImage;
 pub use raw::{DeviceHandle, RawImage};
 pub use spec::{Backing, DataPath, DiskOptions, Spec};
@@ -45,7 +47,8 @@ impl Image {
     /// Whether a read leaves nothing in its buffers of what was there before.
     pub fn fills_reads(&self) -> bool {
         match self {
-            Image::Raw(_) => true,
+            // Nothing can be read of a drive without a medium.
+            Image::Raw(_) | Image::Empty => true,
             Image::Null(image) => image.read_zeroes(),
         }
     }

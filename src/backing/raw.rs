@@ -9,8 +9,8 @@ use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use super::{BackingError, Discard, Geometry};
-use crate::units::Bytes;
+use super::{BackingError, BlockLocks, Discard, Geometry};
+use crate::units::{Bytes, SECTOR_BYTES};
 
 /// An open raw image.
 #[derive(Debug)]
@@ -21,7 +21,11 @@ pub struct RawImage {
     memory_alignment: u16,
     read_only: bool,
     discard: Option<Discard>,
+    emulation: Option<Arc<BlockLocks>>,
 }
+
+/// Largest block whose sectors are emulated: a page, which is what the guest's data comes in.
+const EMULATED_BLOCK_MAX: u32 = 4096;
 
 /// An open file or device, to be shared with a thread that discards.
 #[derive(Debug)]
@@ -81,9 +85,36 @@ impl RawImage {
             memory_alignment: shape.memory_alignment.clamp(1, 4096).try_into().unwrap_or(4096),
             read_only,
             discard: shape.discard.filter(|_| !read_only),
+            emulation: None,
             is_device: kind.is_block_device(),
             file: Arc::new(DeviceHandle(file)),
         })
+    }
+
+    /// Shows 512-byte sectors to the guest whatever the storage's blocks are (`emulate-512`). Where
+    /// they are of 512 bytes, nothing changes.
+    pub fn emulating_512(mut self, path: &Path) -> Result<RawImage, BackingError> {
+        let block_bytes = self.geometry.sector_bytes;
+        if block_bytes > EMULATED_BLOCK_MAX {
+            return Err(BackingError {
+                target: format!("raw,emulate-512:{}", path.display()),
+                what: format!("its blocks have {block_bytes} bytes, which is more than a page"),
+                mend: "leave emulate-512 out".to_owned(),
+                source: None,
+            });
+        }
+        if u64::from(block_bytes) > SECTOR_BYTES {
+            self.emulation = Some(BlockLocks::new(block_bytes));
+            self.geometry.sector_bytes = 512;
+            // The parts of blocks at the ends of a discard stay, which for a secure one is wrong.
+            self.discard = self.discard.map(|discard| Discard { secure: false, ..discard });
+        }
+        Ok(self)
+    }
+
+    /// The storage's blocks, where its guest sees smaller sectors.
+    pub fn emulation(&self) -> Option<&Arc<BlockLocks>> {
+        self.emulation.as_ref()
     }
 
     /// Its shape.

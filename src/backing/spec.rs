@@ -36,6 +36,8 @@ pub enum Backing {
 pub struct DiskOptions {
     /// `data-path=auto|map|copy`; `None`: the daemon's own.
     pub data_path: Option<DataPath>,
+    /// `emulate-512`: the guest sees 512-byte sectors, whatever storage takes.
+    pub emulate_512: bool,
 }
 
 /// How data gets from the guest's pages to storage and back.
@@ -55,7 +57,11 @@ impl Spec {
     /// Opens what it names. Never waits for a network.
     pub fn open(&self, read_only: bool) -> Result<Image, BackingError> {
         match &self.backing {
-            Backing::Raw(path) => RawImage::open(path, read_only).map(Image::Raw),
+            Backing::Raw(path) => {
+                let image = RawImage::open(path, read_only)?;
+                let emulates = self.options.emulate_512;
+                Ok(Image::Raw(if emulates { image.emulating_512(path)? } else { image }))
+            }
             Backing::Null { size, read_zeroes } => {
                 Ok(Image::Null(NullImage::new(*size, *read_zeroes)))
             }
@@ -113,7 +119,7 @@ fn null(shape: &str) -> Result<Backing, String> {
 }
 
 /// The options that there are, for whoever wrote another.
-const OPTIONS: &str = "data-path=auto, data-path=map or data-path=copy";
+const OPTIONS: &str = "data-path=auto, data-path=map, data-path=copy or emulate-512";
 
 impl FromStr for DiskOptions {
     /// What is wrong, naming the option.
@@ -133,6 +139,7 @@ impl FromStr for DiskOptions {
             names.push(name);
             match (name, value) {
                 ("data-path", Some(value)) => options.data_path = Some(value.parse()?),
+                ("emulate-512", None) => options.emulate_512 = true,
                 ("", None) => return Err("an option is empty".to_owned()),
                 _ => return Err(format!("there is no option \"{option}\"")),
             }
@@ -183,8 +190,9 @@ impl fmt::Display for Spec {
 /// As they stand after the backing's name, each with its comma.
 impl fmt::Display for DiskOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let DiskOptions { data_path } = self;
-        data_path.iter().try_for_each(|path| write!(f, ",data-path={path}"))
+        let DiskOptions { data_path, emulate_512 } = self;
+        data_path.iter().try_for_each(|path| write!(f, ",data-path={path}"))?;
+        if *emulate_512 { f.write_str(",emulate-512") } else { Ok(()) }
     }
 }
 
@@ -212,6 +220,7 @@ mod test {
             ("null:1M,read-zeroes", "null:1048576,read-zeroes"),
             ("raw,data-path=copy:/srv/a,b:c", "raw,data-path=copy:/srv/a,b:c"),
             ("raw,data-path=auto:/a", "raw,data-path=auto:/a"),
+            ("raw,emulate-512,data-path=map:/a", "raw,data-path=map,emulate-512:/a"),
             ("null,data-path=map:1M,read-zeroes", "null,data-path=map:1048576,read-zeroes"),
         ] {
             let spec: Spec = text.parse().unwrap();
@@ -228,7 +237,11 @@ mod test {
             ("raw,data-path=map:/a", Some(DataPath::Map)),
             ("null,data-path=copy:8G", Some(DataPath::Copy)),
         ] {
-            assert_eq!(text.parse::<Spec>().unwrap().options, DiskOptions { data_path });
+            let options = DiskOptions { data_path, emulate_512: false };
+            assert_eq!(text.parse::<Spec>().unwrap().options, options);
+            let text = text.replacen(':', ",emulate-512:", 1);
+            let options = DiskOptions { data_path, emulate_512: true };
+            assert_eq!(text.parse::<Spec>().unwrap().options, options);
         }
     }
 
@@ -252,6 +265,8 @@ mod test {
             ("raw,data-path:/a", "there is no option \"data-path\""),
             ("raw,data-path=:/a", "the option data-path knows no \"\""),
             ("raw,data-path=mop:/a", "the option data-path knows no \"mop\""),
+            ("raw,emulate-512=1:/a", "there is no option \"emulate-512=1\""),
+            ("raw,emulate-512,emulate-512:/a", "the option \"emulate-512\" is there twice"),
             ("raw,fast:/a", "there is no option \"fast\""),
             ("raw,fast=1:/a", "there is no option \"fast=1\""),
             ("null,=:1G", "there is no option \"=\""),

@@ -67,10 +67,11 @@ pub fn make<S: Store>(
     key: &DiskKey,
     attach: &Attach,
 ) -> Result<(), AttachError> {
+    // What can't be opened is told to the admin before the guest sees anything of it.
     match attach.target.as_str() {
         "" if attach.is_drive() => {}
         "" => return Err(AttachError::NoTarget),
-        target => check(target, attach.is_read_only())?,
+        target => target.parse::<Spec>()?.open(attach.is_read_only()).map(drop)?,
     }
     if !area::exists(store, &keys::domain(key.domid))? {
         return Err(AttachError::NoDomain(key.domid));
@@ -92,25 +93,21 @@ pub fn make<S: Store>(
     }
 }
 
-/// What can't be opened is told to the admin before the guest sees anything of it.
-fn check(target: &str, read_only: bool) -> Result<(), BackingError> {
-    target.parse::<Spec>()?.open(read_only).map(drop)
-}
-
 fn device_type(attach: &Attach) -> String {
     if attach.cdrom { "cdrom" } else { "disk" }.to_owned()
 }
 
-/// Whether `disk` can have the medium `target`; the empty one is none.
+/// Whether `disk` can have the medium `target`; the empty one is none. One of no use does not cost
+/// the guest the medium that it has.
 pub fn check_medium(disk: &Disk, target: &str) -> Result<(), AttachError> {
     let key = disk.key();
-    let Some(description) = disk.description().filter(|_| disk.image().is_some()) else {
-        return Err(AttachError::Failed(disk.failure().to_owned()));
-    };
-    match target {
-        _ if !description.is_drive() => Err(AttachError::NoDrive(key.domid, key.vbd.into())),
-        "" => Ok(()),
-        target => Ok(check(target, description.read_only)?),
+    let failed = |text: &str| AttachError::Failed(text.to_owned());
+    match disk.description().filter(|_| disk.image().is_some()) {
+        None => Err(failed(disk.failure())),
+        Some(description) if !description.is_drive() => {
+            Err(AttachError::NoDrive(key.domid, key.vbd.into()))
+        }
+        Some(_) => disk.open_medium(target).map(drop).map_err(|failure| failed(&failure.text)),
     }
 }
 

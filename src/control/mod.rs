@@ -8,7 +8,7 @@
 //!
 //! `registry` finds the disks and routes; `machine` decides, from a table; `disk` carries out;
 //! `area` and `frontend` read and write the two ends in xenstore; `connection` takes a disk's
-//! queues together; [`admin`] answers the command line. Nothing here waits for a worker or a
+//! queues together; `drive` knows the medium in a drive; [`admin`] answers the command line. Nothing here waits for a worker or a
 //! guest.
 //!
 //! # What happens at the end

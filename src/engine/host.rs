@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use super::emulate::Emulation;
 use super::offload::Offload;
 use super::uring::Uring;
 use super::{Completion, Engine, IoOp, Ticket};
@@ -14,6 +15,7 @@ use crate::xen::shm::GuestBuf;
 pub struct HostEngine {
     uring: Uring,
     offload: Offload,
+    emulation: Emulation,
     immediate: Vec<Completion>,
 }
 
@@ -22,7 +24,8 @@ impl HostEngine {
     pub fn new() -> io::Result<HostEngine> {
         let uring = Uring::new()?;
         let offload = Offload::new(uring.bell().clone());
-        Ok(HostEngine { uring, offload, immediate: Vec::new() })
+        let emulation = Emulation::default();
+        Ok(HostEngine { uring, offload, emulation, immediate: Vec::new() })
     }
 }
 
@@ -37,12 +40,21 @@ impl Engine for HostEngine {
         ticket: Ticket,
     ) -> Result<(), Ticket> {
         match target {
-            Image::Raw(image) => match operation {
-                IoOp::Discard { offset, len, secure } if image.is_device() => {
-                    self.offload.discard(image, *offset, *len, *secure, ticket)
+            Image::Raw(image) => {
+                let (uring, offload) = (&mut self.uring, &mut self.offload);
+                let mut below = |operation: &IoOp<'_>, ticket| match operation {
+                    IoOp::Discard { offset, len, secure } if image.is_device() => {
+                        offload.discard(image, *offset, *len, *secure, ticket)
+                    }
+                    _ => uring.submit(image.raw_fd(), operation, ticket),
+                };
+                match image.emulation() {
+                    None => below(operation, ticket),
+                    Some(locks) => {
+                        self.emulation.submit(locks, image.raw_fd(), operation, ticket, below)
+                    }
                 }
-                _ => self.uring.submit(image.raw_fd(), operation, ticket),
-            },
+            }
             Image::Null(image) => {
                 self.immediate.push(Completion { ticket, result: null(image, operation) });
                 Ok(())
@@ -64,22 +76,38 @@ impl Engine for HostEngine {
 
     #[inline]
     fn kick(&mut self) -> io::Result<()> {
+        if self.emulation.is_ready() {
+            self.emulation
+                .retry(|file, operation, ticket| self.uring.submit(file, operation, ticket));
+        }
         self.uring.kick()
     }
 
     #[inline]
     fn reap(&mut self, done: &mut Vec<Completion>) {
         done.append(&mut self.immediate);
+        let first = done.len();
         self.uring.reap(done);
         self.offload.reap(done);
+        if !self.emulation.is_idle() {
+            self.emulation.complete(done, first, |file, operation, ticket| {
+                self.uring.submit(file, operation, ticket)
+            });
+        }
     }
 
     fn in_flight(&self) -> usize {
-        self.uring.in_flight() + self.offload.in_flight() + self.immediate.len()
+        self.uring.in_flight()
+            + self.offload.in_flight()
+            + self.emulation.held_back()
+            + self.immediate.len()
     }
 
     fn arm(&mut self) -> io::Result<bool> {
-        Ok(self.uring.arm()? || !self.immediate.is_empty() || self.offload.has_completed())
+        Ok(self.uring.arm()?
+            || !self.immediate.is_empty()
+            || self.offload.has_completed()
+            || self.emulation.is_ready())
     }
 
     fn disarm(&mut self, signalled: bool) {

@@ -4,6 +4,7 @@
 //! result, once. The engine knows neither rings nor grants; its buffers are [`GuestBuf`]s, which
 //! the queue keeps mapped until the ticket is back.
 
+mod emulate;
 pub mod host;
 mod offload;
 mod uring;
@@ -11,6 +12,7 @@ mod uring;
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use crate::limits::QUEUES_PER_WORKER;
 use crate::xen::shm::GuestBuf;
 
 /// Executes operations on targets of one type.
@@ -100,6 +102,10 @@ impl IoOp<'_> {
 #[must_use = "the operation would never be answered"]
 pub struct Ticket(u64);
 
+/// Set in tickets of an engine's own jobs: a queue's number has 16 bits of the upper half.
+const JOB: u64 = 1 << 63;
+const _: () = assert!(QUEUES_PER_WORKER <= 1 << 16);
+
 impl Ticket {
     /// The ticket of a slot of a queue of this worker.
     #[inline]
@@ -120,6 +126,18 @@ impl Ticket {
         self.0 as u32
     }
 
+    /// The ticket of a job that an engine does for itself; no queue has such a number.
+    #[inline]
+    fn of_job(index: usize) -> Ticket {
+        Ticket(JOB | index as u64)
+    }
+
+    /// Which job, for a ticket of [`Ticket::of_job`].
+    #[inline]
+    fn job(&self) -> Option<usize> {
+        (self.0 & JOB != 0).then_some((self.0 & !JOB) as usize)
+    }
+
     /// As `user_data`; [`Ticket::from_user_data`] leads back.
     #[inline]
     pub(crate) fn into_user_data(self) -> u64 {
@@ -134,7 +152,7 @@ impl Ticket {
 }
 
 /// A completed operation.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Completion {
     /// Whose.
     pub ticket: Ticket,

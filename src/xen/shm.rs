@@ -128,6 +128,13 @@ impl GuestBuf {
         unsafe { std::ptr::copy_nonoverlapping(self.address.as_ptr(), to.as_mut_ptr(), len) };
     }
 
+    /// Copies to another piece, as much as both hold. They lie in different mappings, or apart.
+    pub fn copy_into(self, to: GuestBuf) {
+        let len = self.len.min(to.len) as usize;
+        // SAFETY: len bytes are valid on both sides (from_raw, part); `copy` allows overlap.
+        unsafe { std::ptr::copy(self.address.as_ptr(), to.address.as_ptr(), len) };
+    }
+
     /// Fills it with zeroes.
     pub fn zero(self) {
         // SAFETY: the piece is mapped and writable (from_raw, part).

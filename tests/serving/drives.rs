@@ -1,7 +1,7 @@
 //! Drives whose media come and go while their guests read and write.
 
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use polldisk::blkif::op;
 use polldisk::sim::blkfront::device::{Device, Options};
@@ -69,39 +69,51 @@ fn every_read_is_of_one_medium_while_they_change() {
         let guest = rig.drive(domid, &media[0], true);
         let change = rig.changer(domid);
         let mut device = guest.connect(Options { persistent, ..Options::default() });
-        let over = AtomicBool::new(false);
+        let (over, changes) = (AtomicBool::new(false), AtomicUsize::new(0));
         std::thread::scope(|scope| {
-            let (media, over) = (&media, &over);
-            scope.spawn(move || {
-                for round in 0..40 {
-                    change(&media[round % 2]);
+            scope.spawn(|| {
+                for target in media.iter().cycle() {
+                    change(target);
+                    changes.fetch_add(1, Ordering::Relaxed);
+                    if over.load(Ordering::Relaxed) {
+                        break;
+                    }
                 }
-                over.store(true, Ordering::Relaxed);
             });
             let mut seen = [0; 2];
             let mut read = 0;
-            while !over.load(Ordering::Relaxed) || device.in_flight() > 0 {
+            until("both media were read, again and again", || {
                 read += 1;
-                let more = !over.load(Ordering::Relaxed);
-                while more && let Some(buffer) = device.free_buffer() {
+                while let Some(buffer) = device.free_buffer() {
                     device.fill(buffer, &[0xee; 45056]);
                     device.put(op::READ, read * 88 % (SECTORS - 88), 45056);
                 }
                 device.publish().unwrap();
-                let mut data = [0; 45056];
-                while let Some(answer) = device.next_answer().unwrap() {
-                    if answer.status == 0 {
-                        device.drain(answer.buffer, &mut data);
-                        let which = [0xa1, 0xb2].iter().position(|tag| *tag == data[0]);
-                        seen[which.expect("data of a medium")] += 1;
-                        assert!(data.iter().all(|byte| *byte == data[0]), "of two media");
-                    }
-                }
-            }
-            assert!(seen.iter().all(|count| *count > 0), "{seen:?}");
+                look(&mut device, &mut seen);
+                seen.iter().all(|count| *count > 100) && changes.load(Ordering::Relaxed) > 20
+            });
+            over.store(true, Ordering::Relaxed);
+            until("all is answered", || {
+                look(&mut device, &mut seen);
+                device.in_flight() == 0
+            });
         });
-        assert_eq!(tag_of(&guest, &mut device), Some(0xb2));
+        let last = [0xb2, 0xa1][changes.load(Ordering::Relaxed) % 2];
+        assert_eq!(tag_of(&guest, &mut device), Some(last));
         guest.close(device);
+    }
+}
+
+/// Takes answers to reads of 44 KiB, each of which is of one of two media or fails.
+fn look(device: &mut Device, seen: &mut [usize; 2]) {
+    let mut data = [0; 45056];
+    while let Some(answer) = device.next_answer().unwrap() {
+        if answer.status == 0 {
+            device.drain(answer.buffer, &mut data);
+            let which = [0xa1, 0xb2].iter().position(|tag| *tag == data[0]);
+            seen[which.expect("data of a medium")] += 1;
+            assert!(data.iter().all(|byte| *byte == data[0]), "of two media");
+        }
     }
 }
 

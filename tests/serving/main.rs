@@ -11,4 +11,5 @@ mod idle;
 mod io;
 mod reconnect;
 mod rig;
+mod sector_sizes;
 mod system_calls;

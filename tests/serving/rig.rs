@@ -9,6 +9,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use polldisk::blkif::codec::{RawDirect, RawRequest, RawSegment};
+use polldisk::blkif::features::Offer;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{
     Attach, Detach, DiskReport, Eject, Insert, Reply, Request,
@@ -53,14 +54,23 @@ pub struct Rig {
 
 impl Rig {
     pub fn start() -> Rig {
+        Rig::with_workers(1)
+    }
+
+    /// With several workers, each of which may have a ring of a disk.
+    pub fn with_workers(count: u16) -> Rig {
         let stand_in = StandIn::start_temporary().unwrap();
         let platform = stand_in.platform();
         let (reports, events) = event_channel().unwrap();
         let poll = Duration::from_micros(50);
-        let (senders, workers) = spawn_all(&platform, &[None], poll, &reports).unwrap();
+        let (senders, workers) =
+            spawn_all(&platform, &vec![None; count.into()], poll, &reports).unwrap();
         let admin = stand_in.folder().join("admin.sock");
-        let config =
-            control::Config { admin_path: Some(admin.clone()), ..control::Config::default() };
+        let config = control::Config {
+            admin_path: Some(admin.clone()),
+            offer: Offer { queues: count, ..Offer::default() },
+            ..control::Config::default()
+        };
         let dom0 = platform.open_store().unwrap();
         let stop = Doorbell::new().unwrap();
         let control = std::thread::Builder::new().name("control".to_owned()).spawn({
@@ -83,6 +93,11 @@ impl Rig {
         let path = self.images.path().join(name);
         File::create(&path).unwrap().set_len(IMAGE_BYTES).unwrap();
         path
+    }
+
+    /// Where images lie.
+    pub fn images(&self) -> &Path {
+        self.images.path()
     }
 
     pub fn attach(&self, domid: u32, target: &str, read_only: bool) {
@@ -108,6 +123,12 @@ impl Rig {
     /// Changes the medium of a drive from any thread, for none where `target` is empty; returns
     /// once that is done.
     pub fn changer(&self, domid: u32) -> impl Fn(&str) + Send + use<> {
+        let change = self.try_changer(domid);
+        move |target| change(target).unwrap()
+    }
+
+    /// The same, where it may be refused: then with the reason.
+    pub fn try_changer(&self, domid: u32) -> impl Fn(&str) -> Result<(), String> + Send + use<> {
         let admin = self.admin.clone();
         move |target| {
             let vdev = VDEV.into();
@@ -115,7 +136,7 @@ impl Rig {
                 "" => Request::Eject(Eject { domid, vdev }),
                 target => Request::Insert(Insert { domid, vdev, target: target.into() }),
             };
-            request(&admin, &change).unwrap();
+            request(&admin, &change).map(drop).map_err(|error| error.to_string())
         }
     }
 

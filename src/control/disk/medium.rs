@@ -93,7 +93,8 @@ impl Disk {
         }
     }
 
-    fn open_medium(&self, target: &str) -> Result<Image, Failure> {
+    /// Opens a medium that the guest can use.
+    pub fn open_medium(&self, target: &str) -> Result<Image, Failure> {
         let read_only = self.description.as_ref().is_none_or(|description| description.read_only);
         // How its data goes was agreed on with the frontend, whatever this target says of it.
         let (image, _) = open(target, read_only)?;
@@ -104,8 +105,8 @@ impl Disk {
                 errno: libc::EINVAL,
                 text: format!(
                     "{target}: it has blocks of {sector_bytes} bytes, and the guest was told \
-                     {told}, which it asks only once; put the image on storage with blocks of \
-                     {told} bytes, or detach the drive and attach it with this medium"
+                     {told}, which it asks only once; name it with the option emulate-512, or \
+                     detach the drive and attach it with this medium"
                 ),
             }),
         }
