@@ -26,8 +26,9 @@ impl Disk {
     /// Reads which contents the toolstack wants now and acts on it. A drive gets another medium; a
     /// disk without a drive keeps what its guest works with, whatever `params` says.
     pub fn look_at_medium<S: Store>(&mut self, around: &mut Surroundings<'_, S>) -> io::Result<()> {
-        let Some(description) = self.description.as_mut().filter(|_| self.image.is_some()) else {
-            // It is opened afresh when the toolstack starts it over.
+        let is_open = self.image.is_some() && self.machine.backend() != XenbusState::Initialising;
+        let Some(description) = self.description.as_mut().filter(|_| is_open) else {
+            // The toolstack starts it over, or has to: then it is opened afresh.
             return Ok(());
         };
         let Some(target) = area::target(around.store, &self.area)? else { return Ok(()) };
