@@ -62,6 +62,25 @@ impl SimEvents {
         self.new_port(Request::AllocUnbound { remote })
     }
 
+    /// As [`Events::pending`]: how many ports, and whether the descriptor was readable. It can be
+    /// without a port, once, where events cross.
+    pub fn take_pending(&mut self, ports: &mut [Port]) -> (usize, bool) {
+        let mut count = 0;
+        if ports.is_empty() {
+            return (0, false);
+        }
+        let ends = &self.peers.get_mut().ends;
+        let rang = self.mailbox.take_pending(|slot| {
+            // A peer that had not yet seen us unbind may signal a slot that is no port any more.
+            if let (Some(Some(_)), Ok(number)) = (ends.get(slot), u32::try_from(slot)) {
+                ports[count] = Port(self.first_port + number);
+                count += 1;
+            }
+            count < ports.len()
+        });
+        (count, rang)
+    }
+
     fn new_port(&mut self, request: Request<'_>) -> io::Result<Port> {
         let peers = self.peers.get_mut();
         let (words, _) = peers.connection.call(request)?;
@@ -110,20 +129,7 @@ impl Events for SimEvents {
     }
 
     fn pending(&mut self, ports: &mut [Port]) -> io::Result<usize> {
-        let mut count = 0;
-        if ports.is_empty() {
-            return Ok(0);
-        }
-        let ends = &self.peers.get_mut().ends;
-        self.mailbox.take_pending(|slot| {
-            // A peer that had not yet seen us unbind may signal a slot that is no port any more.
-            if let (Some(Some(_)), Ok(number)) = (ends.get(slot), u32::try_from(slot)) {
-                ports[count] = Port(self.first_port + number);
-                count += 1;
-            }
-            count < ports.len()
-        });
-        Ok(count)
+        Ok(self.take_pending(ports).0)
     }
 
     fn unmask(&mut self, ports: &[Port]) -> io::Result<()> {
