@@ -39,7 +39,7 @@ impl Published for Device {
 }
 
 /// A frontend's view of xenstore.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Xenbus {
     store: StoreClient,
     area: String,

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -43,7 +44,9 @@ impl Backend {
             .env("XENSTORED_PATH", folder.join(XENSTORE_SOCKET))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+            .stderr(Stdio::piped())
+            // An interrupt from the terminal is blkload's, which then ends it.
+            .process_group(0);
         sys::die_with_parent(&mut command);
         let mut child =
             command.spawn().with_context(|| format!("cannot start the backend {program}"))?;

@@ -1,5 +1,6 @@
 //! One disk, from its areas in xenstore to its connected rings and back.
 
+use std::io;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -11,6 +12,7 @@ use polldisk::units::{DomId, VbdId};
 use polldisk::xen::Events;
 use polldisk::xen::keys::{self, XenbusState};
 use polldisk::xen::shm::PAGE_BYTES;
+use polldisk::xen::store::StoreClient;
 use serde::Serialize;
 use xenstore_rs::Xs;
 
@@ -26,10 +28,18 @@ const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Disk<E> {
     name: String,
-    xenbus: Xenbus,
-    backend: DomId,
+    vbd: VbdId,
+    store: StoreClient,
+    /// Its areas, once they were found.
+    areas: Option<Areas>,
     queues: Vec<Queue<E>>,
     stage: Stage,
+}
+
+#[derive(Clone, Debug)]
+struct Areas {
+    xenbus: Xenbus,
+    backend: DomId,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -69,40 +79,33 @@ pub struct Negotiated {
 }
 
 impl<E: Events> Disk<E> {
-    /// Finds the areas of a disk of the kernel's domain; `None` where nobody has made them.
-    pub fn find<K: Kernel<Events = E>>(
+    /// A disk of the kernel's domain, whose areas somebody makes or has made.
+    pub fn new<K: Kernel<Events = E>>(
         kernel: &K,
         name: String,
         vbd: VbdId,
-    ) -> anyhow::Result<Option<Disk<E>>> {
-        let store = kernel.open_store()?;
-        let Some(xenbus) = Xenbus::find(&store, vbd)? else { return Ok(None) };
-        let backend = store.read(&xenbus.own(keys::BACKEND_ID))?;
-        let backend = backend.parse().context("the node backend-id of the frontend's area")?;
-        let state = XenbusState::from_text(&store.read(&xenbus.own(keys::STATE))?);
-        let must_restart = state != XenbusState::Initialising;
-        if must_restart {
-            xenbus.set_state(XenbusState::Closed)?;
-        }
-        let stage = Stage::Waiting { must_restart };
-        Ok(Some(Disk { name, xenbus, backend, queues: Vec::new(), stage }))
+    ) -> anyhow::Result<Disk<E>> {
+        let (store, queues) = (kernel.open_store()?, Vec::new());
+        let stage = Stage::Waiting { must_restart: false };
+        Ok(Disk { name, vbd, store, areas: None, queues, stage })
     }
 
-    /// Goes on as far as the backend lets it; `true`: connected.
+    /// Goes on as far as the toolstack and the backend let it; `true`: connected.
     pub fn step<K: Kernel<Events = E>>(&mut self, kernel: &K, plan: &Plan) -> anyhow::Result<bool> {
         use XenbusState::*;
-        let state = self.xenbus.backend_state()?;
+        let Some(Areas { xenbus, backend }) = self.find()? else { return Ok(false) };
+        let state = xenbus.backend_state()?;
         match (self.stage, state) {
             (Stage::Connected(..), _) => return Ok(true),
-            (Stage::Waiting { .. }, InitWait) => self.publish(kernel, plan)?,
+            (Stage::Waiting { .. }, InitWait) => self.publish(kernel, plan, &xenbus, backend)?,
             (Stage::Waiting { must_restart: true }, Closed) => {
-                self.xenbus.start_over()?;
+                xenbus.start_over()?;
                 self.stage = Stage::Waiting { must_restart: false };
             }
             (Stage::Published(wanted), Connected) => {
-                let disk = self.xenbus.disk()?;
+                let disk = xenbus.disk()?;
                 check(&disk, plan).with_context(|| self.name.clone())?;
-                self.xenbus.set_state(Connected)?;
+                xenbus.set_state(Connected)?;
                 self.stage = Stage::Connected(wanted, disk);
                 return Ok(true);
             }
@@ -114,10 +117,37 @@ impl<E: Events> Disk<E> {
         Ok(false)
     }
 
-    fn publish<K: Kernel<Events = E>>(&mut self, kernel: &K, plan: &Plan) -> anyhow::Result<()> {
-        let offered = self.xenbus.offered()?;
-        let mut wanted = plan.wanted.within(&offered);
-        wanted.options.backend = self.backend;
+    /// The areas, where they are complete. A frontend that was here before is closed.
+    fn find(&mut self) -> anyhow::Result<Option<Areas>> {
+        if self.areas.is_some() {
+            return Ok(self.areas.clone());
+        }
+        let Some(xenbus) = Xenbus::find(&self.store, self.vbd)? else { return Ok(None) };
+        let (Some(backend), Some(state)) = (
+            if_there(self.store.read(&xenbus.own(keys::BACKEND_ID)))?,
+            if_there(self.store.read(&xenbus.own(keys::STATE)))?,
+        ) else {
+            return Ok(None);
+        };
+        let backend = backend.parse().context("the node backend-id of the frontend's area")?;
+        let must_restart = XenbusState::from_text(&state) != XenbusState::Initialising;
+        if must_restart {
+            xenbus.set_state(XenbusState::Closed)?;
+        }
+        self.stage = Stage::Waiting { must_restart };
+        self.areas = Some(Areas { xenbus, backend });
+        Ok(self.areas.clone())
+    }
+
+    fn publish<K: Kernel<Events = E>>(
+        &mut self,
+        kernel: &K,
+        plan: &Plan,
+        xenbus: &Xenbus,
+        backend: DomId,
+    ) -> anyhow::Result<()> {
+        let mut wanted = plan.wanted.within(&xenbus.offered()?);
+        wanted.options.backend = backend;
         let options = &mut wanted.options;
         let entries = ring_entries(PAGE_BYTES << options.ring_order, options.protocol) as usize;
         options.buffers = options.buffers.min(entries);
@@ -128,19 +158,20 @@ impl<E: Events> Disk<E> {
         self.queues = (0..wanted.queues)
             .map(|_| Queue::new(kernel, &wanted.options, plan.block_bytes))
             .collect::<anyhow::Result<_>>()?;
-        self.xenbus.publish_all(&self.queues, &wanted)?;
+        xenbus.publish_all(&self.queues, &wanted)?;
         self.stage = Stage::Published(wanted);
         Ok(())
     }
 
     /// How far it has got, for the text of an error.
     pub fn standing(&self) -> String {
-        let at = match self.xenbus.backend_state() {
-            Ok(XenbusState::Unknown) => "has no state".to_owned(),
-            Ok(state) => format!("is at {state}"),
-            Err(error) => format!("cannot be asked ({error})"),
+        let at = match self.areas.as_ref().map(|areas| areas.xenbus.backend_state()) {
+            None => "nobody has attached it to its domain".to_owned(),
+            Some(Ok(XenbusState::Unknown)) => "the backend has no state".to_owned(),
+            Some(Ok(state)) => format!("the backend is at {state}"),
+            Some(Err(error)) => format!("the backend cannot be asked ({error})"),
         };
-        format!("disk {}: the backend {at}", self.name)
+        format!("disk {}: {at}", self.name)
     }
 
     /// What was agreed on; `None` before it is connected.
@@ -182,16 +213,17 @@ impl<E: Events> Disk<E> {
     /// Closes the connection as a driver does that is unloaded.
     pub fn close(&mut self) -> anyhow::Result<()> {
         use XenbusState::{Closed, Closing, InitWait, Unknown};
-        self.xenbus.set_state(Closing)?;
-        self.wait_for(&[Closing, Closed, Unknown])?;
-        self.xenbus.set_state(Closed)?;
-        self.wait_for(&[Closed, InitWait, Unknown])
+        let Some(Areas { xenbus, .. }) = &self.areas else { return Ok(()) };
+        xenbus.set_state(Closing)?;
+        self.wait_for(xenbus, &[Closing, Closed, Unknown])?;
+        xenbus.set_state(Closed)?;
+        self.wait_for(xenbus, &[Closed, InitWait, Unknown])
     }
 
-    fn wait_for(&self, wanted: &[XenbusState]) -> anyhow::Result<()> {
+    fn wait_for(&self, xenbus: &Xenbus, wanted: &[XenbusState]) -> anyhow::Result<()> {
         let end = Instant::now() + CLOSE_PATIENCE;
         loop {
-            let state = self.xenbus.backend_state()?;
+            let state = xenbus.backend_state()?;
             if wanted.contains(&state) {
                 return Ok(());
             }
@@ -200,6 +232,13 @@ impl<E: Events> Disk<E> {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+}
+
+fn if_there<T>(read: io::Result<T>) -> io::Result<Option<T>> {
+    match read {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        read => read.map(Some),
     }
 }
 

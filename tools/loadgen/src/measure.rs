@@ -12,6 +12,7 @@ use crate::clock::Clock;
 use crate::disk::Disk;
 use crate::load::{Gauge, Load, LoadError, Phase, Tally, Wait};
 use crate::options::Plan;
+use crate::pattern::Pattern;
 use crate::queue::Queue;
 use crate::sys;
 use crate::usage::Usage;
@@ -57,6 +58,9 @@ pub struct Measured {
 /// How often the main thread looks whether everything is well.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// How often it does while the last requests are answered.
+const DRAIN_LOOK: Duration = Duration::from_millis(1);
+
 /// Runs the load on connected disks.
 pub fn measure<E: Events + Send>(
     plan: &Plan,
@@ -86,9 +90,17 @@ pub fn measure<E: Events + Send>(
                 false => Ok(()),
             }
         });
-        match &observed {
-            Ok(_) => phase.stop(),
-            Err(_) => phase.abandon(),
+        let observed = observed.and_then(|readings| {
+            phase.stop();
+            // A backend that ends now leaves requests that nobody answers.
+            while !threads.iter().all(ScopedJoinHandle::is_finished) {
+                backend.check()?;
+                std::thread::sleep(DRAIN_LOOK);
+            }
+            Ok(readings)
+        });
+        if observed.is_err() {
+            phase.abandon();
         }
         let mut tallies = Vec::new();
         let mut failure = None;
@@ -110,7 +122,7 @@ pub fn measure<E: Events + Send>(
 /// All that one ring's thread needs.
 struct Part<'a, E> {
     queue: &'a mut Queue<E>,
-    pattern: crate::pattern::Pattern,
+    pattern: Pattern,
     core: Option<usize>,
     /// Which of all rings, and how many there are.
     number: u64,
@@ -181,8 +193,8 @@ fn observe(
     let (warmup_ns, sample_ns) = (as_ns(plan.warmup), as_ns(plan.sample));
     let sleep_until = |at_ns: u64, backend: &mut dyn Watched| {
         while clock.now_ns() < at_ns {
-            backend.check()?;
             look()?;
+            backend.check()?;
             clock.sleep_until(at_ns.min(clock.now_ns() + as_ns(LOOK)));
         }
         anyhow::Ok(())

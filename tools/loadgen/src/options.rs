@@ -89,6 +89,10 @@ pub struct Options {
     /// from 1
     #[arg(long, value_name = "TEXT", help_heading = "Disks")]
     pub target: Option<String>,
+    /// Leave it to the backend to make the disks' areas in xenstore, as QEMU does for its -device
+    /// xen-disk
+    #[arg(long, conflicts_with_all = ["target", "nodes", "echo", "xen"], help_heading = "Disks")]
+    pub no_toolstack: bool,
     /// Kind of the backend's areas in xenstore: vbd, qdisk, ...
     #[arg(long, value_name = "TYPE", default_value = "vbd", help_heading = "Disks")]
     pub backend_type: String,
@@ -245,7 +249,7 @@ impl Options {
     }
 
     fn check_disks(&self) -> anyhow::Result<()> {
-        if self.target.is_none() && !self.xen && !self.echo {
+        if self.target.is_none() && !self.xen && !self.echo && !self.no_toolstack {
             bail!("--target: say what the disks hold, such as null:8G or raw:/srv/{{n}}.img");
         }
         if self.xen && (self.disks, self.domains) != (1, 1) {
@@ -431,6 +435,7 @@ mod test {
         for (line, part) in [
             ("--xen", "--vdev"),
             ("--echo --pid 5", "--pid"),
+            ("--no-toolstack --target null:1G", "cannot be used with"),
             ("--echo -- backend", "cannot be used with"),
             ("--echo --depth 32 --block-size 4M --queues 2", "more than a domain can grant"),
         ] {

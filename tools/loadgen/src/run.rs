@@ -45,10 +45,11 @@ fn on_stand_in(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> 
     let kernels = domains(plan, &stand_in)?;
     let mut disks = Vec::new();
     for place in &places {
-        toolstack::make(&dom0, plan, place)?;
+        if !plan.options.no_toolstack {
+            toolstack::make(&dom0, plan, place)?;
+        }
         let kernel = &kernels[place.domain];
-        let disk = Disk::find(kernel, place.name(), place.vbd)?;
-        disks.push((kernel, disk.context("the disk's areas have vanished")?));
+        disks.push((kernel, Disk::new(kernel, place.name(), place.vbd)?));
     }
     let mut server = Server::start(plan, &platform, &places)?;
     if plan.options.command.is_empty() && !plan.options.echo {
@@ -93,13 +94,7 @@ fn on_xen(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> {
     let vdev = plan.options.vdev.context("--xen needs --vdev")?;
     let kernel = XenKernel::open()?;
     let own = kernel.open_store()?.read(keys::OWN_DOMID)?;
-    let disk = Disk::find(&kernel, format!("{own}:{vdev}"), vdev.id())?.with_context(|| {
-        format!(
-            "this domain has no disk {vdev}: attach it first (polldisk attach --domid {own} \
-             --vdev {vdev} --target ...)"
-        )
-    })?;
-    let mut disks = [(&kernel, disk)];
+    let mut disks = [(&kernel, Disk::new(&kernel, format!("{own}:{vdev}"), vdev.id())?)];
     let mut server = Server::Other { kind: "xen", pid: plan.options.pid };
     connect(plan, &mut disks, &mut server, interrupted)?;
     let (measured, negotiated) = drive(plan, &mut disks, &mut server, interrupted)?;
@@ -124,10 +119,10 @@ fn connect<K: Kernel>(
         if waiting.is_empty() {
             return Ok(());
         }
-        server.check()?;
         if interrupted.load(Ordering::Relaxed) {
             bail!("interrupted; {}", waiting.join("; "));
         }
+        server.check()?;
         if Instant::now() > end {
             let patience = plan.patience.as_secs_f64();
             let (waiting, output) = (waiting.join("; "), server.last_output());

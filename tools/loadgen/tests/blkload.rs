@@ -209,6 +209,8 @@ fn a_backend_that_refuses_or_ends_or_never_comes_is_named() {
         told.contains("disk 1:xvda: the backend is at Initialising; it wrote nothing"),
         "{told}"
     );
+    let told = error(&blkload("--no-toolstack --patience 0.1", &["sleep", "1000"]));
+    assert!(told.contains("disk 1:xvda: nobody has attached it to its domain"), "{told}");
     let told = error(&blkload("--target null:1G", &["/no/such/backend"]));
     assert!(told.contains("cannot start the backend /no/such/backend"), "{told}");
 }
@@ -251,6 +253,31 @@ fn another_process_may_be_the_backend_and_be_measured() {
     assert_sound(&json(&output));
     let told = String::from_utf8_lossy(&output.stderr);
     assert!(told.contains(&format!("POLLDISK_STAND_IN={}", path.display())), "{told}");
+}
+
+#[test]
+fn an_interrupt_ends_the_backend_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let pid_file = folder.path().join("pid");
+    let script =
+        format!("echo $$ > {}; exec {} --workers 1", pid_file.display(), backend().display());
+    let blkload = Command::new(env!("CARGO_BIN_EXE_blkload"))
+        .args(["--target", "null:1G", "--seconds", "10000", "--", "sh", "-c", &script])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let backend = loop {
+        match std::fs::read_to_string(&pid_file) {
+            Ok(text) if text.ends_with('\n') => break text.trim().to_owned(),
+            _ => std::thread::sleep(std::time::Duration::from_millis(5)),
+        }
+    };
+    let kill =
+        |pid: &str| Command::new("sh").args(["-c", &format!("kill {pid}")]).status().unwrap();
+    assert!(kill(&blkload.id().to_string()).success());
+    let told = error(&blkload.wait_with_output().unwrap());
+    assert!(told.contains("interrupted"), "{told}");
+    assert!(!Path::new("/proc").join(backend).exists());
 }
 
 #[test]
