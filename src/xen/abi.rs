@@ -230,6 +230,36 @@ pub const IOCTL_GNTDEV_SET_MAX_GRANTS: libc::Ioctl =
 /// `IOCTL_GNTDEV_GRANT_COPY`.
 pub const IOCTL_GNTDEV_GRANT_COPY: libc::Ioctl = ioctl(b'G', 8, size_of::<GntdevGrantCopy>());
 
+// /dev/xen/gntalloc: include/uapi/xen/gntalloc.h.
+
+/// `struct ioctl_gntalloc_alloc_gref` with room for a whole batch.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct GntallocAllocGref {
+    /// In: who may map the pages.
+    pub domid: u16,
+    /// In: [`GNTALLOC_FLAG_WRITABLE`] or 0.
+    pub flags: u16,
+    /// In: how many pages.
+    pub count: u32,
+    /// Out: the offset for mmap, in bytes.
+    pub index: u64,
+    /// Out: the pages' references.
+    pub refs: [u32; limits::PAGES_PER_ALLOC],
+}
+const _: () = {
+    assert!(std::mem::offset_of!(GntallocAllocGref, flags) == 2);
+    assert!(std::mem::offset_of!(GntallocAllocGref, count) == 4);
+    assert!(std::mem::offset_of!(GntallocAllocGref, index) == 8);
+    assert!(std::mem::offset_of!(GntallocAllocGref, refs) == 16);
+};
+
+/// `GNTALLOC_FLAG_WRITABLE`: whoever maps a page may write it.
+pub const GNTALLOC_FLAG_WRITABLE: u16 = 1;
+
+/// `IOCTL_GNTALLOC_ALLOC_GREF`; its size counts one element of the array, and padding.
+pub const IOCTL_GNTALLOC_ALLOC_GREF: libc::Ioctl = ioctl(b'G', 5, 24);
+
 // /dev/xen/evtchn: include/uapi/xen/evtchn.h.
 
 /// `struct ioctl_evtchn_bind_interdomain`.
@@ -297,6 +327,7 @@ mod test {
         assert_eq!(IOCTL_GNTDEV_GRANT_COPY, 0x0010_4708);
         assert_eq!(IOCTL_GNTDEV_GET_OFFSET_FOR_VADDR, 0x0018_4702);
         assert_eq!(IOCTL_GNTDEV_SET_MAX_GRANTS, 0x0004_4703);
+        assert_eq!(IOCTL_GNTALLOC_ALLOC_GREF, 0x0018_4705);
         assert_eq!(IOCTL_EVTCHN_BIND_INTERDOMAIN, 0x0008_4501);
         assert_eq!(IOCTL_EVTCHN_BIND_UNBOUND_PORT, 0x0004_4502);
         assert_eq!(IOCTL_EVTCHN_UNBIND, 0x0004_4503);
