@@ -143,6 +143,9 @@ pub struct Options {
     pub command: Vec<String>,
 }
 
+/// Samples of a run: each costs every ring's thread half a megabyte.
+const SAMPLES_MAX: usize = 100;
+
 const EXAMPLES: &str = "Examples:
   blkload --echo --wait busy --cores 0,1
   blkload --target null:8G --depth 32 -- env LD_PRELOAD=$LIB polldisk serve --admin {folder}/admin
@@ -212,8 +215,8 @@ impl Options {
         if self.rate == Some(0) {
             bail!("--rate 0: give 1 or more requests a second, or leave it out");
         }
-        if self.samples == 0 || self.samples > 1000 {
-            bail!("--samples {}: give 1 to 1000", self.samples);
+        if self.samples == 0 || self.samples > SAMPLES_MAX {
+            bail!("--samples {}: give 1 to {SAMPLES_MAX}", self.samples);
         }
         self.check_disks()?;
         let block_bytes = usize::try_from(self.block_size.0).unwrap_or(usize::MAX);
@@ -411,7 +414,7 @@ mod test {
             ("--echo --queues 0", "--queues 0: give 1 to 256"),
             ("--echo --ring-order 6", "--ring-order 6: give 0 to 5"),
             ("--echo --cores 0,3", "--cores 0,3: core 3 is not there; choose from [0, 1, 2]"),
-            ("--echo --samples 0", "--samples 0: give 1 to 1000"),
+            ("--echo --samples 0", "--samples 0: give 1 to 100"),
             ("--echo --seconds=-1", "--seconds -0.2: give a number of seconds"),
             ("--echo --seconds 0", "--seconds 0: give at least a millisecond for each sample"),
             (

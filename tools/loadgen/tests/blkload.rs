@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use serde_json::Value;
 
-/// What `cargo test` has built beside blkload.
+/// An example, which `cargo test` builds beside blkload, and `cargo test --test` does not.
 fn backend() -> PathBuf {
     let examples = Path::new(env!("CARGO_BIN_EXE_blkload")).with_file_name("examples");
     examples.join("polldisk-on-stand-in")
@@ -253,6 +253,14 @@ fn another_process_may_be_the_backend_and_be_measured() {
     assert_sound(&json(&output));
     let told = String::from_utf8_lossy(&output.stderr);
     assert!(told.contains(&format!("POLLDISK_STAND_IN={}", path.display())), "{told}");
+}
+
+#[test]
+fn a_backend_that_dies_under_load_ends_the_run() {
+    let script = format!("(sleep 1; kill -9 $$) & exec {} --workers 1", backend().display());
+    let output = blkload_after("--warmup 10000", "--target null:1G", &["sh", "-c", &script]);
+    let told = error(&output);
+    assert!(told.contains("the backend ended (signal: 9 (SIGKILL))"), "{told}");
 }
 
 #[test]
