@@ -73,12 +73,13 @@ impl Mailbox {
         }
     }
 
-    /// Silences the bell and takes pending, unmasked slots, which become masked. `take` gets each
-    /// and says whether there is room for more. Returns whether the bell had rung: it can have
-    /// without a slot, where one that rang was taken before its bell was heard.
-    pub fn take_pending(&self, mut take: impl FnMut(usize) -> bool) -> bool {
+    /// Silences the bell and takes those of the first `slots` that are pending and unmasked, which
+    /// become masked. `take` gets each and says whether there is room for more. Returns whether the
+    /// bell had rung: it can have without a slot, where one was taken before its bell was heard.
+    pub fn take_pending(&self, slots: usize, mut take: impl FnMut(usize) -> bool) -> bool {
         let rang = self.silence();
-        for word in 0..WORDS {
+        let words = slots.div_ceil(64);
+        for word in 0..words {
             let mut ready = self.ready(word);
             while ready != 0 {
                 let slot = word * 64 + ready.trailing_zeros() as usize;
@@ -87,7 +88,7 @@ impl Mailbox {
                 self.pending(word).fetch_and(!bit(slot), Ordering::SeqCst);
                 if !take(slot) {
                     // Who rang for the others was silenced: the descriptor stays readable.
-                    if ready != 0 || (word + 1..WORDS).any(|word| self.ready(word) != 0) {
+                    if ready != 0 || (word + 1..words).any(|word| self.ready(word) != 0) {
                         self.ring();
                     }
                     return rang;
@@ -156,7 +157,7 @@ mod test {
 
     fn taken(mailbox: &Mailbox, room: usize) -> Vec<usize> {
         let mut slots = Vec::new();
-        mailbox.take_pending(|slot| {
+        mailbox.take_pending(SLOTS, |slot| {
             slots.push(slot);
             slots.len() < room
         });
@@ -203,7 +204,18 @@ mod test {
         mailbox.notify(4);
         assert_eq!(taken(&mailbox, 1), [3]);
         assert_eq!(taken(&mailbox, 1), [4], "the bell rang on for it");
-        assert!(!mailbox.take_pending(|_| true), "and then for nobody");
+        assert!(!mailbox.take_pending(SLOTS, |_| true), "and then for nobody");
+    }
+
+    #[test]
+    fn a_bell_that_is_heard_late_is_told_from_silence() {
+        let mailbox = Mailbox::create().unwrap();
+        mailbox.notify(3);
+        assert_eq!(taken(&mailbox, 8), [3]);
+        // Who notified had set the slot, and rings only now.
+        mailbox.ring();
+        assert!(mailbox.take_pending(SLOTS, |_| true));
+        assert!(!mailbox.take_pending(SLOTS, |_| true));
     }
 
     #[test]

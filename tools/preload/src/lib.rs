@@ -7,16 +7,16 @@
 //!
 //! | module | what it does |
 //! |---|---|
-//! | [`symbols`] | the C library's functions as programs see them |
-//! | [`next`] | the same functions as the C library has them |
-//! | [`handles`] | which descriptors are devices of ours |
-//! | [`evtchn`], [`gntdev`] | the devices |
-//! | [`mappings`] | granted pages in the program's memory |
-//! | [`hypercalls`] | what the linker wants |
-//! | [`settings`] | what the environment says |
+//! | `symbols` | the C library's functions as programs see them |
+//! | `next` | the same functions as the C library has them |
+//! | `handles` | which descriptors are devices of ours |
+//! | `evtchn`, `gntdev` | the devices |
+//! | `mappings` | granted pages in the program's memory |
+//! | `hypercalls` | what the linker wants |
+//! | `settings` | what the environment says |
 //!
 //! A function of the C library that a device of ours calls while it serves the program comes back
-//! here, since programs and libraries share one name space; [`handles::Inside`] lets it through.
+//! here, since programs and libraries share one name space; `handles::Inside` lets it through.
 
 mod evtchn;
 mod gntdev;

@@ -1,9 +1,8 @@
 //! The C library's functions as programs see them.
 //!
 //! Each looks whether it is about a device of ours, and else passes the call on. `open`, `ioctl`
-//! and `fcntl` are variadic in C; with three fixed arguments they take the same registers in the
-//! calling conventions of x86_64 and aarch64 Linux, and an argument that was not passed is not
-//! looked at.
+//! and `fcntl` are variadic in C; with fixed arguments they take the same registers in the calling
+//! convention of x86_64 Linux, and an argument that was not passed is only passed on.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_char, c_int, c_ulong, c_void};
