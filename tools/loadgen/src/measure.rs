@@ -68,7 +68,10 @@ pub fn measure<E: Events + Send>(
     backend: &mut dyn Watched,
     interrupted: &AtomicBool,
 ) -> anyhow::Result<Measured> {
-    let parts = parts(plan, disks)?;
+    let parts = match plan.options.idle {
+        true => Vec::new(),
+        false => parts(plan, disks)?,
+    };
     let gauges: Vec<Gauge> = parts.iter().map(|_| Gauge::default()).collect();
     let (clock, phase) = (Clock::start(), Phase::default());
     std::thread::scope(|scope| {

@@ -46,6 +46,9 @@ pub struct Options {
     /// request was due [default: as many as the backend answers]
     #[arg(long, value_name = "IOPS", help_heading = "Load")]
     pub rate: Option<u64>,
+    /// No requests: what the disks cost by being there
+    #[arg(long, conflicts_with = "rate", help_heading = "Load")]
+    pub idle: bool,
     /// How a ring's thread waits for responses
     #[arg(long, value_enum, default_value_t = WaitKind::Block, help_heading = "Load")]
     pub wait: WaitKind,

@@ -1,5 +1,7 @@
 //! What a run is reported as: JSON with everything, and a short table.
 
+use std::time::Duration;
+
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
@@ -18,6 +20,8 @@ pub struct Report {
     pub load: LoadAsked,
     /// Who served the disks.
     pub backend: BackendAsked,
+    /// Seconds from the start of the backend until all disks were connected.
+    pub connect_s: f64,
     /// What each disk's ends agreed on.
     pub disks: Vec<Negotiated>,
     /// The whole measured time.
@@ -173,6 +177,7 @@ impl Report {
     pub fn new(
         plan: &Plan,
         kind: &'static str,
+        connect: Duration,
         disks: Vec<Negotiated>,
         measured: &Measured,
     ) -> Report {
@@ -194,6 +199,7 @@ impl Report {
             version: env!("CARGO_PKG_VERSION"),
             load: LoadAsked::new(plan),
             backend: BackendAsked::new(plan, kind),
+            connect_s: connect.as_secs_f64(),
             disks,
             total: Figures::new(plan, first, last, &all, true),
             samples,
@@ -360,6 +366,18 @@ impl std::fmt::Display for Report {
         if total.load_cpu_us_per_io.is_some() {
             writeln!(f, "load CPU {} us per I/O", optional(total.load_cpu_us_per_io))?;
         }
+        if total.ios == 0
+            && let Some(backend) = &total.backend
+        {
+            writeln!(
+                f,
+                "backend CPU {:.3}% of a core, memory {} KiB for {} disks, connected within {:.3} s",
+                backend.cpu_percent,
+                backend.rss_bytes / 1024,
+                self.disks.len(),
+                self.connect_s
+            )?;
+        }
         write!(
             f,
             "notifications per I/O: {} to the backend, {} from it",
@@ -461,7 +479,7 @@ mod test {
             reading(2 * second, 1001, 2_002_000),
         ];
         let measured = Measured { readings, tallies: vec![tally] };
-        Report::new(&plan, "echo", Vec::new(), &measured)
+        Report::new(&plan, "echo", Duration::from_millis(1), Vec::new(), &measured)
     }
 
     #[test]
@@ -497,6 +515,7 @@ mod test {
             "/load/block_bytes",
             "/load/rate_iops",
             "/backend/kind",
+            "/connect_s",
             "/total/iops",
             "/total/latency/p999_ns",
             "/total/latency/cdf/0/percentile",

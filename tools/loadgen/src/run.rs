@@ -51,21 +51,25 @@ fn on_stand_in(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> 
         let kernel = &kernels[place.domain];
         disks.push((kernel, Disk::new(kernel, place.name(), place.vbd)?));
     }
+    let started = Instant::now();
     let mut server = Server::start(plan, &platform, &places)?;
     if plan.options.command.is_empty() && !plan.options.echo {
         announce(&stand_in);
     }
     let measured = connect(plan, &mut disks, &mut server, interrupted)
         .map_err(|error| add_backend_errors(error, &dom0, plan, &places))
-        .and_then(|()| drive(plan, &mut disks, &mut server, interrupted));
-    let (measured, negotiated) = measured?;
+        .and_then(|()| {
+            let connect = started.elapsed();
+            Ok((connect, drive(plan, &mut disks, &mut server, interrupted)?))
+        });
+    let (connect, (measured, negotiated)) = measured?;
     let mapped: usize = kernels.iter().filter_map(Kernel::mapped).sum();
     if mapped > 0 {
         eprintln!("the backend still has {mapped} pages mapped although its disks are closed");
     }
     let kind = server.kind();
     server.end()?;
-    Ok(Report::new(plan, kind, negotiated, &measured))
+    Ok(Report::new(plan, kind, connect, negotiated, &measured))
 }
 
 /// The domains, each with the memory that its disks' rings and buffers take.
@@ -96,9 +100,11 @@ fn on_xen(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> {
     let own = kernel.open_store()?.read(keys::OWN_DOMID)?;
     let mut disks = [(&kernel, Disk::new(&kernel, format!("{own}:{vdev}"), vdev.id())?)];
     let mut server = Server::Other { kind: "xen", pid: plan.options.pid };
+    let started = Instant::now();
     connect(plan, &mut disks, &mut server, interrupted)?;
+    let connect = started.elapsed();
     let (measured, negotiated) = drive(plan, &mut disks, &mut server, interrupted)?;
-    Ok(Report::new(plan, "xen", negotiated, &measured))
+    Ok(Report::new(plan, "xen", connect, negotiated, &measured))
 }
 
 /// Goes on with all disks until they are connected.

@@ -1,6 +1,7 @@
 //! The one developer entry point: `cargo xtask <command>`.
 
 mod abi_check;
+mod compare;
 mod lab;
 
 use std::process::ExitCode;
@@ -12,12 +13,14 @@ use clap::Parser;
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 enum Command {
     AbiCheck(abi_check::Arguments),
+    Compare(compare::Arguments),
     Lab(lab::Arguments),
 }
 
 fn main() -> ExitCode {
     let result = match Command::parse() {
         Command::AbiCheck(arguments) => abi_check::run(&arguments),
+        Command::Compare(arguments) => compare::run(&arguments),
         Command::Lab(arguments) => lab::run(arguments),
     };
     match result {

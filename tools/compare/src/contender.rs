@@ -1,0 +1,332 @@
+//! Who is measured, in which setting.
+//!
+//! Written as `polldisk`, `polldisk:workers=2`, `qemu:iothread`, `qemu:main-loop`,
+//! `qemu:iothread,buffered`, `qemu:iothread,native`, `qemu:iothread,io_uring`, `fio` or
+//! `fio:registered`.
+
+use std::fmt;
+use std::str::FromStr;
+
+use anyhow::{Context, Error, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::scenario::{Load, Wait};
+
+/// A program in a setting.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Contender {
+    /// `polldisk serve` with so many workers.
+    Polldisk {
+        /// 1 where it is not said.
+        workers: u32,
+    },
+    /// QEMU's xen-block.
+    Qemu {
+        /// The disk has a thread of its own; else it is served by the main loop.
+        iothread: bool,
+        /// How it reads and writes a file.
+        files: Files,
+    },
+    /// fio with io_uring on the file itself: no backend at all.
+    Fio {
+        /// With registered files and buffers, submitting and completing in batches.
+        registered: bool,
+    },
+}
+
+/// The programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// Ours.
+    Polldisk,
+    /// QEMU.
+    Qemu,
+    /// fio.
+    Fio,
+}
+
+/// How QEMU reads and writes a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Files {
+    /// O_DIRECT, by a pool of threads.
+    Threads,
+    /// Through the page cache, by a pool of threads.
+    Buffered,
+    /// O_DIRECT, by Linux AIO, where QEMU was built with it.
+    Native,
+    /// O_DIRECT, by io_uring, where QEMU was built with it.
+    IoUring,
+}
+
+impl Default for Contender {
+    fn default() -> Contender {
+        Contender::Polldisk { workers: 1 }
+    }
+}
+
+impl Contender {
+    /// Its program.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Contender::Polldisk { .. } => Kind::Polldisk,
+            Contender::Qemu { .. } => Kind::Qemu,
+            Contender::Fio { .. } => Kind::Fio,
+        }
+    }
+
+    /// Whether a goal's text means it: its program, or exactly it.
+    pub fn is(&self, name: &str) -> bool {
+        self.kind().name() == name || self.to_string() == name
+    }
+
+    /// Cores that it may use under a load.
+    pub fn cores(&self) -> u32 {
+        match self {
+            Contender::Polldisk { workers } => *workers,
+            _ => 1,
+        }
+    }
+}
+
+impl Kind {
+    /// As contenders' texts begin.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Polldisk => "polldisk",
+            Kind::Qemu => "qemu",
+            Kind::Fio => "fio",
+        }
+    }
+}
+
+impl Files {
+    const ALL: [Files; 4] = [Files::Threads, Files::Buffered, Files::Native, Files::IoUring];
+
+    fn name(self) -> &'static str {
+        match self {
+            Files::Threads => "threads",
+            Files::Buffered => "buffered",
+            Files::Native => "native",
+            Files::IoUring => "io_uring",
+        }
+    }
+
+    /// The properties of a block device of QEMU's.
+    fn properties(self) -> &'static str {
+        match self {
+            Files::Threads => "cache.direct=on,aio=threads",
+            Files::Buffered => "cache.direct=off,aio=threads",
+            Files::Native => "cache.direct=on,aio=native",
+            Files::IoUring => "cache.direct=on,aio=io_uring",
+        }
+    }
+}
+
+impl fmt::Display for Contender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Contender::Polldisk { workers: 1 } => write!(f, "polldisk"),
+            Contender::Polldisk { workers } => write!(f, "polldisk:workers={workers}"),
+            Contender::Qemu { iothread, files } => {
+                write!(f, "qemu:{}", if *iothread { "iothread" } else { "main-loop" })?;
+                match files {
+                    Files::Threads => Ok(()),
+                    files => write!(f, ",{}", files.name()),
+                }
+            }
+            Contender::Fio { registered: false } => write!(f, "fio"),
+            Contender::Fio { registered: true } => write!(f, "fio:registered"),
+        }
+    }
+}
+
+impl FromStr for Contender {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Contender, Error> {
+        let unknown = || format!("{text}: no such setting");
+        let (program, setting) = text.split_once(':').unwrap_or((text, ""));
+        match (program, setting) {
+            ("polldisk", "") => Ok(Contender::default()),
+            ("polldisk", setting) => {
+                let workers = setting.strip_prefix("workers=").with_context(unknown)?;
+                Ok(Contender::Polldisk { workers: workers.parse().with_context(unknown)? })
+            }
+            ("qemu", setting) => {
+                let (thread, files) = setting.split_once(',').unwrap_or((setting, "threads"));
+                let iothread = match thread {
+                    "iothread" => true,
+                    "main-loop" => false,
+                    _ => bail!(unknown()),
+                };
+                let files = Files::ALL.into_iter().find(|kind| kind.name() == files);
+                Ok(Contender::Qemu { iothread, files: files.with_context(unknown)? })
+            }
+            ("fio", "") => Ok(Contender::Fio { registered: false }),
+            ("fio", "registered") => Ok(Contender::Fio { registered: true }),
+            _ => bail!("{text}: no such contender; there are polldisk, qemu and fio"),
+        }
+    }
+}
+
+impl TryFrom<String> for Contender {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Contender, Error> {
+        text.parse()
+    }
+}
+
+impl From<Contender> for String {
+    fn from(contender: Contender) -> String {
+        contender.to_string()
+    }
+}
+
+/// What a disk holds: a size in bytes, and a file unless it is nothing.
+#[derive(Clone, Debug)]
+pub struct Contents {
+    /// The file.
+    pub file: Option<String>,
+    /// Its size, or that of the disk.
+    pub bytes: u64,
+}
+
+/// polldisk's command line behind `serve`.
+pub fn polldisk_arguments(workers: u32) -> Vec<String> {
+    ["--workers", &workers.to_string(), "--admin", "{folder}/admin.sock"].map(str::to_owned).into()
+}
+
+/// What the disks hold, as polldisk is told.
+pub fn polldisk_target(contents: &Contents) -> String {
+    match &contents.file {
+        None => format!("null:{}", contents.bytes),
+        Some(file) => format!("raw:{file}"),
+    }
+}
+
+/// QEMU's command line, for a disk of domain 1.
+pub fn qemu_arguments(iothread: bool, files: Files, contents: &Contents) -> Vec<String> {
+    let fixed = "-machine xenpv -xen-attach -xen-domid 1 -nodefaults -no-user-config -vnc none \
+                 -nographic -m 512";
+    let mut arguments: Vec<String> = fixed.split(' ').map(str::to_owned).collect();
+    let mut device = "xen-disk,drive=n0,vdev=xvda".to_owned();
+    if iothread {
+        arguments.extend(["-object", "iothread,id=io0"].map(str::to_owned));
+        device.push_str(",iothread=io0");
+    }
+    let drive = match &contents.file {
+        // Reads that leave the guest's memory alone would save QEMU the copy.
+        None => format!("driver=null-co,node-name=n0,size={},read-zeroes=off", contents.bytes),
+        Some(file) => format!("driver=file,node-name=n0,filename={file},{}", files.properties()),
+    };
+    arguments.extend(["-blockdev".to_owned(), drive, "-device".to_owned(), device]);
+    arguments
+}
+
+/// fio's command line, for so many seconds.
+pub fn fio_arguments(registered: bool, load: &Load, file: &str, seconds: f64) -> Vec<String> {
+    let way = match (load.read, load.sequential) {
+        (0, false) => "randwrite",
+        (0, true) => "write",
+        (_, false) => "randread",
+        (_, true) => "read",
+    };
+    let mut arguments = vec![
+        format!("--filename={file}"),
+        format!("--rw={way}"),
+        format!("--bs={}k", load.block_kib),
+        format!("--iodepth={}", load.depth),
+        format!("--runtime={}ms", (seconds * 1e3).round()),
+    ];
+    let fixed = "--name=limit --ioengine=io_uring --direct=1 --thread --time_based --norandommap \
+                 --randrepeat=0 --lat_percentiles=1 --clat_percentiles=0 --slat_percentiles=0 \
+                 --output-format=json";
+    arguments.extend(fixed.split(' ').map(str::to_owned));
+    let percentiles = "1:5:10:20:30:40:50:60:70:80:90:95:98:99:99.5:99.9:99.99";
+    arguments.push(format!("--percentile_list={percentiles}"));
+    if registered {
+        let batch = (load.depth / 2).max(1);
+        arguments.extend(["--registerfiles=1", "--fixedbufs=1"].map(str::to_owned));
+        arguments.push(format!("--iodepth_batch_submit={batch}"));
+        arguments.push(format!("--iodepth_batch_complete_max={}", load.depth));
+    }
+    arguments
+}
+
+/// blkload's options that say the load.
+pub fn blkload_arguments(load: &Load) -> Vec<String> {
+    let mut arguments = Vec::new();
+    let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
+    option("--read", load.read.to_string());
+    option("--block-size", format!("{}K", load.block_kib));
+    option("--depth", load.depth.to_string());
+    option("--disks", load.disks.to_string());
+    option("--domains", load.disks.to_string());
+    let wait = match load.wait {
+        Wait::Busy => "busy",
+        Wait::Block => "block",
+    };
+    option("--wait", wait.to_owned());
+    for (is_set, flag) in [(load.sequential, "--sequential"), (load.idle, "--idle")] {
+        if is_set {
+            arguments.push(flag.to_owned());
+        }
+    }
+    arguments
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn texts_are_read_as_they_are_written() {
+        for text in [
+            "polldisk",
+            "polldisk:workers=2",
+            "qemu:iothread",
+            "qemu:main-loop",
+            "qemu:iothread,buffered",
+            "qemu:main-loop,native",
+            "fio",
+            "fio:registered",
+        ] {
+            assert_eq!(text.parse::<Contender>().unwrap().to_string(), text);
+        }
+        for text in ["", "qemu", "qemu:iothread,x", "polldisk:workers=x", "fio:x", "tapdisk"] {
+            assert!(text.parse::<Contender>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_goal_means_a_program_or_one_setting_of_it() {
+        let contender: Contender = "qemu:main-loop".parse().unwrap();
+        assert!(contender.is("qemu") && contender.is("qemu:main-loop"));
+        assert!(!contender.is("qemu:iothread") && !contender.is("fio"));
+    }
+
+    #[test]
+    fn qemu_is_told_its_setting() {
+        let contents = Contents { file: Some("/x.img".to_owned()), bytes: 0 };
+        let line = qemu_arguments(true, Files::IoUring, &contents).join(" ");
+        assert!(line.ends_with(
+            "-object iothread,id=io0 -blockdev driver=file,node-name=n0,filename=/x.img,\
+             cache.direct=on,aio=io_uring -device xen-disk,drive=n0,vdev=xvda,iothread=io0"
+        ));
+        let nothing = Contents { file: None, bytes: 4096 };
+        let line = qemu_arguments(false, Files::Threads, &nothing).join(" ");
+        assert!(line.contains("null-co,node-name=n0,size=4096,read-zeroes=off"), "{line}");
+        assert!(!line.contains("iothread"), "{line}");
+    }
+
+    #[test]
+    fn fio_does_what_the_load_says() {
+        let load = Load { read: 0, depth: 8, ..Load::default() };
+        let line = fio_arguments(true, &load, "/x.img", 1.5).join(" ");
+        for part in ["--rw=randwrite", "--iodepth=8 ", "--runtime=1500ms", "_batch_submit=4"] {
+            assert!(line.contains(part), "{part}: {line}");
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! What a whole run is reported as: JSON with everything, and Markdown for people.
+
+use std::fmt::Write;
+
+use serde::Serialize;
+
+use crate::contender::Kind;
+use crate::machine::{Machine, Quietness};
+use crate::run::{CaseOutcome, Entry, Extent, Outcome};
+use crate::sample::Metric;
+use crate::storage::Place;
+use crate::verdict::{self, Interval, Judged, Verdict};
+
+/// Everything that is known of a run.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// What it ran on.
+    pub machine: Machine,
+    /// How quiet that was.
+    pub quietness: Quietness,
+    /// How much was measured.
+    pub extent: Extent,
+    /// Where files were.
+    pub places: Vec<Place>,
+    /// Of each scenario.
+    pub scenarios: Vec<ScenarioReport>,
+}
+
+/// A scenario, measured and judged.
+#[derive(Clone, Debug, Serialize)]
+pub struct ScenarioReport {
+    /// Its goals.
+    pub goals: Vec<Judged>,
+    /// Its turns.
+    pub outcome: Outcome,
+}
+
+/// A plot that was drawn.
+#[derive(Clone, Debug)]
+pub struct Plot {
+    /// Its file, beside the report.
+    pub file: String,
+    /// What it shows.
+    pub title: String,
+}
+
+/// Load average from which a run is said to be disturbed.
+const BUSY_LOAD_AVERAGE: f64 = 0.5;
+
+/// Stolen time from which it is.
+const BUSY_STOLEN_PERCENT: f64 = 1.0;
+
+impl Report {
+    /// Whether every goal that this machine can be asked about is met.
+    pub fn all_met(&self) -> bool {
+        let mut goals = self.scenarios.iter().flat_map(|s| &s.goals);
+        goals.all(|judged| matches!(judged.verdict, Verdict::Met | Verdict::NotPossible))
+    }
+
+    /// The table of goals and verdicts.
+    pub fn verdicts(&self) -> String {
+        let mut text = String::from(
+            "| scenario | figure | target | measured | polldisk | compared with | verdict |\n\
+             |---|---|---|---|---|---|---|\n",
+        );
+        for ScenarioReport { goals, outcome } in &self.scenarios {
+            for judged in goals {
+                text.push_str(&verdict_row(outcome, judged));
+            }
+        }
+        text
+    }
+
+    /// All of it, with plots that lie beside it.
+    pub fn markdown(&self, plots: &[Plot]) -> String {
+        let mut text = format!("# polldisk beside other backends\n\n{}\n", self.circumstances());
+        let _ = write!(
+            text,
+            "\n## Targets\n\nMedian of the rounds' figures, and in brackets where the true one lies \
+             with a confidence of\n90 % (see perf/README.md). A figure \"times\" or \"of\" another \
+             is the ratio within a round.\n\n{}",
+            self.verdicts()
+        );
+        text.push_str("\n## Plots\n");
+        for Plot { file, title } in plots {
+            let _ = write!(text, "\n![{title}]({file})\n");
+        }
+        text.push_str("\n## Figures\n");
+        for ScenarioReport { outcome, .. } in &self.scenarios {
+            if outcome.impossible.is_none() {
+                let scenario = &outcome.scenario;
+                let _ = write!(text, "\n### {}\n\n{}\n", scenario.name, scenario.about);
+                outcome.cases.iter().for_each(|case| text.push_str(&case_table(case)));
+            }
+        }
+        text
+    }
+
+    fn circumstances(&self) -> String {
+        let Report { machine, quietness, extent, places, .. } = self;
+        let mut text = format!(
+            "- Machine: {}{}, {} cores, {} MiB of memory, Linux {}.\n- polldisk {}; {}.\n",
+            machine.cpu,
+            if machine.is_virtual { " (virtual)" } else { "" },
+            machine.cores.len(),
+            machine.memory_mib,
+            machine.kernel,
+            machine.commit,
+            machine.versions.join("; ")
+        );
+        for place in places {
+            let name = format!("{:?}", place.backing).to_lowercase();
+            let _ = writeln!(text, "- The file of {name} backing lies on {}.", place.filesystem);
+        }
+        let _ = writeln!(
+            text,
+            "- {} rounds; each contender's turn counts for {} s after {} s of warm-up.",
+            extent.rounds, extent.seconds, extent.warmup_s
+        );
+        let tolls = match extent.system_calls {
+            true => "cost a bare system call, and no hypercall",
+            false => "cost nothing, neither system call nor hypercall",
+        };
+        let _ = writeln!(
+            text,
+            "- On the stand-in for Xen, for every backend: grant copy, notify and unmask {tolls}."
+        );
+        let _ = writeln!(
+            text,
+            "- Load average at the start {:.2}; the host took {:.2} % of the time.",
+            quietness.load_average, quietness.stolen_percent
+        );
+        if quietness.load_average > BUSY_LOAD_AVERAGE
+            || quietness.stolen_percent > BUSY_STOLEN_PERCENT
+        {
+            text.push_str("- **The machine was not quiet: take these figures as rough.**\n");
+        }
+        text
+    }
+}
+
+fn verdict_row(outcome: &Outcome, judged: &Judged) -> String {
+    let name = &outcome.scenario.name;
+    let goal = &judged.goal;
+    let interval = |interval: Option<Interval>| interval.map_or("-".to_owned(), with_range);
+    let compared = match &judged.reference {
+        Some((contender, theirs)) => format!("{contender}: {}", with_range(*theirs)),
+        None => goal.reference().unwrap_or_default().to_owned(),
+    };
+    let of = match goal.of.kind() == Kind::Polldisk && goal.of.cores() == 1 {
+        true => String::new(),
+        false => format!("{}: ", goal.of),
+    };
+    let verdict = match judged.verdict {
+        Verdict::Met => "met".to_owned(),
+        Verdict::Missed => "**missed**".to_owned(),
+        Verdict::Noisy => "**noisy**".to_owned(),
+        Verdict::NotMeasured => "**not measured**".to_owned(),
+        Verdict::NotPossible => {
+            format!("not possible here: {}", outcome.impossible.as_deref().unwrap_or_default())
+        }
+    };
+    format!(
+        "| {name} | {} | {} | {} | {of}{} | {compared} | {verdict} |\n",
+        goal.metric.title(),
+        goal.describe(),
+        interval(judged.figure),
+        interval(judged.own)
+    )
+}
+
+fn case_table(case: &CaseOutcome) -> String {
+    const COLUMNS: [Metric; 10] = [
+        Metric::Iops,
+        Metric::MbPerS,
+        Metric::MeanUs,
+        Metric::P50Us,
+        Metric::P99Us,
+        Metric::P999Us,
+        Metric::CpuUsPerIo,
+        Metric::CpuPercent,
+        Metric::OwnKibPerDisk,
+        Metric::ConnectS,
+    ];
+    let load = &case.case.load;
+    let columns: Vec<Metric> =
+        COLUMNS.into_iter().filter(|metric| is_shown(*metric, load.idle)).collect();
+    let mut text = match case.case.at {
+        Some(at) => format!("\nAt {at}:\n\n| |"),
+        None => "\n| |".to_owned(),
+    };
+    columns.iter().for_each(|metric| {
+        let _ = write!(text, " {} |", metric.title());
+    });
+    let _ = writeln!(text, "\n|---|{}", "---|".repeat(columns.len()));
+    for Entry { contender, samples, failed } in &case.entries {
+        let _ = write!(text, "| {contender} |");
+        if let Some(why) = failed {
+            let why = why.lines().last().unwrap_or_default().replace('|', "/");
+            let _ = write!(text, " left out: {why} |");
+        } else {
+            for metric in &columns {
+                let interval = Interval::of(&verdict::figures(samples, *metric));
+                let _ = write!(text, " {} |", interval.map_or("-".to_owned(), with_range));
+            }
+        }
+        text.push('\n');
+    }
+    text
+}
+
+/// What a load without requests says something about, and what one with requests does.
+fn is_shown(metric: Metric, idle: bool) -> bool {
+    match metric {
+        Metric::CpuPercent => true,
+        Metric::OwnKibPerDisk | Metric::ConnectS => idle,
+        _ => !idle,
+    }
+}
+
+fn with_range(interval: Interval) -> String {
+    let Interval { median, low, high } = interval;
+    format!("{} ({} to {})", figure(median), figure(low), figure(high))
+}
+
+/// With three digits or so.
+pub fn figure(value: f64) -> String {
+    match value.abs() {
+        1e6.. => format!("{:.2}M", value / 1e6),
+        1e4.. => format!("{:.1}k", value / 1e3),
+        100.0.. => format!("{value:.0}"),
+        10.0.. => format!("{value:.1}"),
+        1.0.. => format!("{value:.2}"),
+        0.0 => "0".to_owned(),
+        _ => format!("{value:.3}"),
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::sample::Sample;
+    use crate::scenario::Scenario;
+
+    const SCENARIO: &str = r#"
+        about = "Reads of nothing."
+        backing = "null"
+        contenders = ["polldisk", "qemu:iothread", "qemu:iothread,native"]
+        goals = [
+            { metric = "iops", over = "qemu", at_least = 8 },
+            { metric = "mean_us", at_most = 1.5 },
+        ]
+        load = {}
+    "#;
+
+    fn report(iops: f64) -> Report {
+        let scenario = Scenario::parse("null-read", SCENARIO).unwrap();
+        let sample = |iops| Sample {
+            figures: BTreeMap::from([(Metric::Iops, iops), (Metric::MeanUs, 1.25)]),
+            latency_cdf: Vec::new(),
+        };
+        let entries = [(iops, None), (100_000.0, None), (0.0, Some("no\nnative|AIO".to_owned()))]
+            .into_iter()
+            .zip(&scenario.contenders)
+            .map(|((iops, failed), contender)| Entry {
+                contender: contender.clone(),
+                samples: if failed.is_some() { Vec::new() } else { vec![sample(iops); 3] },
+                failed,
+            })
+            .collect();
+        let case = CaseOutcome { case: scenario.cases().remove(0), entries };
+        let outcome =
+            Outcome { scenario, cases: vec![case], impossible: None, stolen_percent: 0.0 };
+        Report {
+            machine: Machine::look(&[]),
+            quietness: Quietness { load_average: 0.0, stolen_percent: 5.0 },
+            extent: Extent { rounds: 3, seconds: 1.0, warmup_s: 0.5, system_calls: true },
+            places: Vec::new(),
+            scenarios: vec![ScenarioReport { goals: verdict::judge(&outcome), outcome }],
+        }
+    }
+
+    #[test]
+    fn a_row_says_target_figure_and_verdict() {
+        let text = report(1e6).verdicts();
+        let rows: Vec<&str> = text.lines().skip(2).collect();
+        assert_eq!(
+            rows,
+            [
+                "| null-read | IOPS | at least 8 times qemu | 10.0 (10.0 to 10.0) | 1.00M (1.00M to \
+                 1.00M) | qemu:iothread: 100.0k (100.0k to 100.0k) | met |",
+                "| null-read | mean latency, us | at most 1.5 | 1.25 (1.25 to 1.25) | 1.25 (1.25 to \
+                 1.25) |  | met |",
+            ]
+        );
+    }
+
+    #[test]
+    fn one_goal_that_is_not_met_fails_the_run() {
+        assert!(report(1e6).all_met());
+        assert!(!report(7e5).all_met());
+        let mut nothing = report(1e6);
+        nothing.scenarios[0].outcome.cases.clear();
+        nothing.scenarios[0].goals = verdict::judge(&nothing.scenarios[0].outcome);
+        assert!(!nothing.all_met(), "what was not measured is not met");
+        nothing.scenarios[0].outcome.impossible = Some("needs 4 cores, there are 2".to_owned());
+        nothing.scenarios[0].goals = verdict::judge(&nothing.scenarios[0].outcome);
+        assert!(nothing.all_met(), "what this machine can't show is no fault");
+        let text = nothing.verdicts();
+        assert!(text.ends_with("| not possible here: needs 4 cores, there are 2 |\n"), "{text}");
+    }
+
+    #[test]
+    fn the_report_says_under_what_circumstances() {
+        let text = report(1e6).markdown(&[Plot { file: "x.svg".into(), title: "X".into() }]);
+        for part in [
+            "cost a bare system call",
+            "was not quiet",
+            "![X](x.svg)",
+            "| left out: native/AIO |",
+            "Reads of nothing.",
+        ] {
+            let part = part.trim_start_matches("| ");
+            assert!(text.contains(part), "{part}: {text}");
+        }
+    }
+
+    #[test]
+    fn figures_have_three_digits() {
+        let texts = [1_402_000.0, 45_700.0, 321.4, 12.34, 1.234, 0.1534, 0.0].map(figure);
+        assert_eq!(texts, ["1.40M", "45.7k", "321", "12.3", "1.23", "0.153", "0"]);
+    }
+}

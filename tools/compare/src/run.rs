@@ -1,0 +1,278 @@
+//! Rounds: in each, every contender has one turn under the same load.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry::{Occupied, Vacant};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::contender::{self, Contender, Contents, Kind};
+use crate::machine::{Machine, Ticks};
+use crate::programs::Program;
+use crate::sample::{Metric, Sample};
+use crate::scenario::{Backing, Case, Load, Scenario};
+use crate::storage::{self, Image, Place};
+
+/// The least of an idle load's seconds that count: what costs nothing is told from little only
+/// after some time.
+const IDLE_S: f64 = 3.0;
+
+/// Seconds after which disks that have connected are idle.
+const IDLE_WARMUP_S: f64 = 2.0;
+
+/// How much is measured.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Extent {
+    /// Turns of each contender under each load.
+    pub rounds: u32,
+    /// Seconds of a turn that count.
+    pub seconds: f64,
+    /// Seconds of a turn before that.
+    pub warmup_s: f64,
+    /// On the stand-in grant copy, notify and unmask cost a system call, as on Xen.
+    pub system_calls: bool,
+}
+
+/// Everything that turns need.
+#[derive(Debug)]
+pub struct Bench<'a> {
+    /// Where polldisk, blkload and the stand-in are built.
+    pub programs: &'a Path,
+    /// QEMU, or why there is none.
+    pub qemu: Result<Program>,
+    /// fio, or why there is none.
+    pub fio: Result<Program>,
+    /// Its cores are used.
+    pub machine: &'a Machine,
+    /// How much is measured.
+    pub extent: Extent,
+    /// For the file of [`Backing::Ext4`] and other files.
+    pub scratch: PathBuf,
+    images: BTreeMap<Backing, Image>,
+    /// Where files were made.
+    pub places: Vec<Place>,
+}
+
+/// A scenario's turns.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outcome {
+    /// What was asked for.
+    pub scenario: Scenario,
+    /// Of each load.
+    pub cases: Vec<CaseOutcome>,
+    /// Why nothing was measured, where this machine can't.
+    pub impossible: Option<String>,
+    /// Percent of the time that the host took from this virtual machine.
+    pub stolen_percent: f64,
+}
+
+/// Turns under one load.
+#[derive(Clone, Debug, Serialize)]
+pub struct CaseOutcome {
+    /// The load.
+    pub case: Case,
+    /// Of each contender, in order.
+    pub entries: Vec<Entry>,
+}
+
+/// A contender's turns.
+#[derive(Clone, Debug, Serialize)]
+pub struct Entry {
+    /// Who.
+    pub contender: Contender,
+    /// One of each round.
+    pub samples: Vec<Sample>,
+    /// Why there are no more.
+    pub failed: Option<String>,
+}
+
+impl<'a> Bench<'a> {
+    /// Without files yet.
+    pub fn new(
+        programs: &'a Path,
+        [qemu, fio]: [Result<Program>; 2],
+        machine: &'a Machine,
+        extent: Extent,
+        scratch: PathBuf,
+    ) -> Bench<'a> {
+        let (images, places) = (BTreeMap::new(), Vec::new());
+        Bench { programs, qemu, fio, machine, extent, scratch, images, places }
+    }
+
+    /// All rounds of a scenario.
+    pub fn run(&mut self, scenario: &Scenario) -> Result<Outcome> {
+        let mut outcome = Outcome {
+            scenario: scenario.clone(),
+            cases: Vec::new(),
+            impossible: None,
+            stolen_percent: 0.0,
+        };
+        if let Err(error) = self.check_cores(scenario) {
+            outcome.impossible = Some(error.to_string());
+            return Ok(outcome);
+        }
+        let contents = self.contents(scenario.backing)?;
+        let entry = |contender: &Contender| Entry {
+            contender: contender.clone(),
+            samples: Vec::new(),
+            failed: None,
+        };
+        let before = Ticks::now();
+        for case in scenario.cases() {
+            let mut entries: Vec<Entry> = scenario.contenders.iter().map(entry).collect();
+            for round in 1..=self.extent.rounds {
+                for entry in entries.iter_mut().filter(|entry| entry.failed.is_none()) {
+                    let at = case.at.map(|at| format!(" at {at}")).unwrap_or_default();
+                    let turn = format!("{}{at}, round {round}: {}", scenario.name, entry.contender);
+                    match self.turn(scenario, &case.load, &entry.contender, &contents) {
+                        Ok(sample) => {
+                            eprintln!("{turn}: {}", summary(&sample));
+                            entry.samples.push(sample);
+                        }
+                        Err(error) => {
+                            eprintln!("{turn}: left out: {error:#}");
+                            entry.failed = Some(format!("{error:#}"));
+                        }
+                    }
+                }
+            }
+            outcome.cases.push(CaseOutcome { case, entries });
+        }
+        outcome.stolen_percent = before.stolen_percent_until(Ticks::now());
+        Ok(outcome)
+    }
+
+    fn check_cores(&self, scenario: &Scenario) -> Result<()> {
+        for case in scenario.cases() {
+            for contender in &scenario.contenders {
+                self.machine.split(case.load.cores(), contender.cores())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn contents(&mut self, backing: Backing) -> Result<Contents> {
+        let Some(place) = Place::of(backing, &self.scratch)? else { return Ok(storage::null()) };
+        let image = match self.images.entry(backing) {
+            Occupied(made) => made.into_mut(),
+            Vacant(none) => {
+                let image = Image::make(&place)?;
+                self.places.push(place);
+                none.insert(image)
+            }
+        };
+        Ok(image.contents())
+    }
+
+    fn turn(
+        &self,
+        scenario: &Scenario,
+        load: &Load,
+        contender: &Contender,
+        contents: &Contents,
+    ) -> Result<Sample> {
+        let (load_cores, backend_cores) = self.machine.split(load.cores(), contender.cores())?;
+        let pinned = vec!["taskset".to_owned(), "-c".to_owned(), list(&backend_cores)];
+        let (kind, words) = match contender {
+            Contender::Fio { registered } => {
+                let file = contents.file.as_deref().context("fio needs a file")?;
+                let mut words = pinned;
+                words.extend(program(&self.fio)?.words());
+                let seconds = self.extent.seconds;
+                words.extend(contender::fio_arguments(*registered, load, file, seconds));
+                return Sample::of_fio(&json(&output(&words)?)?);
+            }
+            Contender::Polldisk { workers } => {
+                let mut words = vec![self.built("polldisk"), "serve".to_owned()];
+                words.extend(contender::polldisk_arguments(*workers));
+                (vec!["--target".to_owned(), contender::polldisk_target(contents)], words)
+            }
+            Contender::Qemu { iothread, files } => {
+                let mut words = program(&self.qemu)?.words();
+                words.extend(contender::qemu_arguments(*iothread, *files, contents));
+                let kind = ["--no-toolstack", "--backend-type", "qdisk"].map(str::to_owned);
+                (kind.into(), words)
+            }
+        };
+        let load = match contender.kind() {
+            Kind::Qemu => load.split(scenario.split),
+            _ => load.clone(),
+        };
+        let mut line = vec![self.built("blkload"), "--json".to_owned(), "-".to_owned()];
+        line.extend(contender::blkload_arguments(&load));
+        line.extend([
+            "--cores".to_owned(),
+            list(&load_cores),
+            "--samples".to_owned(),
+            "1".to_owned(),
+        ]);
+        let Extent { mut seconds, mut warmup_s, .. } = self.extent;
+        if load.idle {
+            (seconds, warmup_s) = (seconds.max(IDLE_S), warmup_s.max(IDLE_WARMUP_S));
+        }
+        line.extend(["--seconds".to_owned(), seconds.to_string()]);
+        line.extend(["--warmup".to_owned(), warmup_s.to_string()]);
+        line.extend(kind);
+        line.push("--".to_owned());
+        line.extend(pinned);
+        line.extend([self.built("stand-in"), "run".to_owned(), "{folder}".to_owned()]);
+        line.extend(self.extent.system_calls.then(|| "--system-calls".to_owned()));
+        line.push("--".to_owned());
+        line.extend(words);
+        let sample = Sample::of_blkload(&json(&output(&line)?)?, load.disks)?;
+        Ok(match scenario.latency_cdf {
+            true => sample,
+            false => Sample { latency_cdf: Vec::new(), ..sample },
+        })
+    }
+
+    fn built(&self, name: &str) -> String {
+        self.programs.join(name).display().to_string()
+    }
+}
+
+fn program(found: &Result<Program>) -> Result<&Program> {
+    match found {
+        Ok(program) => Ok(program),
+        Err(error) => bail!("{error:#}"),
+    }
+}
+
+fn list(cores: &[usize]) -> String {
+    cores.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
+}
+
+fn output(words: &[String]) -> Result<Output> {
+    let [name, arguments @ ..] = words else { bail!("no program") };
+    let output = Command::new(name)
+        .args(arguments)
+        .output()
+        .with_context(|| format!("cannot run {name}"))?;
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr);
+        bail!("{}", text.trim());
+    }
+    Ok(output)
+}
+
+/// fio may write notes before its JSON.
+fn json(output: &Output) -> Result<Value> {
+    let text = String::from_utf8_lossy(&output.stdout);
+    let start = text.find('{').context("no JSON in the output")?;
+    Ok(serde_json::from_str(&text[start..])?)
+}
+
+fn summary(sample: &Sample) -> String {
+    let show =
+        [Metric::Iops, Metric::MeanUs, Metric::CpuUsPerIo, Metric::ConnectS, Metric::OwnKibPerDisk];
+    let idle = !sample.figures.contains_key(&Metric::CpuUsPerIo);
+    let figure = |metric: &Metric| {
+        let is_shown = idle == matches!(metric, Metric::ConnectS | Metric::OwnKibPerDisk);
+        let value = sample.figures.get(metric).filter(|_| is_shown)?;
+        Some(format!("{} {}", crate::report::figure(*value), metric.title()))
+    };
+    show.iter().filter_map(figure).collect::<Vec<_>>().join(", ")
+}

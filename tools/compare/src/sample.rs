@@ -1,0 +1,181 @@
+//! What one turn of a contender has shown, read from blkload's or fio's JSON.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// A figure of a turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Metric {
+    /// Requests answered a second.
+    Iops,
+    /// Millions of bytes a second.
+    MbPerS,
+    /// Mean latency in microseconds.
+    MeanUs,
+    /// Median latency in microseconds.
+    P50Us,
+    /// 99th percentile of the latency in microseconds.
+    P99Us,
+    /// 99.9th percentile of the latency in microseconds.
+    P999Us,
+    /// CPU time of the backend for each request, in microseconds.
+    CpuUsPerIo,
+    /// CPU time of the backend in percent of a core.
+    CpuPercent,
+    /// Memory of the backend's own (anonymous: not its code, nor the guests' pages) over the number
+    /// of disks, in KiB.
+    OwnKibPerDisk,
+    /// Seconds from the backend's start until all disks are connected.
+    ConnectS,
+}
+
+impl Metric {
+    /// Whether more of it is better.
+    pub fn more_is_better(self) -> bool {
+        matches!(self, Metric::Iops | Metric::MbPerS)
+    }
+
+    /// Its name in tables.
+    pub fn title(self) -> &'static str {
+        match self {
+            Metric::Iops => "IOPS",
+            Metric::MbPerS => "MB/s",
+            Metric::MeanUs => "mean latency, us",
+            Metric::P50Us => "median latency, us",
+            Metric::P99Us => "99 % latency, us",
+            Metric::P999Us => "99.9 % latency, us",
+            Metric::CpuUsPerIo => "backend CPU us per I/O",
+            Metric::CpuPercent => "CPU, % of a core",
+            Metric::OwnKibPerDisk => "own memory for each disk, KiB",
+            Metric::ConnectS => "seconds until all are connected",
+        }
+    }
+}
+
+/// One turn of a contender.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// What is known of it.
+    pub figures: BTreeMap<Metric, f64>,
+    /// Its latencies: so many microseconds at most for so many percent of the requests.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub latency_cdf: Vec<(f64, f64)>,
+}
+
+impl Sample {
+    /// From what `blkload --json` wrote for so many disks.
+    pub fn of_blkload(json: &Value, disks: u32) -> Result<Sample> {
+        let number = |path: &str| json.pointer(path).and_then(Value::as_f64);
+        let figures = [
+            (Metric::Iops, "/total/iops", 1.0),
+            (Metric::MbPerS, "/total/mb_per_s", 1.0),
+            (Metric::MeanUs, "/total/latency/mean_ns", 1e-3),
+            (Metric::P50Us, "/total/latency/p50_ns", 1e-3),
+            (Metric::P99Us, "/total/latency/p99_ns", 1e-3),
+            (Metric::P999Us, "/total/latency/p999_ns", 1e-3),
+            (Metric::CpuUsPerIo, "/total/backend/cpu_us_per_io", 1.0),
+            (Metric::CpuPercent, "/total/backend/cpu_percent", 1.0),
+            (
+                Metric::OwnKibPerDisk,
+                "/total/backend/rss_anonymous_bytes",
+                1.0 / 1024.0 / f64::from(disks),
+            ),
+            (Metric::ConnectS, "/connect_s", 1.0),
+        ]
+        .into_iter()
+        .filter_map(|(metric, path, scale)| Some((metric, number(path)? * scale)))
+        .collect();
+        let points = json.pointer("/total/latency/cdf").and_then(Value::as_array);
+        let latency_cdf = points
+            .context("blkload wrote no latencies")?
+            .iter()
+            .filter_map(|point| {
+                Some((point["value_ns"].as_f64()? / 1e3, point["percentile"].as_f64()?))
+            })
+            .collect();
+        Ok(Sample { figures, latency_cdf })
+    }
+
+    /// From what `fio --output-format=json` wrote about one job.
+    pub fn of_fio(json: &Value) -> Result<Sample> {
+        let job = json.pointer("/jobs/0").context("fio wrote of no job")?;
+        let side = ["read", "write"]
+            .into_iter()
+            .map(|side| &job[side])
+            .find(|side| side["total_ios"].as_f64().is_some_and(|ios| ios > 0.0))
+            .context("fio did no I/O")?;
+        let number = |value: &Value, path: &str| {
+            value.pointer(path).and_then(Value::as_f64).with_context(|| format!("fio: no {path}"))
+        };
+        let cpu_percent = number(job, "/usr_cpu")? + number(job, "/sys_cpu")?;
+        // Percent of a run time in milliseconds: 10 us.
+        let cpu_us = cpu_percent * number(job, "/job_runtime")? * 10.0;
+        let percentile = |name: &str| number(side, &format!("/lat_ns/percentile/{name}"));
+        let figures = BTreeMap::from([
+            (Metric::Iops, number(side, "/iops")?),
+            (Metric::MbPerS, number(side, "/bw_bytes")? / 1e6),
+            (Metric::MeanUs, number(side, "/lat_ns/mean")? / 1e3),
+            (Metric::P50Us, percentile("50.000000")? / 1e3),
+            (Metric::P99Us, percentile("99.000000")? / 1e3),
+            (Metric::P999Us, percentile("99.900000")? / 1e3),
+            (Metric::CpuUsPerIo, cpu_us / number(side, "/total_ios")?),
+            (Metric::CpuPercent, cpu_percent),
+        ]);
+        let percentiles = side.pointer("/lat_ns/percentile").and_then(Value::as_object);
+        let mut latency_cdf: Vec<(f64, f64)> = percentiles
+            .context("fio wrote no latencies")?
+            .iter()
+            .filter_map(|(percent, ns)| Some((ns.as_f64()? / 1e3, percent.parse().ok()?)))
+            .collect();
+        latency_cdf.sort_by(|a, b| a.1.total_cmp(&b.1));
+        Ok(Sample { figures, latency_cdf })
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn blkloads_figures_have_our_units() {
+        let json = json!({
+            "connect_s": 0.25,
+            "total": {
+                "iops": 2000.0, "mb_per_s": 8.192,
+                "latency": {"mean_ns": 1500.0, "p50_ns": 1400, "p99_ns": 2000, "p999_ns": 3000,
+                            "cdf": [{"value_ns": 1000, "percentile": 10.0}]},
+                "backend": {"cpu_us_per_io": null, "cpu_percent": 12.5, "rss_anonymous_bytes": 40960},
+            },
+        });
+        let sample = Sample::of_blkload(&json, 4).unwrap();
+        assert_eq!(sample.figures[&Metric::MeanUs], 1.5);
+        assert_eq!(sample.figures[&Metric::OwnKibPerDisk], 10.0);
+        assert_eq!(sample.figures[&Metric::ConnectS], 0.25);
+        assert_eq!(sample.figures.get(&Metric::CpuUsPerIo), None, "no I/O, no cost of one");
+        assert_eq!(sample.latency_cdf, [(1.0, 10.0)]);
+    }
+
+    #[test]
+    fn fios_figures_have_our_units() {
+        let side = json!({
+            "total_ios": 1000, "iops": 500.0, "bw_bytes": 2048000,
+            "lat_ns": {"mean": 2500.0,
+                       "percentile": {"50.000000": 2000, "99.000000": 9000, "99.900000": 9900}},
+        });
+        let job = json!({
+            "usr_cpu": 10.0, "sys_cpu": 40.0, "job_runtime": 2000,
+            "read": {"total_ios": 0}, "write": side,
+        });
+        let sample = Sample::of_fio(&json!({ "jobs": [job] })).unwrap();
+        assert_eq!(sample.figures[&Metric::CpuUsPerIo], 1000.0, "half of two seconds");
+        assert_eq!(sample.figures[&Metric::MeanUs], 2.5);
+        assert_eq!(sample.latency_cdf, [(2.0, 50.0), (9.0, 99.0), (9.9, 99.9)]);
+        assert!(Sample::of_fio(&json!({ "jobs": [] })).is_err());
+    }
+}

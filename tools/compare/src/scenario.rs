@@ -1,0 +1,345 @@
+//! What is measured and what is aimed at, as `perf/scenarios/*.toml` say it.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::contender::{Contender, Kind};
+use crate::sample::Metric;
+
+/// One file of the folder.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scenario {
+    /// The file's name without `.toml`.
+    #[serde(skip_deserializing)]
+    pub name: String,
+    /// In words.
+    pub about: String,
+    /// What holds the disks.
+    pub backing: Backing,
+    /// Part of a quick run.
+    #[serde(default = "yes")]
+    pub quick: bool,
+    /// The load.
+    pub load: Load,
+    /// What the load becomes for a backend without indirect requests, as a guest's kernel splits
+    /// its own.
+    pub split: Option<Split>,
+    /// The load with one of its values replaced.
+    pub vary: Option<Vary>,
+    /// Who takes turns, in this order.
+    pub contenders: Vec<Contender>,
+    /// What is aimed at.
+    #[serde(default)]
+    pub goals: Vec<Goal>,
+    /// A plot of the latencies' distribution.
+    #[serde(default)]
+    pub latency_cdf: bool,
+}
+
+/// What holds a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backing {
+    /// Nothing: reads give zeroes.
+    Null,
+    /// A file on tmpfs.
+    Tmpfs,
+    /// A file on the checkout's filesystem.
+    Ext4,
+}
+
+/// The load of the disks.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Load {
+    /// Reads among 100 requests: 100 or 0, which fio can do, too.
+    pub read: u32,
+    /// Block after block instead of random blocks.
+    pub sequential: bool,
+    /// KiB of each request.
+    pub block_kib: u32,
+    /// Requests in flight on each disk.
+    pub depth: u32,
+    /// How it waits for responses.
+    pub wait: Wait,
+    /// Disks, each of a guest of its own.
+    pub disks: u32,
+    /// No requests at all.
+    pub idle: bool,
+}
+
+/// How a load waits for responses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Wait {
+    /// It polls, and never asks to be notified.
+    Busy,
+    /// It sleeps until it is notified, as a guest does.
+    Block,
+}
+
+/// A load's requests cut into smaller ones, with the same number of bytes in flight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Split {
+    /// KiB of each request.
+    pub block_kib: u32,
+    /// Requests in flight on each disk.
+    pub depth: u32,
+}
+
+/// Which value of a load is replaced, and by what in turn.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Vary {
+    /// [`Load::depth`].
+    Depth(Vec<u32>),
+    /// [`Load::disks`].
+    Disks(Vec<u32>),
+}
+
+/// What is aimed at.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Goal {
+    /// Of which figure.
+    pub metric: Metric,
+    /// Whose.
+    #[serde(default)]
+    pub of: Contender,
+    /// Its ratio to the best of these is what counts: a kind of contender (`qemu`) or one
+    /// (`polldisk:workers=1`).
+    pub over: Option<String>,
+    /// Its difference from the best of these is what counts.
+    pub beyond: Option<String>,
+    /// The least that meets it.
+    pub at_least: Option<f64>,
+    /// The most that meets it.
+    pub at_most: Option<f64>,
+}
+
+/// A scenario's load with its varying value filled in.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Case {
+    /// The varying value.
+    pub at: Option<u32>,
+    /// All of it.
+    pub load: Load,
+}
+
+impl Default for Load {
+    fn default() -> Load {
+        Load {
+            read: 100,
+            sequential: false,
+            block_kib: 4,
+            depth: 32,
+            wait: Wait::Busy,
+            disks: 1,
+            idle: false,
+        }
+    }
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Scenario {
+    /// Reads all of a folder, in the order of their names.
+    pub fn read_all(folder: &Path) -> Result<Vec<Scenario>> {
+        let entries = fs::read_dir(folder)
+            .with_context(|| format!("cannot read the scenarios in {}", folder.display()))?;
+        let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+        paths.retain(|path| path.extension().is_some_and(|extension| extension == "toml"));
+        paths.sort();
+        paths
+            .iter()
+            .map(|path| {
+                let name = path.file_stem().unwrap_or_default().to_string_lossy();
+                let text = fs::read_to_string(path)?;
+                Scenario::parse(&name, &text).with_context(|| path.display().to_string())
+            })
+            .collect()
+    }
+
+    /// Reads one.
+    pub fn parse(name: &str, text: &str) -> Result<Scenario> {
+        let scenario: Scenario = toml::from_str(text)?;
+        let scenario = Scenario { name: name.to_owned(), ..scenario };
+        scenario.check()?;
+        Ok(scenario)
+    }
+
+    fn check(&self) -> Result<()> {
+        ensure!([0, 100].contains(&self.load.read), "read = {}: give 0 or 100", self.load.read);
+        ensure!(
+            self.goals.is_empty() || self.vary.is_none(),
+            "goals belong to a scenario without vary: nothing says which of its values they mean"
+        );
+        for contender in &self.contenders {
+            let kind = contender.kind();
+            ensure!(
+                kind != Kind::Fio || self.backing != Backing::Null,
+                "{contender}: fio needs a file"
+            );
+            ensure!(
+                kind == Kind::Polldisk || self.load.disks == 1,
+                "{contender}: only polldisk is measured with several disks"
+            );
+        }
+        self.goals.iter().try_for_each(|goal| self.check_goal(goal))
+    }
+
+    fn check_goal(&self, goal: &Goal) -> Result<()> {
+        let of = &goal.of;
+        ensure!(self.contenders.contains(of), "a goal of {of}, which is no contender");
+        if let Some(name) = goal.reference() {
+            ensure!(
+                self.contenders.iter().any(|contender| contender.is(name)),
+                "a goal against {name}, which is no contender"
+            );
+        }
+        match (&goal.over, &goal.beyond, goal.at_least, goal.at_most) {
+            (Some(_), Some(_), ..) => bail!("a goal has `over` or `beyond`, not both"),
+            (_, _, Some(_), None) | (_, _, None, Some(_)) => Ok(()),
+            _ => bail!("a goal has either at_least or at_most"),
+        }
+    }
+
+    /// The loads to run.
+    pub fn cases(&self) -> Vec<Case> {
+        let load = &self.load;
+        let each = |values: &[u32], with: fn(Load, u32) -> Load| {
+            let case = |at: &u32| Case { at: Some(*at), load: with(load.clone(), *at) };
+            values.iter().map(case).collect()
+        };
+        match &self.vary {
+            None => vec![Case { at: None, load: load.clone() }],
+            Some(Vary::Depth(values)) => each(values, |load, depth| Load { depth, ..load }),
+            Some(Vary::Disks(values)) => each(values, |load, disks| Load { disks, ..load }),
+        }
+    }
+}
+
+impl Load {
+    /// Cores that its threads keep busy.
+    pub fn cores(&self) -> u32 {
+        if self.idle { 1 } else { self.disks }
+    }
+
+    /// The same for a backend without indirect requests.
+    pub fn split(&self, split: Option<Split>) -> Load {
+        match split {
+            None => self.clone(),
+            Some(Split { block_kib, depth }) => Load { block_kib, depth, ..self.clone() },
+        }
+    }
+}
+
+impl Goal {
+    /// Whom it is compared with.
+    pub fn reference(&self) -> Option<&str> {
+        self.over.as_deref().or(self.beyond.as_deref())
+    }
+
+    /// Whether a figure, ratio or difference meets it.
+    pub fn is_met_by(&self, figure: f64) -> bool {
+        self.at_least.is_none_or(|least| figure >= least)
+            && self.at_most.is_none_or(|most| figure <= most)
+    }
+
+    /// In words, such as "at least 8 times qemu".
+    pub fn describe(&self) -> String {
+        let (bound, value) = match (self.at_least, self.at_most) {
+            (Some(least), _) => ("at least", least),
+            (_, most) => ("at most", most.unwrap_or(f64::INFINITY)),
+        };
+        match (&self.over, &self.beyond) {
+            (Some(over), _) if value < 0.5 => format!("{bound} 1/{} of {over}", 1.0 / value),
+            (Some(over), _) if value < 1.0 => format!("{bound} {} % of {over}", value * 100.0),
+            (Some(over), _) => format!("{bound} {value} times {over}"),
+            (_, Some(beyond)) => format!("{bound} {value} more than {beyond}"),
+            _ => format!("{bound} {value}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    const SOUND: &str = r#"
+        about = "x"
+        backing = "null"
+        contenders = ["polldisk", "qemu:iothread"]
+        load = { depth = 8 }
+        goals = [{ metric = "iops", over = "qemu", at_least = 8 }]
+    "#;
+
+    fn error(text: &str) -> String {
+        format!("{:#}", Scenario::parse("x", text).unwrap_err())
+    }
+
+    #[test]
+    fn a_file_says_what_differs_from_the_usual_load() {
+        let scenario = Scenario::parse("x", SOUND).unwrap();
+        assert_eq!(scenario.load, Load { depth: 8, ..Load::default() });
+        assert_eq!(scenario.goals[0].of.to_string(), "polldisk");
+        assert_eq!(scenario.cases().len(), 1);
+    }
+
+    #[test]
+    fn a_varying_value_makes_a_case_of_each() {
+        let text = SOUND.split("goals").next().unwrap().to_owned() + "vary = { depth = [1, 2] }";
+        let cases = Scenario::parse("x", &text).unwrap().cases();
+        let depths: Vec<_> = cases.iter().map(|case| (case.at, case.load.depth)).collect();
+        assert_eq!(depths, [(Some(1), 1), (Some(2), 2)]);
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        for (from, to, why) in [
+            ("depth = 8", "dept = 8", "unknown field `dept`"),
+            ("depth = 8", "read = 50", "read = 50: give 0 or 100"),
+            ("depth = 8", "disks = 2", "qemu:iothread: only polldisk is measured with several"),
+            ("\"qemu:iothread\"", "\"fio\"", "fio: fio needs a file"),
+            ("\"qemu:iothread\"", "\"qemu:fast\"", "qemu:fast: no such setting"),
+            ("over = \"qemu\"", "over = \"fio\"", "a goal against fio, which is no contender"),
+            (", at_least = 8", "", "a goal has either at_least or at_most"),
+            ("at_least", "beyond = \"qemu\", at_least", "not both"),
+            ("load =", "vary = { disks = [1] }\nload =", "goals belong to a scenario without vary"),
+        ] {
+            let found = error(&SOUND.replace(from, to));
+            assert!(found.contains(why), "{to}: {found}");
+        }
+    }
+
+    #[test]
+    fn the_scenarios_of_this_repository_are_sound() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../perf/scenarios");
+        assert!(!Scenario::read_all(&folder).unwrap().is_empty());
+    }
+
+    #[test]
+    fn goals_read_like_words() {
+        let goal = |over: Option<&str>, at_least, at_most| Goal {
+            metric: Metric::Iops,
+            of: Contender::default(),
+            over: over.map(str::to_owned),
+            beyond: None,
+            at_least,
+            at_most,
+        };
+        assert_eq!(goal(Some("qemu"), Some(8.0), None).describe(), "at least 8 times qemu");
+        assert_eq!(goal(Some("qemu"), None, Some(0.125)).describe(), "at most 1/8 of qemu");
+        assert_eq!(goal(Some("fio"), Some(0.97), None).describe(), "at least 97 % of fio");
+        assert_eq!(goal(None, None, Some(1.5)).describe(), "at most 1.5");
+        assert!(goal(None, None, Some(1.5)).is_met_by(1.5));
+        assert!(!goal(None, Some(8.0), None).is_met_by(7.9));
+    }
+}

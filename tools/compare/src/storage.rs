@@ -1,0 +1,128 @@
+//! The files behind disks, with data in every block.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use crate::contender::Contents;
+use crate::scenario::Backing;
+
+/// A disk that is no file.
+const NULL_BYTES: u64 = 8 << 30;
+
+const TMPFS_BYTES: u64 = 1 << 30;
+const EXT4_BYTES: u64 = 1 << 30;
+
+/// Bytes written at a time.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// A file, removed with this.
+#[derive(Debug)]
+pub struct Image {
+    file: tempfile::NamedTempFile,
+    bytes: u64,
+}
+
+/// Where files are, and on what.
+#[derive(Clone, Debug, Serialize)]
+pub struct Place {
+    /// What the scenarios call it.
+    pub backing: Backing,
+    /// The folder.
+    pub folder: PathBuf,
+    /// The filesystem's name, as coreutils' stat says it.
+    pub filesystem: String,
+}
+
+impl Place {
+    /// Where a backing's files go; `None` where it has none.
+    pub fn of(backing: Backing, scratch: &Path) -> Result<Option<Place>> {
+        let folder = match backing {
+            Backing::Null => return Ok(None),
+            Backing::Tmpfs => Path::new("/dev/shm"),
+            Backing::Ext4 => scratch,
+        };
+        fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
+        let filesystem = filesystem(folder)?;
+        let expected = match backing {
+            Backing::Tmpfs => "tmpfs",
+            // Its magic number is that of ext2 and ext3.
+            _ => "ext2/ext3",
+        };
+        if filesystem != expected {
+            let folder = folder.display();
+            eprintln!("compare: {folder} is {filesystem}, not {expected}: so are its figures");
+        }
+        Ok(Some(Place { backing, folder: folder.to_owned(), filesystem }))
+    }
+}
+
+fn filesystem(folder: &Path) -> Result<String> {
+    let output = Command::new("stat").args(["-f", "-c", "%T"]).arg(folder).output()?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+impl Image {
+    /// A file full of random data.
+    pub fn make(place: &Place) -> Result<Image> {
+        let bytes = match place.backing {
+            Backing::Ext4 => EXT4_BYTES,
+            _ => TMPFS_BYTES,
+        };
+        let folder = place.folder.display();
+        eprintln!("compare: filling a file of {} MiB in {folder}", bytes >> 20);
+        let file = tempfile::Builder::new()
+            .prefix("polldisk-compare-")
+            .suffix(".img")
+            .tempfile_in(&place.folder)?;
+        fill(file.as_file(), bytes).with_context(|| format!("cannot fill a file in {folder}"))?;
+        Ok(Image { file, bytes })
+    }
+
+    /// As contenders are told.
+    pub fn contents(&self) -> Contents {
+        Contents { file: Some(self.file.path().display().to_string()), bytes: self.bytes }
+    }
+}
+
+/// A disk without a file.
+pub fn null() -> Contents {
+    Contents { file: None, bytes: NULL_BYTES }
+}
+
+/// The same random megabyte again and again, each time with its number, so that no storage below
+/// can keep it as one.
+fn fill(mut file: &File, bytes: u64) -> Result<()> {
+    let mut chunk = vec![0; CHUNK_BYTES];
+    File::open("/dev/urandom")?.read_exact(&mut chunk)?;
+    for number in 0..bytes / CHUNK_BYTES as u64 {
+        for sector in chunk.chunks_mut(512) {
+            sector[..8].copy_from_slice(&number.to_le_bytes());
+        }
+        file.write_all(&chunk)?;
+    }
+    file.sync_all()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn every_block_of_a_file_differs() {
+        let mut file = tempfile::tempfile().unwrap();
+        fill(&file, 3 << 20).unwrap();
+        let mut data = Vec::new();
+        std::io::Seek::rewind(&mut file).unwrap();
+        file.read_to_end(&mut data).unwrap();
+        assert_eq!(data.len(), 3 << 20);
+        let blocks: std::collections::BTreeSet<&[u8]> = data.chunks(4096).collect();
+        assert_eq!(blocks.len(), 768);
+    }
+}

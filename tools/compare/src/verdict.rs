@@ -1,0 +1,257 @@
+//! Whether a goal is met, as far as the rounds can tell.
+//!
+//! In each round the goal's figure is taken from the contenders' turns of that round alone. Of
+//! these figures the median counts, and its interval: the range that holds the true median with a
+//! confidence of 90 %, whatever the figures' distribution is (order statistics). With fewer than
+//! five rounds nothing reaches that, and the range of all rounds stands for it.
+
+use serde::Serialize;
+
+use crate::contender::Contender;
+use crate::run::{Entry, Outcome};
+use crate::sample::{Metric, Sample};
+use crate::scenario::Goal;
+
+const CONFIDENCE: f64 = 0.9;
+
+/// What the rounds say of a goal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// All of the interval meets it.
+    Met,
+    /// None of it does.
+    Missed,
+    /// The bound lies within: this machine was too noisy to tell.
+    Noisy,
+    /// There are no figures.
+    NotMeasured,
+    /// This machine has too few cores.
+    NotPossible,
+}
+
+/// A median and where the true one may lie.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[expect(missing_docs, reason = "the names say it")]
+pub struct Interval {
+    pub median: f64,
+    pub low: f64,
+    pub high: f64,
+}
+
+/// A goal judged.
+#[derive(Clone, Debug, Serialize)]
+pub struct Judged {
+    /// The goal.
+    pub goal: Goal,
+    /// The ratio, the difference or the figure itself.
+    pub figure: Option<Interval>,
+    /// The contender's own figure.
+    pub own: Option<Interval>,
+    /// Whom it was compared with, the best of those that the goal allows, and that one's figure.
+    pub reference: Option<(Contender, Interval)>,
+    /// What follows.
+    pub verdict: Verdict,
+}
+
+impl Interval {
+    /// Of at least one figure.
+    pub fn of(figures: &[f64]) -> Option<Interval> {
+        let mut sorted = figures.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        let (count, middle) = (sorted.len(), sorted.len() / 2);
+        let median = match count {
+            0 => return None,
+            _ if count.is_multiple_of(2) => f64::midpoint(sorted[middle - 1], sorted[middle]),
+            _ => sorted[middle],
+        };
+        let cut = cut(count);
+        Some(Interval { median, low: sorted[cut], high: sorted[count - 1 - cut] })
+    }
+
+    fn verdict(&self, goal: &Goal) -> Verdict {
+        match [self.low, self.high].map(|figure| goal.is_met_by(figure)) {
+            [true, true] => Verdict::Met,
+            [false, false] => Verdict::Missed,
+            _ => Verdict::Noisy,
+        }
+    }
+}
+
+/// How many of the smallest and of the largest of so many figures may be left out of an interval
+/// that still holds the median with confidence: the true median has at most `cut` of the figures
+/// on one side of it as seldom as a coin falls so in as many tosses.
+fn cut(count: usize) -> usize {
+    let tosses = i32::try_from(count).unwrap_or(i32::MAX);
+    let mut ways = 1.0;
+    let mut seldom = 0.0;
+    for cut in 0..count / 2 {
+        seldom += ways / 2_f64.powi(tosses);
+        if 1.0 - 2.0 * seldom < CONFIDENCE {
+            return cut.saturating_sub(1);
+        }
+        ways *= (count - cut) as f64 / (cut + 1) as f64;
+    }
+    0
+}
+
+/// Judges all goals of a scenario.
+pub fn judge(outcome: &Outcome) -> Vec<Judged> {
+    let entries = outcome.cases.first().map_or(&[][..], |case| &case.entries);
+    let judge = |goal| match judge_goal(goal, entries) {
+        judged if outcome.impossible.is_none() => judged,
+        judged => Judged { verdict: Verdict::NotPossible, ..judged },
+    };
+    outcome.scenario.goals.iter().map(judge).collect()
+}
+
+fn judge_goal(goal: &Goal, entries: &[Entry]) -> Judged {
+    let own = entries.iter().find(|entry| entry.contender == goal.of);
+    let own = own.map(|entry| figures(&entry.samples, goal.metric)).unwrap_or_default();
+    let others = entries.iter().filter(|entry| entry.contender != goal.of);
+    let reference = goal.reference().and_then(|name| best(others, name, goal.metric));
+    let compared: Option<Vec<f64>> = match (goal.reference(), &reference) {
+        (None, _) => Some(own.clone()),
+        (Some(_), None) => None,
+        (Some(_), Some((_, theirs))) => Some(
+            own.iter()
+                .zip(theirs)
+                .map(|(own, theirs)| match goal.over {
+                    Some(_) => own / theirs,
+                    None => own - theirs,
+                })
+                .collect(),
+        ),
+    };
+    let figure = compared.and_then(|figures| Interval::of(&figures));
+    Judged {
+        goal: goal.clone(),
+        figure,
+        own: Interval::of(&own),
+        reference: reference
+            .and_then(|(contender, theirs)| Some((contender, Interval::of(&theirs)?))),
+        verdict: figure.map_or(Verdict::NotMeasured, |figure| figure.verdict(goal)),
+    }
+}
+
+/// A contender's figures, one of each round.
+pub fn figures(samples: &[Sample], metric: Metric) -> Vec<f64> {
+    samples.iter().filter_map(|sample| sample.figures.get(&metric).copied()).collect()
+}
+
+/// The contender with the best median of those that a name means, with its figures.
+pub fn best<'a>(
+    entries: impl IntoIterator<Item = &'a Entry>,
+    name: &str,
+    metric: Metric,
+) -> Option<(Contender, Vec<f64>)> {
+    let mut best: Option<(f64, &Entry)> = None;
+    let measured = |entry: &&Entry| entry.contender.is(name) && entry.failed.is_none();
+    for entry in entries.into_iter().filter(measured) {
+        let Some(Interval { median, .. }) = Interval::of(&figures(&entry.samples, metric)) else {
+            continue;
+        };
+        let is_better = |than: f64| match metric.more_is_better() {
+            true => median > than,
+            false => median < than,
+        };
+        if best.is_none_or(|(than, _)| is_better(than)) {
+            best = Some((median, entry));
+        }
+    }
+    best.map(|(_, entry)| (entry.contender.clone(), figures(&entry.samples, metric)))
+}
+
+#[cfg(test)]
+mod test {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn entry(contender: &str, iops: &[f64]) -> Entry {
+        let sample = |iops: &f64| Sample {
+            figures: BTreeMap::from([(Metric::Iops, *iops), (Metric::MeanUs, 1e6 / iops)]),
+            latency_cdf: Vec::new(),
+        };
+        Entry {
+            contender: contender.parse().unwrap(),
+            samples: iops.iter().map(sample).collect(),
+            failed: None,
+        }
+    }
+
+    fn goal(text: &str) -> Goal {
+        toml::from_str(text).unwrap()
+    }
+
+    const TWICE: &str = "metric = 'iops'\nover = 'qemu'\nat_least = 2.0";
+
+    #[test]
+    fn outliers_are_left_out_as_far_as_the_number_of_rounds_allows() {
+        // Confidence of the range of all: 1 - 2 / 2^n. Tables give the others (two-sided, 90 %).
+        assert_eq!([1, 2, 3, 5, 7, 8, 10, 11, 15, 20].map(cut), [0, 0, 0, 0, 0, 1, 1, 2, 3, 5]);
+        let interval = Interval::of(&[9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 100.0]).unwrap();
+        assert_eq!(interval, Interval { median: 4.5, low: 2.0, high: 9.0 });
+        assert_eq!(Interval::of(&[]), None);
+    }
+
+    #[test]
+    fn rounds_that_agree_decide() {
+        let polldisk = entry("polldisk", &[30.0, 40.0, 50.0]);
+        let judged = |qemu: &[f64]| {
+            judge_goal(&goal(TWICE), &[polldisk.clone(), entry("qemu:iothread", qemu)])
+        };
+        assert_eq!(judged(&[10.0, 20.0, 10.0]).verdict, Verdict::Met, "ratios 3, 2, 5");
+        assert_eq!(judged(&[20.0, 25.0, 30.0]).verdict, Verdict::Missed);
+        assert_eq!(judged(&[20.0, 10.0, 10.0]).verdict, Verdict::Noisy, "ratios 1.5, 4, 5");
+        assert_eq!(judged(&[]).verdict, Verdict::NotMeasured);
+    }
+
+    #[test]
+    fn noise_that_all_contenders_share_cancels_out() {
+        let polldisk = entry("polldisk", &[30.0, 300.0, 3.0]);
+        let qemu = entry("qemu:iothread", &[10.0, 100.0, 1.0]);
+        let judged = judge_goal(&goal(TWICE), &[polldisk, qemu]);
+        assert_eq!(judged.figure, Some(Interval { median: 3.0, low: 3.0, high: 3.0 }));
+    }
+
+    #[test]
+    fn the_best_setting_is_the_reference_and_a_failed_one_is_none() {
+        let mut failed = entry("qemu:iothread,native", &[1000.0]);
+        failed.failed = Some("not in this build".to_owned());
+        let entries = [
+            entry("polldisk", &[30.0; 3]),
+            entry("qemu:iothread", &[10.0; 3]),
+            entry("qemu:main-loop", &[20.0; 3]),
+            failed,
+        ];
+        let judged = judge_goal(&goal(TWICE), &entries);
+        let (reference, _) = judged.reference.unwrap();
+        assert_eq!(
+            (reference.to_string().as_str(), judged.verdict),
+            ("qemu:main-loop", Verdict::Missed)
+        );
+        let (lowest, _) = best(&entries, "qemu", Metric::MeanUs).unwrap();
+        assert_eq!(lowest.to_string(), "qemu:main-loop", "less latency is better");
+        let one = TWICE.replace("qemu", "qemu:iothread");
+        assert_eq!(judge_goal(&goal(&one), &entries).verdict, Verdict::Met);
+    }
+
+    #[test]
+    fn nobody_is_its_own_reference() {
+        let entries = [entry("polldisk:workers=2", &[20.0; 3]), entry("polldisk", &[10.0; 3])];
+        let text = "metric = 'iops'\nof = 'polldisk:workers=2'\nover = 'polldisk'\nat_least = 1.8";
+        let judged = judge_goal(&goal(text), &entries);
+        assert_eq!((judged.figure.unwrap().median, judged.verdict), (2.0, Verdict::Met));
+    }
+
+    #[test]
+    fn differences_and_bare_figures_are_judged_too() {
+        let entries = [entry("polldisk", &[1e5; 3]), entry("fio", &[2e5; 3])];
+        let beyond = |most| goal(&format!("metric = 'mean_us'\nbeyond = 'fio'\nat_most = {most}"));
+        assert_eq!(judge_goal(&beyond("5.0"), &entries).verdict, Verdict::Met);
+        assert_eq!(judge_goal(&beyond("4.9"), &entries).verdict, Verdict::Missed);
+        let alone = goal("metric = 'mean_us'\nat_most = 10");
+        assert_eq!(judge_goal(&alone, &entries).verdict, Verdict::Met);
+    }
+}
