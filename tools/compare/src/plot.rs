@@ -29,6 +29,8 @@ enum Scale {
 struct Axis {
     title: String,
     scale: Scale,
+    /// Values with labels; empty: round ones.
+    labelled: Vec<f64>,
 }
 
 #[derive(Clone, Debug)]
@@ -47,6 +49,7 @@ struct Chart {
     lines: Vec<Line>,
     /// Only points, with these names of whole numbers on the y axis.
     rows: Option<Vec<String>>,
+    legend: SeriesLabelPosition,
 }
 
 /// Draws all that a run has figures for.
@@ -72,7 +75,11 @@ pub fn draw_all(report: &Report, folder: &Path) -> Result<Vec<Plot>> {
 /// A chart of a scenario's figure, without its lines.
 fn chart(outcome: &Outcome, of: &str, x: (&str, Scale), y: (&str, Scale)) -> Chart {
     let name = &outcome.scenario.name;
-    let axis = |(title, scale): (&str, Scale)| Axis { title: title.to_owned(), scale };
+    let axis = |(title, scale): (&str, Scale)| Axis {
+        title: title.to_owned(),
+        scale,
+        labelled: Vec::new(),
+    };
     Chart {
         file: format!("{name}-{of}.svg"),
         title: format!("{name}: {}", y.0),
@@ -80,6 +87,7 @@ fn chart(outcome: &Outcome, of: &str, x: (&str, Scale), y: (&str, Scale)) -> Cha
         y: axis(y),
         lines: Vec::new(),
         rows: None,
+        legend: SeriesLabelPosition::UpperLeft,
     }
 }
 
@@ -97,6 +105,11 @@ fn over_varied(outcome: &Outcome) -> Vec<Chart> {
     let draw = |(metric, name): &(Metric, &str)| {
         let y = (metric.title(), Scale::Logarithmic);
         let mut chart = chart(outcome, name, (x, Scale::Logarithmic), y);
+        chart.x.labelled =
+            outcome.cases.iter().filter_map(|case| case.case.at).map(f64::from).collect();
+        if !matches!(metric, Metric::Iops | Metric::ConnectS) {
+            chart.legend = SeriesLabelPosition::UpperRight;
+        }
         let contenders = outcome.scenario.contenders.iter().enumerate();
         chart.lines = contenders
             .map(|(index, contender)| {
@@ -127,6 +140,7 @@ fn over_workers(outcome: &Outcome) -> Option<Chart> {
     let &(fewest, least) = points.first().filter(|_| points.len() > 1)?;
     let mut chart = chart(outcome, "workers", ("workers", Scale::Linear), ("IOPS", Scale::Linear));
     let even = points.iter().map(|(workers, _)| (*workers, least * workers / fewest)).collect();
+    chart.x.labelled = points.iter().map(|(workers, _)| *workers).collect();
     chart.lines = vec![
         Line { name: "polldisk".to_owned(), color: BLUE, points },
         Line { name: "as much from each worker".to_owned(), color: GRAY, points: even },
@@ -145,6 +159,7 @@ fn latency_cdf(outcome: &Outcome) -> Option<Chart> {
         ("latency, us", Scale::Logarithmic),
         ("percent of the requests", Scale::Linear),
     );
+    chart.legend = SeriesLabelPosition::LowerRight;
     for (index, entry) in outcome.cases.first()?.entries.iter().enumerate() {
         let mut samples: Vec<_> = entry.samples.iter().collect();
         samples.sort_by(|a, b| {
@@ -191,10 +206,15 @@ fn cpu_per_io(outcomes: &[&Outcome]) -> Option<Chart> {
     (!shown.is_empty()).then(|| Chart {
         file: "cpu-per-io.svg".to_owned(),
         title: "CPU time for each request, best setting of each".to_owned(),
-        x: Axis { title: Metric::CpuUsPerIo.title().to_owned(), scale: Scale::Logarithmic },
-        y: Axis { title: String::new(), scale: Scale::Linear },
+        x: Axis {
+            title: Metric::CpuUsPerIo.title().to_owned(),
+            scale: Scale::Logarithmic,
+            labelled: Vec::new(),
+        },
+        y: Axis { title: String::new(), scale: Scale::Linear, labelled: Vec::new() },
         lines: kinds.into_iter().map(line).collect(),
         rows: Some(shown.iter().rev().map(|(name, _)| (*name).to_owned()).collect()),
+        legend: SeriesLabelPosition::UpperLeft,
     })
 }
 
@@ -254,17 +274,22 @@ impl Scale {
             Scale::Logarithmic => 10_f64.powf(place),
         }
     }
+}
 
+impl Axis {
     /// The part of the axis that holds all values, and the labels on it, as places.
-    fn axis(self, values: impl Iterator<Item = f64>) -> Labelled {
-        let places: Vec<f64> = values.map(|value| self.place(value)).collect();
+    fn hold(&self, values: impl Iterator<Item = f64>) -> Labelled {
+        let places: Vec<f64> = values.map(|value| self.scale.place(value)).collect();
         let low = places.iter().copied().fold(f64::INFINITY, f64::min);
         let high = places.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        let (low, high) = match self {
+        let (low, high) = match self.scale {
             Scale::Linear => (low.min(0.0), high.max(low + 1e-9) * 1.05),
             Scale::Logarithmic => (low - 0.05, high + 0.05),
         };
-        let labels = match self {
+        let labels = match self.scale {
+            _ if !self.labelled.is_empty() => {
+                self.labelled.iter().map(|value| self.scale.place(*value)).collect()
+            }
             Scale::Linear => {
                 let step = 10_f64.powf(((high - low) / 4.0).log10().floor());
                 let step = step * ((high - low) / step / 8.0).ceil();
@@ -294,12 +319,13 @@ fn draw_to(chart: &Chart, backend: SVGBackend<'_>) -> Result<()> {
     let area = backend.into_drawing_area();
     area.fill(&WHITE)?;
     let points = || chart.lines.iter().flat_map(|line| line.points.iter().copied());
-    let x_axis = chart.x.scale.axis(points().map(|point| point.0));
+    let x_axis = chart.x.hold(points().map(|point| point.0));
     let y_axis = match &chart.rows {
-        None => chart.y.scale.axis(points().map(|point| point.1)),
+        None => chart.y.hold(points().map(|point| point.1)),
         Some(rows) => {
             let labels = (0..rows.len()).map(|row| row as f64).collect();
-            Labelled { range: -0.5..rows.len() as f64 - 0.5, labels }
+            // With room for the legend.
+            Labelled { range: -0.5..rows.len() as f64 + 1.0, labels }
         }
     };
     let left = if chart.rows.is_some() { 190 } else { 80 };
@@ -343,7 +369,7 @@ fn draw_to(chart: &Chart, backend: SVGBackend<'_>) -> Result<()> {
     }
     context
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
+        .position(chart.legend.clone())
         .background_style(WHITE.mix(0.8))
         .border_style(GRAY)
         .label_font(("sans-serif", 14))
@@ -382,7 +408,11 @@ mod test {
     fn a_chart_becomes_an_svg_with_its_lines_and_texts() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x.svg");
-        let axis = |title: &str| Axis { title: title.to_owned(), scale: Scale::Logarithmic };
+        let axis = |title: &str| Axis {
+            title: title.to_owned(),
+            scale: Scale::Logarithmic,
+            labelled: Vec::new(),
+        };
         let line = |name: &str, points: &[(f64, f64)]| Line {
             name: name.to_owned(),
             color: BLUE,
@@ -395,6 +425,7 @@ mod test {
             y: axis("IOPS"),
             lines: vec![line("one", &[(1.0, 10.0), (32.0, 1e6)]), line("none", &[])],
             rows: None,
+            legend: SeriesLabelPosition::UpperLeft,
         };
         draw(&chart, &path).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();

@@ -70,7 +70,7 @@ impl Program {
             unpack(wanted.package, &root).with_context(|| {
                 let Wanted { file, package, variable } = wanted;
                 format!(
-                    "/{file} is missing: apt-get install {package}, or name another one in \
+                    "/{file} is missing: apt-get update && apt-get install {package}, or name another in \
                      {variable}"
                 )
             })?;

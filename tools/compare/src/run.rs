@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::contender::{self, Contender, Contents, Kind};
-use crate::machine::{Machine, Ticks};
+use crate::machine::{self, Machine, Ticks};
 use crate::programs::Program;
 use crate::sample::{Metric, Sample};
 use crate::scenario::{Backing, Case, Load, Scenario};
@@ -183,7 +183,9 @@ impl<'a> Bench<'a> {
                 words.extend(program(&self.fio)?.words());
                 let seconds = self.extent.seconds;
                 words.extend(contender::fio_arguments(*registered, load, file, seconds));
-                return Sample::of_fio(&json(&output(&words)?)?);
+                let before = machine::children_cpu_us();
+                let json = json(&output(&words)?)?;
+                return Sample::of_fio(&json, machine::children_cpu_us() - before);
             }
             Contender::Polldisk { workers } => {
                 let mut words = vec![self.built("polldisk"), "serve".to_owned()];

@@ -100,8 +100,9 @@ impl Sample {
         Ok(Sample { figures, latency_cdf })
     }
 
-    /// From what `fio --output-format=json` wrote about one job.
-    pub fn of_fio(json: &Value) -> Result<Sample> {
+    /// From what `fio --output-format=json` wrote about one job, and the CPU time of its process.
+    /// fio's own account of that misses the kernel's threads that serve its io_uring.
+    pub fn of_fio(json: &Value, cpu_us: f64) -> Result<Sample> {
         let job = json.pointer("/jobs/0").context("fio wrote of no job")?;
         let side = ["read", "write"]
             .into_iter()
@@ -111,9 +112,7 @@ impl Sample {
         let number = |value: &Value, path: &str| {
             value.pointer(path).and_then(Value::as_f64).with_context(|| format!("fio: no {path}"))
         };
-        let cpu_percent = number(job, "/usr_cpu")? + number(job, "/sys_cpu")?;
-        // Percent of a run time in milliseconds: 10 us.
-        let cpu_us = cpu_percent * number(job, "/job_runtime")? * 10.0;
+        let runtime_us = number(job, "/job_runtime")? * 1e3;
         let percentile = |name: &str| number(side, &format!("/lat_ns/percentile/{name}"));
         let figures = BTreeMap::from([
             (Metric::Iops, number(side, "/iops")?),
@@ -123,7 +122,7 @@ impl Sample {
             (Metric::P99Us, percentile("99.000000")? / 1e3),
             (Metric::P999Us, percentile("99.900000")? / 1e3),
             (Metric::CpuUsPerIo, cpu_us / number(side, "/total_ios")?),
-            (Metric::CpuPercent, cpu_percent),
+            (Metric::CpuPercent, cpu_us * 100.0 / runtime_us),
         ]);
         let percentiles = side.pointer("/lat_ns/percentile").and_then(Value::as_object);
         let mut latency_cdf: Vec<(f64, f64)> = percentiles
@@ -169,13 +168,13 @@ mod test {
                        "percentile": {"50.000000": 2000, "99.000000": 9000, "99.900000": 9900}},
         });
         let job = json!({
-            "usr_cpu": 10.0, "sys_cpu": 40.0, "job_runtime": 2000,
-            "read": {"total_ios": 0}, "write": side,
+            "job_runtime": 2000, "read": {"total_ios": 0}, "write": side,
         });
-        let sample = Sample::of_fio(&json!({ "jobs": [job] })).unwrap();
-        assert_eq!(sample.figures[&Metric::CpuUsPerIo], 1000.0, "half of two seconds");
+        let sample = Sample::of_fio(&json!({ "jobs": [job] }), 1e6).unwrap();
+        assert_eq!(sample.figures[&Metric::CpuUsPerIo], 1000.0);
+        assert_eq!(sample.figures[&Metric::CpuPercent], 50.0, "a second of two");
         assert_eq!(sample.figures[&Metric::MeanUs], 2.5);
         assert_eq!(sample.latency_cdf, [(2.0, 50.0), (9.0, 99.0), (9.9, 99.9)]);
-        assert!(Sample::of_fio(&json!({ "jobs": [] })).is_err());
+        assert!(Sample::of_fio(&json!({ "jobs": [] }), 0.0).is_err());
     }
 }
