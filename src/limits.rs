@@ -57,6 +57,10 @@ pub const PERSISTENT_IDLE_SWEEPS: u32 = 4;
 /// also what one bad reference can cost.
 pub const GRANTS_PER_MAP_BATCH: usize = 32 * SEGMENTS_PER_REQUEST;
 
+/// Pages that one call of `/dev/xen/gntalloc` makes: all that its module allows unless told
+/// otherwise (its parameter `limit`).
+pub const PAGES_PER_ALLOC: usize = 1024;
+
 /// Segments in one grant copy call: bounds the bounce memory of a pass.
 pub const SEGMENTS_PER_COPY_BATCH: usize = 512;
 

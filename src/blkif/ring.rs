@@ -231,15 +231,24 @@ impl FrontRing {
         self.ring.publish(REQ_PROD, REQ_EVENT, old, self.req_prod)
     }
 
+    /// Responses that wait to be taken: more than [`FrontRing::in_flight`] are the backend's fault.
+    #[inline]
+    pub fn responses(&self) -> u32 {
+        self.ring.load(RSP_PROD).wrapping_sub(self.rsp_cons)
+    }
+
+    /// Takes the next response; call only as often as [`FrontRing::responses`] said.
+    #[inline]
+    pub fn take(&mut self) -> RawResponse {
+        let at = self.ring.entry(self.rsp_cons);
+        self.rsp_cons = self.rsp_cons.wrapping_add(1);
+        load_response(&self.ring.page, at, self.ring.protocol)
+    }
+
     /// The next response, if one is there.
     #[inline]
     pub fn next_response(&mut self) -> Option<RawResponse> {
-        if self.ring.load(RSP_PROD) == self.rsp_cons {
-            return None;
-        }
-        let at = self.ring.entry(self.rsp_cons);
-        self.rsp_cons = self.rsp_cons.wrapping_add(1);
-        Some(load_response(&self.ring.page, at, self.ring.protocol))
+        (self.responses() != 0).then(|| self.take())
     }
 
     /// Asks the backend to notify us once `after` more responses are there (at least 1), then

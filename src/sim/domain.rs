@@ -23,7 +23,7 @@ use crate::limits::SIM_GRANT_ENTRIES;
 use crate::units::{DomId, GrantRef};
 use crate::xen::PageAccess;
 use crate::xen::abi::{self, GrantEntryV1};
-use crate::xen::shm::{GuestBuf, SharedPage};
+use crate::xen::shm::{GuestBuf, GuestPages, SharedPage};
 
 /// A domain with its memory. It ends when this is dropped or its process dies.
 ///
@@ -126,6 +126,14 @@ impl Domain {
     /// Where the domain has no such pages.
     pub fn shared_pages(&self, first: Gfn, count: u32) -> SharedPage {
         self.memory.shared_pages(first, count).expect("pages of this domain")
+    }
+
+    /// Consecutive pages as one range. Not to be given to a `Grants`, which did not map it.
+    ///
+    /// # Panics
+    /// Where the domain has no such pages.
+    pub fn guest_pages(&self, first: Gfn, count: u32) -> GuestPages {
+        self.memory.guest_pages(first, count).expect("pages of this domain")
     }
 
     /// Takes `count` references out of the pool, for [`Domain::permit`]; ENOSPC where the table

@@ -186,6 +186,13 @@ impl GuestMemory {
         Some(unsafe { SharedPage::from_raw(address, count as usize * PAGE_BYTES) })
     }
 
+    /// Consecutive pages as one range, valid while this mapping is.
+    pub fn guest_pages(&self, first: Gfn, count: u32) -> Option<GuestPages> {
+        let address = self.address(first, count)?;
+        // SAFETY: as in `page`.
+        Some(unsafe { GuestPages::from_raw(address, count as usize, 0) })
+    }
+
     #[inline]
     fn address(&self, first: Gfn, count: u32) -> Option<NonNull<u8>> {
         let inside = first.0.checked_add(count).is_some_and(|end| end <= self.pages);

@@ -182,6 +182,11 @@ impl SimXen {
         SimXen { folder: folder.to_owned() }
     }
 
+    /// The run folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     fn unreachable(&self, what: &str, source: io::Error) -> PlatformError {
         PlatformError {
             what: format!("cannot reach the {what} of the stand-in in {}", self.folder.display()),

@@ -200,6 +200,36 @@ pub const IOCTL_GNTDEV_UNMAP_GRANT_REF: libc::Ioctl =
 /// `IOCTL_GNTDEV_GRANT_COPY`.
 pub const IOCTL_GNTDEV_GRANT_COPY: libc::Ioctl = ioctl(b'G', 8, size_of::<GntdevGrantCopy>());
 
+// /dev/xen/gntalloc: include/uapi/xen/gntalloc.h.
+
+/// `struct ioctl_gntalloc_alloc_gref` with room for a whole batch.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct GntallocAllocGref {
+    /// In: who may map the pages.
+    pub domid: u16,
+    /// In: [`GNTALLOC_FLAG_WRITABLE`] or 0.
+    pub flags: u16,
+    /// In: how many pages.
+    pub count: u32,
+    /// Out: the offset for mmap, in bytes.
+    pub index: u64,
+    /// Out: the pages' references.
+    pub refs: [u32; limits::PAGES_PER_ALLOC],
+}
+const _: () = {
+    assert!(std::mem::offset_of!(GntallocAllocGref, flags) == 2);
+    assert!(std::mem::offset_of!(GntallocAllocGref, count) == 4);
+    assert!(std::mem::offset_of!(GntallocAllocGref, index) == 8);
+    assert!(std::mem::offset_of!(GntallocAllocGref, refs) == 16);
+};
+
+/// `GNTALLOC_FLAG_WRITABLE`: whoever maps a page may write it.
+pub const GNTALLOC_FLAG_WRITABLE: u16 = 1;
+
+/// `IOCTL_GNTALLOC_ALLOC_GREF`; its size counts one element of the array, and padding.
+pub const IOCTL_GNTALLOC_ALLOC_GREF: libc::Ioctl = ioctl(b'G', 5, 24);
+
 // /dev/xen/evtchn: include/uapi/xen/evtchn.h.
 
 /// `struct ioctl_evtchn_bind_interdomain`.
@@ -213,6 +243,15 @@ pub struct EvtchnBindInterdomain {
 }
 layout!(EvtchnBindInterdomain: 8 { remote_domain: 0, remote_port: 4 });
 
+/// `struct ioctl_evtchn_bind_unbound_port`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct EvtchnBindUnboundPort {
+    /// Who may bind to it.
+    pub remote_domain: u32,
+}
+layout!(EvtchnBindUnboundPort: 4 { remote_domain: 0 });
+
 /// `struct ioctl_evtchn_unbind` and `struct ioctl_evtchn_notify`.
 #[repr(C)]
 #[derive(Debug)]
@@ -225,6 +264,9 @@ layout!(EvtchnPort: 4 { port: 0 });
 /// `IOCTL_EVTCHN_BIND_INTERDOMAIN`; returns our port.
 pub const IOCTL_EVTCHN_BIND_INTERDOMAIN: libc::Ioctl =
     ioctl(b'E', 1, size_of::<EvtchnBindInterdomain>());
+/// `IOCTL_EVTCHN_BIND_UNBOUND_PORT`; returns our port.
+pub const IOCTL_EVTCHN_BIND_UNBOUND_PORT: libc::Ioctl =
+    ioctl(b'E', 2, size_of::<EvtchnBindUnboundPort>());
 /// `IOCTL_EVTCHN_UNBIND`.
 pub const IOCTL_EVTCHN_UNBIND: libc::Ioctl = ioctl(b'E', 3, size_of::<EvtchnPort>());
 /// `IOCTL_EVTCHN_NOTIFY`.
@@ -241,7 +283,9 @@ mod test {
         assert_eq!(IOCTL_GNTDEV_MAP_GRANT_REF, 0x0018_4700);
         assert_eq!(IOCTL_GNTDEV_UNMAP_GRANT_REF, 0x0010_4701);
         assert_eq!(IOCTL_GNTDEV_GRANT_COPY, 0x0010_4708);
+        assert_eq!(IOCTL_GNTALLOC_ALLOC_GREF, 0x0018_4705);
         assert_eq!(IOCTL_EVTCHN_BIND_INTERDOMAIN, 0x0008_4501);
+        assert_eq!(IOCTL_EVTCHN_BIND_UNBOUND_PORT, 0x0004_4502);
         assert_eq!(IOCTL_EVTCHN_UNBIND, 0x0004_4503);
         assert_eq!(IOCTL_EVTCHN_NOTIFY, 0x0004_4504);
         assert_eq!(IOCTL_EVTCHN_RESET, 0x0000_4505);

@@ -213,6 +213,10 @@ pub struct SharedPage {
     memory: Memory,
 }
 
+// SAFETY: its memory belongs to the process and stays mapped for the life of the value (from_raw,
+// over, LocalPages), whichever thread has it; every access is a volatile or atomic one.
+unsafe impl Send for SharedPage {}
+
 /// Who keeps the memory of a [`SharedPage`].
 #[derive(Debug)]
 enum Memory {

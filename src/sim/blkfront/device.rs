@@ -1,5 +1,4 @@
 //! The data path of a frontend: one ring, its event channel, and buffers granted to the backend.
-#![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::AsFd;
@@ -108,10 +107,6 @@ pub struct Device {
     /// Reused by [`Device::put`].
     segments: Vec<RawSegment>,
 }
-
-// SAFETY: what keeps it from being Send is the address of its ring, which lies in the memory of the
-// domain that it holds; any thread may use that, and only one at a time has the device.
-unsafe impl Send for Device {}
 
 /// Pages for one request: those of its data, then those of its segments where it is indirect.
 #[derive(Debug)]

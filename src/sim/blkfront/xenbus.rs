@@ -12,7 +12,7 @@ use crate::limits::SEGMENTS_PER_REQUEST;
 use crate::msg::Protocol;
 use crate::park;
 use crate::sim::Domain;
-use crate::units::{Sectors, VbdId, parse_decimal};
+use crate::units::{GrantRef, Port, Sectors, VbdId, parse_decimal};
 use crate::xen::Store;
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::store::StoreClient;
@@ -20,8 +20,26 @@ use crate::xen::store::StoreClient;
 /// How long a frontend waits for its backend: a guard against hanging, far above what is normal.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// A ring, as its frontend publishes it.
+pub trait Published {
+    /// Grants of its pages, in their order.
+    fn ring_refs(&self) -> &[GrantRef];
+    /// The port to which the backend binds.
+    fn port(&self) -> Port;
+}
+
+impl Published for Device {
+    fn ring_refs(&self) -> &[GrantRef] {
+        self.ring_refs()
+    }
+
+    fn port(&self) -> Port {
+        self.port()
+    }
+}
+
 /// A frontend's view of xenstore.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Xenbus {
     store: StoreClient,
     area: String,
@@ -54,7 +72,8 @@ impl Wanted {
     }
 
     /// As much of it as is offered.
-    fn within(mut self, offered: &Offered) -> Wanted {
+    #[must_use]
+    pub fn within(mut self, offered: &Offered) -> Wanted {
         self.queues = self.queues.min(offered.queues);
         let options = &mut self.options;
         options.persistent &= offered.persistent;
@@ -95,11 +114,18 @@ impl Xenbus {
     /// Opens the area of a disk, once the toolstack has made it.
     pub fn open(domain: &Domain, vbd: VbdId) -> io::Result<Xenbus> {
         let store = StoreClient::from_stream(domain.open_store()?)?;
-        let area = format!("device/{}/{vbd}", keys::FRONTEND_CLASS);
-        store.watch(&format!("{area}/{}", keys::BACKEND), "area")?;
-        let backend = wait(&store, || read_text(&store, &format!("{area}/{}", keys::BACKEND)))?;
-        store.watch(&format!("{backend}/{}", keys::STATE), "backend")?;
-        Ok(Xenbus { store, area, backend })
+        store.watch(&format!("{}/{}", area_of(vbd), keys::BACKEND), "area")?;
+        let xenbus = wait(&store, || Xenbus::find(&store, vbd))?;
+        store.watch(&xenbus.theirs(keys::STATE), "backend")?;
+        Ok(xenbus)
+    }
+
+    /// The area of a disk, through a connection with its domain's rights; `None` where nobody has
+    /// made it. It watches nothing: the caller looks.
+    pub fn find(store: &StoreClient, vbd: VbdId) -> io::Result<Option<Xenbus>> {
+        let area = area_of(vbd);
+        let backend = read_text(store, &format!("{area}/{}", keys::BACKEND))?;
+        Ok(backend.map(|backend| Xenbus { store: store.clone(), area, backend }))
     }
 
     /// The store connection, with the guest's rights.
@@ -166,8 +192,9 @@ impl Xenbus {
         self.publish_all(std::slice::from_ref(device), &wanted)
     }
 
-    fn publish_all(&self, devices: &[Device], wanted: &Wanted) -> io::Result<()> {
-        let nodes = nodes(devices, wanted);
+    /// The same with the rings of a whole disk.
+    pub fn publish_all(&self, rings: &[impl Published], wanted: &Wanted) -> io::Result<()> {
+        let nodes = nodes(rings, wanted);
         self.store.atomically(|span| {
             for name in span.directory(&self.area)? {
                 let stays = wanted.leaves_nodes && &*name != keys::PROTOCOL;
@@ -241,7 +268,7 @@ impl Xenbus {
 }
 
 /// What a frontend writes for a connection, below its own area.
-fn nodes(devices: &[Device], wanted: &Wanted) -> Vec<(String, String)> {
+fn nodes(rings: &[impl Published], wanted: &Wanted) -> Vec<(String, String)> {
     let Wanted { options, names_protocol, leaves_nodes, .. } = wanted;
     let mut nodes = vec![(keys::FEATURE_PERSISTENT, u8::from(options.persistent).to_string())];
     if *names_protocol {
@@ -251,22 +278,26 @@ fn nodes(devices: &[Device], wanted: &Wanted) -> Vec<(String, String)> {
     if says_order {
         nodes.push((keys::RING_PAGE_ORDER, options.ring_order.to_string()));
     }
-    if devices.len() > 1 || *leaves_nodes {
-        nodes.push((keys::MULTI_QUEUE_NUM_QUEUES, devices.len().to_string()));
+    if rings.len() > 1 || *leaves_nodes {
+        nodes.push((keys::MULTI_QUEUE_NUM_QUEUES, rings.len().to_string()));
     }
     let mut nodes: Vec<_> =
         nodes.into_iter().map(|(node, value)| (node.to_owned(), value)).collect();
-    for (number, device) in devices.iter().enumerate() {
-        let folder = if devices.len() > 1 { format!("queue-{number}/") } else { String::new() };
+    for (number, ring) in rings.iter().enumerate() {
+        let folder = if rings.len() > 1 { format!("queue-{number}/") } else { String::new() };
         let ring_ref = |page: usize| match says_order {
             true => format!("{folder}{}{page}", keys::RING_REF),
             false => format!("{folder}{}", keys::RING_REF),
         };
-        let refs = device.ring_refs().iter().enumerate();
+        let refs = ring.ring_refs().iter().enumerate();
         nodes.extend(refs.map(|(page, gref)| (ring_ref(page), gref.to_string())));
-        nodes.push((format!("{folder}{}", keys::EVENT_CHANNEL), device.port().to_string()));
+        nodes.push((format!("{folder}{}", keys::EVENT_CHANNEL), ring.port().to_string()));
     }
     nodes
+}
+
+fn area_of(vbd: VbdId) -> String {
+    format!("device/{}/{vbd}", keys::FRONTEND_CLASS)
 }
 
 fn name_of(protocol: Protocol) -> &'static str {

@@ -43,6 +43,14 @@ impl Evtchn {
         }
     }
 
+    /// Allocates a port to which `remote` may bind: what a frontend does.
+    pub fn alloc_unbound(&mut self, remote: DomId) -> io::Result<Port> {
+        let mut request = abi::EvtchnBindUnboundPort { remote_domain: u32::from(remote.raw()) };
+        let port = Port(self.ioctl(abi::IOCTL_EVTCHN_BIND_UNBOUND_PORT, &mut request)?);
+        self.bound.insert(port);
+        Ok(port)
+    }
+
     /// Empties the kernel's queue, which has lost events, and suspects every port.
     fn recover(&mut self) -> io::Result<()> {
         self.ioctl(abi::IOCTL_EVTCHN_RESET, &mut ())?;

@@ -4,6 +4,7 @@
 //! failed and what mends it.
 
 pub mod evtchn;
+pub mod gntalloc;
 pub mod gntdev;
 
 use std::fs::{File, OpenOptions};
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 use super::store::StoreClient;
 use super::{Platform, PlatformError};
 use evtchn::Evtchn;
+use gntalloc::Gntalloc;
 use gntdev::Gntdev;
 
 /// The hypervisor that this domain runs on.
@@ -35,6 +37,11 @@ impl LinuxXen {
         xen.open_grants()?;
         xen.open_events()?;
         Ok(xen)
+    }
+
+    /// Opens the device by which a frontend in this domain grants pages. The daemon needs none.
+    pub fn open_gntalloc(&self) -> Result<Gntalloc, PlatformError> {
+        self.open_device("gntalloc", "xen-gntalloc", 0).map(Gntalloc::new)
     }
 
     /// What the kernel says, for the text of an error: a device that opens is proof enough.
@@ -162,6 +169,16 @@ mod test {
         );
         File::create(root.path().join("dev/xen/evtchn")).unwrap();
         LinuxXen::detect_under(root.path()).unwrap();
+    }
+
+    #[test]
+    fn a_frontend_without_gntalloc_is_told_the_module() {
+        let root = root_with(&["dev/xen"]);
+        let xen = LinuxXen { root: root.path().to_owned() };
+        assert_eq!(
+            text(xen.open_gntalloc()),
+            "cannot open /dev/xen/gntalloc: load the kernel's module (modprobe xen-gntalloc)"
+        );
     }
 
     #[test]

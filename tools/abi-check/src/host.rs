@@ -26,6 +26,7 @@ const HEADERS: &[&str] = &[
     "xen/io/xenbus.h",
     "xen/io/xs_wire.h",
     "xen/sys/evtchn.h",
+    "xen/sys/gntalloc.h",
     "xen/sys/gntdev.h",
 ];
 
@@ -35,6 +36,7 @@ pub fn table() -> Table {
     identifiers(&mut table);
     grant_table(&mut table);
     gntdev(&mut table);
+    gntalloc(&mut table);
     evtchn(&mut table);
     disk_flags(&mut table);
     xenbus_states(&mut table);
@@ -116,13 +118,32 @@ fn gntdev(table: &mut Table) {
     table.number("IOCTL_GNTDEV_GRANT_COPY", IOCTL_GNTDEV_GRANT_COPY);
 }
 
+fn gntalloc(table: &mut Table) {
+    // The header's array has one element, ours a whole batch: no common size.
+    for (field, offset) in [
+        ("domid", std::mem::offset_of!(GntallocAllocGref, domid)),
+        ("flags", std::mem::offset_of!(GntallocAllocGref, flags)),
+        ("count", std::mem::offset_of!(GntallocAllocGref, count)),
+        ("index", std::mem::offset_of!(GntallocAllocGref, index)),
+        ("gref_ids", std::mem::offset_of!(GntallocAllocGref, refs)),
+    ] {
+        table.number(format!("offsetof(struct ioctl_gntalloc_alloc_gref, {field})"), offset);
+    }
+    table.number("GNTALLOC_FLAG_WRITABLE", GNTALLOC_FLAG_WRITABLE);
+    table.number("IOCTL_GNTALLOC_ALLOC_GREF", IOCTL_GNTALLOC_ALLOC_GREF);
+}
+
 fn evtchn(table: &mut Table) {
     structure!(table, "struct ioctl_evtchn_bind_interdomain" is EvtchnBindInterdomain {
         "remote_domain" is remote_domain, "remote_port" is remote_port
     });
+    structure!(table, "struct ioctl_evtchn_bind_unbound_port" is EvtchnBindUnboundPort {
+        "remote_domain" is remote_domain
+    });
     structure!(table, "struct ioctl_evtchn_unbind" is EvtchnPort { "port" is port });
     structure!(table, "struct ioctl_evtchn_notify" is EvtchnPort { "port" is port });
     table.number("IOCTL_EVTCHN_BIND_INTERDOMAIN", IOCTL_EVTCHN_BIND_INTERDOMAIN);
+    table.number("IOCTL_EVTCHN_BIND_UNBOUND_PORT", IOCTL_EVTCHN_BIND_UNBOUND_PORT);
     table.number("IOCTL_EVTCHN_UNBIND", IOCTL_EVTCHN_UNBIND);
     table.number("IOCTL_EVTCHN_NOTIFY", IOCTL_EVTCHN_NOTIFY);
     table.number("IOCTL_EVTCHN_RESET", IOCTL_EVTCHN_RESET);

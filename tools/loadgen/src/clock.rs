@@ -1,0 +1,28 @@
+//! The one clock of a run.
+
+use std::time::{Duration, Instant};
+
+/// Counts nanoseconds from its making (`CLOCK_MONOTONIC`, read without a system call).
+#[derive(Clone, Copy, Debug)]
+pub struct Clock {
+    origin: Instant,
+}
+
+impl Clock {
+    /// One that starts at 0 now.
+    pub fn start() -> Clock {
+        Clock { origin: Instant::now() }
+    }
+
+    /// Nanoseconds since the start.
+    #[inline]
+    pub fn now_ns(&self) -> u64 {
+        let elapsed = self.origin.elapsed();
+        elapsed.as_secs() * 1_000_000_000 + u64::from(elapsed.subsec_nanos())
+    }
+
+    /// Sleeps until the time given, or not at all where it is over.
+    pub fn sleep_until(&self, at_ns: u64) {
+        std::thread::sleep(Duration::from_nanos(at_ns.saturating_sub(self.now_ns())));
+    }
+}

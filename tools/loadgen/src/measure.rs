@@ -1,0 +1,239 @@
+//! A run: a thread for each ring, and the main thread, which takes a reading at each sample's end.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::ScopedJoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use polldisk::xen::Events;
+
+use crate::arrivals::{Arrivals, Schedule};
+use crate::clock::Clock;
+use crate::disk::Disk;
+use crate::load::{Gauge, Load, LoadError, Phase, Tally, Wait};
+use crate::options::Plan;
+use crate::pattern::Pattern;
+use crate::queue::Queue;
+use crate::sys;
+use crate::usage::Usage;
+
+/// Whoever serves the disks, seen while the load runs.
+pub trait Watched {
+    /// An error where it has ended.
+    fn check(&mut self) -> anyhow::Result<()>;
+    /// The process whose CPU time is measured.
+    fn pid(&self) -> Option<u32>;
+    /// Threads of this very process serve the disks, so that its CPU time says nothing of the load.
+    fn is_here(&self) -> bool {
+        false
+    }
+}
+
+/// Everything counted so far, at one moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Reading {
+    /// The moment.
+    pub at_ns: u64,
+    /// Responses taken.
+    pub completed: u64,
+    /// Notifications to the backend.
+    pub sent: u64,
+    /// Notifications from the backend.
+    pub received: u64,
+    /// What the backend has used.
+    pub backend: Option<Usage>,
+    /// CPU time of the load: this process, which does nothing else.
+    pub load_cpu_ns: Option<u64>,
+}
+
+/// What a run has shown.
+#[derive(Debug)]
+pub struct Measured {
+    /// At the start of the first sample and at the end of each.
+    pub readings: Vec<Reading>,
+    /// By ring.
+    pub tallies: Vec<Tally>,
+}
+
+/// How often the main thread looks whether everything is well.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How often it does while the last requests are answered.
+const DRAIN_LOOK: Duration = Duration::from_millis(1);
+
+/// Runs the load on connected disks.
+pub fn measure<E: Events + Send>(
+    plan: &Plan,
+    disks: Vec<&mut Disk<E>>,
+    backend: &mut dyn Watched,
+    interrupted: &AtomicBool,
+) -> anyhow::Result<Measured> {
+    let parts = parts(plan, disks)?;
+    let gauges: Vec<Gauge> = parts.iter().map(|_| Gauge::default()).collect();
+    let (clock, phase) = (Clock::start(), Phase::default());
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = parts
+            .into_iter()
+            .zip(&gauges)
+            .map(|(part, gauge)| {
+                let phase = &phase;
+                let run = move || part.run(plan, clock, phase, gauge);
+                std::thread::Builder::new().name("queue".to_owned()).spawn_scoped(scope, run)
+            })
+            .collect::<Result<_, _>>()?;
+        let observed = observe(plan, clock, &phase, &gauges, backend, &|| {
+            if interrupted.load(Ordering::Relaxed) {
+                bail!("interrupted");
+            }
+            match threads.iter().any(ScopedJoinHandle::is_finished) {
+                true => bail!("a ring's thread ended early"),
+                false => Ok(()),
+            }
+        });
+        let observed = observed.and_then(|readings| {
+            phase.stop();
+            // A backend that ends now leaves requests that nobody answers.
+            while !threads.iter().all(ScopedJoinHandle::is_finished) {
+                backend.check()?;
+                std::thread::sleep(DRAIN_LOOK);
+            }
+            Ok(readings)
+        });
+        if observed.is_err() {
+            phase.abandon();
+        }
+        let mut tallies = Vec::new();
+        let mut failure = None;
+        for thread in threads {
+            match thread.join().map_err(|_| anyhow!("a ring's thread panicked"))? {
+                Ok(tally) => tallies.push(tally),
+                Err(LoadError::Abandoned(_)) => {}
+                Err(error) => failure = Some(error),
+            }
+        }
+        // What a ring's thread met is the cause of everything else.
+        match failure {
+            Some(error) => Err(error.into()),
+            None => Ok(Measured { readings: observed?, tallies }),
+        }
+    })
+}
+
+/// All that one ring's thread needs.
+struct Part<'a, E> {
+    queue: &'a mut Queue<E>,
+    pattern: Pattern,
+    core: Option<usize>,
+    /// Which of all rings, and how many there are.
+    number: u64,
+    count: u64,
+}
+
+fn parts<'a, E: Events>(
+    plan: &Plan,
+    disks: Vec<&'a mut Disk<E>>,
+) -> anyhow::Result<Vec<Part<'a, E>>> {
+    let mut parts = Vec::new();
+    for disk in disks {
+        let (queues, shape) = disk.queues(plan);
+        let count = queues.len();
+        for (index, queue) in queues.iter_mut().enumerate() {
+            let number = parts.len();
+            let pattern = shape
+                .pattern(index, count, 0x706f_6c6c_6469_736b ^ (number as u64) << 32)
+                .context("no room for a block: give a larger --size")?;
+            let core = match plan.cores.len() {
+                0 => None,
+                cores => plan.cores.get(number % cores).copied(),
+            };
+            parts.push(Part { queue, pattern, core, number: number as u64, count: 0 });
+        }
+    }
+    let count = parts.len() as u64;
+    parts.iter_mut().for_each(|part| part.count = count);
+    Ok(parts)
+}
+
+impl<E: Events> Part<'_, E> {
+    fn run(
+        self,
+        plan: &Plan,
+        clock: Clock,
+        phase: &Phase,
+        gauge: &Gauge,
+    ) -> Result<Tally, LoadError> {
+        if let Some(id) = self.core {
+            core_affinity::set_for_current(core_affinity::CoreId { id });
+        }
+        if plan.wait != Wait::Busy {
+            sys::sleep_exactly();
+        }
+        // Made before the schedule starts, which it would hold up.
+        let tally = Tally::new(plan.options.samples);
+        let arrivals = match plan.options.rate {
+            None => Arrivals::Closed,
+            Some(rate) => {
+                Arrivals::Open(Schedule::new(clock.now_ns(), rate, self.number, self.count))
+            }
+        };
+        let Part { queue, pattern, .. } = self;
+        Load::new(queue, pattern, arrivals, plan.wait, clock, phase, gauge, tally).run()
+    }
+}
+
+/// Sleeps through the warm-up and the samples; a reading at the start and at the end of each.
+fn observe(
+    plan: &Plan,
+    clock: Clock,
+    phase: &Phase,
+    gauges: &[Gauge],
+    backend: &mut dyn Watched,
+    look: &dyn Fn() -> anyhow::Result<()>,
+) -> anyhow::Result<Vec<Reading>> {
+    let (warmup_ns, sample_ns) = (as_ns(plan.warmup), as_ns(plan.sample));
+    let sleep_until = |at_ns: u64, backend: &mut dyn Watched| {
+        while clock.now_ns() < at_ns {
+            look()?;
+            backend.check()?;
+            clock.sleep_until(at_ns.min(clock.now_ns() + as_ns(LOOK)));
+        }
+        anyhow::Ok(())
+    };
+    sleep_until(warmup_ns, backend)?;
+    let mut readings = vec![read(clock, gauges, backend)?];
+    let start_ns = clock.now_ns();
+    for sample in 0..plan.options.samples {
+        phase.sample(sample);
+        sleep_until(start_ns + (sample as u64 + 1) * sample_ns, backend)?;
+        readings.push(read(clock, gauges, backend)?);
+    }
+    look()?;
+    Ok(readings)
+}
+
+fn read(clock: Clock, gauges: &[Gauge], backend: &mut dyn Watched) -> anyhow::Result<Reading> {
+    let usage = backend.pid().map(|pid| {
+        Usage::of(pid).with_context(|| format!("cannot read what process {pid} has used"))
+    });
+    if let Some(Err(_)) = usage {
+        // Its own story is the better one.
+        backend.check()?;
+    }
+    let load_cpu_ns = match backend.is_here() {
+        true => None,
+        false => Some(sys::process_cpu_ns(std::process::id())?),
+    };
+    let sum = |of: fn(&Gauge) -> u64| gauges.iter().map(of).sum();
+    Ok(Reading {
+        backend: usage.transpose()?,
+        load_cpu_ns,
+        at_ns: clock.now_ns(),
+        completed: sum(|gauge| gauge.completed.get()),
+        sent: sum(|gauge| gauge.sent.get()),
+        received: sum(|gauge| gauge.received.get()),
+    })
+}
+
+fn as_ns(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,268 @@
+//! A whole run: the platform, the disks, the backend, the measurement, and the end of it all.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use polldisk::sim::blkfront::device::Options as RingOptions;
+use polldisk::sim::{SimXen, StandIn, XENSTORE_SOCKET};
+use polldisk::units::DomId;
+use polldisk::xen::Platform;
+use polldisk::xen::keys;
+use polldisk::xen::store::StoreClient;
+use xenstore_rs::Xs;
+
+use crate::child::Backend;
+use crate::disk::{Disk, Negotiated};
+use crate::echo::Echo;
+use crate::kernel::{Kernel, SimKernel, XenKernel};
+use crate::measure::{Measured, Watched, measure};
+use crate::options::Plan;
+use crate::report::Report;
+use crate::toolstack::{self, Place};
+
+/// How often disks that connect are looked at.
+const LOOK: Duration = Duration::from_millis(2);
+
+/// Does what the plan says. `interrupted` ends it early, with an error.
+pub fn run(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> {
+    match plan.options.xen {
+        true => on_xen(plan, interrupted),
+        false => on_stand_in(plan, interrupted),
+    }
+}
+
+fn on_stand_in(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> {
+    let stand_in = match &plan.options.folder {
+        None => StandIn::start_temporary(),
+        Some(folder) => std::fs::create_dir_all(folder).and_then(|()| StandIn::start(folder)),
+    }
+    .context("cannot start the stand-in for Xen")?;
+    let platform = stand_in.platform();
+    let dom0 = platform.open_store()?;
+    let places = toolstack::places(plan)?;
+    let kernels = domains(plan, &stand_in)?;
+    let mut disks = Vec::new();
+    for place in &places {
+        if !plan.options.no_toolstack {
+            toolstack::make(&dom0, plan, place)?;
+        }
+        let kernel = &kernels[place.domain];
+        disks.push((kernel, Disk::new(kernel, place.name(), place.vbd)?));
+    }
+    let mut server = Server::start(plan, &platform, &places)?;
+    if plan.options.command.is_empty() && !plan.options.echo {
+        announce(&stand_in);
+    }
+    let measured = connect(plan, &mut disks, &mut server, interrupted)
+        .map_err(|error| add_backend_errors(error, &dom0, plan, &places))
+        .and_then(|()| drive(plan, &mut disks, &mut server, interrupted));
+    let (measured, negotiated) = measured?;
+    let mapped: usize = kernels.iter().filter_map(Kernel::mapped).sum();
+    if mapped > 0 {
+        eprintln!("the backend still has {mapped} pages mapped although its disks are closed");
+    }
+    let kind = server.kind();
+    server.end()?;
+    Ok(Report::new(plan, kind, negotiated, &measured))
+}
+
+/// The domains, each with the memory that its disks' rings and buffers take.
+fn domains(plan: &Plan, stand_in: &StandIn) -> anyhow::Result<Vec<SimKernel>> {
+    let options = &plan.options;
+    let disks = options.disks.div_ceil(options.domains);
+    let pages = disks * u32::try_from(plan.wanted.pages())?;
+    (0..options.domains)
+        .map(|index| {
+            let domid = DomId::try_from(u32::from(options.domid.raw()) + index)?;
+            Ok(SimKernel(Arc::new(stand_in.create_domain(domid, pages)?)))
+        })
+        .collect()
+}
+
+fn announce(stand_in: &StandIn) {
+    let folder = stand_in.folder();
+    eprintln!(
+        "waiting for a backend with POLLDISK_STAND_IN={} XENSTORED_PATH={}",
+        folder.display(),
+        folder.join(XENSTORE_SOCKET).display()
+    );
+}
+
+fn on_xen(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> {
+    let vdev = plan.options.vdev.context("--xen needs --vdev")?;
+    let kernel = XenKernel::open()?;
+    let own = kernel.open_store()?.read(keys::OWN_DOMID)?;
+    let mut disks = [(&kernel, Disk::new(&kernel, format!("{own}:{vdev}"), vdev.id())?)];
+    let mut server = Server::Other { kind: "xen", pid: plan.options.pid };
+    connect(plan, &mut disks, &mut server, interrupted)?;
+    let (measured, negotiated) = drive(plan, &mut disks, &mut server, interrupted)?;
+    Ok(Report::new(plan, "xen", negotiated, &measured))
+}
+
+/// Goes on with all disks until they are connected.
+fn connect<K: Kernel>(
+    plan: &Plan,
+    disks: &mut [(&K, Disk<K::Events>)],
+    server: &mut Server,
+    interrupted: &AtomicBool,
+) -> anyhow::Result<()> {
+    let end = Instant::now() + plan.patience;
+    loop {
+        let mut waiting = Vec::new();
+        for (kernel, disk) in disks.iter_mut() {
+            if !disk.step(*kernel, plan)? {
+                waiting.push(disk.standing());
+            }
+        }
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        if interrupted.load(Ordering::Relaxed) {
+            bail!("interrupted; {}", waiting.join("; "));
+        }
+        server.check()?;
+        if Instant::now() > end {
+            let patience = plan.patience.as_secs_f64();
+            let (waiting, output) = (waiting.join("; "), server.last_output());
+            bail!("no connection within {patience} s (--patience): {waiting}{output}");
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// Adds what backends wrote to the disks' `error` nodes.
+fn add_backend_errors(
+    error: anyhow::Error,
+    dom0: &StoreClient,
+    plan: &Plan,
+    places: &[Place],
+) -> anyhow::Error {
+    let kind = &plan.options.backend_type;
+    let told: Vec<String> = places
+        .iter()
+        .filter_map(|place| {
+            let area = keys::error_area(DomId::DOM0, kind, place.domid, place.vbd);
+            let text = dom0.read(&format!("{area}/error")).ok()?;
+            Some(format!("{}: {text}", place.name()))
+        })
+        .collect();
+    match told.is_empty() {
+        true => error,
+        false => error.context(format!("the backend says of disk {}", told.join("; "))),
+    }
+}
+
+/// Measures with connected disks, and closes them.
+fn drive<K: Kernel>(
+    plan: &Plan,
+    disks: &mut [(&K, Disk<K::Events>)],
+    server: &mut Server,
+    interrupted: &AtomicBool,
+) -> anyhow::Result<(Measured, Vec<Negotiated>)> {
+    let negotiated: Vec<_> = disks.iter().filter_map(|(_, disk)| disk.negotiated(plan)).collect();
+    if let Some(first) = negotiated.first() {
+        tell_differences(&plan.wanted.options, plan.wanted.queues, first);
+    }
+    let connected = disks.iter_mut().map(|(_, disk)| disk).collect();
+    let measured = measure(plan, connected, server, interrupted)?;
+    for (_, disk) in disks {
+        if let Err(error) = disk.close() {
+            eprintln!("{error:#}");
+        }
+    }
+    Ok((measured, negotiated))
+}
+
+/// Says where the backend offers less than was asked for.
+fn tell_differences(wanted: &RingOptions, queues: usize, agreed: &Negotiated) {
+    let tell = |what: &str, wanted: &dyn std::fmt::Display, got: &dyn std::fmt::Display| {
+        eprintln!("the backend does not offer {what} {wanted}: it is {got}");
+    };
+    if queues != agreed.queues {
+        tell("--queues", &queues, &agreed.queues);
+    }
+    if wanted.ring_order != agreed.ring_order {
+        tell("--ring-order", &wanted.ring_order, &agreed.ring_order);
+    }
+    if wanted.buffers != agreed.depth {
+        tell("--depth", &wanted.buffers, &agreed.depth);
+    }
+    if wanted.persistent && !agreed.persistent {
+        eprintln!("the backend does not offer persistent grants");
+    }
+}
+
+/// Who serves the disks.
+enum Server {
+    Child { backend: Backend, pid: u32 },
+    Echo(Echo),
+    Other { kind: &'static str, pid: Option<u32> },
+}
+
+impl Server {
+    fn start(plan: &Plan, platform: &SimXen, places: &[Place]) -> anyhow::Result<Server> {
+        let options = &plan.options;
+        if options.echo {
+            let rings = places.len() * usize::from(options.queues);
+            // The load has the first cores; the echo those behind them.
+            let mut cores = plan.cores.clone();
+            let taken = rings % cores.len().max(1);
+            cores.rotate_left(taken);
+            return Ok(Server::Echo(Echo::start(platform, &options.backend_type, places, &cores)?));
+        }
+        if options.command.is_empty() {
+            return Ok(Server::Other { kind: "other", pid: options.pid });
+        }
+        let backend = Backend::start(&options.command, platform.folder(), options.verbose)?;
+        let pid = options.pid.unwrap_or(backend.pid());
+        Ok(Server::Child { backend, pid })
+    }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            Server::Child { .. } => "child",
+            Server::Echo(_) => "echo",
+            Server::Other { kind, .. } => kind,
+        }
+    }
+
+    fn last_output(&self) -> String {
+        match self {
+            Server::Child { backend, .. } => backend.last_output(),
+            _ => String::new(),
+        }
+    }
+
+    fn end(self) -> anyhow::Result<()> {
+        if let Server::Child { backend, .. } = self
+            && !backend.end()?
+        {
+            eprintln!("the backend did not end after SIGTERM and was killed");
+        }
+        Ok(())
+    }
+}
+
+impl Watched for Server {
+    fn check(&mut self) -> anyhow::Result<()> {
+        match self {
+            Server::Child { backend, .. } => backend.check(),
+            Server::Echo(echo) => echo.check(),
+            Server::Other { .. } => Ok(()),
+        }
+    }
+
+    fn pid(&self) -> Option<u32> {
+        match self {
+            Server::Child { pid, .. } => Some(*pid),
+            Server::Echo(_) => None,
+            Server::Other { pid, .. } => *pid,
+        }
+    }
+
+    fn is_here(&self) -> bool {
+        matches!(self, Server::Echo(_))
+    }
+}
