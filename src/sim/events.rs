@@ -25,6 +25,8 @@ use crate::xen::Events;
 pub struct SimEvents {
     mailbox: Mailbox,
     first_port: u32,
+    /// How many slots were ever ports; the others need no look.
+    slots: usize,
     peers: RefCell<Peers>,
 }
 
@@ -54,12 +56,31 @@ impl SimEvents {
         let mailbox = Mailbox::open(fds)?;
         let ends = vec![None; SLOTS];
         let peers = RefCell::new(Peers { connection, ends, mailboxes: FxHashMap::default() });
-        Ok(SimEvents { mailbox, first_port, peers })
+        Ok(SimEvents { mailbox, first_port, slots: 0, peers })
     }
 
     /// Allocates a port to which `remote` may bind. It is not pending.
     pub fn alloc_unbound(&mut self, remote: DomId) -> io::Result<Port> {
         self.new_port(Request::AllocUnbound { remote })
+    }
+
+    /// As [`Events::pending`]: how many ports, and whether the descriptor was readable. It can be
+    /// without a port, once, where events cross.
+    pub fn take_pending(&mut self, ports: &mut [Port]) -> (usize, bool) {
+        let mut count = 0;
+        if ports.is_empty() {
+            return (0, false);
+        }
+        let ends = &self.peers.get_mut().ends;
+        let rang = self.mailbox.take_pending(self.slots, |slot| {
+            // A peer that had not yet seen us unbind may signal a slot that is no port any more.
+            if let (Some(Some(_)), Ok(number)) = (ends.get(slot), u32::try_from(slot)) {
+                ports[count] = Port(self.first_port + number);
+                count += 1;
+            }
+            count < ports.len()
+        });
+        (count, rang)
     }
 
     fn new_port(&mut self, request: Request<'_>) -> io::Result<Port> {
@@ -69,6 +90,7 @@ impl SimEvents {
         let slot = slot_of(self.first_port, Port(port))?;
         let end = peers.ends.get_mut(slot).ok_or(io::ErrorKind::InvalidData)?;
         *end = Some(Peer::default());
+        self.slots = self.slots.max(slot + 1);
         Ok(Port(port))
     }
 }
@@ -110,20 +132,7 @@ impl Events for SimEvents {
     }
 
     fn pending(&mut self, ports: &mut [Port]) -> io::Result<usize> {
-        let mut count = 0;
-        if ports.is_empty() {
-            return Ok(0);
-        }
-        let ends = &self.peers.get_mut().ends;
-        self.mailbox.take_pending(|slot| {
-            // A peer that had not yet seen us unbind may signal a slot that is no port any more.
-            if let (Some(Some(_)), Ok(number)) = (ends.get(slot), u32::try_from(slot)) {
-                ports[count] = Port(self.first_port + number);
-                count += 1;
-            }
-            count < ports.len()
-        });
-        Ok(count)
+        Ok(self.take_pending(ports).0)
     }
 
     fn unmask(&mut self, ports: &[Port]) -> io::Result<()> {

@@ -73,25 +73,29 @@ impl Mailbox {
         }
     }
 
-    /// Silences the bell and takes pending, unmasked slots, which become masked. `take` gets each
-    /// and says whether there is room for more.
-    pub fn take_pending(&self, mut take: impl FnMut(usize) -> bool) {
-        self.silence();
-        for word in 0..WORDS {
-            let pending = self.pending(word).load(Ordering::SeqCst);
-            let mut ready = pending & !self.masked(word).load(Ordering::SeqCst);
+    /// Silences the bell and takes those of the first `slots` that are pending and unmasked, which
+    /// become masked. `take` gets each and says whether there is room for more. Returns whether the
+    /// bell had rung: it can have without a slot, where one was taken before its bell was heard.
+    pub fn take_pending(&self, slots: usize, mut take: impl FnMut(usize) -> bool) -> bool {
+        let rang = self.silence();
+        let words = slots.div_ceil(64);
+        for word in 0..words {
+            let mut ready = self.ready(word);
             while ready != 0 {
                 let slot = word * 64 + ready.trailing_zeros() as usize;
                 ready &= ready - 1;
                 self.masked(word).fetch_or(bit(slot), Ordering::SeqCst);
                 self.pending(word).fetch_and(!bit(slot), Ordering::SeqCst);
                 if !take(slot) {
-                    // There may be more: the descriptor stays readable.
-                    self.ring();
-                    return;
+                    // Who rang for the others was silenced: the descriptor stays readable.
+                    if ready != 0 || (word + 1..words).any(|word| self.ready(word) != 0) {
+                        self.ring();
+                    }
+                    return rang;
                 }
             }
         }
+        rang
     }
 
     /// Makes a slot as new: not pending, not masked, connected to nobody.
@@ -117,14 +121,22 @@ impl Mailbox {
         self.shared.double_word(MASKED_AT + word * size_of::<u64>())
     }
 
+    /// Pending and not masked.
+    fn ready(&self, word: usize) -> u64 {
+        match self.pending(word).load(Ordering::SeqCst) {
+            0 => 0,
+            pending => pending & !self.masked(word).load(Ordering::SeqCst),
+        }
+    }
+
     fn ring(&self) {
         // It can fail only where the counter is full, and then the descriptor is readable already.
         let _ = (&self.bell).write(&1u64.to_ne_bytes());
     }
 
-    fn silence(&self) {
-        // An error says that nobody rang.
-        let _ = (&self.bell).read(&mut [0; 8]);
+    /// Whether it had rung; an error says that nobody did.
+    fn silence(&self) -> bool {
+        (&self.bell).read(&mut [0; 8]).is_ok()
     }
 }
 
@@ -145,7 +157,7 @@ mod test {
 
     fn taken(mailbox: &Mailbox, room: usize) -> Vec<usize> {
         let mut slots = Vec::new();
-        mailbox.take_pending(|slot| {
+        mailbox.take_pending(SLOTS, |slot| {
             slots.push(slot);
             slots.len() < room
         });
@@ -183,6 +195,27 @@ mod test {
         }
         assert_eq!(taken(&mailbox, 3), [0, 63, 64]);
         assert_eq!(taken(&mailbox, 3), [SLOTS - 1]);
+    }
+
+    #[test]
+    fn the_bell_rings_on_only_for_what_found_no_room() {
+        let mailbox = Mailbox::create().unwrap();
+        mailbox.notify(3);
+        mailbox.notify(4);
+        assert_eq!(taken(&mailbox, 1), [3]);
+        assert_eq!(taken(&mailbox, 1), [4], "the bell rang on for it");
+        assert!(!mailbox.take_pending(SLOTS, |_| true), "and then for nobody");
+    }
+
+    #[test]
+    fn a_bell_that_is_heard_late_is_told_from_silence() {
+        let mailbox = Mailbox::create().unwrap();
+        mailbox.notify(3);
+        assert_eq!(taken(&mailbox, 8), [3]);
+        // Who notified had set the slot, and rings only now.
+        mailbox.ring();
+        assert!(mailbox.take_pending(SLOTS, |_| true));
+        assert!(!mailbox.take_pending(SLOTS, |_| true));
     }
 
     #[test]

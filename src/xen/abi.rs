@@ -118,7 +118,7 @@ const _: () = {
 
 /// `struct ioctl_gntdev_unmap_grant_ref`.
 #[repr(C)]
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct GntdevUnmapGrantRef {
     /// What the map call returned.
     pub index: u64,
@@ -183,7 +183,7 @@ pub const GNTCOPY_DEST_GREF: u16 = 2;
 
 /// `struct ioctl_gntdev_grant_copy`.
 #[repr(C)]
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct GntdevGrantCopy {
     /// How many segments.
     pub count: u32,
@@ -192,11 +192,41 @@ pub struct GntdevGrantCopy {
 }
 layout!(GntdevGrantCopy: 16 { count: 0, segments: 8 });
 
+/// `struct ioctl_gntdev_get_offset_for_vaddr`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct GntdevGetOffsetForVaddr {
+    /// In: an address in a mapping of the device.
+    pub vaddr: u64,
+    /// Out: what the map call returned for it.
+    pub offset: u64,
+    /// Out: how many grants it maps.
+    pub count: u32,
+    /// Unused.
+    pub pad: u32,
+}
+layout!(GntdevGetOffsetForVaddr: 24 { vaddr: 0, offset: 8, count: 16, pad: 20 });
+
+/// `struct ioctl_gntdev_set_max_grants`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct GntdevSetMaxGrants {
+    /// Most grants mapped at a time. Kernels since 3.0 take any number.
+    pub count: u32,
+}
+layout!(GntdevSetMaxGrants: 4 { count: 0 });
+
 /// `IOCTL_GNTDEV_MAP_GRANT_REF`; its size counts one element of the array.
 pub const IOCTL_GNTDEV_MAP_GRANT_REF: libc::Ioctl = ioctl(b'G', 0, 24);
 /// `IOCTL_GNTDEV_UNMAP_GRANT_REF`.
 pub const IOCTL_GNTDEV_UNMAP_GRANT_REF: libc::Ioctl =
     ioctl(b'G', 1, size_of::<GntdevUnmapGrantRef>());
+/// `IOCTL_GNTDEV_GET_OFFSET_FOR_VADDR`.
+pub const IOCTL_GNTDEV_GET_OFFSET_FOR_VADDR: libc::Ioctl =
+    ioctl(b'G', 2, size_of::<GntdevGetOffsetForVaddr>());
+/// `IOCTL_GNTDEV_SET_MAX_GRANTS`.
+pub const IOCTL_GNTDEV_SET_MAX_GRANTS: libc::Ioctl =
+    ioctl(b'G', 3, size_of::<GntdevSetMaxGrants>());
 /// `IOCTL_GNTDEV_GRANT_COPY`.
 pub const IOCTL_GNTDEV_GRANT_COPY: libc::Ioctl = ioctl(b'G', 8, size_of::<GntdevGrantCopy>());
 
@@ -234,7 +264,7 @@ pub const IOCTL_GNTALLOC_ALLOC_GREF: libc::Ioctl = ioctl(b'G', 5, 24);
 
 /// `struct ioctl_evtchn_bind_interdomain`.
 #[repr(C)]
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct EvtchnBindInterdomain {
     /// Who allocated the port.
     pub remote_domain: u32,
@@ -252,9 +282,18 @@ pub struct EvtchnBindUnboundPort {
 }
 layout!(EvtchnBindUnboundPort: 4 { remote_domain: 0 });
 
+/// `struct ioctl_evtchn_restrict_domid`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct EvtchnRestrictDomid {
+    /// The only domain to which the device binds from now on.
+    pub domid: u16,
+}
+layout!(EvtchnRestrictDomid: 2 { domid: 0 });
+
 /// `struct ioctl_evtchn_unbind` and `struct ioctl_evtchn_notify`.
 #[repr(C)]
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct EvtchnPort {
     /// A port of ours.
     pub port: u32,
@@ -273,6 +312,9 @@ pub const IOCTL_EVTCHN_UNBIND: libc::Ioctl = ioctl(b'E', 3, size_of::<EvtchnPort
 pub const IOCTL_EVTCHN_NOTIFY: libc::Ioctl = ioctl(b'E', 4, size_of::<EvtchnPort>());
 /// `IOCTL_EVTCHN_RESET`: empties the queue of pending ports and clears its error.
 pub const IOCTL_EVTCHN_RESET: libc::Ioctl = ioctl(b'E', 5, 0);
+/// `IOCTL_EVTCHN_RESTRICT_DOMID`.
+pub const IOCTL_EVTCHN_RESTRICT_DOMID: libc::Ioctl =
+    ioctl(b'E', 6, size_of::<EvtchnRestrictDomid>());
 
 #[cfg(test)]
 mod test {
@@ -284,11 +326,14 @@ mod test {
         assert_eq!(IOCTL_GNTDEV_UNMAP_GRANT_REF, 0x0010_4701);
         assert_eq!(IOCTL_GNTDEV_GRANT_COPY, 0x0010_4708);
         assert_eq!(IOCTL_GNTALLOC_ALLOC_GREF, 0x0018_4705);
+        assert_eq!(IOCTL_GNTDEV_GET_OFFSET_FOR_VADDR, 0x0018_4702);
+        assert_eq!(IOCTL_GNTDEV_SET_MAX_GRANTS, 0x0004_4703);
         assert_eq!(IOCTL_EVTCHN_BIND_INTERDOMAIN, 0x0008_4501);
         assert_eq!(IOCTL_EVTCHN_BIND_UNBOUND_PORT, 0x0004_4502);
         assert_eq!(IOCTL_EVTCHN_UNBIND, 0x0004_4503);
         assert_eq!(IOCTL_EVTCHN_NOTIFY, 0x0004_4504);
         assert_eq!(IOCTL_EVTCHN_RESET, 0x0000_4505);
+        assert_eq!(IOCTL_EVTCHN_RESTRICT_DOMID, 0x0002_4506);
     }
 
     #[test]

@@ -115,6 +115,14 @@ fn gntdev(table: &mut Table) {
     });
     table.number("IOCTL_GNTDEV_MAP_GRANT_REF", IOCTL_GNTDEV_MAP_GRANT_REF);
     table.number("IOCTL_GNTDEV_UNMAP_GRANT_REF", IOCTL_GNTDEV_UNMAP_GRANT_REF);
+    structure!(table, "struct ioctl_gntdev_get_offset_for_vaddr" is GntdevGetOffsetForVaddr {
+        "vaddr" is vaddr, "offset" is offset, "count" is count, "pad" is pad
+    });
+    structure!(table, "struct ioctl_gntdev_set_max_grants" is GntdevSetMaxGrants {
+        "count" is count
+    });
+    table.number("IOCTL_GNTDEV_GET_OFFSET_FOR_VADDR", IOCTL_GNTDEV_GET_OFFSET_FOR_VADDR);
+    table.number("IOCTL_GNTDEV_SET_MAX_GRANTS", IOCTL_GNTDEV_SET_MAX_GRANTS);
     table.number("IOCTL_GNTDEV_GRANT_COPY", IOCTL_GNTDEV_GRANT_COPY);
 }
 
@@ -142,6 +150,14 @@ fn evtchn(table: &mut Table) {
     });
     structure!(table, "struct ioctl_evtchn_unbind" is EvtchnPort { "port" is port });
     structure!(table, "struct ioctl_evtchn_notify" is EvtchnPort { "port" is port });
+    structure!(table, "struct ioctl_evtchn_bind_unbound_port" is EvtchnBindUnboundPort {
+        "remote_domain" is remote_domain
+    });
+    structure!(table, "struct ioctl_evtchn_restrict_domid" is EvtchnRestrictDomid {
+        "domid" is domid
+    });
+    table.number("IOCTL_EVTCHN_BIND_UNBOUND_PORT", IOCTL_EVTCHN_BIND_UNBOUND_PORT);
+    table.number("IOCTL_EVTCHN_RESTRICT_DOMID", IOCTL_EVTCHN_RESTRICT_DOMID);
     table.number("IOCTL_EVTCHN_BIND_INTERDOMAIN", IOCTL_EVTCHN_BIND_INTERDOMAIN);
     table.number("IOCTL_EVTCHN_BIND_UNBOUND_PORT", IOCTL_EVTCHN_BIND_UNBOUND_PORT);
     table.number("IOCTL_EVTCHN_UNBIND", IOCTL_EVTCHN_UNBIND);

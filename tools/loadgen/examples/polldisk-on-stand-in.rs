@@ -36,7 +36,7 @@ fn main() -> anyhow::Result<()> {
             ring_page_order: features.ring_page_order,
             queues: features.queues,
             indirect_segments: features.indirect_segments,
-            persistent: features.persistent,
+            data_path: features.data_path,
             ..Offer::default()
         },
         signals: true,

@@ -1,0 +1,239 @@
+//! `/dev/xen/evtchn`: Linux' `drivers/xen/evtchn.c` on the stand-in's event channels.
+#![allow(unsafe_code)]
+
+use std::ffi::{c_int, c_ulong, c_void};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use polldisk::limits::PORTS_PER_UNMASK;
+use polldisk::sim::events::SimEvents;
+use polldisk::units::{DomId, Port};
+use polldisk::xen::Events;
+use polldisk::xen::abi::{self, EvtchnBindInterdomain, EvtchnPort};
+
+use crate::settings::{Settings, Toll};
+
+const PORT_BYTES: usize = size_of::<u32>();
+
+/// Ports in one read or write: the kernel moves a page of them.
+const PORTS_MAX: usize = PORTS_PER_UNMASK;
+
+/// An open device. The program's descriptor is that of its event channels.
+#[derive(Debug)]
+pub struct Evtchn {
+    events: SimEvents,
+    /// `O_NONBLOCK` as the program has it. The descriptor itself never blocks.
+    is_nonblocking: bool,
+    /// The only domain to bind to, where the program has said so.
+    partner: Option<DomId>,
+    toll: Toll,
+    ports: Vec<Port>,
+}
+
+/// What a read found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// So many bytes of port numbers.
+    Bytes(usize),
+    /// Nothing; the program wants to wait for it.
+    Wait,
+}
+
+impl Evtchn {
+    /// Opens one that acts for dom0.
+    pub fn open(settings: &Settings, flags: c_int) -> io::Result<Evtchn> {
+        Ok(Evtchn {
+            events: SimEvents::open(&settings.folder, DomId::DOM0)?,
+            is_nonblocking: flags & libc::O_NONBLOCK != 0,
+            partner: None,
+            toll: settings.toll,
+            ports: vec![Port(0); PORTS_MAX],
+        })
+    }
+
+    /// Readable while a port is pending and unmasked.
+    pub fn fd(&self) -> c_int {
+        self.events.as_fd().as_raw_fd()
+    }
+
+    /// The file status flags, as the program set them.
+    pub fn flags(&self) -> c_int {
+        libc::O_RDWR | if self.is_nonblocking { libc::O_NONBLOCK } else { 0 }
+    }
+
+    /// Sets them; only `O_NONBLOCK` means something here.
+    pub fn set_flags(&mut self, flags: c_int) {
+        self.is_nonblocking = flags & libc::O_NONBLOCK != 0;
+    }
+
+    /// Takes pending ports. EINTR where the program was woken for nothing, which happens where
+    /// events cross: a program that polls and then reads must not be made to wait.
+    pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<Taken> {
+        let (places, _) = buffer.as_chunks_mut::<PORT_BYTES>();
+        let wanted = places.len().min(PORTS_MAX);
+        if wanted == 0 {
+            return Ok(Taken::Bytes(0));
+        }
+        let (count, was_readable) = self.events.take_pending(&mut self.ports[..wanted]);
+        for (place, port) in places.iter_mut().zip(&self.ports[..count]) {
+            *place = port.0.to_ne_bytes();
+        }
+        match (count, self.is_nonblocking, was_readable) {
+            (0, true, _) => Err(errno(libc::EAGAIN)),
+            (0, false, true) => Err(errno(libc::EINTR)),
+            (0, false, false) => Ok(Taken::Wait),
+            _ => Ok(Taken::Bytes(count * PORT_BYTES)),
+        }
+    }
+
+    /// Unmasks ports; numbers that are none of ours do nothing, as in the kernel.
+    pub fn write(&mut self, buffer: &[u8]) -> usize {
+        self.toll.pay();
+        let (numbers, _) = buffer.as_chunks::<PORT_BYTES>();
+        let numbers = &numbers[..numbers.len().min(PORTS_MAX)];
+        for number in numbers {
+            let _ = self.events.unmask(&[Port(u32::from_ne_bytes(*number))]);
+        }
+        numbers.len() * PORT_BYTES
+    }
+
+    /// # Safety
+    /// `argument` must be what the ioctl `number` takes.
+    pub unsafe fn ioctl(&mut self, number: c_ulong, argument: *mut c_void) -> io::Result<c_int> {
+        // SAFETY: the caller's promise.
+        let call = unsafe { Call::read(number, argument) }.ok_or_else(|| errno(libc::ENOTTY))?;
+        match call {
+            Call::BindInterdomain { remote, port } => {
+                let remote = self.permitted(remote)?;
+                number_of(self.events.bind_interdomain(remote, port)?)
+            }
+            Call::BindUnboundPort { remote } => {
+                let remote = self.permitted(remote)?;
+                number_of(self.events.alloc_unbound(remote)?)
+            }
+            Call::Unbind(port) => self.events.unbind(port).map(|()| 0),
+            Call::Notify(port) => {
+                self.toll.pay();
+                self.events.notify(port).map(|()| 0)
+            }
+            Call::Reset => {
+                // What is taken stays masked, as what the kernel forgets does.
+                while self.events.take_pending(&mut self.ports).0 > 0 {}
+                Ok(0)
+            }
+            Call::Restrict { domid } => {
+                if self.partner.is_some() {
+                    return Err(errno(libc::EACCES));
+                }
+                self.partner = Some(known(domid)?);
+                Ok(0)
+            }
+        }
+    }
+
+    /// The domain, where the device may still bind to it.
+    fn permitted(&self, remote: u32) -> io::Result<DomId> {
+        let remote = known(remote)?;
+        match self.partner {
+            Some(partner) if partner != remote => Err(errno(libc::EACCES)),
+            _ => Ok(remote),
+        }
+    }
+}
+
+/// An ioctl with its arguments.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Call {
+    BindInterdomain { remote: u32, port: Port },
+    BindUnboundPort { remote: u32 },
+    Unbind(Port),
+    Notify(Port),
+    Reset,
+    Restrict { domid: u32 },
+}
+
+impl Call {
+    /// `None`: none that the stand-in has; it has no virtual interrupts (`BIND_VIRQ`).
+    ///
+    /// # Safety
+    /// `argument` must be what the ioctl `number` takes.
+    unsafe fn read(number: c_ulong, argument: *mut c_void) -> Option<Call> {
+        // SAFETY: the caller's promise, for whichever structure the number asks.
+        unsafe {
+            Some(match number {
+                abi::IOCTL_EVTCHN_BIND_INTERDOMAIN => {
+                    let bind = argument.cast::<EvtchnBindInterdomain>().read_unaligned();
+                    let port = Port(bind.remote_port);
+                    Call::BindInterdomain { remote: bind.remote_domain, port }
+                }
+                abi::IOCTL_EVTCHN_BIND_UNBOUND_PORT => {
+                    let bind = argument.cast::<abi::EvtchnBindUnboundPort>().read_unaligned();
+                    Call::BindUnboundPort { remote: bind.remote_domain }
+                }
+                abi::IOCTL_EVTCHN_UNBIND => Call::Unbind(port(argument)),
+                abi::IOCTL_EVTCHN_NOTIFY => Call::Notify(port(argument)),
+                abi::IOCTL_EVTCHN_RESET => Call::Reset,
+                abi::IOCTL_EVTCHN_RESTRICT_DOMID => {
+                    let restrict = argument.cast::<abi::EvtchnRestrictDomid>().read_unaligned();
+                    Call::Restrict { domid: restrict.domid.into() }
+                }
+                _ => return None,
+            })
+        }
+    }
+}
+
+/// # Safety
+/// `argument` must point to an [`EvtchnPort`].
+unsafe fn port(argument: *mut c_void) -> Port {
+    // SAFETY: the caller's promise.
+    Port(unsafe { argument.cast::<EvtchnPort>().read_unaligned() }.port)
+}
+
+/// A domain that there can be; Xen says ESRCH of others.
+fn known(domid: u32) -> io::Result<DomId> {
+    DomId::try_from(domid).map_err(|_| errno(libc::ESRCH))
+}
+
+fn number_of(port: Port) -> io::Result<c_int> {
+    c_int::try_from(port.0).map_err(io::Error::other)
+}
+
+fn errno(errno: c_int) -> io::Error {
+    io::Error::from_raw_os_error(errno)
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    fn call<T>(number: c_ulong, mut argument: T) -> Option<Call> {
+        // SAFETY: each test passes the structure of its number.
+        unsafe { Call::read(number, std::ptr::from_mut(&mut argument).cast()) }
+    }
+
+    #[test]
+    fn ioctls_are_told_apart_by_their_numbers() {
+        let bind = EvtchnBindInterdomain { remote_domain: 5, remote_port: 9 };
+        assert_eq!(
+            call(abi::IOCTL_EVTCHN_BIND_INTERDOMAIN, bind),
+            Some(Call::BindInterdomain { remote: 5, port: Port(9) })
+        );
+        let unbound = abi::EvtchnBindUnboundPort { remote_domain: 7 };
+        assert_eq!(
+            call(abi::IOCTL_EVTCHN_BIND_UNBOUND_PORT, unbound),
+            Some(Call::BindUnboundPort { remote: 7 })
+        );
+        let port = EvtchnPort { port: 4097 };
+        assert_eq!(call(abi::IOCTL_EVTCHN_UNBIND, port), Some(Call::Unbind(Port(4097))));
+        assert_eq!(call(abi::IOCTL_EVTCHN_NOTIFY, port), Some(Call::Notify(Port(4097))));
+        assert_eq!(call(abi::IOCTL_EVTCHN_RESET, ()), Some(Call::Reset));
+        assert_eq!(
+            call(abi::IOCTL_EVTCHN_RESTRICT_DOMID, abi::EvtchnRestrictDomid { domid: 3 }),
+            Some(Call::Restrict { domid: 3 })
+        );
+        const BIND_VIRQ: c_ulong = 0x0004_4500;
+        assert_eq!(call(BIND_VIRQ, 0u32), None);
+        assert_eq!(call(abi::IOCTL_GNTDEV_GRANT_COPY, 0u64), None);
+    }
+}

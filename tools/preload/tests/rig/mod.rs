@@ -1,0 +1,63 @@
+//! Programs on a stand-in that this process serves.
+#![allow(dead_code)]
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use polldisk::sim::StandIn;
+use polldisk::units::DomId;
+
+/// Long enough that only a hang gets there.
+pub const HANG: Duration = Duration::from_secs(60);
+
+pub fn domid(raw: u32) -> DomId {
+    DomId::try_from(raw).unwrap()
+}
+
+/// Where the programs of this build are, with polldisk and the library among them: tests of one
+/// package are not handed those of another, nor a shared library of their own.
+fn programs() -> &'static Path {
+    static PROGRAMS: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAMS.get_or_init(|| {
+        let profile = if cfg!(debug_assertions) { "dev" } else { "release" };
+        let status = Command::new(env!("CARGO"))
+            .args(["build", "--quiet", "--package", "polldisk", "--package", "preload"])
+            .args(["--profile", profile])
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .stdin(Stdio::null())
+            .status();
+        assert!(status.unwrap().success());
+        Path::new(env!("CARGO_BIN_EXE_stand-in")).parent().unwrap().to_owned()
+    })
+}
+
+pub fn polldisk() -> PathBuf {
+    programs().join("polldisk")
+}
+
+pub fn library() -> PathBuf {
+    programs().join("libpolldisk_preload.so")
+}
+
+/// A program in dom0 of a stand-in.
+pub fn on(stand_in: &StandIn, system_calls: bool, program: &OsStr) -> Command {
+    let mut command = Command::new(programs().join("stand-in"));
+    command.arg("run").arg(stand_in.folder());
+    if system_calls {
+        command.arg("--system-calls");
+    }
+    command.arg("--").arg(program);
+    command
+}
+
+/// Waits until it is so.
+pub fn until(what: &str, mut so: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !so() {
+        assert!(start.elapsed() < HANG, "still waiting until {what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}

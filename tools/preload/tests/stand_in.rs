@@ -1,0 +1,65 @@
+//! The stand-in as a process of its own.
+
+mod rig;
+
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+use polldisk::sim::Domain;
+
+const STAND_IN: &str = env!("CARGO_BIN_EXE_stand-in");
+
+/// A stand-in that serves, ended with this.
+struct Served(Child);
+
+impl Served {
+    fn start(folder: &Path) -> Served {
+        let child = Command::new(STAND_IN).arg("serve").arg(folder).stdout(Stdio::null()).spawn();
+        Served(child.unwrap())
+    }
+
+    fn signal(&self, signal: &str) {
+        let status = Command::new("kill").args([signal, &self.0.id().to_string()]).status();
+        assert!(status.unwrap().success());
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What a command says that has to fail.
+fn refusal(output: &Output) -> String {
+    assert!(!output.status.success());
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+#[test]
+fn guests_of_other_processes_live_on_it_until_it_is_told_to_end() {
+    let parent = tempfile::tempdir().unwrap();
+    let folder = parent.path().join("xen");
+    let mut served = Served::start(&folder);
+    let mut guest = None;
+    rig::until("a domain can be made", || {
+        guest = Domain::create(&folder, rig::domid(1), 16).ok();
+        guest.is_some()
+    });
+    let second = Command::new(STAND_IN).arg("serve").arg(&folder).output().unwrap();
+    assert!(refusal(&second).contains("may be running there already"));
+
+    served.signal("-TERM");
+    assert!(served.0.wait().unwrap().success());
+    assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0, "its sockets are gone");
+}
+
+#[test]
+fn a_program_without_a_stand_in_is_refused_with_what_to_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = Command::new(STAND_IN).arg("run").arg(folder.path()).args(["--", "true"]).output();
+    let text = refusal(&run.unwrap());
+    assert!(text.contains("no stand-in serves") && text.contains("stand-in serve"), "{text}");
+}
