@@ -12,7 +12,7 @@ use crate::backend::{Backend, Daemon, Storage};
 use crate::machine::Machine;
 use crate::report::{Report, Step};
 use crate::scenario::Scenario;
-use crate::xen::{Guest, Size};
+use crate::xen::{Boot, Guest, Size};
 
 /// What a failure needs from dom0, by the name of the log.
 const EVIDENCE: [(&str, &str); 6] = [
@@ -113,7 +113,13 @@ impl Lab {
 
     /// [`Lab::create_guest`] with processors and memory of the caller's choice.
     pub fn create_guest_of(&mut self, size: Size, name: &str, disks: &[String]) -> Result<Guest> {
-        Guest::create(&mut self.machine, &mut self.dom0, name, size, disks)
+        Guest::create(&mut self.machine, &mut self.dom0, name, Boot::Kernel, size, disks)
+    }
+
+    /// [`Lab::create_guest`] by a 32-bit boot loader, which must boot a kernel from one of the disks.
+    pub fn create_guest_with_grub(&mut self, name: &str, disks: &[String]) -> Result<Guest> {
+        let size = Size::default();
+        Guest::create(&mut self.machine, &mut self.dom0, name, Boot::Grub32, size, disks)
     }
 
     fn note_step(&mut self, name: &str, start: Instant) {
