@@ -66,8 +66,8 @@ fn run(lab: &mut Lab) -> Result<()> {
     })
 }
 
-/// GRUB checks a file on one disk and the start of the other, and writes its verdict in place. It
-/// fails to boot the kernel if it misreads it.
+/// GRUB is to check a file on one disk and the start of the other, write its verdict into a file, and
+/// load the kernel.
 fn make_storage(lab: &mut Lab) -> Result<()> {
     lab.dom0
         .ask(&format!(

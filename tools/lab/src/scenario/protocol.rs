@@ -1,6 +1,7 @@
 //! Everything that Linux's driver can negotiate, on each kind of storage, and then without each part.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
@@ -10,7 +11,7 @@ use super::guest_io::{
 };
 use crate::backend::{Backend, Daemon, Storage};
 use crate::lab::Lab;
-use crate::xen::{Guest, Size};
+use crate::xen::{Guest, Size, wait_for};
 
 pub(super) const SCENARIO: Scenario = Scenario {
     name: "protocol",
@@ -31,6 +32,8 @@ const BLOCK_SIZES: [(&str, u32); 5] =
 const TRIM_MIB: u32 = 40;
 const HOLE_MIB: u32 = 50;
 const HOLE_LENGTH_MIB: u32 = 8;
+
+const UNLOAD_LIMIT: Duration = Duration::from_secs(30);
 
 /// A disk of the scenario.
 #[derive(Clone, Copy, Debug)]
@@ -168,10 +171,12 @@ fn make_storage(lab: &mut Lab) -> Result<()> {
 fn load_driver(guest: &mut Guest, features: Features) -> Result<()> {
     let Features { queues, ring_page_order, indirect_segments, persistent } = features;
     let persistent = u32::from(persistent);
+    // The kernel may still hold on to the driver when its last disk is gone from sysfs.
+    wait_for(&mut guest.agent, "rmmod xen_blkfront 2>/dev/null", UNLOAD_LIMIT)?;
     guest
         .agent
         .ask(&format!(
-            "rmmod xen_blkfront && insmod /lib/modules/xen-blkfront.ko max_queues={queues} \
+            "insmod /lib/modules/xen-blkfront.ko max_queues={queues} \
              max_ring_page_order={ring_page_order} max_indirect_segments={indirect_segments} \
              feature_persistent={persistent}"
         ))
