@@ -1,6 +1,7 @@
 //! What the lab can prove. Each scenario is a function on a fresh dom0.
 
 mod first_disk;
+mod guest_32bit;
 mod guest_io;
 mod protocol;
 mod reconnect;
@@ -21,8 +22,8 @@ pub struct Scenario {
 }
 
 /// All of them, in the order of `lab all`.
-pub const SCENARIOS: [Scenario; 3] =
-    [first_disk::SCENARIO, reconnect::SCENARIO, protocol::SCENARIO];
+pub const SCENARIOS: [Scenario; 4] =
+    [first_disk::SCENARIO, reconnect::SCENARIO, protocol::SCENARIO, guest_32bit::SCENARIO];
 
 /// Looks a scenario up by its name.
 pub fn find(name: &str) -> Option<Scenario> {
