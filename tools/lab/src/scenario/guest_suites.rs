@@ -37,8 +37,13 @@ const IMAGE: &str = "/srv/suites.img";
 const SUITE_LIMIT: Duration = Duration::from_secs(900);
 
 const PRELUDE: &str = include_str!("../../suites/prelude");
-const DISCARD: &str = include_str!("../../suites/discard");
-const FSTRIM: &str = include_str!("../../suites/fstrim");
+
+/// Suites in two halves: `fill`, and `free` by which the disk's file must shrink.
+const FREEING: [(&str, &str); 3] = [
+    ("LVM thin: snapshot, trims passed down", include_str!("../../suites/lvm-thin")),
+    ("blkdiscard frees and reads as zeroes", include_str!("../../suites/discard")),
+    ("fstrim frees and keeps the files", include_str!("../../suites/fstrim")),
+];
 
 /// A disk of the scenario.
 #[derive(Clone, Copy, Debug)]
@@ -56,7 +61,7 @@ struct Suite {
     disk: Disk,
 }
 
-const SUITES: [Suite; 9] = [
+const SUITES: [Suite; 8] = [
     Suite {
         about: "badblocks writes and reads patterns",
         script: include_str!("../../suites/badblocks"),
@@ -82,7 +87,7 @@ const SUITES: [Suite; 9] = [
         disk: DEVICE,
     },
     Suite {
-        about: "SQLite, cut off among its transactions",
+        about: "SQLite, killed among its transactions",
         script: include_str!("../../suites/sqlite"),
         argument: "",
         disk: FILE,
@@ -105,12 +110,6 @@ const SUITES: [Suite; 9] = [
         argument: "",
         disk: FILE,
     },
-    Suite {
-        about: "LVM thin: a volume and its snapshot",
-        script: include_str!("../../suites/lvm-thin"),
-        argument: "",
-        disk: FILE,
-    },
 ];
 
 fn run(lab: &mut Lab) -> Result<()> {
@@ -122,8 +121,9 @@ fn run(lab: &mut Lab) -> Result<()> {
     for suite in SUITES {
         lab.step(suite.about, |lab| run_suite(lab, &mut guest, suite))?;
     }
-    lab.step("blkdiscard frees and reads as zeroes", |lab| expect_freed(lab, &mut guest, DISCARD))?;
-    lab.step("fstrim frees and keeps the files", |lab| expect_freed(lab, &mut guest, FSTRIM))?;
+    for (about, script) in FREEING {
+        lab.step(about, |lab| expect_freed(lab, &mut guest, script))?;
+    }
     lab.step("the guest's kernel saw no I/O error", |_| expect_no_errors(&mut guest.agent))?;
 
     lab.step("the guest shuts down", |lab| guest.shut_down(&mut lab.dom0))?;
