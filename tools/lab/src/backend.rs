@@ -67,7 +67,16 @@ impl Backend {
 
     /// A disk in xl's syntax. Sets up what the backend needs to reach the storage.
     pub fn disk(self, dom0: &mut Agent, vdev: &str, storage: Storage) -> Result<String> {
-        let place = match (self, storage) {
+        Ok(format!("vdev={vdev},access=rw,format=raw,{}", self.place(dom0, storage)?))
+    }
+
+    /// [`Backend::disk`] for a disk that the guest only reads.
+    pub fn read_only_disk(self, dom0: &mut Agent, vdev: &str, storage: Storage) -> Result<String> {
+        Ok(format!("vdev={vdev},access=ro,format=raw,{}", self.place(dom0, storage)?))
+    }
+
+    fn place(self, dom0: &mut Agent, storage: Storage) -> Result<String> {
+        Ok(match (self, storage) {
             (Self::Polldisk | Self::Blkback, Storage::Device(path)) => {
                 format!("backendtype=phy,target={path}")
             }
@@ -81,8 +90,7 @@ impl Backend {
             (Self::Qdisk, Storage::Device(path) | Storage::File(path)) => {
                 format!("backendtype=qdisk,target={path}")
             }
-        };
-        Ok(format!("vdev={vdev},access=rw,format=raw,{place}"))
+        })
     }
 
     /// The type in the disks' xenstore paths.

@@ -106,6 +106,11 @@ impl Lab {
         self.backend.disk(&mut self.dom0, vdev, storage)
     }
 
+    /// [`Lab::disk`] for a disk that the guest only reads.
+    pub fn read_only_disk(&mut self, vdev: &str, storage: Storage) -> Result<String> {
+        self.backend.read_only_disk(&mut self.dom0, vdev, storage)
+    }
+
     /// Creates a guest and waits for its agent.
     pub fn create_guest(&mut self, name: &str, disks: &[String]) -> Result<Guest> {
         self.create_guest_of(Size::default(), name, disks)
@@ -146,7 +151,7 @@ impl Lab {
 
 fn run_steps(scenario: &Scenario, options: &Options, logs: &Path) -> Result<Vec<Step>> {
     let start = Instant::now();
-    let (machine, dom0) = Machine::boot(options.binary.as_deref(), logs)?;
+    let (machine, dom0) = Machine::boot(options.binary.as_deref(), scenario.programs, logs)?;
     let mut lab = Lab {
         backend: options.backend,
         dom0,

@@ -76,6 +76,17 @@ pub fn arguments(payload: &Path, sockets: &Path, console: Console) -> Vec<String
     arguments
 }
 
+/// More arguments, for a third namespace with programs for guests.
+pub fn programs_disk(image: &Path) -> [String; 4] {
+    let image = image.display();
+    [
+        "-drive".into(),
+        format!("file={image},format=raw,if=none,id=programs,readonly=on"),
+        "-device".into(),
+        "nvme-ns,drive=programs,nsid=3".into(),
+    ]
+}
+
 /// The name of a guest's port, which is also its socket's.
 pub fn guest_port(slot: usize) -> String {
     format!("guest{slot}")

@@ -3,6 +3,7 @@
 mod first_disk;
 mod guest_32bit;
 mod guest_io;
+mod guest_suites;
 mod protocol;
 mod reconnect;
 
@@ -17,13 +18,20 @@ pub struct Scenario {
     pub name: &'static str,
     /// What it proves, in one line.
     pub about: &'static str,
+    /// Whether its guests need the root with programs.
+    pub programs: bool,
     /// Its steps; an error is a failure.
     pub run: fn(&mut Lab) -> Result<()>,
 }
 
 /// All of them, in the order of `lab all`.
-pub const SCENARIOS: [Scenario; 4] =
-    [first_disk::SCENARIO, reconnect::SCENARIO, protocol::SCENARIO, guest_32bit::SCENARIO];
+pub const SCENARIOS: [Scenario; 5] = [
+    first_disk::SCENARIO,
+    reconnect::SCENARIO,
+    protocol::SCENARIO,
+    guest_32bit::SCENARIO,
+    guest_suites::SCENARIO,
+];
 
 /// Looks a scenario up by its name.
 pub fn find(name: &str) -> Option<Scenario> {

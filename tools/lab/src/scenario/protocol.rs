@@ -16,6 +16,7 @@ use crate::xen::{Guest, Size, wait_for};
 pub(super) const SCENARIO: Scenario = Scenario {
     name: "protocol",
     about: "4 queues, 64 KiB rings, 256 segments, persistent grants, trims; then without each",
+    programs: false,
     run,
 };
 
