@@ -50,7 +50,7 @@ impl HostEngine {
 impl Engine for HostEngine {
     type Target = Image;
 
-    #[inline]
+    #[inline(always)]
     fn submit(
         &mut self,
         target: &Image,

@@ -411,7 +411,6 @@ impl Queue {
     }
 
     /// Hands a slot's next step to the engine, now or when it has room again.
-    #[inline]
     fn submit<G: Grants, E: Engine<Target = Image>>(
         &mut self,
         io: &mut Resources<G, E>,
@@ -431,7 +430,7 @@ impl Queue {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn submit_step<E: Engine<Target = Image>>(
         &mut self,
         engine: &mut E,
@@ -470,7 +469,7 @@ impl Queue {
     }
 
     /// Takes note of a step's result; `true`: the next one is to be submitted.
-    #[inline]
+    #[inline(always)]
     fn finish_step<G: Grants, E: Engine>(
         &mut self,
         io: &mut Resources<G, E>,
@@ -506,7 +505,7 @@ impl Queue {
         notify
     }
 
-    #[inline]
+    #[inline(always)]
     fn answer<G: Grants, E>(
         &mut self,
         io: &mut Resources<G, E>,
