@@ -245,8 +245,8 @@ impl Queue {
         self.latency.take()
     }
 
-    /// Takes requests off the ring and gets them under way. `true`: some were taken, or answered
-    /// already; those that had waited can fail here, too.
+    /// Takes requests off the ring and gets them under way. `true`: [`Queue::finish_pass`] has to
+    /// follow, because some were taken, or some that had waited are done.
     #[inline]
     pub fn take<G: Grants, E: Engine<Target = Image>>(
         &mut self,
@@ -254,7 +254,7 @@ impl Queue {
         now_ns: u64,
     ) -> Result<bool, RingFault> {
         let taken = self.take_requests(io, now_ns)?;
-        Ok(taken > 0 || self.ring.has_unpublished())
+        Ok(taken > 0 || self.ring.has_unpublished() || !self.copy_out.is_empty())
     }
 
     #[inline]
