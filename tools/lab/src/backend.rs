@@ -168,10 +168,11 @@ impl Daemon {
     /// What it holds now.
     pub fn footprint(&self, dom0: &mut Agent) -> Result<Footprint> {
         let proc = format!("/proc/{}", self.pid);
-        // The kernel keeps an idle worker of io_uring, iou-wrk-N, among the threads of its user.
+        // Two kinds of thread start when they are first needed and stay: the kernel's io_uring
+        // workers, iou-wrk-N, and the discard thread of each of the daemon's workers.
         let text = dom0.ask(&format!(
             "ls {proc}/fd | wc -l
-             grep -L '^iou-wrk' {proc}/task/*/comm | wc -l
+             grep -LE '^(iou-wrk|discard)' {proc}/task/*/comm | wc -l
              grep -c gntdev {proc}/maps || true"
         ))?;
         parse_footprint(&text).with_context(|| format!("the daemon's footprint: {text}"))
