@@ -111,6 +111,14 @@ mod tests {
     }
 
     #[test]
+    fn the_cached_programs_are_read_only() {
+        let line = programs_disk(Path::new("/cache/programs.img")).join(" ");
+        assert!(
+            line.contains("file=/cache/programs.img,format=raw,if=none,id=programs,readonly=on")
+        );
+    }
+
+    #[test]
     fn each_guest_has_a_port_of_its_own() {
         let line = line();
         assert_eq!(line.matches("virtserialport,").count(), GUEST_PORTS + 1);
