@@ -85,6 +85,44 @@ counters! {
     grants_copied,
 }
 
+/// A histogram that takes runs of one value, as the requests of one pass often have, at once.
+#[derive(Debug)]
+pub struct LatencyLog {
+    histogram: Histogram<u64>,
+    /// Not yet in the histogram: so many times this value.
+    latency_ns: u64,
+    count: u64,
+}
+
+impl Default for LatencyLog {
+    fn default() -> LatencyLog {
+        LatencyLog { histogram: new_latency_histogram(), latency_ns: 1, count: 0 }
+    }
+}
+
+impl LatencyLog {
+    /// Records one latency; 0 counts as 1.
+    #[inline]
+    pub fn record(&mut self, latency_ns: u64) {
+        let latency_ns = latency_ns.max(1);
+        if latency_ns != self.latency_ns {
+            self.end_run();
+            self.latency_ns = latency_ns;
+        }
+        self.count += 1;
+    }
+
+    /// Hands over what was recorded since the last time.
+    pub fn take(&mut self) -> Histogram<u64> {
+        self.end_run();
+        std::mem::replace(&mut self.histogram, new_latency_histogram())
+    }
+
+    fn end_run(&mut self) {
+        self.histogram.saturating_record_n(self.latency_ns, std::mem::take(&mut self.count));
+    }
+}
+
 /// Latencies from 1 ns to 1 hour with two significant digits (8 KiB to 30 KiB of memory).
 pub fn new_latency_histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, 3_600_000_000_000, 2).expect("constant bounds are valid")

@@ -6,8 +6,8 @@ use std::os::fd::BorrowedFd;
 use super::emulate::Emulation;
 use super::offload::Offload;
 use super::uring::Uring;
-use super::{Completion, Engine, IoOp, Ticket};
-use crate::backing::{Image, NullImage};
+use super::{Completion, Engine, IoOp, Submitted, Ticket};
+use crate::backing::{Image, NullImage, RawImage};
 use crate::xen::shm::GuestBuf;
 
 /// Serves every kind of [`Image`].
@@ -16,7 +16,6 @@ pub struct HostEngine {
     uring: Uring,
     offload: Offload,
     emulation: Emulation,
-    immediate: Vec<Completion>,
 }
 
 impl HostEngine {
@@ -25,49 +24,50 @@ impl HostEngine {
         let uring = Uring::new()?;
         let offload = Offload::new(uring.bell().clone());
         let emulation = Emulation::default();
-        Ok(HostEngine { uring, offload, emulation, immediate: Vec::new() })
+        Ok(HostEngine { uring, offload, emulation })
+    }
+
+    fn submit_raw(
+        &mut self,
+        image: &RawImage,
+        operation: &IoOp<'_>,
+        ticket: Ticket,
+    ) -> Result<(), Ticket> {
+        let (uring, offload) = (&mut self.uring, &mut self.offload);
+        let mut below = |operation: &IoOp<'_>, ticket| match operation {
+            IoOp::Discard { offset, len, secure } if image.is_device() => {
+                offload.discard(image, *offset, *len, *secure, ticket)
+            }
+            _ => uring.submit(image.raw_fd(), operation, ticket),
+        };
+        match image.emulation() {
+            None => below(operation, ticket),
+            Some(locks) => self.emulation.submit(locks, image.raw_fd(), operation, ticket, below),
+        }
     }
 }
 
 impl Engine for HostEngine {
     type Target = Image;
 
-    #[inline]
+    #[inline(always)]
     fn submit(
         &mut self,
         target: &Image,
         operation: &IoOp<'_>,
         ticket: Ticket,
-    ) -> Result<(), Ticket> {
-        match target {
+    ) -> Result<Submitted, Ticket> {
+        let result = match target {
             Image::Raw(image) => {
-                let (uring, offload) = (&mut self.uring, &mut self.offload);
-                let mut below = |operation: &IoOp<'_>, ticket| match operation {
-                    IoOp::Discard { offset, len, secure } if image.is_device() => {
-                        offload.discard(image, *offset, *len, *secure, ticket)
-                    }
-                    _ => uring.submit(image.raw_fd(), operation, ticket),
-                };
-                match image.emulation() {
-                    None => below(operation, ticket),
-                    Some(locks) => {
-                        self.emulation.submit(locks, image.raw_fd(), operation, ticket, below)
-                    }
-                }
+                return self.submit_raw(image, operation, ticket).map(|()| Submitted::UnderWay);
             }
-            Image::Null(image) => {
-                self.immediate.push(Completion { ticket, result: null(image, operation) });
-                Ok(())
-            }
-            Image::Empty => {
-                let result = match operation {
-                    IoOp::Flush => 0,
-                    _ => -libc::ENOMEDIUM,
-                };
-                self.immediate.push(Completion { ticket, result });
-                Ok(())
-            }
-        }
+            Image::Null(image) => null(image, operation),
+            Image::Empty => match operation {
+                IoOp::Flush => 0,
+                _ => -libc::ENOMEDIUM,
+            },
+        };
+        Ok(Submitted::Done(Completion { ticket, result }))
     }
 
     fn register(&mut self, memory: GuestBuf) {
@@ -85,7 +85,6 @@ impl Engine for HostEngine {
 
     #[inline]
     fn reap(&mut self, done: &mut Vec<Completion>) {
-        done.append(&mut self.immediate);
         let first = done.len();
         self.uring.reap(done);
         self.offload.reap(done);
@@ -97,17 +96,11 @@ impl Engine for HostEngine {
     }
 
     fn in_flight(&self) -> usize {
-        self.uring.in_flight()
-            + self.offload.in_flight()
-            + self.emulation.held_back()
-            + self.immediate.len()
+        self.uring.in_flight() + self.offload.in_flight() + self.emulation.held_back()
     }
 
     fn arm(&mut self) -> io::Result<bool> {
-        Ok(self.uring.arm()?
-            || !self.immediate.is_empty()
-            || self.offload.has_completed()
-            || self.emulation.is_ready())
+        Ok(self.uring.arm()? || self.offload.has_completed() || self.emulation.is_ready())
     }
 
     fn disarm(&mut self, signalled: bool) {

@@ -20,14 +20,15 @@ pub trait Engine {
     /// What operations go to.
     type Target;
 
-    /// Takes one operation. It is under way at the latest after the next [`Engine::kick`]. `Err`
-    /// gives the ticket back: the engine is full, try again after a [`Engine::reap`].
+    /// Takes one operation, or does it at once. What it takes is under way at the latest after the
+    /// next [`Engine::kick`]. `Err` gives the ticket back: the engine is full, try again after a
+    /// [`Engine::reap`].
     fn submit(
         &mut self,
         target: &Self::Target,
         operation: &IoOp<'_>,
         ticket: Ticket,
-    ) -> Result<(), Ticket>;
+    ) -> Result<Submitted, Ticket>;
 
     /// Tells of memory of our own that buffers will often be in, and that outlives the engine's last
     /// operation; an engine may prepare for it.
@@ -149,6 +150,15 @@ impl Ticket {
     pub(crate) fn from_user_data(user_data: u64) -> Ticket {
         Ticket(user_data)
     }
+}
+
+/// What became of an operation that was submitted.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Submitted {
+    /// [`Engine::reap`] will tell its result.
+    UnderWay,
+    /// It is done already.
+    Done(Completion),
 }
 
 /// A completed operation.

@@ -92,8 +92,8 @@ impl Queue {
         let mut table = io.tables.take();
         match self.rules.check_indirect_segments(head, raw, table.segments_mut(count)) {
             Ok(request) => {
-                let index = self.slots.take();
-                self.slots.get_mut(index).begin(request, count, Some(table), now_ns);
+                let (index, slot) = self.slots.take();
+                slot.begin(request, count, Some(table), now_ns);
                 io.scratch.fresh.push(index);
             }
             Err(fault) => {

@@ -1,6 +1,7 @@
 //! Where the data of each segment is: the guest's page where that is mapped, else bounce memory.
 
 use super::grants::PersistentGrants;
+use super::slots::Slot;
 use super::{Mapped, Queue, Resources, Scratch};
 use crate::blkif::Status;
 use crate::blkif::request::{Kind, Segment};
@@ -173,6 +174,19 @@ pub(super) fn copy_all<G: Grants>(grants: &mut G, frontend: DomId, copies: &mut 
             batch.iter_mut().for_each(|copy| copy.status = GNTST_GENERAL_ERROR);
         }
     }
+}
+
+/// Gives every segment of a request its buffer, where all their pages stay mapped.
+#[inline]
+pub(super) fn locate_mapped(
+    persistent: Option<&PersistentGrants>,
+    slot: &mut Slot,
+    memory_alignment: u16,
+) -> bool {
+    let (segments, buffers) = slot.segments_and_buffers();
+    segments.iter().zip(buffers).all(|(segment, buffer)| {
+        mapped(persistent, *segment, memory_alignment).map(|page| *buffer = page).is_some()
+    })
 }
 
 /// The guest's page of a segment, where it is mapped and good for direct I/O.

@@ -22,14 +22,14 @@ use hdrhistogram::Histogram;
 
 use crate::backing::Image;
 use crate::blkif::Status;
-use crate::blkif::codec::{RawRequest, RawResponse};
+use crate::blkif::codec::{RawDirect, RawRequest, RawResponse};
 use crate::blkif::op;
 use crate::blkif::request::{DiskRules, IndirectHead, Kind, Request, RequestFault};
 use crate::blkif::ring::{BackRing, RingFault};
 use crate::budget::Share;
-use crate::engine::{Engine, IoOp, Ticket};
+use crate::engine::{Completion, Engine, IoOp, Submitted, Ticket};
 use crate::limits::REQUESTS_PER_PASS;
-use crate::metrics::{QueueCounters, new_latency_histogram};
+use crate::metrics::{LatencyLog, QueueCounters};
 use crate::msg::{Connect, Mapping, QueueKey};
 use crate::units::{DomId, GrantRef, Port};
 use crate::xen::shm::SharedPage;
@@ -37,6 +37,7 @@ use crate::xen::{Events, GrantCopy, Grants, PageAccess};
 
 pub use bounce::BouncePool;
 use grants::PersistentGrants;
+use locate::locate_mapped;
 pub use slots::LargeTables;
 use slots::{Advance, Slots, Step};
 use transient::TransientGrants;
@@ -94,7 +95,7 @@ pub struct Queue {
     copy_out: Vec<u32>,
     mapped: Mapped,
     counters: Arc<QueueCounters>,
-    latency: Histogram<u64>,
+    latency: LatencyLog,
     barrier: Barrier,
     /// Takes no more requests: asked to, or the frontend broke the ring.
     stopped: bool,
@@ -170,7 +171,7 @@ impl Queue {
                 Mapping::Nothing => Mapped::Nothing,
             },
             counters: connect.counters,
-            latency: new_latency_histogram(),
+            latency: LatencyLog::default(),
             barrier: Barrier::None,
             stopped: false,
             paused: false,
@@ -241,11 +242,11 @@ impl Queue {
 
     /// Hands over the latencies recorded since the last time.
     pub fn take_latency(&mut self) -> Histogram<u64> {
-        std::mem::replace(&mut self.latency, new_latency_histogram())
+        self.latency.take()
     }
 
-    /// Takes requests off the ring and gets them under way. `true`: some were taken, or answered
-    /// already; those that had waited can fail here, too.
+    /// Takes requests off the ring and gets them under way. `true`: [`Queue::finish_pass`] has to
+    /// follow, because some were taken, or some that had waited are done.
     #[inline]
     pub fn take<G: Grants, E: Engine<Target = Image>>(
         &mut self,
@@ -253,7 +254,7 @@ impl Queue {
         now_ns: u64,
     ) -> Result<bool, RingFault> {
         let taken = self.take_requests(io, now_ns)?;
-        Ok(taken > 0 || self.ring.has_unpublished())
+        Ok(taken > 0 || self.ring.has_unpublished() || !self.copy_out.is_empty())
     }
 
     #[inline]
@@ -280,6 +281,7 @@ impl Queue {
             return Ok(0);
         }
         for _ in 0..count {
+            self.ring.prefetch();
             self.take_one(io, now_ns);
             if self.barrier != Barrier::None {
                 break;
@@ -288,43 +290,60 @@ impl Queue {
         if !io.scratch.heads.is_empty() {
             self.read_indirect(io, now_ns);
         }
-        self.start(io, now_ns);
+        if !io.scratch.fresh.is_empty() {
+            self.start(io, now_ns);
+        }
         Ok(count)
     }
 
     #[inline]
-    fn take_one<G, E>(&mut self, io: &mut Resources<G, E>, now_ns: u64) {
+    fn take_one<G: Grants, E: Engine<Target = Image>>(
+        &mut self,
+        io: &mut Resources<G, E>,
+        now_ns: u64,
+    ) {
         match self.ring.take() {
-            RawRequest::Direct(raw) => {
-                let index = self.slots.take();
-                let slot = self.slots.get_mut(index);
-                match self.rules.check_direct(&raw, slot.inline_segments_mut()) {
-                    Ok((request, count)) => {
-                        slot.begin(request, count, None, now_ns);
-                        if request.is_barrier() {
-                            self.barrier = Barrier::Waits(index);
-                        } else {
-                            io.scratch.fresh.push(index);
-                        }
-                    }
-                    Err(fault) => {
-                        self.slots.give_back(index, &mut io.tables);
-                        self.refuse(raw.id, raw.operation, fault);
-                    }
-                }
-            }
+            RawRequest::Direct(raw) => self.take_direct(io, &raw, now_ns),
             RawRequest::Indirect(raw) => match self.rules.check_indirect(&raw) {
                 Ok(head) => io.scratch.heads.push(head),
                 Err(fault) => self.refuse(raw.id, raw.operation, fault),
             },
             RawRequest::Discard(raw) => match self.rules.check_discard(&raw) {
                 Ok(request) => {
-                    let index = self.slots.take();
-                    self.slots.get_mut(index).begin(request, 0, None, now_ns);
+                    let (index, slot) = self.slots.take();
+                    slot.begin(request, 0, None, now_ns);
                     io.scratch.fresh.push(index);
                 }
                 Err(fault) => self.refuse(raw.id, op::DISCARD, fault),
             },
+        }
+    }
+
+    /// Begins a direct request; where all its pages are mapped, which is the rule, it gets under
+    /// way at once.
+    #[inline]
+    fn take_direct<G: Grants, E: Engine<Target = Image>>(
+        &mut self,
+        io: &mut Resources<G, E>,
+        raw: &RawDirect,
+        now_ns: u64,
+    ) {
+        let (index, slot) = self.slots.take();
+        match self.rules.check_direct(raw, slot.inline_segments_mut()) {
+            Ok((request, count)) => {
+                slot.begin(request, count, None, now_ns);
+                if request.is_barrier() {
+                    self.barrier = Barrier::Waits(index);
+                } else if locate_mapped(self.mapped.kept(), slot, self.memory_alignment) {
+                    self.submit(io, index, now_ns);
+                } else {
+                    io.scratch.fresh.push(index);
+                }
+            }
+            Err(fault) => {
+                self.slots.give_back(index, &mut io.tables);
+                self.refuse(raw.id, raw.operation, fault);
+            }
         }
     }
 
@@ -364,7 +383,7 @@ impl Queue {
             if self.slots.get_mut(slot).failed {
                 self.answer(io, slot, Status::Error, now_ns);
             } else {
-                self.submit(&mut io.engine, slot);
+                self.submit(io, slot, now_ns);
             }
         }
         io.scratch.fresh.clear();
@@ -383,7 +402,7 @@ impl Queue {
         now_ns: u64,
     ) {
         for slot in std::mem::take(&mut self.refused) {
-            self.submit(&mut io.engine, slot);
+            self.submit(io, slot, now_ns);
         }
         if !self.stalled.is_empty() {
             io.scratch.fresh.append(&mut self.stalled);
@@ -392,12 +411,35 @@ impl Queue {
     }
 
     /// Hands a slot's next step to the engine, now or when it has room again.
-    #[inline]
-    fn submit<E: Engine<Target = Image>>(&mut self, engine: &mut E, slot_index: u32) {
+    fn submit<G: Grants, E: Engine<Target = Image>>(
+        &mut self,
+        io: &mut Resources<G, E>,
+        slot_index: u32,
+        now_ns: u64,
+    ) {
+        loop {
+            match self.submit_step(&mut io.engine, slot_index) {
+                Ok(Submitted::UnderWay) => return,
+                Ok(Submitted::Done(Completion { result, .. })) => {
+                    if !self.finish_step(io, slot_index, result, now_ns) {
+                        return;
+                    }
+                }
+                Err(_) => return self.refused.push(slot_index),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn submit_step<E: Engine<Target = Image>>(
+        &mut self,
+        engine: &mut E,
+        slot_index: u32,
+    ) -> Result<Submitted, Ticket> {
         let slot = self.slots.get_mut(slot_index);
         let ticket = Ticket::new(self.index, slot_index);
         let offset = slot.offset_bytes();
-        let taken = match slot.step() {
+        match slot.step() {
             Step::Flush => engine.submit(&self.image, &IoOp::Flush, ticket),
             Step::Discard { secure } => {
                 let len = slot.request.len_bytes;
@@ -409,9 +451,6 @@ impl Queue {
             Step::Write => slot.with_buffers(|buffers| {
                 engine.submit(&self.image, &IoOp::Write { offset, buffers }, ticket)
             }),
-        };
-        if taken.is_err() {
-            self.refused.push(slot_index);
         }
     }
 
@@ -424,18 +463,33 @@ impl Queue {
         result: i32,
         now_ns: u64,
     ) {
+        if self.finish_step(io, slot_index, result, now_ns) {
+            self.submit(io, slot_index, now_ns);
+        }
+    }
+
+    /// Takes note of a step's result; `true`: the next one is to be submitted.
+    #[inline(always)]
+    fn finish_step<G: Grants, E: Engine>(
+        &mut self,
+        io: &mut Resources<G, E>,
+        slot_index: u32,
+        result: i32,
+        now_ns: u64,
+    ) -> bool {
         let slot = self.slots.get_mut(slot_index);
         let advance = slot.advance(result);
         let needs_copy = slot.is_bounced() && slot.request.kind == Kind::Read;
         match advance {
             Advance::Done if needs_copy => self.copy_out.push(slot_index),
             Advance::Done => self.answer(io, slot_index, Status::Okay, now_ns),
-            Advance::Again => self.submit(&mut io.engine, slot_index),
+            Advance::Again => return true,
             Advance::Failed(errno) => {
                 let status = self.storage_error(slot_index, errno);
                 self.answer(io, slot_index, status, now_ns);
             }
         }
+        false
     }
 
     /// Ends a pass: bounced reads go to the guest, responses become visible. `true`: notify.
@@ -451,7 +505,7 @@ impl Queue {
         notify
     }
 
-    #[inline]
+    #[inline(always)]
     fn answer<G: Grants, E>(
         &mut self,
         io: &mut Resources<G, E>,
@@ -473,7 +527,7 @@ impl Queue {
             self.barrier = Barrier::None;
         }
         self.ring.answer(&RawResponse::new(request.id, request.operation, status));
-        self.latency.saturating_record(now_ns.saturating_sub(taken_ns).max(1));
+        self.latency.record(now_ns.saturating_sub(taken_ns));
         self.count(&request, status);
     }
 

@@ -24,8 +24,8 @@ pub struct Slot {
     in_use: bool,
     /// Bytes that storage has moved so far.
     moved_bytes: u32,
-    /// Steps of its plan that are done.
-    steps_done: u8,
+    /// What is left of its plan.
+    steps: &'static [Step],
     bounced: Bounced,
     count: u16,
     inline: Table<SEGMENTS_PER_REQUEST>,
@@ -115,7 +115,7 @@ impl Slot {
             mapped: Vec::new(),
             in_use: false,
             moved_bytes: 0,
-            steps_done: 0,
+            steps: &[],
             bounced: Bounced::No,
             count: 0,
             inline: Table {
@@ -145,7 +145,7 @@ impl Slot {
         self.taken_ns = taken_ns;
         self.failed = false;
         self.moved_bytes = 0;
-        self.steps_done = 0;
+        self.steps = plan(request.kind);
         self.bounced = Bounced::No;
         self.count = u16::try_from(count).expect("at most the segments of an indirect request");
         self.large = large;
@@ -157,6 +157,16 @@ impl Slot {
         match &self.large {
             None => &self.inline.segments[..usize::from(self.count)],
             Some(large) => &large.segments,
+        }
+    }
+
+    /// The same, with where that is in our memory, to be set.
+    #[inline]
+    pub fn segments_and_buffers(&mut self) -> (&[Segment], &mut [GuestBuf]) {
+        let count = usize::from(self.count);
+        match &mut self.large {
+            None => (&self.inline.segments[..count], &mut self.inline.buffers[..count]),
+            Some(large) => (&large.segments, &mut large.buffers),
         }
     }
 
@@ -237,7 +247,7 @@ impl Slot {
     /// What to ask of the engine next.
     #[inline]
     pub fn step(&self) -> Step {
-        plan(self.request.kind)[usize::from(self.steps_done)]
+        self.steps[0]
     }
 
     /// Where the rest of the transfer starts on the disk.
@@ -278,9 +288,8 @@ impl Slot {
                 _ => return Advance::Failed(libc::EIO),
             }
         }
-        self.steps_done += 1;
-        let is_done = usize::from(self.steps_done) == plan(self.request.kind).len();
-        if is_done { Advance::Done } else { Advance::Again }
+        self.steps = &self.steps[1..];
+        if self.steps.is_empty() { Advance::Done } else { Advance::Again }
     }
 }
 
@@ -346,10 +355,11 @@ impl Slots {
     /// # Panics
     /// Where none is free: there is one for every entry of the ring.
     #[inline]
-    pub fn take(&mut self) -> u32 {
+    pub fn take(&mut self) -> (u32, &mut Slot) {
         let index = self.free.pop().expect("a slot for every ring entry");
-        self.slots[index as usize].in_use = true;
-        index
+        let slot = &mut self.slots[index as usize];
+        slot.in_use = true;
+        (index, slot)
     }
 
     /// The request in a slot.
@@ -443,7 +453,7 @@ mod test {
         for (step, result) in [(Step::Flush, 0), (Step::Write, 4096), (Step::Flush, 0)] {
             assert_eq!(slot.step(), step);
             let last = slot.advance(result);
-            assert_eq!(last == Advance::Done, slot.steps_done == 3);
+            assert_eq!(last == Advance::Done, slot.steps.is_empty());
         }
     }
 
@@ -459,7 +469,7 @@ mod test {
         let mut tables = LargeTables::default();
         let mut slots = Slots::new(2);
         let all = tables.free();
-        let index = slots.take();
+        let (index, _) = slots.take();
         let mut large = tables.take();
         large.segments_mut(200).fill(Segment { gref: 7, offset: 0, len: 512 });
         let request = Request {

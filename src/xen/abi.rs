@@ -325,9 +325,9 @@ mod test {
         assert_eq!(IOCTL_GNTDEV_MAP_GRANT_REF, 0x0018_4700);
         assert_eq!(IOCTL_GNTDEV_UNMAP_GRANT_REF, 0x0010_4701);
         assert_eq!(IOCTL_GNTDEV_GRANT_COPY, 0x0010_4708);
+        assert_eq!(IOCTL_GNTALLOC_ALLOC_GREF, 0x0018_4705);
         assert_eq!(IOCTL_GNTDEV_GET_OFFSET_FOR_VADDR, 0x0018_4702);
         assert_eq!(IOCTL_GNTDEV_SET_MAX_GRANTS, 0x0004_4703);
-        assert_eq!(IOCTL_GNTALLOC_ALLOC_GREF, 0x0018_4705);
         assert_eq!(IOCTL_EVTCHN_BIND_INTERDOMAIN, 0x0008_4501);
         assert_eq!(IOCTL_EVTCHN_BIND_UNBOUND_PORT, 0x0004_4502);
         assert_eq!(IOCTL_EVTCHN_UNBIND, 0x0004_4503);

@@ -10,7 +10,7 @@ use polldisk::blkif::op;
 use polldisk::blkif::request::DiskRules;
 use polldisk::budget::GrantBudget;
 use polldisk::engine::host::HostEngine;
-use polldisk::engine::{Completion, Engine, IoOp, Ticket};
+use polldisk::engine::{Completion, Engine, IoOp, Submitted, Ticket};
 use polldisk::metrics::QueueCounters;
 use polldisk::msg::{
     Command, Connect, LinkId, Mapping, QueueKey, WorkerId, command_channel, event_channel,
@@ -82,7 +82,12 @@ struct Failing {
 impl Engine for Failing {
     type Target = Image;
 
-    fn submit(&mut self, target: &Image, op: &IoOp<'_>, ticket: Ticket) -> Result<(), Ticket> {
+    fn submit(
+        &mut self,
+        target: &Image,
+        op: &IoOp<'_>,
+        ticket: Ticket,
+    ) -> Result<Submitted, Ticket> {
         self.fails = matches!(op, IoOp::Flush);
         self.engine.submit(target, op, ticket)
     }

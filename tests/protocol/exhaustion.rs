@@ -1,11 +1,13 @@
 //! More in flight than a worker has tables, bounce memory or room in io_uring for: the rest waits.
 
+use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
 use polldisk::limits::{
     BOUNCE_PAGES_PER_WORKER, INDIRECT_REQUESTS_PER_WORKER, PERSISTENT_GRANTS_PER_QUEUE,
 };
 use polldisk::msg::Mapping;
 use polldisk::sim::blkfront::device::Options;
+use polldisk::units::Bytes;
 
 use crate::draw::{Combination, Request, SECTORS};
 use crate::guest::{Disk, Guest};
@@ -64,4 +66,36 @@ fn more_data_than_bounce_memory_or_mapped_pages_waits_or_is_copied() {
     const { assert!(REQUESTS / 2 * PAGES > BOUNCE_PAGES_PER_WORKER) };
     const { assert!(REQUESTS / 4 * PAGES > PERSISTENT_GRANTS_PER_QUEUE) };
     play_batches(4, REQUESTS, PAGES);
+}
+
+/// The disk is done with each request at once, so nothing but the requests themselves brings the
+/// worker back to those that wait.
+#[test]
+fn more_data_than_bounce_memory_waits_on_a_disk_without_contents_too() {
+    const REQUESTS: usize = 12;
+    const PAGES: usize = 512;
+    const { assert!(REQUESTS * PAGES > 2 * BOUNCE_PAGES_PER_WORKER) };
+    let mut rig = Rig::start();
+    let bad_gref = rig.domain.reserve_refs(1).unwrap()[0];
+    let mut disk = Disk::new(1, bad_gref);
+    let options = Options {
+        buffers: REQUESTS,
+        segments: PAGES,
+        persistent: false,
+        ring_order: 1,
+        ..Options::default()
+    };
+    let combination = Combination {
+        options,
+        mapping: Mapping::Nothing,
+        offered_segments: 512,
+        ..Combination::default()
+    };
+    let image = Image::Null(NullImage::new(Bytes(SECTORS * 512), true));
+    let devices = rig.connect_to(image, &combination);
+    let mut guest = Guest::new(&mut disk, combination, devices);
+    guest.play(
+        (0..REQUESTS).map(|_| Request { publish: false, ..Request::read(0, 0, PAGES, true) }),
+    );
+    rig.disconnect(guest.into_devices());
 }

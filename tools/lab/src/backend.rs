@@ -67,7 +67,16 @@ impl Backend {
 
     /// A disk in xl's syntax. Sets up what the backend needs to reach the storage.
     pub fn disk(self, dom0: &mut Agent, vdev: &str, storage: Storage) -> Result<String> {
-        let place = match (self, storage) {
+        Ok(format!("vdev={vdev},access=rw,format=raw,{}", self.place(dom0, storage)?))
+    }
+
+    /// [`Backend::disk`] for a disk that the guest only reads.
+    pub fn read_only_disk(self, dom0: &mut Agent, vdev: &str, storage: Storage) -> Result<String> {
+        Ok(format!("vdev={vdev},access=ro,format=raw,{}", self.place(dom0, storage)?))
+    }
+
+    fn place(self, dom0: &mut Agent, storage: Storage) -> Result<String> {
+        Ok(match (self, storage) {
             (Self::Polldisk | Self::Blkback, Storage::Device(path)) => {
                 format!("backendtype=phy,target={path}")
             }
@@ -81,8 +90,7 @@ impl Backend {
             (Self::Qdisk, Storage::Device(path) | Storage::File(path)) => {
                 format!("backendtype=qdisk,target={path}")
             }
-        };
-        Ok(format!("vdev={vdev},access=rw,format=raw,{place}"))
+        })
     }
 
     /// The type in the disks' xenstore paths.
@@ -118,7 +126,7 @@ pub struct Disk {
 pub struct Footprint {
     /// Open file descriptors.
     pub fds: usize,
-    /// Threads that are its own.
+    /// Threads, besides those that start when they are first needed and then stay.
     pub threads: usize,
     /// Mappings of granted pages.
     pub grant_mappings: usize,
@@ -160,10 +168,11 @@ impl Daemon {
     /// What it holds now.
     pub fn footprint(&self, dom0: &mut Agent) -> Result<Footprint> {
         let proc = format!("/proc/{}", self.pid);
-        // The kernel keeps an idle worker of io_uring, iou-wrk-N, among the threads of its user.
+        // Two kinds of thread start when they are first needed and stay: the kernel's io_uring
+        // workers, iou-wrk-N, and the discard thread of each of the daemon's workers.
         let text = dom0.ask(&format!(
             "ls {proc}/fd | wc -l
-             grep -L '^iou-wrk' {proc}/task/*/comm | wc -l
+             grep -LE '^(iou-wrk|discard)' {proc}/task/*/comm | wc -l
              grep -c gntdev {proc}/maps || true"
         ))?;
         parse_footprint(&text).with_context(|| format!("the daemon's footprint: {text}"))

@@ -21,15 +21,37 @@ const RELEASE: &str = "bookworm";
 /// Changes when this file builds something else from the same inputs.
 const BUILDER_VERSION: u32 = 1;
 
-const PACKAGES: &str = include_str!("../image/packages");
+/// What a folder of the cache is made from: a Debian root with these packages, and what a script
+/// makes of it.
+#[derive(Debug, Hash)]
+struct Recipe {
+    packages: &'static str,
+    /// Options for mmdebstrap.
+    options: &'static [&'static str],
+    /// The script that makes the images, and those that go into them, by the name it knows them.
+    scripts: &'static [(&'static str, &'static str)],
+}
 
-/// The script that makes the images, and the scripts that go into them, by the name it knows them.
-const SCRIPTS: [(&str, &str); 4] = [
-    ("pack", include_str!("../image/pack")),
-    ("dom0-init", include_str!("../dom0/init")),
-    ("guest-init", include_str!("../guest/init")),
-    ("agent", include_str!("../agent/agent")),
-];
+/// What every machine boots.
+const MACHINE: Recipe = Recipe {
+    packages: include_str!("../image/packages"),
+    options: &[],
+    scripts: &[
+        ("pack", include_str!("../image/pack")),
+        ("dom0-init", include_str!("../dom0/init")),
+        ("guest-init", include_str!("../guest/init")),
+        ("agent", include_str!("../agent/agent")),
+    ],
+};
+
+/// A root with programs for guests.
+const PROGRAMS: Recipe = Recipe {
+    packages: include_str!("../image/programs"),
+    // A scenario makes its own PostgreSQL cluster.
+    options: &["--essential-hook=mkdir -p \"$1/etc/postgresql-common\" && \
+                echo create_main_cluster = false >\"$1/etc/postgresql-common/createcluster.conf\""],
+    scripts: &[("pack", include_str!("../image/pack-programs"))],
+};
 
 /// Programs of the host and the packages that hold them.
 const HOST_PROGRAMS: [(&str, &str); 4] = [
@@ -39,18 +61,29 @@ const HOST_PROGRAMS: [(&str, &str); 4] = [
     ("cpio", "cpio"),
 ];
 
-/// Builds the images unless the cache holds them; returns their folder.
+/// Builds the machine's images unless the cache holds them; returns their folder.
 pub fn ensure_built() -> Result<PathBuf> {
+    ensure_cached(&MACHINE, cache_folder()?.join(key(&MACHINE)), None)
+}
+
+/// Builds the root with programs for guests unless the cache holds it; returns its file.
+///
+/// It stays with the machine's images, because its modules fit their kernel only.
+pub fn ensure_programs_built(machine: &Path) -> Result<PathBuf> {
+    let folder = machine.join(format!("programs-{}", key(&PROGRAMS)));
+    Ok(ensure_cached(&PROGRAMS, folder, Some(machine))?.join("programs.img"))
+}
+
+fn ensure_cached(recipe: &Recipe, folder: PathBuf, base: Option<&Path>) -> Result<PathBuf> {
     check_host_programs()?;
-    let folder = cache_folder()?.join(key());
     if !folder.exists() {
-        eprintln!("lab: building the images, some minutes, once for {}", folder.display());
-        build(&folder).context("cannot build the lab's images")?;
+        eprintln!("lab: building images, some minutes, once for {}", folder.display());
+        build(recipe, &folder, base).context("cannot build the lab's images")?;
     }
     Ok(folder)
 }
 
-fn build(folder: &Path) -> Result<()> {
+fn build(recipe: &Recipe, folder: &Path, base: Option<&Path>) -> Result<()> {
     let cache = folder.parent().context("the cache has no root")?;
     fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
     let aside = tempfile::Builder::new().prefix("building-").tempdir_in(cache)?;
@@ -58,7 +91,7 @@ fn build(folder: &Path) -> Result<()> {
         (aside.path().join("root"), aside.path().join("scripts"), aside.path().join("out"));
     fs::create_dir(&scripts)?;
     fs::create_dir(&out)?;
-    for (name, text) in SCRIPTS {
+    for (name, text) in recipe.scripts {
         fs::write(scripts.join(name), text)?;
     }
     let sources = aside.path().join("sources.list");
@@ -66,7 +99,7 @@ fn build(folder: &Path) -> Result<()> {
 
     let log = aside.path().join("log");
     let log_file = File::create(&log)?;
-    for mut command in [bootstrap(&root, &sources), pack(&root, &scripts, &out)] {
+    for mut command in [bootstrap(recipe, &root, &sources), pack(&root, &scripts, &out, base)] {
         let status = command
             .env("PATH", search_path())
             .stdin(Stdio::null())
@@ -83,24 +116,25 @@ fn build(folder: &Path) -> Result<()> {
     }
 }
 
-/// dom0's root as a folder, from the machine's own package sources.
-fn bootstrap(root: &Path, sources: &Path) -> Command {
+/// A root as a folder, from the host's own package sources.
+fn bootstrap(recipe: &Recipe, root: &Path, sources: &Path) -> Command {
     let mut command = Command::new("mmdebstrap");
-    // dom0 boots from the lab's own initramfs: the kernel package need not make one.
+    // The lab boots from initramfs of its own: the kernel package need not make one.
     command.env("INITRD", "No");
     command.args(["--mode=root", "--variant=essential", "--architectures=amd64"]);
     command.arg("--aptopt=APT::Install-Recommends \"false\"");
     for excluded in ["doc", "man", "locale"] {
         command.arg(format!("--dpkgopt=path-exclude=/usr/share/{excluded}/*"));
     }
-    command.arg(format!("--include={}", packages().collect::<Vec<_>>().join(",")));
+    command.args(recipe.options);
+    command.arg(format!("--include={}", packages(recipe).collect::<Vec<_>>().join(",")));
     command.args([OsStr::new(RELEASE), root.as_os_str(), sources.as_os_str()]);
     command
 }
 
-fn pack(root: &Path, scripts: &Path, out: &Path) -> Command {
+fn pack(root: &Path, scripts: &Path, out: &Path, base: Option<&Path>) -> Command {
     let mut command = Command::new("sh");
-    command.arg(scripts.join("pack")).args([root, scripts, out]);
+    command.arg(scripts.join("pack")).args([root, scripts, out]).args(base);
     command
 }
 
@@ -139,13 +173,13 @@ fn release_sources(targets: &str) -> String {
     lines.concat()
 }
 
-fn packages() -> impl Iterator<Item = &'static str> {
-    PACKAGES.lines().filter(|line| !line.starts_with('#') && !line.is_empty())
+fn packages(recipe: &Recipe) -> impl Iterator<Item = &'static str> {
+    recipe.packages.lines().filter(|line| !line.starts_with('#') && !line.is_empty())
 }
 
 /// The hash of all that the images are made from; the packages' versions are those of the day.
-fn key() -> String {
-    key_of(&(BUILDER_VERSION, RELEASE, PACKAGES, SCRIPTS))
+fn key(recipe: &Recipe) -> String {
+    key_of(&(BUILDER_VERSION, RELEASE, recipe))
 }
 
 fn key_of(inputs: &impl Hash) -> String {
@@ -220,8 +254,11 @@ mod tests {
 
     #[test]
     fn comments_are_no_packages() {
-        assert!(packages().any(|package| package == "xen-utils-4.17"));
-        assert!(packages().all(|package| !package.contains(' ')));
+        assert!(packages(&MACHINE).any(|package| package == "xen-utils-4.17"));
+        assert!(packages(&PROGRAMS).any(|package| package == "stress-ng"));
+        for recipe in [MACHINE, PROGRAMS] {
+            assert!(packages(&recipe).all(|package| !package.contains(' ')));
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use crate::backend::{Backend, Daemon, Storage};
 use crate::machine::Machine;
 use crate::report::{Report, Step};
 use crate::scenario::Scenario;
-use crate::xen::{Guest, Size};
+use crate::xen::{Boot, Guest, Size};
 
 /// What a failure needs from dom0, by the name of the log.
 const EVIDENCE: [(&str, &str); 6] = [
@@ -44,6 +44,8 @@ pub struct Lab {
     pub backend: Backend,
     /// Runs commands in dom0.
     pub dom0: Agent,
+    /// The scenario's name, before each line that is printed: others may run at the same time.
+    name: &'static str,
     machine: Machine,
     steps: Vec<Step>,
     figures: BTreeMap<String, f64>,
@@ -53,15 +55,14 @@ impl Lab {
     /// Runs one scenario on a machine of its own.
     pub fn run(scenario: &Scenario, options: &Options) -> Result<Report> {
         let start = Instant::now();
-        println!("lab: {} on {}", scenario.name, options.backend.name());
+        println!("{}: on {}", scenario.name, options.backend.name());
         let logs = options.logs.join(scenario.name);
         drop(fs::remove_dir_all(&logs));
         fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
         let logs = fs::canonicalize(&logs)?;
 
-        let steps = run_steps(scenario, options, &logs).with_context(|| {
-            format!("lab: {} failed, logs in {}", scenario.name, logs.display())
-        })?;
+        let steps = run_steps(scenario, options, &logs)
+            .with_context(|| format!("{}: failed, logs in {}", scenario.name, logs.display()))?;
         let report = Report {
             scenario: scenario.name.into(),
             backend: options.backend.name().into(),
@@ -105,6 +106,11 @@ impl Lab {
         self.backend.disk(&mut self.dom0, vdev, storage)
     }
 
+    /// [`Lab::disk`] for a disk that the guest only reads.
+    pub fn read_only_disk(&mut self, vdev: &str, storage: Storage) -> Result<String> {
+        self.backend.read_only_disk(&mut self.dom0, vdev, storage)
+    }
+
     /// Creates a guest and waits for its agent.
     pub fn create_guest(&mut self, name: &str, disks: &[String]) -> Result<Guest> {
         self.create_guest_of(Size::default(), name, disks)
@@ -112,7 +118,13 @@ impl Lab {
 
     /// [`Lab::create_guest`] with processors and memory of the caller's choice.
     pub fn create_guest_of(&mut self, size: Size, name: &str, disks: &[String]) -> Result<Guest> {
-        Guest::create(&mut self.machine, &mut self.dom0, name, size, disks)
+        Guest::create(&mut self.machine, &mut self.dom0, name, Boot::Kernel, size, disks)
+    }
+
+    /// [`Lab::create_guest`] by a 32-bit boot loader, which must boot a kernel from one of the disks.
+    pub fn create_guest_with_grub(&mut self, name: &str, disks: &[String]) -> Result<Guest> {
+        let size = Size::default();
+        Guest::create(&mut self.machine, &mut self.dom0, name, Boot::Grub32, size, disks)
     }
 
     fn note_step(&mut self, name: &str, start: Instant) {
@@ -121,7 +133,7 @@ impl Lab {
             seconds: start.elapsed().as_secs_f64(),
             figures: std::mem::take(&mut self.figures),
         };
-        println!("{}", step.line());
+        println!("{}: {}", self.name, step.line());
         self.steps.push(step);
     }
 
@@ -139,10 +151,11 @@ impl Lab {
 
 fn run_steps(scenario: &Scenario, options: &Options, logs: &Path) -> Result<Vec<Step>> {
     let start = Instant::now();
-    let (machine, dom0) = Machine::boot(options.binary.as_deref(), logs)?;
+    let (machine, dom0) = Machine::boot(options.binary.as_deref(), scenario.programs, logs)?;
     let mut lab = Lab {
         backend: options.backend,
         dom0,
+        name: scenario.name,
         machine,
         steps: Vec::new(),
         figures: BTreeMap::new(),

@@ -20,6 +20,9 @@ const PAYLOAD: [(&str, &str); 4] = [
     ("setup", include_str!("../dom0/setup")),
 ];
 
+/// Where dom0 finds the root with programs for guests, on a machine that has it.
+pub const PROGRAMS_DEVICE: &str = "/dev/nvme0n3";
+
 /// A running machine. Dropping it is pulling its plug: nothing of it stays.
 #[derive(Debug)]
 pub struct Machine {
@@ -31,12 +34,16 @@ pub struct Machine {
 
 impl Machine {
     /// Starts the machine and waits for dom0's agent. `logs` receives the consoles as they print.
-    pub fn boot(binary: Option<&Path>, logs: &Path) -> Result<(Self, Agent)> {
+    ///
+    /// With `programs` the machine has [`PROGRAMS_DEVICE`], which may have to be built first.
+    pub fn boot(binary: Option<&Path>, programs: bool, logs: &Path) -> Result<(Self, Agent)> {
         let image = image::ensure_built()?;
+        let programs = programs.then(|| image::ensure_programs_built(&image)).transpose()?;
         let run = tempfile::Builder::new().prefix("lab-").tempdir()?;
         let payload = write_payload(run.path(), binary)?;
         let console = logs.join("console");
-        let arguments = qemu::arguments(&payload, run.path(), Console::File(&console));
+        let mut arguments = qemu::arguments(&payload, run.path(), Console::File(&console));
+        arguments.extend(programs.iter().flat_map(|image| qemu::programs_disk(image)));
         let errors = File::create(logs.join("emulator"))?;
         let emulator = emulator(&image, &arguments)
             .stdin(Stdio::null())

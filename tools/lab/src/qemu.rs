@@ -33,9 +33,10 @@ pub fn arguments(payload: &Path, sockets: &Path, console: Console) -> Vec<String
     // libxl's time-outs then do not depend on how busy the host is. That takes a single thread.
     add("-accel", "tcg,thread=single".into());
     add("-icount", "shift=0".into());
-    // A newer model than this makes dom0 crash early. Without rdrand each kernel computes half a
-    // minute for its first random number.
-    add("-cpu", "Nehalem,+rdrand".into());
+    // An old AMD with nested paging, for PVH guests, and without rdtscp, which Xen cannot decode for
+    // one. Without rdrand each kernel computes half a minute for its first random number. SSE 4.2 has
+    // the checksums of fio and ext4.
+    add("-cpu", "phenom,+svm,+npt,-rdtscp,+rdrand,+ssse3,+sse4.1,+sse4.2".into());
     add("-smp", "2".into());
     add("-m", MACHINE_MEMORY.into());
     add("-display", "none".into());
@@ -75,6 +76,17 @@ pub fn arguments(payload: &Path, sockets: &Path, console: Console) -> Vec<String
     arguments
 }
 
+/// More arguments, for a third namespace with programs for guests.
+pub fn programs_disk(image: &Path) -> [String; 4] {
+    let image = image.display();
+    [
+        "-drive".into(),
+        format!("file={image},format=raw,if=none,id=programs,readonly=on"),
+        "-device".into(),
+        "nvme-ns,drive=programs,nsid=3".into(),
+    ]
+}
+
 /// The name of a guest's port, which is also its socket's.
 pub fn guest_port(slot: usize) -> String {
     format!("guest{slot}")
@@ -96,6 +108,14 @@ mod tests {
     #[test]
     fn the_cached_root_is_never_written() {
         assert!(line().contains("file=root.img,format=raw,if=none,id=root,snapshot=on"));
+    }
+
+    #[test]
+    fn the_cached_programs_are_read_only() {
+        let line = programs_disk(Path::new("/cache/programs.img")).join(" ");
+        assert!(
+            line.contains("file=/cache/programs.img,format=raw,if=none,id=programs,readonly=on")
+        );
     }
 
     #[test]

@@ -32,16 +32,16 @@ impl Report {
     /// The scenario's last line.
     pub fn summary(&self) -> String {
         let Self { scenario, steps, seconds, .. } = self;
-        format!("lab: {scenario} passed ({} steps, {seconds:.0} s)", steps.len())
+        format!("{scenario}: passed ({} steps, {seconds:.0} s)", steps.len())
     }
 }
 
 impl Step {
-    /// The step on one line, as it is printed when it ends.
+    /// The step on one line, as it is printed behind the scenario's name when it ends.
     pub fn line(&self) -> String {
         let figures: String =
             self.figures.iter().map(|(name, value)| format!("  {name} {value}")).collect();
-        format!("  {:<46} {:>6.1} s{figures}", self.name, self.seconds)
+        format!("{:<46} {:>6.1} s{figures}", self.name, self.seconds)
     }
 }
 
@@ -58,7 +58,7 @@ mod tests {
             steps: vec![step.clone(), step],
             seconds: 61.6,
         };
-        assert_eq!(report.summary(), "lab: first-disk passed (2 steps, 62 s)");
+        assert_eq!(report.summary(), "first-disk: passed (2 steps, 62 s)");
     }
 
     #[test]

@@ -169,7 +169,8 @@ fn what_a_backend_lacks_is_said_and_done_without() {
         "1",
         "--max-ring-page-order",
         "0",
-        "--no-persistent",
+        "--data-path",
+        "copy",
         "--max-indirect-segments",
         "0",
     ];

@@ -151,7 +151,7 @@ fn polldisk_serves(persistent: bool, system_calls: bool) {
     let _backend = Backend::start(command, &arguments);
     rig::until("polldisk answers", || request(&admin, &Request::List).is_ok());
     let target = format!("raw:{}", bench.image().display());
-    let attach = Attach { domid: GUEST, vdev: "xvda".into(), target, read_only: false };
+    let attach = Attach { domid: GUEST, vdev: "xvda".into(), target, ..Attach::default() };
     request(&admin, &Request::Attach(attach)).unwrap();
     bench.verify(persistent);
 }

@@ -1,13 +1,18 @@
 //! `cargo xtask lab`: polldisk under real Xen.
 
+use std::collections::BTreeSet;
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 use lab::backend::Backend;
+use lab::image;
 use lab::lab::{Lab, Options};
 use lab::scenario::{self, SCENARIOS, Scenario};
 
@@ -36,6 +41,10 @@ pub struct Arguments {
     /// The polldisk to test, instead of one built from this checkout
     #[arg(long, value_name = "PATH")]
     binary: Option<PathBuf>,
+
+    /// Run this many scenarios at a time, each in a machine of up to 6 GiB that keeps one core busy
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
+    jobs: u8,
 
     /// Keep all logs and the report in this folder, also when a scenario passes
     #[arg(long, value_name = "DIR")]
@@ -69,13 +78,33 @@ pub fn run(arguments: Arguments) -> Result<()> {
         keep_logs: arguments.keep_logs.is_some(),
         logs: arguments.keep_logs.unwrap_or_else(|| target_folder().join("lab")),
     };
-    let mut failures = Vec::new();
-    for scenario in &scenarios {
-        if let Err(error) = Lab::run(scenario, &options) {
-            eprintln!("{error:#}");
-            failures.push(scenario.name);
+    // Before the first machine, for otherwise each of the first would build them.
+    image::ensure_built()?;
+    run_all(&scenarios, arguments.jobs, |scenario| Lab::run(scenario, &options).map(drop))
+}
+
+/// Runs all scenarios, so many at a time; a failure of one does not stop the others.
+fn run_all(
+    scenarios: &[Scenario],
+    jobs: u8,
+    run: impl Fn(&Scenario) -> Result<()> + Sync,
+) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let failures = Mutex::new(Vec::new());
+    let work = || {
+        while let Some(scenario) = scenarios.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if let Err(error) = run(scenario) {
+                eprintln!("{error:#}");
+                failures.lock().expect("no job panics with it").push(scenario.name);
+            }
         }
-    }
+    };
+    thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(work);
+        }
+    });
+    let failures = failures.into_inner()?;
     ensure!(failures.is_empty(), "lab: failed: {}", failures.join(", "));
     Ok(())
 }
@@ -88,6 +117,9 @@ fn choose(names: &[String]) -> Result<Vec<Scenario>> {
     if names == ["all"] {
         return Ok(SCENARIOS.to_vec());
     }
+    // Each has one folder of logs.
+    let distinct: BTreeSet<&String> = names.iter().collect();
+    ensure!(distinct.len() == names.len(), "a scenario is named twice");
     names
         .iter()
         .map(|name| match scenario::find(name) {
@@ -120,6 +152,8 @@ pub fn target_folder() -> PathBuf {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Barrier;
+
     use super::*;
 
     fn names(names: &[&str]) -> Result<Vec<&'static str>> {
@@ -135,5 +169,35 @@ mod tests {
     #[test]
     fn an_unknown_scenario_is_refused_before_anything_runs() {
         assert!(names(&["first-disk", "nonsense"]).is_err());
+    }
+
+    #[test]
+    fn a_scenario_cannot_run_twice_at_a_time() {
+        assert!(names(&["first-disk", "reconnect", "first-disk"]).is_err());
+    }
+
+    #[test]
+    fn a_failure_is_named_and_stops_no_other() {
+        for jobs in [1, 2, 8] {
+            let ran = AtomicUsize::new(0);
+            let result = run_all(&SCENARIOS, jobs, |scenario| {
+                ran.fetch_add(1, Ordering::Relaxed);
+                ensure!(scenario.name != SCENARIOS[0].name, "by design");
+                Ok(())
+            });
+            let error = result.expect_err("the first fails").to_string();
+            assert!(error.ends_with(&format!("failed: {}", SCENARIOS[0].name)), "{error}");
+            assert_eq!(ran.into_inner(), SCENARIOS.len());
+        }
+    }
+
+    #[test]
+    fn two_jobs_are_two_scenarios_at_a_time() {
+        let both = Barrier::new(2);
+        run_all(&SCENARIOS[..2], 2, |_| {
+            both.wait();
+            Ok(())
+        })
+        .expect("both pass");
     }
 }

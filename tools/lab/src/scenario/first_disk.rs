@@ -11,6 +11,7 @@ use crate::xen::{Guest, domains};
 pub(super) const SCENARIO: Scenario = Scenario {
     name: "first-disk",
     about: "a guest does verified I/O on a block device and a raw file, and leaves nothing behind",
+    programs: false,
     run,
 };
 

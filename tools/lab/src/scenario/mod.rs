@@ -1,7 +1,9 @@
 //! What the lab can prove. Each scenario is a function on a fresh dom0.
 
 mod first_disk;
+mod guest_32bit;
 mod guest_io;
+mod guest_suites;
 mod protocol;
 mod reconnect;
 
@@ -16,13 +18,20 @@ pub struct Scenario {
     pub name: &'static str,
     /// What it proves, in one line.
     pub about: &'static str,
+    /// Whether its guests need the root with programs.
+    pub programs: bool,
     /// Its steps; an error is a failure.
     pub run: fn(&mut Lab) -> Result<()>,
 }
 
 /// All of them, in the order of `lab all`.
-pub const SCENARIOS: [Scenario; 3] =
-    [first_disk::SCENARIO, reconnect::SCENARIO, protocol::SCENARIO];
+pub const SCENARIOS: [Scenario; 5] = [
+    first_disk::SCENARIO,
+    reconnect::SCENARIO,
+    protocol::SCENARIO,
+    guest_32bit::SCENARIO,
+    guest_suites::SCENARIO,
+];
 
 /// Looks a scenario up by its name.
 pub fn find(name: &str) -> Option<Scenario> {

@@ -13,6 +13,7 @@ use crate::xen::{Guest, mapped_grants, wait_for};
 pub(super) const SCENARIO: Scenario = Scenario {
     name: "reconnect",
     about: "ten times the guest's driver leaves its disk and takes it again, with verified I/O",
+    programs: false,
     run,
 };
 
