@@ -164,7 +164,7 @@ fn the_steady_path_allocates_nothing() {
     let kept = Options::default();
     let copied = Options { persistent: false, ..Options::default() };
     for (what, target, options) in [
-        ("a null disk with persistent grants", "null:8G", kept.clone()),
+        ("a null disk with persistent grants", "null:8G", kept),
         ("a file with persistent grants", &file, kept),
         ("a file, copied", &file, copied),
     ] {
