@@ -66,7 +66,7 @@ pub struct Load {
     pub depth: u32,
     /// How it waits for responses.
     pub wait: Wait,
-    /// Disks, each of a guest of its own.
+    /// Disks, each of a guest of its own up to 100 guests.
     pub disks: u32,
     /// No requests at all.
     pub idle: bool,
