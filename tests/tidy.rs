@@ -34,6 +34,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 /// devices, io_uring, the stand-in's memory, waiting, and the C library's functions.
 const MAY_BE_UNSAFE: &[&str] = &[
     "src/backing/raw.rs",
+    "src/engine/memory.rs",
     "src/engine/uring.rs",
     "src/park.rs",
     "src/sim/",

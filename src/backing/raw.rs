@@ -17,6 +17,7 @@ use crate::units::{Bytes, SECTOR_BYTES};
 pub struct RawImage {
     file: Arc<DeviceHandle>,
     is_device: bool,
+    is_in_memory: bool,
     geometry: Geometry,
     memory_alignment: u16,
     read_only: bool,
@@ -87,6 +88,7 @@ impl RawImage {
             discard: shape.discard.filter(|_| !read_only),
             emulation: None,
             is_device: kind.is_block_device(),
+            is_in_memory: kind.is_file() && is_tmpfs(&file),
             file: Arc::new(DeviceHandle(file)),
         })
     }
@@ -135,6 +137,12 @@ impl RawImage {
     /// What its guest may discard; `None` where nothing can be, or it is read-only.
     pub fn discard(&self) -> Option<Discard> {
         self.discard
+    }
+
+    /// Whether it is a file of tmpfs, which is read and written without any device. Blocks that are
+    /// emulated are not counted in.
+    pub fn is_in_memory(&self) -> bool {
+        self.is_in_memory && self.emulation.is_none()
     }
 
     /// Whether it is a block device.
@@ -219,6 +227,13 @@ fn device_shape(file: &File) -> io::Result<Shape> {
         memory_alignment: direct.map_or(512, |direct| direct.memory),
         discard: device_discard(file, sector_bytes),
     })
+}
+
+fn is_tmpfs(file: &File) -> bool {
+    // SAFETY: statfs is plain integers, for which zeroes are valid; the call fills it.
+    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `stat` is writable.
+    unsafe { libc::fstatfs(file.as_raw_fd(), &mut stat) == 0 && stat.f_type == libc::TMPFS_MAGIC }
 }
 
 /// What a device says of discards in its queue's limits.

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use super::emulate::Emulation;
+use super::memory::MemoryFiles;
 use super::offload::Offload;
 use super::uring::Uring;
 use super::{Completion, Engine, IoOp, Submitted, Ticket};
@@ -16,6 +17,7 @@ pub struct HostEngine {
     uring: Uring,
     offload: Offload,
     emulation: Emulation,
+    memory_files: MemoryFiles,
 }
 
 impl HostEngine {
@@ -24,7 +26,7 @@ impl HostEngine {
         let uring = Uring::new()?;
         let offload = Offload::new(uring.bell().clone());
         let emulation = Emulation::default();
-        Ok(HostEngine { uring, offload, emulation })
+        Ok(HostEngine { uring, offload, emulation, memory_files: MemoryFiles::default() })
     }
 
     fn submit_raw(
@@ -32,7 +34,12 @@ impl HostEngine {
         image: &RawImage,
         operation: &IoOp<'_>,
         ticket: Ticket,
-    ) -> Result<(), Ticket> {
+    ) -> Result<Submitted, Ticket> {
+        if image.is_in_memory()
+            && let Some(result) = self.memory_files.run(image.raw_fd(), operation)
+        {
+            return Ok(Submitted::Done(Completion { ticket, result }));
+        }
         let (uring, offload) = (&mut self.uring, &mut self.offload);
         let mut below = |operation: &IoOp<'_>, ticket| match operation {
             IoOp::Discard { offset, len, secure } if image.is_device() => {
@@ -40,10 +47,11 @@ impl HostEngine {
             }
             _ => uring.submit(image.raw_fd(), operation, ticket),
         };
-        match image.emulation() {
+        let taken = match image.emulation() {
             None => below(operation, ticket),
             Some(locks) => self.emulation.submit(locks, image.raw_fd(), operation, ticket, below),
-        }
+        };
+        taken.map(|()| Submitted::UnderWay)
     }
 }
 
@@ -58,9 +66,7 @@ impl Engine for HostEngine {
         ticket: Ticket,
     ) -> Result<Submitted, Ticket> {
         let result = match target {
-            Image::Raw(image) => {
-                return self.submit_raw(image, operation, ticket).map(|()| Submitted::UnderWay);
-            }
+            Image::Raw(image) => return self.submit_raw(image, operation, ticket),
             Image::Null(image) => null(image, operation),
             Image::Empty => match operation {
                 IoOp::Flush => 0,

@@ -6,8 +6,10 @@
 
 mod emulate;
 pub mod host;
+mod memory;
 mod offload;
 mod uring;
+mod vectors;
 
 use std::io;
 use std::os::fd::BorrowedFd;

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use io_uring::{IoUring, opcode, squeue, types};
 
+use super::vectors::append;
 use super::{Completion, IoOp, Ticket};
 use crate::limits;
 use crate::park::Doorbell;
@@ -152,18 +153,9 @@ impl Uring {
         }
     }
 
-    /// The buffers as the kernel takes them; neighbours in memory become one.
     fn vectors(&mut self, buffers: &[GuestBuf]) -> Vectors {
         let first = self.vectors.len();
-        for buffer in buffers {
-            let (start, len) = (buffer.address().as_ptr(), buffer.len() as usize);
-            match self.vectors[first..].last_mut() {
-                Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == start.cast() => {
-                    last.iov_len += len;
-                }
-                _ => self.vectors.push(libc::iovec { iov_base: start.cast(), iov_len: len }),
-            }
-        }
+        append(&mut self.vectors, buffers);
         match self.vectors[first..] {
             [one] => {
                 self.vectors.truncate(first);
