@@ -10,6 +10,7 @@ use clap::Args;
 use serde::Deserialize;
 
 use crate::backing::DataPath;
+use crate::blkif::features::Offer;
 use crate::limits;
 
 /// Where `polldisk serve` listens for `attach`, `detach` and `list` unless told otherwise.
@@ -72,26 +73,13 @@ pub struct Config {
     /// Longest time a worker polls without work.
     pub poll: Duration,
     /// What frontends are offered.
-    pub features: Features,
+    pub offer: Offer,
     /// `backend/<type>` areas served.
     pub backend_types: Vec<String>,
     /// The admin socket.
     pub admin: PathBuf,
     /// Log filter.
     pub log: String,
-}
-
-/// Features that can be limited or switched off.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Features {
-    /// log2 of the largest ring in pages.
-    pub ring_page_order: u32,
-    /// Most rings of one disk.
-    pub queues: u16,
-    /// Most segments of an indirect request; 0: none.
-    pub indirect_segments: u16,
-    /// How the data of disks gets to storage whose targets do not say it.
-    pub data_path: DataPath,
 }
 
 /// An option that can't be obeyed.
@@ -146,7 +134,7 @@ impl ServeOptions {
     /// Checks everything against a host with the cores `available`.
     pub fn check(self, available: &[usize]) -> Result<Config, ConfigError> {
         let workers = place_workers(self.workers, self.cores.as_deref(), available)?;
-        let features = self.check_features(workers.len())?;
+        let offer = self.check_offer(workers.len())?;
         let backend_types = match self.backend_type {
             types if types.is_empty() => vec!["vbd".to_owned()],
             types => types,
@@ -157,14 +145,14 @@ impl ServeOptions {
         Ok(Config {
             workers,
             poll: check_poll(self.poll_us)?,
-            features,
+            offer,
             backend_types,
             admin: self.admin.unwrap_or_else(|| ADMIN_SOCKET.into()),
             log: self.log.unwrap_or_else(|| "info".to_owned()),
         })
     }
 
-    fn check_features(&self, workers: usize) -> Result<Features, ConfigError> {
+    fn check_offer(&self, workers: usize) -> Result<Offer, ConfigError> {
         let order = self.max_ring_page_order.unwrap_or(limits::RING_PAGE_ORDER_DEFAULT);
         let queues = self.max_queues.unwrap_or_else(|| {
             u16::try_from(workers).map_or(limits::QUEUES_PER_DISK_MAX, |workers| {
@@ -190,11 +178,12 @@ impl ServeOptions {
             0..=limits::INDIRECT_SEGMENTS_MAX,
             "one read or write of the host takes no more",
         )?;
-        Ok(Features {
+        Ok(Offer {
             ring_page_order: order,
             queues,
             indirect_segments: segments,
             data_path: self.data_path.unwrap_or_default(),
+            ..Offer::default()
         })
     }
 }
@@ -368,24 +357,26 @@ mod test {
     #[test]
     fn features_are_what_the_workers_can_keep_unless_limited() {
         let config = options(|options| options.workers = Some(3)).check(&[0, 1]).unwrap();
-        let offered = Features {
+        let offered = Offer {
             ring_page_order: 4,
             queues: 3,
             indirect_segments: 256,
             data_path: DataPath::Auto,
+            ..Offer::default()
         };
-        assert_eq!(config.features, offered);
+        assert_eq!(config.offer, offered);
         let text = "max-ring-page-order = 0\nmax-queues = 1\nmax-indirect-segments = 0\n\
                     data-path = \"copy\"\n";
         let file: ServeOptions = toml::from_str(text).unwrap();
         let config = options(|options| options.max_queues = Some(2)).or(file).check(&[0]).unwrap();
-        let offered = Features {
+        let offered = Offer {
             ring_page_order: 0,
             queues: 2,
             indirect_segments: 0,
             data_path: DataPath::Copy,
+            ..Offer::default()
         };
-        assert_eq!(config.features, offered);
+        assert_eq!(config.offer, offered);
     }
 
     #[test]

@@ -12,7 +12,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("park", &[]),
     ("metrics", &[]),
     ("budget", &[]),
-    ("config", &["backing", "limits"]),
+    ("config", &["backing", "blkif", "limits"]),
     ("backing", &["units"]),
     ("xen", &["limits", "park", "units"]),
     ("msg", &["backing", "blkif", "budget", "limits", "metrics", "park", "units"]),

@@ -33,7 +33,7 @@ use polldisk::worker::{WorkerThread, spawn_all};
 use super::list::list;
 use super::log;
 use super::rates::{DiskRates, duration, rates, table, workers};
-use super::serve::{available_cores, offer};
+use super::serve::available_cores;
 use frontend::Frontend;
 use guest::{Guest, VDEV};
 
@@ -281,7 +281,7 @@ impl Daemon {
         let admin = stand_in.folder().join("admin.sock");
         let control_config = control::Config {
             admin_path: Some(admin.clone()),
-            offer: offer(&config.features),
+            offer: config.offer,
             ..control::Config::default()
         };
         let stop = Doorbell::new()?;

@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use polldisk::blkif::features::Offer;
-use polldisk::config::{Config, Features, ServeOptions};
+use polldisk::config::{Config, ServeOptions};
 use polldisk::control;
 use polldisk::msg::event_channel;
 use polldisk::park::Doorbell;
@@ -54,14 +53,14 @@ fn serve(xen: &LinuxXen, config: &Config) -> anyhow::Result<()> {
         cores = ?config.workers.iter().flatten().collect::<Vec<_>>(),
         poll_us = config.poll.as_micros(),
         backend_types = ?config.backend_types,
-        features = ?config.features,
+        features = ?config.offer,
         admin = %config.admin.display(),
         "serving"
     );
     let control_config = control::Config {
         backend_types: config.backend_types.clone(),
         admin_path: Some(config.admin.clone()),
-        offer: offer(&config.features),
+        offer: config.offer,
         signals: true,
     };
     let stop = Doorbell::new().context("cannot make an eventfd")?;
@@ -69,17 +68,6 @@ fn serve(xen: &LinuxXen, config: &Config) -> anyhow::Result<()> {
     threads.into_iter().for_each(WorkerThread::join);
     tracing::info!("ended");
     Ok(())
-}
-
-/// What frontends are offered.
-pub fn offer(features: &Features) -> Offer {
-    Offer {
-        ring_page_order: features.ring_page_order,
-        queues: features.queues,
-        indirect_segments: features.indirect_segments,
-        data_path: features.data_path,
-        ..Offer::default()
-    }
 }
 
 /// The cores that this process may use.

@@ -12,16 +12,13 @@ use std::sync::Arc;
 
 use slab::Slab;
 
-use super::{Completion, IoOp, Ticket};
+use super::{Completion, IoOp, Ticket, bytes};
 use crate::backing::{BlockLock, BlockLocks};
 use crate::limits::{EMULATED_PAGES, EMULATED_PER_WORKER};
-use crate::xen::shm::{GuestBuf, LocalPages, PAGE_BYTES};
+use crate::xen::shm::{GuestBuf, LocalPages, PAGE_BYTES, PAGE_LEN};
 
 /// Bytes of a piece at most: whole blocks, which are at most a page.
 const PIECE_BYTES: u32 = EMULATED_PAGES * PAGE_LEN;
-
-const PAGE_LEN: u32 = 4096;
-const _: () = assert!(PAGE_LEN as usize == PAGE_BYTES);
 
 /// Operations on parts of blocks, of one worker.
 #[derive(Debug, Default)]
@@ -312,9 +309,12 @@ impl Emulation {
 
     /// Tries again what found no room below.
     pub fn retry(&mut self, mut below: impl FnMut(RawFd, &IoOp<'_>, Ticket) -> Result<(), Ticket>) {
-        for index in std::mem::take(&mut self.waiting) {
+        let mut again = std::mem::take(&mut self.waiting);
+        for index in again.drain(..) {
             self.write_back(index, &mut below);
         }
+        again.append(&mut self.waiting);
+        self.waiting = again;
     }
 
     /// Whether there is nothing to complete or to try again.
@@ -380,10 +380,6 @@ impl Piece {
 
 fn rest(offset: u64, block: u32) -> u32 {
     u32::try_from(offset % u64::from(block)).expect("below a block")
-}
-
-fn bytes(buffers: &[GuestBuf]) -> u32 {
-    buffers.iter().map(|buffer| buffer.len()).sum()
 }
 
 /// The first `len` bytes of `buffers`.

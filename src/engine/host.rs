@@ -7,7 +7,7 @@ use super::emulate::Emulation;
 use super::memory::MemoryFiles;
 use super::offload::Offload;
 use super::uring::Uring;
-use super::{Completion, Engine, IoOp, Submitted, Ticket};
+use super::{Completion, Engine, IoOp, Submitted, Ticket, bytes};
 use crate::backing::{Image, NullImage, RawImage};
 use crate::xen::shm::GuestBuf;
 
@@ -125,15 +125,14 @@ fn null(image: &NullImage, operation: &IoOp<'_>) -> i32 {
             if image.read_zeroes() {
                 buffers.iter().for_each(|buffer| buffer.zero());
             }
-            bytes(buffers)
+            moved(buffers)
         }
-        IoOp::Write { buffers, .. } => bytes(buffers),
+        IoOp::Write { buffers, .. } => moved(buffers),
         IoOp::Flush | IoOp::Discard { .. } => 0,
     }
 }
 
 #[inline]
-fn bytes(buffers: &[GuestBuf]) -> i32 {
-    let sum: u32 = buffers.iter().map(|buffer| buffer.len()).sum();
-    i32::try_from(sum).expect("a request is far below 2 GiB")
+fn moved(buffers: &[GuestBuf]) -> i32 {
+    i32::try_from(bytes(buffers)).expect("a request is far below 2 GiB")
 }

@@ -97,6 +97,12 @@ impl IoOp<'_> {
     }
 }
 
+/// Bytes of buffers together: those of a request are far below 4 GiB.
+#[inline]
+fn bytes(buffers: &[GuestBuf]) -> u32 {
+    buffers.iter().map(|buffer| buffer.len()).sum()
+}
+
 /// The right, and the duty, to answer for one operation: where its result belongs.
 ///
 /// Not `Clone`: it goes into the engine once and comes back once. Its 8 bytes are io_uring's

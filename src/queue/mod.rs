@@ -401,9 +401,13 @@ impl Queue {
         io: &mut Resources<G, E>,
         now_ns: u64,
     ) {
-        for slot in std::mem::take(&mut self.refused) {
+        let mut again = std::mem::take(&mut self.refused);
+        for slot in again.drain(..) {
             self.submit(io, slot, now_ns);
         }
+        // The list goes on with its memory, for a pass allocates nothing.
+        again.append(&mut self.refused);
+        self.refused = again;
         if !self.stalled.is_empty() {
             io.scratch.fresh.append(&mut self.stalled);
             self.start(io, now_ns);

@@ -14,12 +14,8 @@ use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use crate::limits::{SIM_GRANT_ENTRIES, SIM_GUEST_PAGES_MAX};
 use crate::units::GrantRef;
 use crate::xen::abi::GrantEntryV1;
-use crate::xen::shm::{GuestBuf, GuestPages, PAGE_BYTES, SharedPage};
+use crate::xen::shm::{GuestBuf, GuestPages, PAGE_BYTES, PAGE_LEN, SharedPage};
 use crate::xen::{CopyDirection, GrantCopy, PageAccess};
-
-/// [`PAGE_BYTES`] as a buffer's length.
-const PAGE_LEN: u32 = 4096;
-const _: () = assert!(PAGE_LEN as usize == PAGE_BYTES);
 
 /// A guest frame number: a page of a guest, counted from its first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -12,7 +12,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Bytes in a granted page: 4 KiB whatever page size either domain's kernel uses.
 pub const PAGE_BYTES: usize = 4096;
-const PAGE_LEN: u32 = 4096;
+/// [`PAGE_BYTES`] as a buffer's length.
+pub const PAGE_LEN: u32 = 4096;
+const _: () = assert!(PAGE_LEN as usize == PAGE_BYTES);
 
 /// A contiguous range of another domain's pages, mapped here.
 ///

@@ -1,7 +1,6 @@
 //! The daemon with its usual options, as a program of its own on a stand-in for Xen: a backend for
 //! `blkload` that needs no preload library.
 
-use polldisk::blkif::features::Offer;
 use polldisk::config::ServeOptions;
 use polldisk::control;
 use polldisk::msg::event_channel;
@@ -28,17 +27,10 @@ fn main() -> anyhow::Result<()> {
     let platform = SimXen::connect(folder.as_ref());
     let (reports, events) = event_channel()?;
     let (workers, threads) = spawn_all(&platform, &config.workers, config.poll, &reports)?;
-    let features = &config.features;
     let control_config = control::Config {
         backend_types: config.backend_types.clone(),
         admin_path,
-        offer: Offer {
-            ring_page_order: features.ring_page_order,
-            queues: features.queues,
-            indirect_segments: features.indirect_segments,
-            data_path: features.data_path,
-            ..Offer::default()
-        },
+        offer: config.offer,
         signals: true,
     };
     control::run(&platform, &control_config, workers, events, &Doorbell::new()?)?;

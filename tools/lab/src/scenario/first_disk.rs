@@ -2,8 +2,8 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::Scenario;
 use super::guest_io::{check_file_system, expect_disk, read_pattern, verify, write_pattern};
+use super::{Scenario, end_daemon};
 use crate::backend::{Daemon, Footprint, Storage};
 use crate::lab::Lab;
 use crate::xen::{Guest, domains};
@@ -72,9 +72,7 @@ fn run(lab: &mut Lab) -> Result<()> {
     })?;
     lab.step("its shutdown leaves nothing behind", |lab| end_guest(lab, guest, served))?;
 
-    daemon.map_or(Ok(()), |daemon| {
-        lab.step("SIGTERM ends polldisk with status 0", |lab| daemon.stop(&mut lab.dom0))
-    })
+    end_daemon(lab, daemon)
 }
 
 fn make_storage(lab: &mut Lab) -> Result<()> {

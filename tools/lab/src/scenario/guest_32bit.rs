@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::Scenario;
 use super::guest_io::{expect_disk, read_pattern, write_pattern};
+use super::{Scenario, end_daemon};
 use crate::backend::Storage;
 use crate::lab::Lab;
 use crate::xen::{Guest, KERNEL_OPTIONS};
@@ -62,9 +62,7 @@ fn run(lab: &mut Lab) -> Result<()> {
         lab.dom0.ask("mount -t ext4 -o ro /dev/ram0 /mnt")?;
         expect_verdict(&lab.dom0.ask("cat /mnt/boot/grub/grubenv; umount /mnt")?)
     })?;
-    daemon.map_or(Ok(()), |daemon| {
-        lab.step("SIGTERM ends polldisk with status 0", |lab| daemon.stop(&mut lab.dom0))
-    })
+    end_daemon(lab, daemon)
 }
 
 /// GRUB is to check a file on one disk and the start of the other, write its verdict into a file, and

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::Scenario;
 use super::guest_io::expect_disk;
+use super::{MEMORY_DEVICES, Scenario, end_idle_daemon};
 use crate::agent::Agent;
 use crate::backend::Storage;
 use crate::lab::Lab;
@@ -127,12 +127,7 @@ fn run(lab: &mut Lab) -> Result<()> {
     lab.step("the guest's kernel saw no I/O error", |_| expect_no_errors(&mut guest.agent))?;
 
     lab.step("the guest shuts down", |lab| guest.shut_down(&mut lab.dom0))?;
-    daemon.zip(idle).map_or(Ok(()), |(daemon, idle)| {
-        lab.step("polldisk holds what it held before, and ends", |lab| {
-            daemon.expect_footprint(&mut lab.dom0, idle)?;
-            daemon.stop(&mut lab.dom0)
-        })
-    })
+    end_idle_daemon(lab, daemon, idle)
 }
 
 fn make_storage(lab: &mut Lab) -> Result<()> {
@@ -140,14 +135,8 @@ fn make_storage(lab: &mut Lab) -> Result<()> {
         .ask(&format!(
             "set -e
              truncate -s {DISK_MIB}M {IMAGE}
-             modprobe null_blk nr_devices=0
-             mountpoint -q /sys/kernel/config || mount -t configfs configfs /sys/kernel/config
-             mkdir /sys/kernel/config/nullb/nullb0
-             cd /sys/kernel/config/nullb/nullb0
-             echo {DISK_MIB} >size
-             echo 1 >memory_backed
-             echo 1 >discard
-             echo 1 >power"
+             {MEMORY_DEVICES}
+             device nullb0 512 {DISK_MIB}"
         ))
         .map(drop)
 }

@@ -9,6 +9,7 @@ mod reconnect;
 
 use anyhow::Result;
 
+use crate::backend::{Daemon, Footprint};
 use crate::lab::Lab;
 
 /// Something the lab can prove.
@@ -36,6 +37,39 @@ pub const SCENARIOS: [Scenario; 5] = [
 /// Looks a scenario up by its name.
 pub fn find(name: &str) -> Option<Scenario> {
     SCENARIOS.into_iter().find(|scenario| scenario.name == name)
+}
+
+/// For a script in dom0: `device NAME BLOCK_BYTES MIB` makes a block device of memory that knows
+/// discards. The kernel numbers such devices in the order in which they are switched on.
+const MEMORY_DEVICES: &str = "
+    modprobe null_blk nr_devices=0
+    mountpoint -q /sys/kernel/config || mount -t configfs configfs /sys/kernel/config
+    device() {
+        mkdir /sys/kernel/config/nullb/$1
+        cd /sys/kernel/config/nullb/$1
+        echo $2 >blocksize
+        echo $3 >size
+        echo 1 >memory_backed
+        echo 1 >discard
+        echo 1 >power
+        [ $(blockdev --getss /dev/$1) = $2 ]
+    }";
+
+/// The last step, where polldisk serves the disks.
+fn end_daemon(lab: &mut Lab, daemon: Option<Daemon>) -> Result<()> {
+    daemon.map_or(Ok(()), |daemon| {
+        lab.step("SIGTERM ends polldisk with status 0", |lab| daemon.stop(&mut lab.dom0))
+    })
+}
+
+/// The same for a daemon that must hold no more now than when it was `idle`.
+fn end_idle_daemon(lab: &mut Lab, daemon: Option<Daemon>, idle: Option<Footprint>) -> Result<()> {
+    daemon.zip(idle).map_or(Ok(()), |(daemon, idle)| {
+        lab.step("polldisk holds what it held before, and ends", |lab| {
+            daemon.expect_footprint(&mut lab.dom0, idle)?;
+            daemon.stop(&mut lab.dom0)
+        })
+    })
 }
 
 #[cfg(test)]

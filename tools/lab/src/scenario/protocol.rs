@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::Scenario;
 use super::guest_io::{
     expect_disk, read_pattern, verify, verify_on_cpus, verify_trims, write_pattern,
 };
+use super::{MEMORY_DEVICES, Scenario, end_idle_daemon};
 use crate::backend::{Backend, Daemon, Storage};
 use crate::lab::Lab;
 use crate::xen::{Guest, Size, wait_for};
@@ -128,32 +128,15 @@ fn run(lab: &mut Lab) -> Result<()> {
     }
 
     lab.step("the guest shuts down", |lab| guest.shut_down(&mut lab.dom0))?;
-    daemon.zip(idle).map_or(Ok(()), |(daemon, idle)| {
-        lab.step("polldisk holds what it held before, and ends", |lab| {
-            daemon.expect_footprint(&mut lab.dom0, idle)?;
-            daemon.stop(&mut lab.dom0)
-        })
-    })
+    end_idle_daemon(lab, daemon, idle)
 }
 
 /// Files are written in full, so that what a discard frees is known.
 fn make_storage(lab: &mut Lab) -> Result<()> {
-    // The kernel numbers the devices in the order in which they are switched on.
     lab.dom0
         .ask(&format!(
             "set -e
-             modprobe null_blk nr_devices=0
-             mountpoint -q /sys/kernel/config || mount -t configfs configfs /sys/kernel/config
-             device() {{
-                 mkdir /sys/kernel/config/nullb/$1
-                 cd /sys/kernel/config/nullb/$1
-                 echo $2 >blocksize
-                 echo $3 >size
-                 echo 1 >memory_backed
-                 echo 1 >discard
-                 echo 1 >power
-                 [ $(blockdev --getss /dev/$1) = $2 ]
-             }}
+             {MEMORY_DEVICES}
              device nullb0 512 {DISK_MIB}
              device nullb1 4096 {DISK_MIB}
              device nullb2 4096 {}

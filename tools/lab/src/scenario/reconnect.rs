@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::Scenario;
 use super::guest_io::{expect_disk, verify};
+use super::{Scenario, end_daemon};
 use crate::backend::Storage;
 use crate::lab::Lab;
 use crate::xen::{Guest, mapped_grants, wait_for};
@@ -54,9 +54,7 @@ fn run(lab: &mut Lab) -> Result<()> {
             .map_or(Ok(()), |(daemon, idle)| daemon.expect_footprint(&mut lab.dom0, idle))
     })?;
     lab.step("the guest shuts down", |lab| guest.shut_down(&mut lab.dom0))?;
-    daemon.map_or(Ok(()), |daemon| {
-        lab.step("SIGTERM ends polldisk with status 0", |lab| daemon.stop(&mut lab.dom0))
-    })
+    end_daemon(lab, daemon)
 }
 
 /// The driver closes, the backend follows, and the guest's kernel forgets the device.
