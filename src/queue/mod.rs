@@ -99,8 +99,8 @@ pub struct Queue {
     barrier: Barrier,
     /// Takes no more requests: asked to, or the frontend broke the ring.
     stopped: bool,
-    /// Takes no requests until its image is replaced.
-    paused: bool,
+    /// Takes so many requests more, and then none until its image is replaced.
+    before_pause: Option<u32>,
     storage_errors: u64,
 }
 
@@ -174,7 +174,7 @@ impl Queue {
             latency: LatencyLog::default(),
             barrier: Barrier::None,
             stopped: false,
-            paused: false,
+            before_pause: None,
             storage_errors: 0,
         })
     }
@@ -212,24 +212,35 @@ impl Queue {
         self.stopped = true;
     }
 
-    /// Takes no requests until [`Queue::replace_image`]; those in flight are finished and answered.
+    /// Takes what the frontend has published by now, and then no requests until
+    /// [`Queue::replace_image`]; those in flight are finished and answered. It has to be polled.
     pub fn pause(&mut self) {
-        self.paused = true;
+        // A broken ring is found out when it is looked at again.
+        self.before_pause = Some(self.ring.requests().unwrap_or(0));
     }
 
-    /// Serves another image from now on. Call only once [`Queue::is_drained`], so that no request
+    /// Whether all of that is done.
+    pub fn is_paused(&self) -> bool {
+        self.is_drained() && (self.stopped || self.before_pause == Some(0))
+    }
+
+    /// Serves another image from now on. Call only once [`Queue::is_paused`], so that no request
     /// is checked against one image and carried out on another.
     pub fn replace_image(&mut self, image: Arc<Image>, rules: DiskRules) {
         assert!(self.is_drained());
         self.memory_alignment = image.memory_alignment();
         self.image = image;
         self.rules = rules;
-        self.paused = false;
+        self.before_pause = None;
     }
 
     /// Asks the frontend for a notification, then looks again; `true`: there is work already.
     pub fn arm(&mut self) -> bool {
-        self.has_waiting() || (!self.stopped && !self.paused && self.ring.arm())
+        let more = match self.before_pause {
+            None => !self.stopped && self.ring.arm(),
+            Some(left) => !self.stopped && left > 0,
+        };
+        self.has_waiting() || more
     }
 
     /// Unmaps granted pages that have long been idle; `true`: others are still mapped.
@@ -270,22 +281,29 @@ impl Queue {
             self.try_barrier(io, now_ns);
             return Ok(0);
         }
-        if self.stopped || self.paused || self.has_waiting() {
+        if self.stopped || self.before_pause == Some(0) || self.has_waiting() {
             return Ok(0);
         }
-        let waiting = self.ring.requests().inspect_err(|_| self.stopped = true)?;
+        let mut waiting = self.ring.requests().inspect_err(|_| self.stopped = true)?;
+        if let Some(left) = &mut self.before_pause {
+            // A frontend that took requests back is not waited for.
+            *left = waiting.min(*left);
+            waiting = *left;
+        }
         // Any of them may be indirect.
         let room = REQUESTS_PER_PASS.min(io.tables.free());
         let count = waiting.min(u32::try_from(room).unwrap_or(0));
         if count == 0 {
             return Ok(0);
         }
-        for _ in 0..count {
+        let mut taken = 0;
+        while taken < count && self.barrier == Barrier::None {
             self.ring.prefetch();
             self.take_one(io, now_ns);
-            if self.barrier != Barrier::None {
-                break;
-            }
+            taken += 1;
+        }
+        if let Some(left) = &mut self.before_pause {
+            *left -= taken;
         }
         if !io.scratch.heads.is_empty() {
             self.read_indirect(io, now_ns);
@@ -293,7 +311,7 @@ impl Queue {
         if !io.scratch.fresh.is_empty() {
             self.start(io, now_ns);
         }
-        Ok(count)
+        Ok(taken)
     }
 
     #[inline]

@@ -220,7 +220,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         match command {
             Command::Connect(connect) => self.connect(*connect, now_ns),
             Command::Disconnect(key) => self.leave(key),
-            Command::ReplaceImage(replace) => self.replace(replace),
+            Command::ReplaceImage(replace) => self.replace(replace, now_ns),
             Command::TakeLatency(key) => {
                 let queue = self.by_key.get(&key).and_then(|index| self.queues.get_mut(*index));
                 let latency = queue.map(|served| Box::new(served.queue.take_latency()));
@@ -268,11 +268,12 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         }
     }
 
-    fn replace(&mut self, replace: Box<ReplaceImage>) {
-        match self.by_key.get(&replace.key) {
+    fn replace(&mut self, replace: Box<ReplaceImage>, now_ns: u64) {
+        match self.by_key.get(&replace.key).copied() {
             Some(index) => {
-                self.queues[*index].queue.pause();
-                self.replacing.push((*index, replace));
+                self.queues[index].queue.pause();
+                self.poll_queue(index, now_ns);
+                self.replacing.push((index, replace));
             }
             None => self.reports.send(Event::ImageReplaced(replace.key)),
         }
@@ -281,7 +282,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     fn replace_drained(&mut self, now_ns: u64) {
         for (index, replace) in std::mem::take(&mut self.replacing) {
             let queue = &mut self.queues[index].queue;
-            if !queue.is_drained() {
+            if !queue.is_paused() {
                 self.replacing.push((index, replace));
                 continue;
             }

@@ -11,6 +11,7 @@ mod draw;
 mod exhaustion;
 mod failures;
 mod guest;
+mod media;
 mod negotiated;
 mod queues;
 mod random;
