@@ -8,12 +8,14 @@
 //!
 //! The steady path neither allocates nor calls the system per request, with one exception that the
 //! admin has to choose: pages that are mapped for the time of a request ([`transient`]).
+//!
+//! [`grants`] and [`slots`] are public for `benches/` only.
 
 mod bounce;
-mod grants;
+pub mod grants;
 mod indirect;
 mod locate;
-mod slots;
+pub mod slots;
 mod transient;
 
 use std::sync::Arc;
