@@ -77,23 +77,34 @@ pub fn sleep(sources: &[BorrowedFd<'_>], timeout: Option<Duration>) -> [bool; SO
 
 /// How long a worker without work keeps looking before it sleeps.
 ///
-/// Spinning pays only where the next request comes within it. So the budget doubles (up to the
-/// limit) when work turned up while spinning or soon after falling asleep, and halves when a sleep
-/// outlasted the limit anyway: a loaded worker spins, an idle one costs nothing.
+/// Spinning pays only where work comes within it, and a sleep and its end cost some microseconds
+/// that no shorter spin can save. So the budget follows the pauses between work: it is twice the
+/// last ones, never below that cost, and halves with each pause that was longer than the limit. After
+/// a row of those it is nothing: a loaded worker spins, an idle one costs nothing.
 #[derive(Debug)]
 pub struct SpinBudget {
     limit_ns: u64,
     budget_ns: u64,
+    /// Pauses in a row that were longer than the limit.
+    long_pauses: u32,
 }
 
 impl SpinBudget {
-    /// The smallest budget worth spinning for; below it the worker sleeps at once.
-    const FLOOR_NS: u64 = 1_000;
+    /// About what it costs to fall asleep and to be woken.
+    const SLEEP_COST_NS: u64 = 10_000;
+
+    /// So many long pauses in a row are idleness.
+    const LONG_PAUSES_MAX: u32 = 8;
 
     /// A budget of at most `limit`; zero means never spin.
     pub fn new(limit: Duration) -> SpinBudget {
         let limit_ns = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
-        SpinBudget { limit_ns, budget_ns: limit_ns }
+        SpinBudget { limit_ns, budget_ns: limit_ns, long_pauses: 0 }
+    }
+
+    /// The longest that it can be.
+    pub fn limit_ns(&self) -> u64 {
+        self.limit_ns
     }
 
     /// What may be spun now.
@@ -101,21 +112,18 @@ impl SpinBudget {
         self.budget_ns
     }
 
-    /// Work came while spinning: spinning pays.
-    pub fn work_while_spinning(&mut self) {
-        self.budget_ns =
-            (self.budget_ns * 2).clamp(Self::FLOOR_NS.min(self.limit_ns), self.limit_ns);
-    }
-
-    /// A sleep ended after `slept_ns`.
-    pub fn slept(&mut self, slept_ns: u64) {
-        if slept_ns <= self.limit_ns {
-            self.work_while_spinning();
+    /// Work came after a pause, spun or slept.
+    pub fn paused(&mut self, pause_ns: u64) {
+        let least_ns = Self::SLEEP_COST_NS.min(self.limit_ns);
+        if pause_ns <= self.limit_ns {
+            self.long_pauses = 0;
+            let wanted_ns = pause_ns.saturating_mul(2).clamp(least_ns, self.limit_ns);
+            self.budget_ns = wanted_ns.max(self.budget_ns - self.budget_ns / 8);
+        } else if self.long_pauses < Self::LONG_PAUSES_MAX {
+            self.long_pauses += 1;
+            self.budget_ns = least_ns.max(self.budget_ns / 2);
         } else {
-            self.budget_ns /= 2;
-            if self.budget_ns < Self::FLOOR_NS {
-                self.budget_ns = 0;
-            }
+            self.budget_ns = 0;
         }
     }
 }
@@ -134,24 +142,40 @@ mod test {
     }
 
     #[test]
-    fn the_budget_shrinks_to_nothing_when_idle_and_grows_back_under_load() {
+    fn the_budget_is_twice_the_pauses_and_no_less_than_a_sleep_costs() {
         let mut budget = SpinBudget::new(Duration::from_micros(50));
         assert_eq!(budget.get_ns(), 50_000);
-        for _ in 0..10 {
-            budget.slept(1_000_000);
-        }
-        assert_eq!(budget.get_ns(), 0);
-        for _ in 0..10 {
-            budget.slept(5_000);
-        }
+        (0..100).for_each(|_| budget.paused(8_000));
+        assert_eq!(budget.get_ns(), 16_000);
+        (0..100).for_each(|_| budget.paused(10));
+        assert_eq!(budget.get_ns(), 10_000);
+        budget.paused(20_000);
+        assert_eq!(budget.get_ns(), 40_000);
+        budget.paused(50_000);
         assert_eq!(budget.get_ns(), 50_000);
+    }
+
+    #[test]
+    fn only_a_row_of_long_pauses_ends_all_spinning() {
+        let mut budget = SpinBudget::new(Duration::from_micros(50));
+        for _ in 0..100 {
+            budget.paused(1_000_000);
+            budget.paused(1_000);
+        }
+        assert_eq!(budget.get_ns(), 10_000);
+        (0..9).for_each(|_| budget.paused(1_000_000));
+        assert_eq!(budget.get_ns(), 0);
+        budget.paused(1_000_000);
+        assert_eq!(budget.get_ns(), 0);
+        budget.paused(5_000);
+        assert_eq!(budget.get_ns(), 10_000);
     }
 
     #[test]
     fn a_limit_of_zero_never_spins() {
         let mut budget = SpinBudget::new(Duration::ZERO);
-        budget.work_while_spinning();
-        budget.slept(0);
+        budget.paused(0);
+        budget.paused(1_000);
         assert_eq!(budget.get_ns(), 0);
     }
 }

@@ -36,7 +36,7 @@ pub trait Engine {
     /// operation; an engine may prepare for it.
     fn register(&mut self, memory: GuestBuf);
 
-    /// Starts everything taken since the last time: at most one system call. An error means that
+    /// Starts everything taken that is not under way: at most one system call. An error means that
     /// nothing was lost and the next call tries again.
     fn kick(&mut self) -> io::Result<()>;
 

@@ -16,6 +16,14 @@ use crate::xen::shm::{GuestBuf, full_fence};
 /// `IORING_ENTER_GETEVENTS`: run the completions' deferred work (`linux/io_uring.h`).
 const ENTER_GETEVENTS: u32 = 1;
 
+/// How much longer storage takes for an operation than the kernel to submit it, if not more. Each step
+/// costs a system call and mostly a doorbell of the device, which is an exit to the host in a virtual
+/// machine: so few.
+const HEAD_START_GROWTH: usize = 8;
+
+/// No operation goes to the kernel before the pass ends.
+const NONE: usize = usize::MAX;
+
 /// One thread's ring.
 ///
 /// Its own descriptor does not become readable while completions wait for this thread (deferred
@@ -24,6 +32,10 @@ pub struct Uring {
     ring: IoUring,
     completed: Doorbell,
     in_flight: usize,
+    /// Operations taken since the kernel last took some.
+    queued: usize,
+    /// So many of them go to the kernel without waiting for the pass to end.
+    head_start: usize,
     /// Vectors of the operations not yet kicked; the kernel copies them as it takes the
     /// submissions (`IORING_FEAT_SUBMIT_STABLE`), so one pass's worth is enough. Never grows past
     /// its capacity, so that the addresses given to the kernel stay good.
@@ -52,7 +64,15 @@ impl Uring {
             Vec::with_capacity(limits::URING_ENTRIES as usize * limits::SEGMENTS_PER_REQUEST);
         let completed = Doorbell::new()?;
         ring.submitter().register_eventfd(completed.as_fd().as_raw_fd())?;
-        let mut uring = Uring { ring, completed, in_flight: 0, vectors, registered: 0..0 };
+        let mut uring = Uring {
+            ring,
+            completed,
+            in_flight: 0,
+            queued: 0,
+            head_start: NONE,
+            vectors,
+            registered: 0..0,
+        };
         uring.disarm(false);
         Ok(uring)
     }
@@ -96,6 +116,10 @@ impl Uring {
     }
 
     /// Takes one operation on an open file.
+    ///
+    /// Where nothing is in flight storage waits, and may begin before the pass has ended: the first
+    /// operation goes to the kernel at once and the [`HEAD_START_GROWTH`] after it together, so that
+    /// what it has to do lasts until all the others are there.
     pub fn submit(
         &mut self,
         file: RawFd,
@@ -112,7 +136,16 @@ impl Uring {
         // SAFETY: the buffers stay mapped until the ticket is back (GuestBuf's contract); the
         // vectors stay in place until kick; the file is open until then (the queue holds it).
         unsafe { self.ring.submission().push(&entry) }.expect("checked above that there is room");
+        if self.in_flight == 0 {
+            self.head_start = 1;
+        }
         self.in_flight += 1;
+        self.queued += 1;
+        if self.queued == self.head_start {
+            self.head_start = self.head_start.saturating_mul(HEAD_START_GROWTH);
+            // What the kernel refuses now, it is asked again at the pass's end, where errors count.
+            let _ = self.enter();
+        }
         Ok(())
     }
 
@@ -170,6 +203,11 @@ impl Uring {
 
     /// Submits what was taken, and lets the kernel finish completions that wait for this thread.
     pub fn kick(&mut self) -> io::Result<()> {
+        self.head_start = NONE;
+        self.enter()
+    }
+
+    fn enter(&mut self) -> io::Result<()> {
         let (waiting, taskrun) = {
             let submission = self.ring.submission();
             (submission.len(), submission.taskrun())
@@ -184,6 +222,7 @@ impl Uring {
         };
         match entered {
             Ok(submitted) if submitted == waiting => {
+                self.queued = 0;
                 self.vectors.clear();
                 Ok(())
             }

@@ -64,7 +64,6 @@ pub struct Worker<P: Platform, E> {
     last_event_check_ns: u64,
     passes_since_event_check: u32,
     next_sweep_ns: u64,
-    spinning: bool,
     stopping: bool,
 }
 
@@ -104,7 +103,6 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             last_event_check_ns: 0,
             passes_since_event_check: 0,
             next_sweep_ns: u64::MAX,
-            spinning: false,
             stopping: false,
         })
     }
@@ -113,20 +111,20 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     pub fn run(&mut self) -> io::Result<()> {
         let start = Instant::now();
         let clock_ns = || u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let mut paused_since_ns = None;
         while !(self.stopping && self.queues.is_empty()) {
             if self.poll_once(clock_ns)? == Progress::Worked {
-                if std::mem::take(&mut self.spinning) {
-                    self.budget.work_while_spinning();
+                if let Some(since_ns) = paused_since_ns.take() {
+                    self.budget.paused(self.last_work_ns.saturating_sub(since_ns));
                 }
                 continue;
             }
             let now_ns = clock_ns();
-            self.arm_idle(now_ns)?;
-            let idle_ns = now_ns.saturating_sub(self.last_work_ns);
-            if self.polled.is_empty() && idle_ns >= self.budget.get_ns() {
+            let pause_ns = now_ns - *paused_since_ns.get_or_insert(now_ns);
+            self.arm_idle(now_ns, pause_ns)?;
+            if self.polled.is_empty() && pause_ns >= self.budget.get_ns() {
                 self.sleep(clock_ns)?;
             } else {
-                self.spinning = true;
                 std::hint::spin_loop();
             }
         }
@@ -149,8 +147,6 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             ],
             self.until_sweep(asleep_ns),
         );
-        self.budget.slept(clock_ns().saturating_sub(asleep_ns));
-        self.spinning = false;
         self.resources.engine.disarm(completed);
         if commanded {
             self.commands.bell.silence();
@@ -159,9 +155,9 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     }
 
     /// One pass: commands, events, requests, storage, responses. At most one system call each for
-    /// events, mapping, copying, submission; and one notification per ring. The clock is read once,
-    /// and once more where something completed. An error is our own host's (io_uring or the
-    /// event-channel device fails), never a guest's.
+    /// events, mapping, copying, submission (a few more where storage was idle); and one notification
+    /// per ring. The clock is read once, and once more where something completed. An error is our
+    /// own host's (io_uring or the event-channel device fails), never a guest's.
     pub fn poll_once(&mut self, clock_ns: impl Fn() -> u64) -> io::Result<Progress> {
         let now_ns = clock_ns();
         if now_ns >= self.next_sweep_ns {
@@ -395,13 +391,16 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(())
     }
 
-    /// Arms the queues that had no work for the spin budget.
-    fn arm_idle(&mut self, now_ns: u64) -> io::Result<()> {
-        let budget_ns = self.budget.get_ns();
+    /// Arms queues: all of them in a pause as long as the spin budget, before that those that had no
+    /// work for the longest that there is any spinning.
+    fn arm_idle(&mut self, now_ns: u64, pause_ns: u64) -> io::Result<()> {
+        let spinning = pause_ns < self.budget.get_ns();
+        let limit_ns = self.budget.limit_ns();
         let (queues, unmask) = (&mut self.queues, &mut self.unmask);
         self.polled.retain(|index| {
             let served = &mut queues[*index];
-            if now_ns.saturating_sub(served.last_work_ns) < budget_ns || served.queue.arm() {
+            let quiet_ns = now_ns.saturating_sub(served.last_work_ns);
+            if (spinning && quiet_ns < limit_ns) || served.queue.arm() {
                 return true;
             }
             served.polled = false;
