@@ -103,9 +103,11 @@ impl Geometry {
         self.size.to_sectors()
     }
 
-    /// Ring sectors in one sector of the disk: what requests must be aligned to.
-    pub fn sectors_per_block(&self) -> u64 {
-        u64::from(self.sector_bytes) / SECTOR_BYTES
+    /// Whether numbers of ring sectors, or'ed together, are all whole sectors of the disk.
+    #[inline]
+    pub fn is_whole(&self, ring_sectors: u64) -> bool {
+        // A sector's size is a power of two; a division would cost as much as all other checks.
+        ring_sectors & (u64::from(self.sector_bytes) / SECTOR_BYTES - 1) == 0
     }
 }
 

@@ -83,7 +83,12 @@ impl RawImage {
                 physical_sector_bytes: shape.physical_sector_bytes.max(shape.sector_bytes),
             },
             // Beyond a page no page is aligned enough; the kernel asks for no such thing.
-            memory_alignment: shape.memory_alignment.clamp(1, 4096).try_into().unwrap_or(4096),
+            memory_alignment: shape
+                .memory_alignment
+                .clamp(1, 4096)
+                .next_power_of_two()
+                .try_into()
+                .unwrap_or(4096),
             read_only,
             discard: shape.discard.filter(|_| !read_only),
             emulation: None,
@@ -124,7 +129,7 @@ impl RawImage {
         self.geometry
     }
 
-    /// What buffer addresses must be a multiple of for O_DIRECT.
+    /// What buffer addresses must be a multiple of for O_DIRECT: a power of two.
     pub fn memory_alignment(&self) -> u16 {
         self.memory_alignment
     }

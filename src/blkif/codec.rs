@@ -22,8 +22,19 @@ pub enum RawRequest {
     Discard(RawDiscard),
 }
 
-/// `struct blkif_request`.
+/// What [`load_request_into`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loaded {
+    /// A direct request, which was put where the caller wanted it.
+    Direct,
+    /// Segments in granted pages.
+    Indirect(RawIndirect),
+    /// No data.
+    Discard(RawDiscard),
+}
+
+/// `struct blkif_request`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RawDirect {
     /// One of [`super::op`] but INDIRECT and DISCARD, or anything unknown.
     pub operation: u8,
@@ -122,14 +133,7 @@ impl From<RawDirect> for RawRequest {
 impl RawDirect {
     /// A request without segments.
     pub fn new(operation: u8, id: u64, sector: u64) -> RawDirect {
-        RawDirect {
-            operation,
-            nr_segments: 0,
-            handle: 0,
-            id,
-            sector,
-            segments: [RawSegment::default(); SEGMENTS_PER_REQUEST],
-        }
+        RawDirect { operation, id, sector, ..RawDirect::default() }
     }
 
     /// The segments that the entry itself holds.
@@ -161,8 +165,24 @@ impl Protocol {
 }
 
 /// Copies a request out of the entry at byte `at`.
-#[inline]
 pub fn load_request(page: &SharedPage, at: usize, protocol: Protocol) -> RawRequest {
+    let mut direct = RawDirect::new(0, 0, 0);
+    match load_request_into(page, at, protocol, &mut direct) {
+        Loaded::Direct => RawRequest::Direct(direct),
+        Loaded::Indirect(indirect) => RawRequest::Indirect(indirect),
+        Loaded::Discard(discard) => RawRequest::Discard(discard),
+    }
+}
+
+/// As [`load_request`], but a direct request, the largest and most frequent, is put into `direct`,
+/// where segments beyond its own stay what they were.
+#[inline(always)]
+pub fn load_request_into(
+    page: &SharedPage,
+    at: usize,
+    protocol: Protocol,
+    direct: &mut RawDirect,
+) -> Loaded {
     let (head, id, sector) = load_head(page, at, protocol);
     let [operation, second, third, fourth] = head.to_le_bytes();
     let upper = u16::from_le_bytes([third, fourth]);
@@ -170,7 +190,7 @@ pub fn load_request(page: &SharedPage, at: usize, protocol: Protocol) -> RawRequ
     match operation {
         op::INDIRECT => {
             let [handle] = page.load::<u32, 1>(rest);
-            RawRequest::Indirect(RawIndirect {
+            Loaded::Indirect(RawIndirect {
                 operation: second,
                 nr_segments: upper,
                 id,
@@ -182,15 +202,14 @@ pub fn load_request(page: &SharedPage, at: usize, protocol: Protocol) -> RawRequ
         op::DISCARD => {
             let [low, high] = page.load::<u32, 2>(rest);
             let nr_sectors = join(low, high);
-            RawRequest::Discard(RawDiscard { flag: second, handle: upper, id, sector, nr_sectors })
+            Loaded::Discard(RawDiscard { flag: second, handle: upper, id, sector, nr_sectors })
         }
         _ => {
-            let mut direct = RawDirect::new(operation, id, sector);
-            direct.nr_segments = second;
-            direct.handle = upper;
+            (direct.operation, direct.nr_segments, direct.handle) = (operation, second, upper);
+            (direct.id, direct.sector) = (id, sector);
             let count = direct.present();
             load_segments(page, rest, protocol, &mut direct.segments[..count]);
-            RawRequest::Direct(direct)
+            Loaded::Direct
         }
     }
 }
@@ -256,18 +275,17 @@ fn store_head(page: &SharedPage, at: usize, protocol: Protocol, head: u32, id: u
 
 #[inline]
 fn load_segments(page: &SharedPage, at: usize, protocol: Protocol, segments: &mut [RawSegment]) {
+    let count = segments.len();
     match protocol {
         Protocol::X86_64 => {
-            let mut words = [0u64; SEGMENTS_PER_REQUEST];
-            let words = &mut words[..segments.len()];
-            page.load_into(at, words);
-            for (segment, word) in segments.iter_mut().zip(words) {
-                *segment = RawSegment::from_word(*word);
+            for (segment, word) in segments.iter_mut().zip(page.words::<u64>(at, count)) {
+                *segment = RawSegment::from_word(word);
             }
         }
         Protocol::X86_32 => {
-            for (index, segment) in segments.iter_mut().enumerate() {
-                let [low, high] = page.load::<u32, 2>(at + SEGMENT_BYTES * index);
+            let mut words = page.words::<u32>(at, 2 * count);
+            for segment in segments {
+                let (Some(low), Some(high)) = (words.next(), words.next()) else { return };
                 *segment = RawSegment::from_word(join(low, high));
             }
         }

@@ -162,8 +162,7 @@ impl DiskRules {
         }
         let kind = if secure { Kind::SecureDiscard } else { Kind::Discard };
         self.check_writable(kind)?;
-        if raw.nr_sectors == 0 || !raw.nr_sectors.is_multiple_of(self.geometry.sectors_per_block())
-        {
+        if raw.nr_sectors == 0 || !self.geometry.is_whole(raw.nr_sectors) {
             return Err(RequestFault::Unaligned);
         }
         let mut request =
@@ -227,13 +226,10 @@ impl DiskRules {
         if raw_segments.len() == 0 || raw_segments.len() > segments.len() {
             return Err(RequestFault::SegmentCount);
         }
-        let block = self.geometry.sectors_per_block();
         let mut sectors = 0u64;
         for (segment, raw) in segments.iter_mut().zip(raw_segments) {
             let (checked, count) = check_segment(&raw)?;
-            if !u64::from(raw.first).is_multiple_of(block)
-                || !u64::from(count).is_multiple_of(block)
-            {
+            if !self.geometry.is_whole((raw.first | count).into()) {
                 return Err(RequestFault::Unaligned);
             }
             *segment = checked;
@@ -245,7 +241,7 @@ impl DiskRules {
     /// Checks that `sectors` from `first` on are on the disk.
     #[inline]
     fn place(&self, request: &mut Request, first: u64, sectors: u64) -> Result<(), RequestFault> {
-        if !first.is_multiple_of(self.geometry.sectors_per_block()) {
+        if !self.geometry.is_whole(first) {
             return Err(RequestFault::Unaligned);
         }
         let end = first.checked_add(sectors).ok_or(RequestFault::BeyondEnd)?;

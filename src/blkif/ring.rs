@@ -11,7 +11,8 @@ use crate::blkif::Protocol;
 use crate::xen::shm::{SharedPage, full_fence};
 
 use super::codec::{
-    RawRequest, RawResponse, load_request, load_response, store_request, store_response,
+    Loaded, RawDirect, RawRequest, RawResponse, load_request, load_request_into, load_response,
+    store_request, store_response,
 };
 
 const REQ_PROD: usize = 0;
@@ -139,12 +140,25 @@ impl BackRing {
     }
 
     /// Takes the next request; call only as often as [`BackRing::requests`] said.
-    #[inline]
     pub fn take(&mut self) -> RawRequest {
+        let at = self.consume();
+        load_request(&self.ring.page, at, self.ring.protocol)
+    }
+
+    /// As [`BackRing::take`], with a direct request put into `direct` ([`load_request_into`]).
+    #[inline(always)]
+    pub fn take_into(&mut self, direct: &mut RawDirect) -> Loaded {
+        let at = self.consume();
+        load_request_into(&self.ring.page, at, self.ring.protocol, direct)
+    }
+
+    /// The entry of the next request, which is taken with that.
+    #[inline(always)]
+    fn consume(&mut self) -> usize {
         assert!(self.in_flight() < self.ring.size);
         let at = self.ring.entry(self.req_cons);
         self.req_cons = self.req_cons.wrapping_add(1);
-        load_request(&self.ring.page, at, self.ring.protocol)
+        at
     }
 
     /// Requests taken and not yet answered.

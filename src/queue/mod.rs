@@ -24,7 +24,7 @@ use hdrhistogram::Histogram;
 
 use crate::backing::Image;
 use crate::blkif::Status;
-use crate::blkif::codec::{RawDirect, RawRequest, RawResponse};
+use crate::blkif::codec::{Loaded, RawDirect, RawResponse};
 use crate::blkif::op;
 use crate::blkif::request::{DiskRules, IndirectHead, Kind, Request, RequestFault};
 use crate::blkif::ring::{BackRing, RingFault};
@@ -59,9 +59,11 @@ pub struct Resources<G, E> {
     pub scratch: Scratch,
 }
 
-/// Lists that a pass fills and empties.
+/// What a pass fills and empties.
 #[derive(Debug, Default)]
 pub struct Scratch {
+    /// The direct request being taken.
+    direct: RawDirect,
     /// Slots of requests just taken.
     fresh: Vec<u32>,
     /// Indirect requests whose segments are still to be read.
@@ -322,13 +324,13 @@ impl Queue {
         io: &mut Resources<G, E>,
         now_ns: u64,
     ) {
-        match self.ring.take() {
-            RawRequest::Direct(raw) => self.take_direct(io, &raw, now_ns),
-            RawRequest::Indirect(raw) => match self.rules.check_indirect(&raw) {
+        match self.ring.take_into(&mut io.scratch.direct) {
+            Loaded::Direct => self.take_direct(io, now_ns),
+            Loaded::Indirect(raw) => match self.rules.check_indirect(&raw) {
                 Ok(head) => io.scratch.heads.push(head),
                 Err(fault) => self.refuse(raw.id, raw.operation, fault),
             },
-            RawRequest::Discard(raw) => match self.rules.check_discard(&raw) {
+            Loaded::Discard(raw) => match self.rules.check_discard(&raw) {
                 Ok(request) => {
                     let (index, slot) = self.slots.take();
                     slot.begin(request, 0, None, now_ns);
@@ -345,9 +347,9 @@ impl Queue {
     fn take_direct<G: Grants, E: Engine<Target = Image>>(
         &mut self,
         io: &mut Resources<G, E>,
-        raw: &RawDirect,
         now_ns: u64,
     ) {
+        let raw = &io.scratch.direct;
         let (index, slot) = self.slots.take();
         match self.rules.check_direct(raw, slot.inline_segments_mut()) {
             Ok((request, count)) => {
@@ -361,8 +363,9 @@ impl Queue {
                 }
             }
             Err(fault) => {
+                let (id, operation) = (raw.id, raw.operation);
                 self.slots.give_back(index, &mut io.tables);
-                self.refuse(raw.id, raw.operation, fault);
+                self.refuse(id, operation, fault);
             }
         }
     }

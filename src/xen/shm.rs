@@ -307,6 +307,17 @@ impl SharedPage {
         }
     }
 
+    /// Loads words from a byte offset on, each once, in ascending order, as they are asked for.
+    ///
+    /// # Panics
+    /// Where the offset is unaligned or the words reach past the end.
+    #[inline]
+    pub fn words<T: Word>(&self, offset: usize, count: usize) -> impl Iterator<Item = T> {
+        let first = self.word::<T>(offset, count);
+        // SAFETY: `word` checked alignment and range for all of them.
+        (0..count).map(move |index| unsafe { first.add(index).read_volatile() })
+    }
+
     /// Has the processor fetch the cache line of a byte, without waiting for it; past the end
     /// nothing happens.
     #[inline]
