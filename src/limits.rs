@@ -116,6 +116,11 @@ pub const URING_ENTRIES: u32 = 1024;
 /// neighbours.
 pub const REQUESTS_PER_PASS: usize = 64;
 
+/// Responses that a pass keeps from the frontend until it shows them all at once. So a frontend that
+/// is awake works on the first while the worker works on the next, and the line of the ring that
+/// both write goes back and forth only once for so many.
+pub const RESPONSES_HELD_BACK: u32 = 4;
+
 /// One request line of the admin socket: enough for a path of 4096 bytes, escaped.
 pub const ADMIN_LINE_MAX: usize = 64 * 1024;
 

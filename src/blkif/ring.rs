@@ -176,16 +176,16 @@ impl BackRing {
         self.rsp_prod = self.rsp_prod.wrapping_add(1);
     }
 
-    /// Whether the frontend can't see some responses yet.
+    /// Responses that the frontend can't see yet.
     #[inline]
-    pub fn has_unpublished(&self) -> bool {
-        self.rsp_published != self.rsp_prod
+    pub fn unpublished(&self) -> u32 {
+        self.rsp_prod.wrapping_sub(self.rsp_published)
     }
 
     /// Publishes all responses written since the last time; `true`: notify the frontend.
     #[inline]
     pub fn publish(&mut self) -> bool {
-        if !self.has_unpublished() {
+        if self.unpublished() == 0 {
             return false;
         }
         let old = std::mem::replace(&mut self.rsp_published, self.rsp_prod);

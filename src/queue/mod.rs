@@ -30,7 +30,7 @@ use crate::blkif::request::{DiskRules, IndirectHead, Kind, Request, RequestFault
 use crate::blkif::ring::{BackRing, RingFault};
 use crate::budget::Share;
 use crate::engine::{Completion, Engine, IoOp, Submitted, Ticket};
-use crate::limits::REQUESTS_PER_PASS;
+use crate::limits::{REQUESTS_PER_PASS, RESPONSES_HELD_BACK};
 use crate::metrics::{LatencyLog, QueueCounters};
 use crate::msg::{Connect, Mapping, QueueKey};
 use crate::units::{DomId, GrantRef, Port};
@@ -101,6 +101,8 @@ pub struct Queue {
     counters: Arc<QueueCounters>,
     latency: LatencyLog,
     barrier: Barrier,
+    /// The frontend is to be notified at the end of the pass.
+    notify: bool,
     /// Takes no more requests: asked to, or the frontend broke the ring.
     stopped: bool,
     /// Takes so many requests more, and then none until its image is replaced.
@@ -177,6 +179,7 @@ impl Queue {
             counters: connect.counters,
             latency: LatencyLog::default(),
             barrier: Barrier::None,
+            notify: false,
             stopped: false,
             before_pause: None,
             storage_errors: 0,
@@ -269,7 +272,7 @@ impl Queue {
         now_ns: u64,
     ) -> Result<bool, RingFault> {
         let taken = self.take_requests(io, now_ns)?;
-        Ok(taken > 0 || self.ring.has_unpublished() || !self.copy_out.is_empty())
+        Ok(taken > 0 || self.ring.unpublished() > 0 || !self.copy_out.is_empty())
     }
 
     #[inline]
@@ -305,6 +308,9 @@ impl Queue {
             self.ring.prefetch();
             self.take_one(io, now_ns);
             taken += 1;
+            if self.ring.unpublished() >= RESPONSES_HELD_BACK {
+                self.notify |= self.ring.publish();
+            }
         }
         if let Some(left) = &mut self.before_pause {
             *left -= taken;
@@ -525,7 +531,7 @@ impl Queue {
         if !self.copy_out.is_empty() {
             self.copy_reads_out(io, now_ns);
         }
-        let notify = self.ring.publish();
+        let notify = self.ring.publish() | std::mem::take(&mut self.notify);
         if notify {
             self.counters.notifications.add(1);
         }
