@@ -1,8 +1,8 @@
 //! Who is measured, in which setting.
 //!
 //! Written as `polldisk`, `polldisk:workers=2`, `qemu:iothread`, `qemu:main-loop`,
-//! `qemu:iothread,buffered`, `qemu:iothread,native`, `qemu:iothread,io_uring`, `fio` or
-//! `fio:registered`.
+//! `qemu:iothread,buffered`, `qemu:iothread,native`, `qemu:iothread,io_uring`, `fio`,
+//! `fio:registered` or `echo`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -33,6 +33,9 @@ pub enum Contender {
         /// With registered files and buffers, submitting and completing in batches.
         registered: bool,
     },
+    /// A thread that polls the ring and answers all requests with nothing done: what the ring and
+    /// two cores of this machine allow.
+    Echo,
 }
 
 /// The programs.
@@ -44,6 +47,8 @@ pub enum Kind {
     Qemu,
     /// fio.
     Fio,
+    /// The ring alone.
+    Echo,
 }
 
 /// How QEMU reads and writes a file.
@@ -72,6 +77,7 @@ impl Contender {
             Contender::Polldisk { .. } => Kind::Polldisk,
             Contender::Qemu { .. } => Kind::Qemu,
             Contender::Fio { .. } => Kind::Fio,
+            Contender::Echo => Kind::Echo,
         }
     }
 
@@ -96,6 +102,7 @@ impl Kind {
             Kind::Polldisk => "polldisk",
             Kind::Qemu => "qemu",
             Kind::Fio => "fio",
+            Kind::Echo => "echo",
         }
     }
 }
@@ -137,6 +144,7 @@ impl fmt::Display for Contender {
             }
             Contender::Fio { registered: false } => write!(f, "fio"),
             Contender::Fio { registered: true } => write!(f, "fio:registered"),
+            Contender::Echo => write!(f, "echo"),
         }
     }
 }
@@ -165,7 +173,8 @@ impl FromStr for Contender {
             }
             ("fio", "") => Ok(Contender::Fio { registered: false }),
             ("fio", "registered") => Ok(Contender::Fio { registered: true }),
-            _ => bail!("{text}: no such contender; there are polldisk, qemu and fio"),
+            ("echo", "") => Ok(Contender::Echo),
+            _ => bail!("{text}: no such contender; there are polldisk, qemu, fio and echo"),
         }
     }
 }
@@ -296,10 +305,13 @@ mod test {
             "qemu:main-loop,native",
             "fio",
             "fio:registered",
+            "echo",
         ] {
             assert_eq!(text.parse::<Contender>().unwrap().to_string(), text);
         }
-        for text in ["", "qemu", "qemu:iothread,x", "polldisk:workers=x", "fio:x", "tapdisk"] {
+        for text in
+            ["", "qemu", "qemu:iothread,x", "polldisk:workers=x", "fio:x", "echo:x", "tapdisk"]
+        {
             assert!(text.parse::<Contender>().is_err(), "{text}");
         }
     }

@@ -20,3 +20,4 @@ pub mod sample;
 pub mod scenario;
 pub mod storage;
 pub mod verdict;
+pub mod wakeup;

@@ -11,7 +11,7 @@ use compare::programs::{FIO, Program, QEMU};
 use compare::report::{Report, ScenarioReport};
 use compare::run::{Bench, Extent};
 use compare::scenario::Scenario;
-use compare::{plot, verdict};
+use compare::{plot, verdict, wakeup};
 
 /// Measure polldisk beside QEMU and fio, and judge its targets
 ///
@@ -31,11 +31,12 @@ struct Arguments {
     #[arg(long)]
     quick: bool,
 
-    /// Turns of each contender under each load [default: 8, or 3 with --quick]
+    /// Turns of each contender under each load, half of them in scenarios without targets [default:
+    /// 8, or 3 with --quick]
     #[arg(long, value_name = "N")]
     rounds: Option<u32>,
 
-    /// Seconds of each turn that count [default: 3, or 1 with --quick]
+    /// Seconds of each turn that count [default: 2, or 1 with --quick]
     #[arg(long, value_name = "S")]
     seconds: Option<f64>,
 
@@ -110,8 +111,8 @@ fn measure(
 ) -> Result<Report> {
     let extent = Extent {
         rounds: arguments.rounds.unwrap_or(if arguments.quick { 3 } else { 8 }).max(1),
-        seconds: arguments.seconds.unwrap_or(if arguments.quick { 1.0 } else { 3.0 }),
-        warmup_s: if arguments.quick { 0.3 } else { 1.0 },
+        seconds: arguments.seconds.unwrap_or(if arguments.quick { 1.0 } else { 2.0 }),
+        warmup_s: if arguments.quick { 0.3 } else { 0.5 },
         system_calls: !arguments.no_system_calls,
     };
     let needs = |kind| {
@@ -129,6 +130,7 @@ fn measure(
         }
     }
     let machine = Machine::look(&others.iter().flatten().collect::<Vec<_>>());
+    let wake_up_us = wakeup::measure(&machine.cores);
     let (load_average, start) = (machine::load_average(), Ticks::now());
     let mut bench = Bench::new(programs, others, &machine, extent, scratch);
     let mut reports = Vec::new();
@@ -142,6 +144,7 @@ fn measure(
         extent,
         places: std::mem::take(&mut bench.places),
         machine: machine.clone(),
+        wake_up_us,
         scenarios: reports,
     })
 }

@@ -230,6 +230,7 @@ fn color(contender: &Contender, index: usize) -> RGBColor {
         Kind::Polldisk => BLUE,
         Kind::Fio if contender.to_string() == "fio" => GRAY,
         Kind::Fio => BLACK,
+        Kind::Echo => GRAY,
         Kind::Qemu => OTHERS[index % OTHERS.len()],
     }
 }

@@ -22,6 +22,8 @@ pub struct Report {
     pub extent: Extent,
     /// Where files were.
     pub places: Vec<Place>,
+    /// Microseconds for waking a thread on another core.
+    pub wake_up_us: Option<Interval>,
     /// Of each scenario.
     pub scenarios: Vec<ScenarioReport>,
 }
@@ -114,9 +116,21 @@ impl Report {
         }
         let _ = writeln!(
             text,
-            "- {} rounds; each contender's turn counts for {} s after {} s of warm-up.",
-            extent.rounds, extent.seconds, extent.warmup_s
+            "- {} rounds, {} where there is no target; each contender's turn counts for {} s after {} s \
+             of warm-up.",
+            extent.rounds,
+            extent.rounds.div_ceil(2),
+            extent.seconds,
+            extent.warmup_s
         );
+        if let Some(wake_up_us) = &self.wake_up_us {
+            let _ = writeln!(
+                text,
+                "- Waking a thread that sleeps on another core takes {} us of CPU. A backend pays it for \
+                 each batch of a guest that sleeps.",
+                figure(wake_up_us.median)
+            );
+        }
         let tolls = match extent.system_calls {
             true => "cost a bare system call, and no hypercall",
             false => "cost nothing, neither system call nor hypercall",
@@ -278,6 +292,7 @@ mod test {
             quietness: Quietness { load_average: 0.0, stolen_percent: 5.0 },
             extent: Extent { rounds: 3, seconds: 1.0, warmup_s: 0.5, system_calls: true },
             places: Vec::new(),
+            wake_up_us: Interval::of(&[12.34]),
             scenarios: vec![ScenarioReport { goals: verdict::judge(&outcome), outcome }],
         }
     }
@@ -317,6 +332,8 @@ mod test {
         let text = report(1e6).markdown(&[Plot { file: "x.svg".into(), title: "X".into() }]);
         for part in [
             "cost a bare system call",
+            "another core takes 12.3 us of CPU",
+            "3 rounds, 2 where there is no target",
             "was not quiet",
             "![X](x.svg)",
             "| left out: native/AIO |",

@@ -36,6 +36,13 @@ pub struct Extent {
     pub system_calls: bool,
 }
 
+impl Extent {
+    /// Turns of each contender of a scenario: half of them where no verdict depends on it.
+    pub fn rounds_of(&self, scenario: &Scenario) -> u32 {
+        if scenario.goals.is_empty() { self.rounds.div_ceil(2) } else { self.rounds }
+    }
+}
+
 /// Everything that turns need.
 #[derive(Debug)]
 pub struct Bench<'a> {
@@ -123,7 +130,7 @@ impl<'a> Bench<'a> {
         let before = Ticks::now();
         for case in scenario.cases() {
             let mut entries: Vec<Entry> = scenario.contenders.iter().map(entry).collect();
-            for round in 1..=self.extent.rounds {
+            for round in 1..=self.extent.rounds_of(scenario) {
                 for entry in entries.iter_mut().filter(|entry| entry.failed.is_none()) {
                     let at = case.at.map(|at| format!(" at {at}")).unwrap_or_default();
                     let turn = format!("{}{at}, round {round}: {}", scenario.name, entry.contender);
@@ -198,6 +205,7 @@ impl<'a> Bench<'a> {
                 let kind = ["--no-toolstack", "--backend-type", "qdisk"].map(str::to_owned);
                 (kind.into(), words)
             }
+            Contender::Echo => (vec!["--echo".to_owned()], Vec::new()),
         };
         let load = match contender.kind() {
             Kind::Qemu => load.split(scenario.split),
@@ -205,12 +213,11 @@ impl<'a> Bench<'a> {
         };
         let mut line = vec![self.built("blkload"), "--json".to_owned(), "-".to_owned()];
         line.extend(contender::blkload_arguments(&load));
-        line.extend([
-            "--cores".to_owned(),
-            list(&load_cores),
-            "--samples".to_owned(),
-            "1".to_owned(),
-        ]);
+        let blkloads_cores = match contender.kind() {
+            Kind::Echo => [load_cores, backend_cores].concat(),
+            _ => load_cores,
+        };
+        line.extend(["--cores", &list(&blkloads_cores), "--samples", "1"].map(str::to_owned));
         let Extent { mut seconds, mut warmup_s, .. } = self.extent;
         if load.idle {
             (seconds, warmup_s) = (seconds.max(IDLE_S), warmup_s.max(IDLE_WARMUP_S));
@@ -218,12 +225,14 @@ impl<'a> Bench<'a> {
         line.extend(["--seconds".to_owned(), seconds.to_string()]);
         line.extend(["--warmup".to_owned(), warmup_s.to_string()]);
         line.extend(kind);
-        line.push("--".to_owned());
-        line.extend(pinned);
-        line.extend([self.built("stand-in"), "run".to_owned(), "{folder}".to_owned()]);
-        line.extend(self.extent.system_calls.then(|| "--system-calls".to_owned()));
-        line.push("--".to_owned());
-        line.extend(words);
+        if !words.is_empty() {
+            line.push("--".to_owned());
+            line.extend(pinned);
+            line.extend([self.built("stand-in"), "run".to_owned(), "{folder}".to_owned()]);
+            line.extend(self.extent.system_calls.then(|| "--system-calls".to_owned()));
+            line.push("--".to_owned());
+            line.extend(words);
+        }
         let sample = Sample::of_blkload(&json(&output(&line)?)?, load.disks)?;
         Ok(match scenario.latency_cdf {
             true => sample,
@@ -270,7 +279,7 @@ fn json(output: &Output) -> Result<Value> {
 fn summary(sample: &Sample) -> String {
     let show =
         [Metric::Iops, Metric::MeanUs, Metric::CpuUsPerIo, Metric::ConnectS, Metric::OwnKibPerDisk];
-    let idle = !sample.figures.contains_key(&Metric::CpuUsPerIo);
+    let idle = sample.figures.get(&Metric::Iops).is_none_or(|iops| *iops == 0.0);
     let figure = |metric: &Metric| {
         let is_shown = idle == matches!(metric, Metric::ConnectS | Metric::OwnKibPerDisk);
         let value = sample.figures.get(metric).filter(|_| is_shown)?;

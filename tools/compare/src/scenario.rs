@@ -188,6 +188,10 @@ impl Scenario {
                 "{contender}: fio needs a file"
             );
             ensure!(
+                kind != Kind::Echo || self.backing == Backing::Null,
+                "{contender}: the ring alone has nothing behind it"
+            );
+            ensure!(
                 kind == Kind::Polldisk || self.load.disks == 1,
                 "{contender}: only polldisk is measured with several disks"
             );
