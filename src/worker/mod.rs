@@ -121,7 +121,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             }
             let now_ns = clock_ns();
             let pause_ns = now_ns - *paused_since_ns.get_or_insert(now_ns);
-            self.arm_idle(now_ns, pause_ns)?;
+            self.arm_idle(pause_ns)?;
             if self.polled.is_empty() && pause_ns >= self.budget.get_ns() {
                 self.sleep(clock_ns)?;
             } else {
@@ -393,13 +393,14 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
 
     /// Arms queues: all of them in a pause as long as the spin budget, before that those that had no
     /// work for the longest that there is any spinning.
-    fn arm_idle(&mut self, now_ns: u64, pause_ns: u64) -> io::Result<()> {
+    fn arm_idle(&mut self, pause_ns: u64) -> io::Result<()> {
         let spinning = pause_ns < self.budget.get_ns();
-        let limit_ns = self.budget.limit_ns();
+        let (limit_ns, last_work_ns) = (self.budget.limit_ns(), self.last_work_ns);
         let (queues, unmask) = (&mut self.queues, &mut self.unmask);
         self.polled.retain(|index| {
             let served = &mut queues[*index];
-            let quiet_ns = now_ns.saturating_sub(served.last_work_ns);
+            // Both were taken at the start of a pass: how long its last one took doesn't count.
+            let quiet_ns = pause_ns + last_work_ns.saturating_sub(served.last_work_ns);
             if (spinning && quiet_ns < limit_ns) || served.queue.arm() {
                 return true;
             }
