@@ -12,4 +12,3 @@ mod io;
 mod reconnect;
 mod rig;
 mod sector_sizes;
-mod system_calls;
