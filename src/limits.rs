@@ -82,6 +82,10 @@ pub const XENSTORE_ABS_PATH_MAX: usize = 3072;
 /// A relative xenstore path: `XENSTORE_REL_PATH_MAX`.
 pub const XENSTORE_REL_PATH_MAX: usize = 2048;
 
+/// Requests sent to xenstored together. All of the largest fit a unix socket's buffer (208 KiB), and so
+/// do their answers.
+pub const XENSTORE_REQUESTS_PER_BATCH: usize = 32;
+
 /// Commands waiting for one worker. Control sends a few per disk and life-cycle step.
 pub const WORKER_COMMANDS: usize = 8192;
 

@@ -9,8 +9,8 @@ use crate::backing::{Discard, Geometry, Image};
 use crate::blkif::features::{self, DiskOffer};
 use crate::limits;
 use crate::units::{DomId, parse_decimal};
-use crate::xen::Store;
 use crate::xen::keys::{self, XenbusState};
+use crate::xen::{Nodes, Store};
 
 /// What the toolstack says of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -186,7 +186,7 @@ pub fn write<S: Store>(store: &S, area: &str, nodes: &[NodeValue]) -> io::Result
         if !exists(span, &format!("{area}/{}", keys::STATE))? {
             return Ok(());
         }
-        nodes.iter().try_for_each(|(node, value)| span.write(&format!("{area}/{node}"), value))
+        span.write_all(area, nodes)
     })
 }
 
@@ -212,9 +212,7 @@ pub fn switch_state<S: Store>(
         if found != expected {
             return Ok(found);
         }
-        for (node, value) in nodes {
-            span.write(&format!("{area}/{node}"), value)?;
-        }
+        span.write_all(area, nodes)?;
         span.write(&node, &new.number().to_string())?;
         Ok(new)
     })

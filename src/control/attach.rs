@@ -120,23 +120,21 @@ fn make_frontend(span: &impl Nodes, own: DomId, key: &DiskKey, attach: &Attach) 
     let area = key.frontend_area();
     span.mkdir(&area)?;
     span.set_permissions(&area, &owned_and_read(key.domid, own))?;
-    for (node, value) in [
+    let nodes = [
         (keys::BACKEND, key.backend_area(own)),
         (keys::BACKEND_ID, own.to_string()),
         (keys::VIRTUAL_DEVICE, key.vbd.to_string()),
         (keys::DEVICE_TYPE, device_type(attach)),
         (keys::STATE, XenbusState::Initialising.number().to_string()),
-    ] {
-        span.write(&format!("{area}/{node}"), &value)?;
-    }
-    Ok(())
+    ];
+    span.write_all(&area, &nodes)
 }
 
 fn make_backend(span: &impl Nodes, own: DomId, key: &DiskKey, attach: &Attach) -> io::Result<()> {
     let area = key.backend_area(own);
     span.mkdir(&area)?;
     span.set_permissions(&area, &owned_and_read(own, key.domid))?;
-    for (node, value) in [
+    let nodes = [
         (keys::FRONTEND, key.frontend_area()),
         (keys::FRONTEND_ID, key.domid.to_string()),
         (keys::PARAMS, attach.target.clone()),
@@ -148,10 +146,8 @@ fn make_backend(span: &impl Nodes, own: DomId, key: &DiskKey, attach: &Attach) -
         (keys::ATTACHED, "1".to_owned()),
         (keys::ONLINE, "1".to_owned()),
         (keys::STATE, XenbusState::Initialising.number().to_string()),
-    ] {
-        span.write(&format!("{area}/{node}"), &value)?;
-    }
-    Ok(())
+    ];
+    span.write_all(&area, &nodes)
 }
 
 /// As libxl sets them: one end owns its area, the other may read it, nobody else anything.

@@ -55,6 +55,9 @@ pub struct PlatformError {
 ///
 /// Errors carry xenstored's errno (`raw_os_error`), so a missing node is `ErrorKind::NotFound`.
 pub trait Nodes: Xs {
+    /// Writes nodes below `area`, in order, without waiting for each to be answered. Where some are
+    /// refused, the first refusal is the error and the others are written.
+    fn write_all(&self, area: &str, nodes: &[(&str, String)]) -> io::Result<()>;
     /// Creates an empty node; one that exists stays as it is.
     fn mkdir(&self, path: &str) -> io::Result<()>;
     /// A node's permissions; the first entry names its owner.

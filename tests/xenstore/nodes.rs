@@ -26,6 +26,35 @@ fn what_is_written_is_read_and_missing_parents_are_made() {
 }
 
 #[test]
+fn nodes_written_together_are_in_order_and_a_refusal_keeps_none_of_the_others_out() {
+    let bench = Bench::new();
+    let store = bench.dom0();
+    store.watch("/a", "token").unwrap();
+    // More than go out at once, and events between the answers.
+    let names: Vec<String> = (0..100).map(|index| format!("n{}", index % 90)).collect();
+    let nodes: Vec<_> =
+        names.iter().enumerate().map(|(index, name)| (&**name, index.to_string())).collect();
+    store.write_all("/a", &nodes).unwrap();
+    assert_eq!(&*store.read("/a/n5").unwrap(), "95");
+    assert_eq!(&*store.read("/a/n89").unwrap(), "89");
+    assert_eq!(store.directory("/a").unwrap().len(), 90);
+
+    let nodes = [("x", "1"), ("no//path", "2"), ("\u{e4}", "3"), ("y", "4")];
+    let nodes = nodes.map(|(node, value)| (node, value.to_owned()));
+    assert_eq!(errno(store.write_all("/b", &nodes)), libc::EINVAL);
+    assert_eq!(&*store.read("/b/x").unwrap(), "1");
+    assert_eq!(&*store.read("/b/y").unwrap(), "4");
+    let long = [("z", "v".repeat(4096))];
+    assert_eq!(errno(store.write_all("/b", &long)), libc::E2BIG);
+    assert_eq!(errno(store.read("/b/z")), libc::ENOENT);
+    let span = store.transaction().unwrap();
+    span.write_all("/c", &[("x", "1".to_owned())]).unwrap();
+    assert_eq!(errno(store.read("/c/x")), libc::ENOENT);
+    span.commit().unwrap();
+    assert_eq!(&*store.read("/c/x").unwrap(), "1");
+}
+
+#[test]
 fn removing_takes_all_below_and_a_missing_node_is_fine_where_its_parent_exists() {
     let bench = Bench::new();
     let store = bench.dom0();

@@ -59,9 +59,9 @@ impl Link {
         Ok(Link::Socket(stream))
     }
 
-    /// Sends one whole message.
+    /// Sends one whole message, or several where it [takes](Link::takes_batches) those.
     ///
-    /// One request is under way at a time and fits the socket's buffer many times over. Where it
+    /// They fit the socket's buffer. Where it
     /// does not go in at once all the same, this waits like a blocking socket. The device takes a
     /// message or refuses it, and never says EAGAIN.
     pub(super) fn send(&self, message: &[u8]) -> io::Result<()> {
@@ -69,6 +69,12 @@ impl Link {
             Link::Socket(stream) => send_to_socket(stream, message),
             Link::Device(device) => send_to_device(device, message),
         }
+    }
+
+    /// Whether several messages may be sent at once: the kernel's device takes one a write, and
+    /// answers it before the next.
+    pub(super) fn takes_batches(&self) -> bool {
+        matches!(self, Link::Socket(_))
     }
 
     /// Whether a failed send ends the connection. The kernel answers a watch request that it

@@ -167,6 +167,10 @@ macro_rules! delegate_nodes {
                 self.scope.ask(Op::Mkdir, &[plain(path)?, NUL]).map(drop)
             }
 
+            fn write_all(&self, area: &str, nodes: &[(&str, String)]) -> io::Result<()> {
+                self.scope.write_all(area, nodes)
+            }
+
             fn permissions(&self, path: &str) -> io::Result<Vec<Permission>> {
                 self.scope.permissions(path)
             }
@@ -192,6 +196,17 @@ struct Scope {
 impl Scope {
     fn ask(&self, op: Op, parts: &[&[u8]]) -> io::Result<Vec<u8>> {
         self.connection.ask(op, self.tx_id, parts)
+    }
+
+    fn write_all(&self, area: &str, nodes: &[(&str, String)]) -> io::Result<()> {
+        for batch in nodes.chunks(limits::XENSTORE_REQUESTS_PER_BATCH) {
+            let payload = |(node, value): &(&str, String)| {
+                Ok([plain(area)?, b"/", plain(node)?, NUL, plain(value)?].concat())
+            };
+            let payloads = batch.iter().map(payload).collect::<io::Result<Vec<_>>>()?;
+            self.connection.ask_all(Op::Write, self.tx_id, &payloads)?;
+        }
+        Ok(())
     }
 
     fn directory(&self, path: &str) -> io::Result<Vec<Box<str>>> {
@@ -300,44 +315,66 @@ impl Connection {
     fn ask(&self, op: Op, tx_id: u32, parts: &[&[u8]]) -> io::Result<Vec<u8>> {
         let mut state = self.state.borrow_mut();
         state.check_alive()?;
-        self.send(&mut state, op, tx_id, parts)?;
+        state.outbox.clear();
+        state.put(op, tx_id, parts)?;
+        self.send(&mut state)?;
         let answer = self.wait(&mut state)?;
-        self.readiness.set(!state.events.is_empty());
-        if answer.req_id != state.req_id {
-            return Err(state.lose("an answer to another request came"));
-        }
-        match Op::try_from(answer.kind) {
-            Ok(Op::Error) => Err(refusal(&answer.payload)),
-            Ok(kind) if kind == op => Ok(answer.payload),
-            _ => Err(state.lose("an answer of another type came")),
-        }
+        self.end_answers(&mut state)?;
+        let last = state.req_id;
+        state.check(answer, op, last)
     }
 
-    fn send(&self, state: &mut State, op: Op, tx_id: u32, parts: &[&[u8]]) -> io::Result<()> {
-        state.req_id = state.req_id.wrapping_add(1);
+    /// Sends requests together, and only then waits for their answers. The first that is refused
+    /// is the result; the others are carried out all the same.
+    fn ask_all(&self, op: Op, tx_id: u32, payloads: &[Vec<u8>]) -> io::Result<()> {
+        if !self.link.takes_batches() {
+            let ask = |payload: &Vec<u8>| self.ask(op, tx_id, &[payload]).map(drop);
+            return payloads.iter().map(ask).fold(Ok(()), Result::and);
+        }
+        let mut state = self.state.borrow_mut();
+        state.check_alive()?;
         state.outbox.clear();
-        wire::encode(&mut state.outbox, op, state.req_id, tx_id, parts)
-            .map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))?;
+        let mut req_id = state.req_id;
+        payloads.iter().try_for_each(|payload| state.put(op, tx_id, &[payload]))?;
+        self.send(&mut state)?;
+        let mut result = Ok(());
+        for _ in payloads {
+            req_id = req_id.wrapping_add(1);
+            let answer = self.wait(&mut state)?;
+            result = result.and(state.check(answer, op, req_id).map(drop));
+            state.check_alive()?;
+        }
+        self.end_answers(&mut state)?;
+        result
+    }
+
+    fn send(&self, state: &mut State) -> io::Result<()> {
         match self.link.send(&state.outbox) {
             Err(error) if self.link.is_lost_by_failed_send() => Err(state.lose(error)),
             sent => sent,
         }
     }
 
-    /// Waits for the answer to the one request that is under way. Events that came with it are
-    /// taken out of the inbox, so that what waits there is never more than a part of a message.
+    /// Waits for the next answer.
     fn wait(&self, state: &mut State) -> io::Result<Answer> {
         loop {
             if let Some(answer) = state.absorb()? {
-                return match state.absorb()? {
-                    None => Ok(answer),
-                    Some(_) => Err(state.lose("two answers to one request came")),
-                };
+                return Ok(answer);
             }
             if !self.fill(state)? {
                 park::sleep(&[self.link.as_fd()], None);
             }
         }
+    }
+
+    /// Takes events that came with the last answer out of the inbox, so that what waits there is
+    /// never more than a part of a message.
+    fn end_answers(&self, state: &mut State) -> io::Result<()> {
+        if state.absorb()?.is_some() {
+            return Err(state.lose("an answer came that nobody asked for"));
+        }
+        self.readiness.set(!state.events.is_empty());
+        Ok(())
     }
 
     /// Reads into the inbox; false where nothing is here.
@@ -402,6 +439,25 @@ impl State {
 
     fn lose(&mut self, why: impl fmt::Display) -> io::Error {
         lost_connection(self.lost.insert(why.to_string()))
+    }
+
+    /// Appends a request to the outbox.
+    fn put(&mut self, op: Op, tx_id: u32, parts: &[&[u8]]) -> io::Result<()> {
+        self.req_id = self.req_id.wrapping_add(1);
+        wire::encode(&mut self.outbox, op, self.req_id, tx_id, parts)
+            .map_err(|_| io::Error::from_raw_os_error(libc::E2BIG))
+    }
+
+    /// What a request was answered.
+    fn check(&mut self, answer: Answer, op: Op, req_id: u32) -> io::Result<Vec<u8>> {
+        if answer.req_id != req_id {
+            return Err(self.lose("an answer to another request came"));
+        }
+        match Op::try_from(answer.kind) {
+            Ok(Op::Error) => Err(refusal(&answer.payload)),
+            Ok(kind) if kind == op => Ok(answer.payload),
+            _ => Err(self.lose("an answer of another type came")),
+        }
     }
 
     /// Takes messages from the inbox up to and including an answer, keeping the events.
