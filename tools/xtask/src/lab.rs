@@ -66,7 +66,7 @@ enum Mode {
 /// Measures what a request costs on polldisk, qdisk and blkback, in instructions of the whole
 /// machine.
 ///
-/// One boot of real Xen in an emulator that counts instructions, about a quarter of an hour. The
+/// One boot of real Xen in an emulator that counts instructions, some ten minutes. The
 /// status is 0 when polldisk's targets are met.
 #[derive(Debug, Args)]
 struct CompareArguments {
