@@ -9,7 +9,8 @@ use anyhow::{Context, Result};
 
 use crate::agent::Agent;
 use crate::backend::{Backend, Daemon, Storage};
-use crate::machine::Machine;
+use crate::machine::{Binary, Equipment, Machine};
+use crate::qemu::Idle;
 use crate::report::{Report, Step};
 use crate::scenario::Scenario;
 use crate::xen::{Boot, Guest, Size};
@@ -29,8 +30,8 @@ const EVIDENCE: [(&str, &str); 6] = [
 pub struct Options {
     /// Who serves the disks.
     pub backend: Backend,
-    /// The polldisk to bring in; scenarios on the other backends need none.
-    pub binary: Option<PathBuf>,
+    /// What the scenarios need in dom0: on the other backends that is no polldisk.
+    pub binaries: Vec<Binary>,
     /// The folder of all runs' logs.
     pub logs: PathBuf,
     /// Whether the logs of a scenario that passed stay.
@@ -61,7 +62,12 @@ impl Lab {
         fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
         let logs = fs::canonicalize(&logs)?;
 
-        let steps = run_steps(scenario, options, &logs)
+        let equipment = Equipment {
+            binaries: &options.binaries,
+            programs: scenario.programs,
+            idle: Idle::Passes,
+        };
+        let (steps, ()) = on_machine(scenario.name, equipment, options, &logs, scenario.run)
             .with_context(|| format!("{}: failed, logs in {}", scenario.name, logs.display()))?;
         let report = Report {
             scenario: scenario.name.into(),
@@ -149,21 +155,28 @@ impl Lab {
     }
 }
 
-fn run_steps(scenario: &Scenario, options: &Options, logs: &Path) -> Result<Vec<Step>> {
+/// Boots a machine, does the work on it, and leaves in `logs` what a failure needs.
+pub(crate) fn on_machine<T>(
+    name: &'static str,
+    equipment: Equipment,
+    options: &Options,
+    logs: &Path,
+    work: impl FnOnce(&mut Lab) -> Result<T>,
+) -> Result<(Vec<Step>, T)> {
     let start = Instant::now();
-    let (machine, dom0) = Machine::boot(options.binary.as_deref(), scenario.programs, logs)?;
+    let (machine, dom0) = Machine::boot(equipment, logs)?;
     let mut lab = Lab {
         backend: options.backend,
         dom0,
-        name: scenario.name,
+        name,
         machine,
         steps: Vec::new(),
         figures: BTreeMap::new(),
     };
     lab.note_step("Xen and dom0 boot", start);
-    let result = (scenario.run)(&mut lab);
+    let result = work(&mut lab);
     if result.is_err() || options.keep_logs {
         lab.save_evidence(logs);
     }
-    result.map(|()| lab.steps)
+    result.map(|value| (lab.steps, value))
 }

@@ -10,9 +10,9 @@ use tempfile::TempDir;
 
 use crate::agent::Agent;
 use crate::image;
-use crate::qemu::{self, Console, GUEST_PORTS};
+use crate::qemu::{self, Console, GUEST_PORTS, Idle};
 
-/// What dom0 finds in `/lab`, besides the polldisk under test.
+/// What dom0 finds in `/lab`, besides the programs under test.
 const PAYLOAD: [(&str, &str); 4] = [
     ("agent", include_str!("../agent/agent")),
     ("block-polldisk", include_str!("../hotplug/block-polldisk")),
@@ -22,6 +22,20 @@ const PAYLOAD: [(&str, &str); 4] = [
 
 /// Where dom0 finds the root with programs for guests, on a machine that has it.
 pub const PROGRAMS_DEVICE: &str = "/dev/nvme0n3";
+
+/// A program that a run brings in.
+pub type Binary = (&'static str, PathBuf);
+
+/// What a machine has that not every one has.
+#[derive(Clone, Copy, Debug)]
+pub struct Equipment<'a> {
+    /// Programs for dom0: the names by which it finds them, and where they are now.
+    pub binaries: &'a [Binary],
+    /// Whether it has [`PROGRAMS_DEVICE`], which may have to be built first.
+    pub programs: bool,
+    /// How its time passes while it has nothing to do.
+    pub idle: Idle,
+}
 
 /// A running machine. Dropping it is pulling its plug: nothing of it stays.
 #[derive(Debug)]
@@ -34,15 +48,14 @@ pub struct Machine {
 
 impl Machine {
     /// Starts the machine and waits for dom0's agent. `logs` receives the consoles as they print.
-    ///
-    /// With `programs` the machine has [`PROGRAMS_DEVICE`], which may have to be built first.
-    pub fn boot(binary: Option<&Path>, programs: bool, logs: &Path) -> Result<(Self, Agent)> {
+    pub fn boot(equipment: Equipment, logs: &Path) -> Result<(Self, Agent)> {
+        let Equipment { binaries, programs, idle } = equipment;
         let image = image::ensure_built()?;
         let programs = programs.then(|| image::ensure_programs_built(&image)).transpose()?;
         let run = tempfile::Builder::new().prefix("lab-").tempdir()?;
-        let payload = write_payload(run.path(), binary)?;
+        let payload = write_payload(run.path(), binaries)?;
         let console = logs.join("console");
-        let mut arguments = qemu::arguments(&payload, run.path(), Console::File(&console));
+        let mut arguments = qemu::arguments(&payload, run.path(), Console::File(&console), idle);
         arguments.extend(programs.iter().flat_map(|image| qemu::programs_disk(image)));
         let errors = File::create(logs.join("emulator"))?;
         let emulator = emulator(&image, &arguments)
@@ -92,11 +105,11 @@ impl Drop for Machine {
 }
 
 /// Boots the machine with its console on the caller's terminal and returns when it is switched off.
-pub fn shell(binary: Option<&Path>) -> Result<()> {
+pub fn shell(binaries: &[Binary]) -> Result<()> {
     let image = image::ensure_built()?;
     let run = tempfile::Builder::new().prefix("lab-").tempdir()?;
-    let payload = write_payload(run.path(), binary)?;
-    let arguments = qemu::arguments(&payload, run.path(), Console::Terminal);
+    let payload = write_payload(run.path(), binaries)?;
+    let arguments = qemu::arguments(&payload, run.path(), Console::Terminal, Idle::Passes);
     println!("lab: dom0's shell follows; `poweroff` or Ctrl-A X ends it");
     let status = emulator(&image, &arguments)
         .status()
@@ -114,7 +127,7 @@ fn emulator(image: &Path, arguments: &[String]) -> Command {
 }
 
 /// Makes the file system that dom0 mounts at `/lab`.
-fn write_payload(run: &Path, binary: Option<&Path>) -> Result<PathBuf> {
+fn write_payload(run: &Path, binaries: &[Binary]) -> Result<PathBuf> {
     let folder = run.join("payload");
     fs::create_dir(&folder)?;
     for (name, text) in PAYLOAD {
@@ -122,8 +135,9 @@ fn write_payload(run: &Path, binary: Option<&Path>) -> Result<PathBuf> {
         fs::set_permissions(folder.join(name), fs::Permissions::from_mode(0o755))?;
     }
     let mut mebibytes = 16;
-    if let Some(binary) = binary {
-        let size = fs::copy(binary, folder.join("polldisk"))
+    fs::create_dir(folder.join("bin"))?;
+    for (name, binary) in binaries {
+        let size = fs::copy(binary, folder.join("bin").join(name))
             .with_context(|| format!("cannot read {}", binary.display()))?;
         mebibytes += 2 * (size >> 20);
     }

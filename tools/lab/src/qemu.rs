@@ -1,6 +1,9 @@
 //! The emulator's command line.
 
 use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
 
 /// The emulator's program.
 pub const PROGRAM: &str = "qemu-system-x86_64";
@@ -17,22 +20,46 @@ pub enum Console<'a> {
     Terminal,
 }
 
+/// How the machine's time passes while none of its processors has anything to execute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Idle {
+    /// As it does on the host.
+    Passes,
+    /// Not at all: it is the next timer's time at once. What is measured then depends on executed
+    /// instructions and timers alone, never on the host.
+    IsSkipped,
+}
+
 /// Xen keeps the rest of `MACHINE_MEMORY` for the guests. What no guest touches costs the host nothing.
 const MACHINE_MEMORY: &str = "6144";
 const XEN_OPTIONS: &str = "dom0_mem=1536M,max:1536M dom0_max_vcpus=2 console=com1 com1=115200,8n1 \
                            bootscrub=0 loglvl=info guest_loglvl=info";
 const DOM0_OPTIONS: &str = "console=hvc0 net.ifnames=0 panic=1 mitigations=off quiet";
 
+/// The first line of the emulator's version.
+pub fn version() -> Result<String> {
+    let output = Command::new(PROGRAM).arg("--version").output();
+    let output = output.with_context(|| format!("cannot run {PROGRAM}"))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().next().unwrap_or("unknown").into())
+}
+
 /// The arguments for a machine that finds the image's files in its working directory, the payload
 /// at `payload`, and makes its sockets in `sockets`.
-pub fn arguments(payload: &Path, sockets: &Path, console: Console) -> Vec<String> {
+pub fn arguments(payload: &Path, sockets: &Path, console: Console, idle: Idle) -> Vec<String> {
     let mut arguments = Vec::new();
     let mut add = |option: &str, value: String| arguments.extend([option.into(), value]);
 
     // While it works, the machine's time is the number of executed instructions, a nanosecond each:
     // libxl's time-outs then do not depend on how busy the host is. That takes a single thread.
     add("-accel", "tcg,thread=single".into());
-    add("-icount", "shift=0".into());
+    add(
+        "-icount",
+        match idle {
+            Idle::Passes => "shift=0".into(),
+            Idle::IsSkipped => "shift=0,sleep=off".into(),
+        },
+    );
     // An old AMD with nested paging, for PVH guests, and without rdtscp, which Xen cannot decode for
     // one. Without rdrand each kernel computes half a minute for its first random number. SSE 4.2 has
     // the checksums of fio and ext4.
@@ -100,9 +127,22 @@ fn ports() -> impl Iterator<Item = String> {
 mod tests {
     use super::*;
 
-    fn line() -> String {
+    fn line_with(idle: Idle) -> String {
         let console = Console::File(Path::new("/logs/console"));
-        arguments(Path::new("/run/payload.img"), Path::new("/run"), console).join(" ")
+        arguments(Path::new("/run/payload.img"), Path::new("/run"), console, idle).join(" ")
+    }
+
+    fn line() -> String {
+        line_with(Idle::Passes)
+    }
+
+    #[test]
+    fn time_is_the_number_of_executed_instructions() {
+        for idle in [Idle::Passes, Idle::IsSkipped] {
+            let line = line_with(idle);
+            assert!(line.contains("-accel tcg,thread=single -icount shift=0"), "{line}");
+            assert_eq!(line.contains("shift=0,sleep=off "), idle == Idle::IsSkipped, "{line}");
+        }
     }
 
     #[test]

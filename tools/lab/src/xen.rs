@@ -9,7 +9,7 @@ use crate::agent::{Agent, Job};
 use crate::machine::Machine;
 
 /// libxl waits 10 s for a backend and 40 s for a hotplug script before it gives up.
-const CREATE_LIMIT: Duration = Duration::from_secs(180);
+pub(crate) const CREATE_LIMIT: Duration = Duration::from_secs(180);
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(120);
 const DETACH_LIMIT: Duration = Duration::from_secs(60);
 

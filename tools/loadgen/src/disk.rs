@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use polldisk::blkif::Protocol;
 use polldisk::blkif::ring::ring_entries;
 use polldisk::limits::SEGMENTS_PER_REQUEST;
-use polldisk::sim::blkfront::xenbus::{self, Wanted, Xenbus};
+use polldisk::sim::blkfront::xenbus::{self, Offered, Wanted, Xenbus};
 use polldisk::units::{DomId, VbdId};
 use polldisk::xen::Events;
 use polldisk::xen::keys::{self, XenbusState};
@@ -146,7 +146,7 @@ impl<E: Events> Disk<E> {
         xenbus: &Xenbus,
         backend: DomId,
     ) -> anyhow::Result<()> {
-        let mut wanted = plan.wanted.within(&xenbus.offered()?);
+        let mut wanted = announced(&plan.wanted, &xenbus.offered()?);
         wanted.options.backend = backend;
         let options = &mut wanted.options;
         let entries = ring_entries(PAGE_BYTES << options.ring_order, options.protocol) as usize;
@@ -186,7 +186,7 @@ impl<E: Events> Disk<E> {
             queues: wanted.queues,
             ring_order: options.ring_order,
             depth: options.buffers,
-            persistent: options.persistent,
+            persistent: options.persistent && disk.persistent,
             indirect: plan.block_bytes > SEGMENTS_PER_REQUEST * PAGE_BYTES,
             protocol: match options.protocol {
                 Protocol::X86_64 => "x86_64",
@@ -235,6 +235,14 @@ impl<E: Events> Disk<E> {
     }
 }
 
+/// What the frontend publishes. xen-blkback offers persistent grants only when it is Connected: they
+/// are announced, as Linux's frontend does, whatever the backend says before.
+fn announced(wanted: &Wanted, offered: &Offered) -> Wanted {
+    let mut announced = wanted.within(offered);
+    announced.options.persistent = wanted.options.persistent;
+    announced
+}
+
 fn if_there<T>(read: io::Result<T>) -> io::Result<Option<T>> {
     match read {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -258,4 +266,22 @@ fn check(disk: &xenbus::Disk, plan: &Plan) -> anyhow::Result<()> {
         bail!("{size} sectors are no room for a block for each ring: give a larger --size");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod test {
+    use polldisk::sim::blkfront::device::Options;
+
+    use super::*;
+
+    #[test]
+    fn persistent_grants_are_announced_before_they_are_offered() {
+        let early = Offered { persistent: false, ring_order: 0, queues: 1, indirect_segments: 256 };
+        for persistent in [true, false] {
+            let options = Options { persistent, ring_order: 2, ..Options::default() };
+            let announced = announced(&Wanted::one_queue(options), &early);
+            assert_eq!(announced.options.persistent, persistent);
+            assert_eq!(announced.options.ring_order, 0, "all else is as offered");
+        }
+    }
 }

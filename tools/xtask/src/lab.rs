@@ -9,11 +9,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::Args;
 use clap::builder::PossibleValuesParser;
+use clap::{Args, Subcommand};
 use lab::backend::Backend;
+use lab::compare;
 use lab::image;
 use lab::lab::{Lab, Options};
+use lab::machine::Binary;
 use lab::scenario::{self, SCENARIOS, Scenario};
 
 /// Runs scenarios under real Xen in an emulator.
@@ -21,7 +23,11 @@ use lab::scenario::{self, SCENARIOS, Scenario};
 /// Each boots a machine of its own. The first run builds the machine's images, which takes some
 /// minutes, a network and root; they are kept in the user's cache folder.
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Arguments {
+    #[command(subcommand)]
+    mode: Option<Mode>,
+
     /// The scenarios to run, or `all`
     #[arg(required_unless_present_any = ["list", "shell"])]
     scenarios: Vec<String>,
@@ -51,8 +57,45 @@ pub struct Arguments {
     keep_logs: Option<PathBuf>,
 }
 
+/// What else the lab does.
+#[derive(Debug, Subcommand)]
+enum Mode {
+    Compare(CompareArguments),
+}
+
+/// Measures what a request costs on polldisk, qdisk and blkback, in instructions of the whole
+/// machine.
+///
+/// One boot of real Xen in an emulator that counts instructions, some ten minutes. The
+/// status is 0 when polldisk's targets are met.
+#[derive(Debug, Args)]
+struct CompareArguments {
+    /// Turns of each backend under each job
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
+
+    /// Where report.md and results.json go [default: target/compare/xen]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+
+    /// Options of `polldisk serve`, to see what they change
+    #[arg(long, value_name = "OPTIONS", default_value = "", allow_hyphen_values = true)]
+    serve: String,
+
+    /// The polldisk to measure, instead of one built from this checkout
+    #[arg(long, value_name = "PATH")]
+    binary: Option<PathBuf>,
+
+    /// Keep all logs in this folder, also when nothing fails
+    #[arg(long, value_name = "DIR")]
+    keep_logs: Option<PathBuf>,
+}
+
 /// Runs the command.
 pub fn run(arguments: Arguments) -> Result<()> {
+    if let Some(Mode::Compare(arguments)) = arguments.mode {
+        return compare(arguments);
+    }
     if arguments.list {
         for Scenario { name, about, .. } in SCENARIOS {
             println!("{name:<12} {about}");
@@ -64,23 +107,61 @@ pub fn run(arguments: Arguments) -> Result<()> {
         .into_iter()
         .find(|backend| backend.name() == arguments.backend)
         .context("no such backend")?;
-    let binary = match arguments.binary {
-        Some(binary) => Some(binary),
-        None if backend == Backend::Polldisk => Some(build_polldisk()?),
-        None => None,
-    };
+    let mut binaries = Vec::new();
+    if backend == Backend::Polldisk || arguments.binary.is_some() {
+        binaries.push(polldisk(arguments.binary)?);
+    }
+    if scenarios.iter().any(|scenario| scenario.blkload) {
+        binaries.push(("blkload", build("loadgen", "blkload")?));
+    }
     if arguments.shell {
-        return lab::machine::shell(binary.as_deref());
+        return lab::machine::shell(&binaries);
     }
     let options = Options {
         backend,
-        binary,
+        binaries,
         keep_logs: arguments.keep_logs.is_some(),
         logs: arguments.keep_logs.unwrap_or_else(|| target_folder().join("lab")),
     };
     // Before the first machine, for otherwise each of the first would build them.
     image::ensure_built()?;
     run_all(&scenarios, arguments.jobs, |scenario| Lab::run(scenario, &options).map(drop))
+}
+
+fn compare(arguments: CompareArguments) -> Result<()> {
+    let origin = match &arguments.binary {
+        Some(binary) => binary.display().to_string(),
+        None => commit(),
+    };
+    let binaries = vec![polldisk(arguments.binary)?];
+    let options = compare::Options {
+        lab: Options {
+            backend: Backend::Polldisk,
+            binaries,
+            keep_logs: arguments.keep_logs.is_some(),
+            logs: arguments.keep_logs.unwrap_or_else(|| target_folder().join("lab")),
+        },
+        origin,
+        rounds: arguments.rounds,
+        serve: arguments.serve,
+    };
+    let out = arguments.out.unwrap_or_else(|| target_folder().join("compare/xen"));
+    let comparison = compare::run(&options)?;
+    comparison.write(&out)?;
+    println!("\n{}\n{}", comparison.table(), comparison.verdicts());
+    println!("{} has all of it", out.join("report.md").display());
+    ensure!(comparison.is_met(), "not every target is met");
+    Ok(())
+}
+
+/// The checkout's commit, with `-dirty` where files differ from it.
+fn commit() -> String {
+    let git = Command::new("git")
+        .args(["describe", "--always", "--dirty"])
+        .current_dir(workspace())
+        .output();
+    let output = git.map(|output| output.stdout).unwrap_or_default();
+    String::from_utf8_lossy(&output).lines().next().unwrap_or("unknown").to_owned()
 }
 
 /// Runs all scenarios, so many at a time; a failure of one does not stop the others.
@@ -129,15 +210,20 @@ fn choose(names: &[String]) -> Result<Vec<Scenario>> {
         .collect()
 }
 
-fn build_polldisk() -> Result<PathBuf> {
+fn polldisk(given: Option<PathBuf>) -> Result<Binary> {
+    Ok(("polldisk", given.map_or_else(|| build("polldisk", "polldisk"), Ok)?))
+}
+
+/// Builds a program of this checkout.
+fn build(package: &str, program: &str) -> Result<PathBuf> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
-        .args(["build", "--release", "--package", "polldisk", "--bin", "polldisk"])
+        .args(["build", "--release", "--package", package, "--bin", program])
         .current_dir(workspace())
         .status()
         .context("cannot run cargo")?;
-    ensure!(status.success(), "polldisk does not build");
-    Ok(target_folder().join("release/polldisk"))
+    ensure!(status.success(), "{program} does not build");
+    Ok(target_folder().join("release").join(program))
 }
 
 /// Where the workspace's manifest is.

@@ -12,6 +12,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     name: "first-disk",
     about: "a guest does verified I/O on a block device and a raw file, and leaves nothing behind",
     programs: false,
+    blkload: false,
     run,
 };
 

@@ -17,6 +17,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     name: "guest-32bit",
     about: "a 32-bit boot loader reads and writes its disks and hands them on to a 64-bit kernel",
     programs: false,
+    blkload: false,
     run,
 };
 

@@ -19,6 +19,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     name: "guest-suites",
     about: "badblocks, stress-ng, ext4, xfs, SQLite, PostgreSQL, trims, schedulers, dm-crypt, LVM",
     programs: true,
+    blkload: false,
     run,
 };
 

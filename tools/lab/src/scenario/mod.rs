@@ -1,8 +1,9 @@
 //! What the lab can prove. Each scenario is a function on a fresh dom0.
 
+mod blkload;
 mod first_disk;
 mod guest_32bit;
-mod guest_io;
+pub(crate) mod guest_io;
 mod guest_suites;
 mod protocol;
 mod reconnect;
@@ -21,17 +22,20 @@ pub struct Scenario {
     pub about: &'static str,
     /// Whether its guests need the root with programs.
     pub programs: bool,
+    /// Whether dom0 needs `blkload`.
+    pub blkload: bool,
     /// Its steps; an error is a failure.
     pub run: fn(&mut Lab) -> Result<()>,
 }
 
 /// All of them, in the order of `lab all`.
-pub const SCENARIOS: [Scenario; 5] = [
+pub const SCENARIOS: [Scenario; 6] = [
     first_disk::SCENARIO,
     reconnect::SCENARIO,
     protocol::SCENARIO,
     guest_32bit::SCENARIO,
     guest_suites::SCENARIO,
+    blkload::SCENARIO,
 ];
 
 /// Looks a scenario up by its name.

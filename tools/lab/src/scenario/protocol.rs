@@ -17,6 +17,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     name: "protocol",
     about: "4 queues, 64 KiB rings, 256 segments, persistent grants, trims; then without each",
     programs: false,
+    blkload: false,
     run,
 };
 

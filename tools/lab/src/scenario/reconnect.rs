@@ -14,6 +14,7 @@ pub(super) const SCENARIO: Scenario = Scenario {
     name: "reconnect",
     about: "ten times the guest's driver leaves its disk and takes it again, with verified I/O",
     programs: false,
+    blkload: false,
     run,
 };
 
