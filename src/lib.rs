@@ -11,7 +11,8 @@
 //! A request's way: the guest writes it to its ring; a worker's pass copies it off
 //! ([`blkif::codec`]), checks the copy ([`blkif::request`]), finds the guest's pages
 //! ([`queue`]), hands them to storage ([`engine`]), and puts the response on the ring. A pass does
-//! this for a batch of each ring, with one publication and at most one notification per ring.
+//! this for a batch of each ring, with a publication for several responses and at most one
+//! notification per ring.
 //!
 //! # Who may import whom
 //!

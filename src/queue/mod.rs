@@ -4,7 +4,7 @@
 //! requests, reads the pages of indirect ones ([`indirect`]), finds where their data is, mapping all
 //! missing pages in one batch and filling bounce memory by one grant copy ([`locate`]), and
 //! submits; [`Queue::complete`] takes the engine's results; [`Queue::finish_pass`] empties bounce
-//! memory by one grant copy, and publishes all responses at once.
+//! memory by one grant copy, publishes what is left of the responses, and says whether to notify.
 //!
 //! The steady path neither allocates nor calls the system per request, with one exception that the
 //! admin has to choose: pages that are mapped for the time of a request ([`transient`]).
@@ -525,7 +525,7 @@ impl Queue {
         false
     }
 
-    /// Ends a pass: bounced reads go to the guest, responses become visible. `true`: notify.
+    /// Ends a pass: bounced reads go to the guest, all responses become visible. `true`: notify.
     #[inline]
     pub fn finish_pass<G: Grants, E>(&mut self, io: &mut Resources<G, E>, now_ns: u64) -> bool {
         if !self.copy_out.is_empty() {
