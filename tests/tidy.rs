@@ -35,6 +35,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
 const MAY_BE_UNSAFE: &[&str] = &[
     "src/backing/mapped.rs",
     "src/backing/raw.rs",
+    "src/engine/guarded.rs",
     "src/engine/memory.rs",
     "src/engine/uring.rs",
     "src/park.rs",
