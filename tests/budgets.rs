@@ -161,12 +161,17 @@ fn the_steady_path_allocates_nothing() {
     let image = folder.path().join("disk.img");
     fs::File::create(&image).unwrap().set_len(4 << 20).unwrap();
     let file = format!("raw:{}", image.display());
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let image = memory.path().join("disk.img");
+    fs::File::create(&image).unwrap().set_len(4 << 20).unwrap();
+    let in_memory = format!("raw:{}", image.display());
     let kept = Options::default();
     let copied = Options { persistent: false, ..Options::default() };
     for (what, target, options) in [
         ("a null disk with persistent grants", "null:8G", kept),
         ("a file with persistent grants", &file, kept),
         ("a file, copied", &file, copied),
+        ("a file in memory", &in_memory, kept),
     ] {
         let found = allocations(target, options);
         assert!(

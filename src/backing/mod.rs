@@ -4,11 +4,13 @@
 //! configuration and is never guessed from bytes that a guest can write (XSA-48).
 
 mod blocks;
+mod mapped;
 mod null;
 mod raw;
 mod spec;
 
 pub use blocks::{BlockLock, BlockLocks};
+pub use mapped::MappedFile;
 pub use null::NullImage;
 pub use raw::{DeviceHandle, RawImage};
 pub use spec::{Backing, DataPath, DiskOptions, Spec};

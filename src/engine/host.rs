@@ -26,7 +26,7 @@ impl HostEngine {
         let uring = Uring::new()?;
         let offload = Offload::new(uring.bell().clone());
         let emulation = Emulation::default();
-        Ok(HostEngine { uring, offload, emulation, memory_files: MemoryFiles::default() })
+        Ok(HostEngine { uring, offload, emulation, memory_files: MemoryFiles::new() })
     }
 
     fn submit_raw(
@@ -36,7 +36,7 @@ impl HostEngine {
         ticket: Ticket,
     ) -> Result<Submitted, Ticket> {
         if image.is_in_memory()
-            && let Some(result) = self.memory_files.run(image.raw_fd(), operation)
+            && let Some(result) = self.memory_files.run(image.raw_fd(), image.mapping(), operation)
         {
             return Ok(Submitted::Done(Completion { ticket, result }));
         }

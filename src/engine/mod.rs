@@ -5,6 +5,7 @@
 //! the queue keeps mapped until the ticket is back.
 
 mod emulate;
+mod guarded;
 pub mod host;
 mod memory;
 mod offload;

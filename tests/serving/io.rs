@@ -40,25 +40,6 @@ fn every_protocol_and_grant_policy_keeps_data_at_every_block_size() {
     }
 }
 
-/// On tmpfs, which every Linux has there, the worker reads and writes without io_uring.
-#[test]
-fn a_file_in_memory_keeps_data_too() {
-    let rig = Rig::start();
-    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-    let path = folder.path().join("disk.img");
-    fs::File::create(&path).unwrap().set_len(IMAGE_BYTES).unwrap();
-    let guest = rig.guest(1, &raw(&path));
-    for (seed, persistent) in [(1, true), (2, false)] {
-        let mut device = guest.connect(Options { persistent, ..Options::default() });
-        let load = Load { zeroed: seed == 1, ..load(seed, 16 * 1024) };
-        let report = run_verified(&mut device, load, 2_000);
-        assert!(report.verified > 0 && report.writes > 0 && report.flushes > 0);
-        guest.close(device);
-        guest.xenbus.start_over().unwrap();
-    }
-    assert_eq!(rig.disk(1).unwrap().counts.errors, 0);
-}
-
 #[test]
 fn each_data_path_serves_frontends_that_keep_pages_granted_and_others() {
     const PAGES: usize = 8;

@@ -8,6 +8,7 @@ mod hostile_nodes;
 mod hostile_requests;
 mod hostile_rings;
 mod idle;
+mod in_memory;
 mod io;
 mod reconnect;
 mod rig;
