@@ -72,12 +72,8 @@ impl MemoryFiles {
         offset: u64,
         buffers: &[GuestBuf],
     ) -> i32 {
-        if let Some(mapping) = mapping
-            && let Some(moved) = self.copy(mapping, offset, buffers, Way::FromFile)
-        {
-            return moved;
-        }
-        self.transfer(READ, file, offset, buffers)
+        let moved = mapping.and_then(|file| self.copy(file, offset, buffers, Way::FromFile));
+        moved.unwrap_or_else(|| self.transfer(READ, file, offset, buffers))
     }
 
     #[inline]
@@ -88,8 +84,7 @@ impl MemoryFiles {
         offset: u64,
         buffers: &[GuestBuf],
     ) -> i32 {
-        if let Some(mapping) = mapping
-            && let Some(moved) = self.copy(mapping, offset, buffers, Way::ToFile)
+        if let Some(moved) = mapping.and_then(|file| self.copy(file, offset, buffers, Way::ToFile))
         {
             return moved;
         }
