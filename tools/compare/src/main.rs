@@ -36,7 +36,7 @@ struct Arguments {
     #[arg(long, value_name = "N")]
     rounds: Option<u32>,
 
-    /// Seconds of each turn that count [default: 2, or 1 with --quick]
+    /// Seconds of each turn that count [default: 1.5, or 1 with --quick]
     #[arg(long, value_name = "S")]
     seconds: Option<f64>,
 
@@ -111,7 +111,7 @@ fn measure(
 ) -> Result<Report> {
     let extent = Extent {
         rounds: arguments.rounds.unwrap_or(if arguments.quick { 3 } else { 8 }).max(1),
-        seconds: arguments.seconds.unwrap_or(if arguments.quick { 1.0 } else { 2.0 }),
+        seconds: arguments.seconds.unwrap_or(if arguments.quick { 1.0 } else { 1.5 }),
         warmup_s: if arguments.quick { 0.3 } else { 0.5 },
         system_calls: !arguments.no_system_calls,
     };
