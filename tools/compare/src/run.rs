@@ -141,7 +141,7 @@ impl<'a> Bench<'a> {
                         }
                         Err(error) => {
                             eprintln!("{turn}: left out: {error:#}");
-                            entry.failed = Some(format!("{error:#}"));
+                            entry.failed = Some(without_folder(&format!("{error:#}"), &contents));
                         }
                     }
                 }
@@ -252,6 +252,15 @@ fn program(found: &Result<Program>) -> Result<&Program> {
     }
 }
 
+/// A text in which a disk's file has no folder, which is of no interest elsewhere.
+fn without_folder(text: &str, contents: &Contents) -> String {
+    let path = contents.file.as_deref().map(Path::new);
+    match path.and_then(Path::parent) {
+        Some(folder) => text.replace(&format!("{}/", folder.display()), ""),
+        None => text.to_owned(),
+    }
+}
+
 fn list(cores: &[usize]) -> String {
     cores.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
 }
@@ -286,4 +295,19 @@ fn summary(sample: &Sample) -> String {
         Some(format!("{} {}", crate::report::figure(*value), metric.title()))
     };
     show.iter().filter_map(figure).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_failure_names_no_folder_of_this_machine() {
+        let file = Some("/home/me/target/x.img".to_owned());
+        let contents = Contents { file, bytes: 0 };
+        let text = "-blockdev filename=/home/me/target/x.img,aio=native: no aio";
+        let expected = "-blockdev filename=x.img,aio=native: no aio";
+        assert_eq!(without_folder(text, &contents), expected);
+        assert_eq!(without_folder(text, &storage::null()), text);
+    }
 }

@@ -61,8 +61,9 @@ impl Metric {
 pub struct Sample {
     /// What is known of it.
     pub figures: BTreeMap<Metric, f64>,
-    /// Its latencies: so many microseconds at most for so many percent of the requests.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    /// Its latencies: so many microseconds at most for so many percent of the requests. For plots
+    /// only: they would be most of a report's JSON.
+    #[serde(skip)]
     pub latency_cdf: Vec<(f64, f64)>,
 }
 

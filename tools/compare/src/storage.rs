@@ -32,9 +32,10 @@ pub struct Image {
 pub struct Place {
     /// What the scenarios call it.
     pub backing: Backing,
-    /// The folder.
+    /// The folder; of no interest elsewhere.
+    #[serde(skip)]
     pub folder: PathBuf,
-    /// The filesystem's name, as coreutils' stat says it.
+    /// The filesystem's type.
     pub filesystem: String,
 }
 
@@ -51,8 +52,7 @@ impl Place {
         let filesystem = filesystem(folder)?;
         let expected = match backing {
             Backing::Tmpfs => "tmpfs",
-            // Its magic number is that of ext2 and ext3.
-            _ => "ext2/ext3",
+            _ => "ext4",
         };
         if filesystem != expected {
             let folder = folder.display();
@@ -63,8 +63,9 @@ impl Place {
 }
 
 fn filesystem(folder: &Path) -> Result<String> {
-    let output = Command::new("stat").args(["-f", "-c", "%T"]).arg(folder).output()?;
-    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    let output = Command::new("df").arg("--output=fstype").arg(folder).output()?;
+    // Below a heading.
+    Ok(String::from_utf8_lossy(&output.stdout).lines().nth(1).unwrap_or("unknown").to_owned())
 }
 
 impl Image {
