@@ -32,9 +32,7 @@ pub struct Uring {
     ring: IoUring,
     completed: Doorbell,
     in_flight: usize,
-    /// Operations taken since the kernel last took some.
-    queued: usize,
-    /// So many of them go to the kernel without waiting for the pass to end.
+    /// So many operations that wait for the kernel go to it before the pass has ended.
     head_start: usize,
     /// Vectors of the operations not yet kicked; the kernel copies them as it takes the
     /// submissions (`IORING_FEAT_SUBMIT_STABLE`), so one pass's worth is enough. Never grows past
@@ -64,15 +62,8 @@ impl Uring {
             Vec::with_capacity(limits::URING_ENTRIES as usize * limits::SEGMENTS_PER_REQUEST);
         let completed = Doorbell::new()?;
         ring.submitter().register_eventfd(completed.as_fd().as_raw_fd())?;
-        let mut uring = Uring {
-            ring,
-            completed,
-            in_flight: 0,
-            queued: 0,
-            head_start: NONE,
-            vectors,
-            registered: 0..0,
-        };
+        let mut uring =
+            Uring { ring, completed, in_flight: 0, head_start: NONE, vectors, registered: 0..0 };
         uring.disarm(false);
         Ok(uring)
     }
@@ -136,12 +127,12 @@ impl Uring {
         // SAFETY: the buffers stay mapped until the ticket is back (GuestBuf's contract); the
         // vectors stay in place until kick; the file is open until then (the queue holds it).
         unsafe { self.ring.submission().push(&entry) }.expect("checked above that there is room");
+        let waiting = self.ring.submission().len();
         if self.in_flight == 0 {
             self.head_start = 1;
         }
         self.in_flight += 1;
-        self.queued += 1;
-        if self.queued == self.head_start {
+        if waiting == self.head_start {
             self.head_start = self.head_start.saturating_mul(HEAD_START_GROWTH);
             // What the kernel refuses now, it is asked again at the pass's end, where errors count.
             let _ = self.enter();
@@ -222,7 +213,6 @@ impl Uring {
         };
         match entered {
             Ok(submitted) if submitted == waiting => {
-                self.queued = 0;
                 self.vectors.clear();
                 Ok(())
             }
