@@ -202,9 +202,9 @@ pub struct Contents {
     pub bytes: u64,
 }
 
-/// polldisk's command line behind `serve`.
-pub fn polldisk_arguments(workers: u32) -> Vec<String> {
-    ["--workers", &workers.to_string(), "--admin", "{folder}/admin.sock"].map(str::to_owned).into()
+/// polldisk's command line behind `serve`, with a worker on each of these cores.
+pub fn polldisk_arguments(cores: &str) -> Vec<String> {
+    ["--cores", cores, "--admin", "{folder}/admin.sock"].map(str::to_owned).into()
 }
 
 /// What the disks hold, as polldisk is told.

@@ -13,8 +13,8 @@ use crate::programs::Program;
 pub struct Machine {
     /// As its first CPU names itself.
     pub cpu: String,
-    /// Cores that this program may use.
-    pub cores: Vec<usize>,
+    /// Cores that this program may use, each with those of its threads that it may use.
+    pub cores: Vec<Vec<usize>>,
     /// In MiB.
     pub memory_mib: u64,
     /// Linux's release.
@@ -54,15 +54,11 @@ impl Machine {
         let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let kib = meminfo.split_whitespace().nth(1).and_then(|word| word.parse::<u64>().ok());
         let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-        let mut cores: Vec<usize> = core_affinity::get_core_ids()
-            .unwrap_or_default()
-            .into_iter()
-            .map(|core| core.id)
-            .collect();
-        cores.sort_unstable();
+        let threads = core_affinity::get_core_ids().unwrap_or_default();
+        let threads: Vec<usize> = threads.into_iter().map(|thread| thread.id).collect();
         Machine {
             cpu: field("model name").to_owned(),
-            cores,
+            cores: cores(&sorted(&threads), siblings),
             memory_mib: kib.unwrap_or(0) / 1024,
             kernel: release.trim().to_owned(),
             is_virtual: field("flags").split(' ').any(|flag| flag == "hypervisor"),
@@ -71,15 +67,65 @@ impl Machine {
         }
     }
 
-    /// Cores for a load and for a backend, apart from each other. The last ones, since interrupts
-    /// often go to the first.
+    /// Threads of cores for a load and for a backend, apart from each other.
     pub fn split(&self, load: u32, backend: u32) -> Result<(Vec<usize>, Vec<usize>)> {
-        let (load, backend) = (load as usize, backend as usize);
-        let have = self.cores.len();
-        ensure!(load + backend <= have, "needs {} cores, there are {have}", load + backend);
-        let (rest, backend) = self.cores.split_at(have - backend);
-        Ok((rest[rest.len() - load..].to_vec(), backend.to_vec()))
+        let (needed, threads) = (load + backend, self.threads());
+        ensure!(
+            needed as usize <= threads.len(),
+            "needs {needed} cores, there are {}{}",
+            self.cores.len(),
+            self.with_threads()
+        );
+        let (backend, rest) = threads.split_at(backend as usize);
+        Ok((sorted(&rest[..load as usize]), sorted(backend)))
     }
+
+    /// Whether a load and a backend with so many busy threads hinder each other within a core.
+    pub fn is_shared_by(&self, load: u32, backend: u32) -> bool {
+        (load + backend) as usize > self.cores.len()
+    }
+
+    /// All threads, those to use first in front: one of each core, from the last to the first, since
+    /// interrupts often go to the first. Then the others, from the first core to the last: who came
+    /// first, the backend, shares its core last.
+    pub fn threads(&self) -> Vec<usize> {
+        let first = self.cores.iter().rev().filter_map(|threads| threads.first());
+        let others = self.cores.iter().flat_map(|threads| threads.iter().skip(1));
+        first.chain(others).copied().collect()
+    }
+
+    /// Words behind the number of cores where there are more threads.
+    pub fn with_threads(&self) -> String {
+        match self.threads().len() {
+            threads if threads == self.cores.len() => String::new(),
+            threads => format!(" with {threads} threads"),
+        }
+    }
+}
+
+fn sorted(threads: &[usize]) -> Vec<usize> {
+    let mut threads = threads.to_vec();
+    threads.sort_unstable();
+    threads
+}
+
+/// Puts threads together that have the same siblings.
+fn cores(threads: &[usize], siblings: impl Fn(usize) -> Option<String>) -> Vec<Vec<usize>> {
+    let mut cores: Vec<(String, Vec<usize>)> = Vec::new();
+    for &thread in threads {
+        let siblings = siblings(thread).unwrap_or_else(|| thread.to_string());
+        match cores.iter_mut().find(|(known, _)| *known == siblings) {
+            Some((_, threads)) => threads.push(thread),
+            None => cores.push((siblings, vec![thread])),
+        }
+    }
+    cores.into_iter().map(|(_, threads)| threads).collect()
+}
+
+/// Linux's list of the threads of a thread's core.
+fn siblings(thread: usize) -> Option<String> {
+    let path = format!("/sys/devices/system/cpu/cpu{thread}/topology/thread_siblings_list");
+    fs::read_to_string(path).ok().map(|list| list.trim().to_owned())
 }
 
 fn version(program: &Program) -> String {
@@ -134,16 +180,37 @@ pub fn load_average() -> f64 {
 mod test {
     use super::*;
 
-    fn machine(cores: &[usize]) -> Machine {
-        Machine { cores: cores.to_vec(), ..Machine::look(&[]) }
+    fn machine(threads: &[usize], siblings: fn(usize) -> Option<String>) -> Machine {
+        Machine { cores: cores(threads, siblings), ..Machine::look(&[]) }
     }
 
     #[test]
     fn load_and_backend_have_cores_of_their_own() {
-        assert_eq!(machine(&[0, 1]).split(1, 1).unwrap(), (vec![0], vec![1]));
-        assert_eq!(machine(&[0, 1, 2, 5]).split(1, 2).unwrap(), (vec![1], vec![2, 5]));
-        let error = machine(&[0, 1]).split(2, 2).unwrap_err().to_string();
+        let two = machine(&[0, 1], |thread| Some(thread.to_string()));
+        assert_eq!(two.split(1, 1).unwrap(), (vec![0], vec![1]));
+        assert!(!two.is_shared_by(1, 1));
+        let error = two.split(2, 2).unwrap_err().to_string();
         assert_eq!(error, "needs 4 cores, there are 2");
+        let without_topology = machine(&[0, 1, 2, 5], |_| None);
+        assert_eq!(without_topology.split(1, 2).unwrap(), (vec![1], vec![2, 5]));
+    }
+
+    #[test]
+    fn a_core_is_shared_only_where_none_is_free() {
+        let threads = [0, 1, 2, 3, 4, 5, 6, 7];
+        let pairs_apart =
+            machine(&threads, |thread| Some(format!("{},{}", thread % 4, thread % 4 + 4)));
+        assert_eq!(pairs_apart.split(2, 2).unwrap(), (vec![0, 1], vec![2, 3]));
+        assert_eq!(pairs_apart.split(5, 1).unwrap(), (vec![0, 1, 2, 4, 5], vec![3]));
+        assert_eq!(pairs_apart.split(4, 4).unwrap(), (vec![4, 5, 6, 7], vec![0, 1, 2, 3]));
+        let neighbours =
+            machine(&threads, |thread| Some(format!("{}-{}", thread / 2 * 2, thread / 2 * 2 + 1)));
+        assert_eq!(neighbours.split(2, 2).unwrap(), (vec![0, 2], vec![4, 6]));
+        assert_eq!(neighbours.split(5, 1).unwrap(), (vec![0, 1, 2, 3, 4], vec![6]));
+        assert_eq!(neighbours.split(4, 4).unwrap(), (vec![1, 3, 5, 7], vec![0, 2, 4, 6]));
+        assert!(neighbours.is_shared_by(4, 1) && !neighbours.is_shared_by(2, 2));
+        let error = neighbours.split(8, 1).unwrap_err().to_string();
+        assert_eq!(error, "needs 9 cores, there are 4 with 8 threads");
     }
 
     #[test]

@@ -130,7 +130,7 @@ fn measure(
         }
     }
     let machine = Machine::look(&others.iter().flatten().collect::<Vec<_>>());
-    let wake_up_us = wakeup::measure(&machine.cores);
+    let wake_up_us = wakeup::measure(&machine.threads());
     let (load_average, start) = (machine::load_average(), Ticks::now());
     let mut bench = Bench::new(programs, others, &machine, extent, scratch);
     let mut reports = Vec::new();

@@ -9,7 +9,7 @@ use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
-use crate::contender::{Contender, Kind};
+use crate::contender::{Contender, Files, Kind};
 use crate::report::{Plot, Report, figure};
 use crate::run::{CaseOutcome, Entry, Outcome};
 use crate::sample::Metric;
@@ -17,6 +17,7 @@ use crate::scenario::Vary;
 use crate::verdict::{self, Interval};
 
 const SIZE: (u32, u32) = (800, 480);
+const DOT: u32 = 4;
 
 /// Points on a logarithmic axis lie at the logarithm of their values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +38,16 @@ struct Axis {
 struct Line {
     name: String,
     color: RGBColor,
+    shape: Shape,
     points: Vec<(f64, f64)>,
+}
+
+/// What is drawn of a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shape {
+    Dots,
+    Stroke,
+    Both,
 }
 
 #[derive(Clone, Debug)]
@@ -47,7 +57,7 @@ struct Chart {
     x: Axis,
     y: Axis,
     lines: Vec<Line>,
-    /// Only points, with these names of whole numbers on the y axis.
+    /// Names of whole numbers on the y axis.
     rows: Option<Vec<String>>,
     legend: SeriesLabelPosition,
 }
@@ -58,13 +68,13 @@ pub fn draw_all(report: &Report, folder: &Path) -> Result<Vec<Plot>> {
     let mut charts = Vec::new();
     for outcome in &outcomes {
         charts.extend(over_varied(outcome));
-        charts.extend(over_workers(outcome));
         charts.extend(latency_cdf(outcome));
     }
     charts.extend(cpu_per_io(&outcomes));
+    charts.iter_mut().for_each(|chart| chart.lines.retain(|line| !line.points.is_empty()));
     charts
         .into_iter()
-        .filter(|chart| chart.lines.iter().any(|line| !line.points.is_empty()))
+        .filter(|chart| !chart.lines.is_empty())
         .map(|chart| {
             draw(&chart, &folder.join(&chart.file))?;
             Ok(Plot { file: chart.file, title: chart.title })
@@ -91,64 +101,76 @@ fn chart(outcome: &Outcome, of: &str, x: (&str, Scale), y: (&str, Scale)) -> Cha
     }
 }
 
-/// Throughput and cost over depth, or cost over the number of disks.
+/// Throughput and cost over depth or workers, or cost over the number of disks. One value alone makes
+/// no curve.
 fn over_varied(outcome: &Outcome) -> Vec<Chart> {
-    let (x, metrics): (_, &[(Metric, &str)]) = match &outcome.scenario.vary {
+    use SeriesLabelPosition::{LowerRight, UpperLeft, UpperRight};
+    let (x, scale, figures) = match &outcome.scenario.vary {
+        _ if outcome.cases.len() < 2 => return Vec::new(),
         None => return Vec::new(),
-        Some(Vary::Depth(_)) => {
-            ("requests in flight", &[(Metric::Iops, "iops"), (Metric::CpuUsPerIo, "cpu")])
-        }
-        Some(Vary::Disks(_)) => {
-            ("disks", &[(Metric::OwnKibPerDisk, "memory"), (Metric::ConnectS, "connect")])
-        }
+        Some(Vary::Depth(_)) => (
+            "requests in flight",
+            Scale::Logarithmic,
+            [(Metric::Iops, "iops", UpperLeft), (Metric::CpuUsPerIo, "cpu", UpperRight)],
+        ),
+        Some(Vary::Disks(_)) => (
+            "disks",
+            Scale::Logarithmic,
+            [
+                (Metric::OwnKibPerDisk, "memory", UpperRight),
+                (Metric::ConnectS, "connect", UpperLeft),
+            ],
+        ),
+        Some(Vary::Workers(_)) => (
+            "workers, with as many busy disks",
+            Scale::Linear,
+            [(Metric::Iops, "iops", UpperLeft), (Metric::CpuUsPerIo, "cpu", LowerRight)],
+        ),
     };
-    let draw = |(metric, name): &(Metric, &str)| {
-        let y = (metric.title(), Scale::Logarithmic);
-        let mut chart = chart(outcome, name, (x, Scale::Logarithmic), y);
+    let draw = |(metric, name, legend)| {
+        let mut chart = chart(outcome, name, (x, scale), (Metric::title(metric), scale));
         chart.x.labelled =
             outcome.cases.iter().filter_map(|case| case.case.at).map(f64::from).collect();
-        if !matches!(metric, Metric::Iops | Metric::ConnectS) {
-            chart.legend = SeriesLabelPosition::UpperRight;
+        chart.legend = legend;
+        let contenders = 0..outcome.scenario.contenders.len();
+        chart.lines = contenders.map(|index| line_of(outcome, index, metric)).collect();
+        if matches!(outcome.scenario.vary, Some(Vary::Workers(_))) && metric == Metric::Iops {
+            let even = chart.lines.first().and_then(even_scaling);
+            chart.lines.extend(even);
         }
-        let contenders = outcome.scenario.contenders.iter().enumerate();
-        chart.lines = contenders
-            .map(|(index, contender)| {
-                let point = |case: &CaseOutcome| {
-                    Some((f64::from(case.case.at?), median(&case.entries, contender, *metric)?))
-                };
-                let points = outcome.cases.iter().filter_map(point).collect();
-                Line { name: contender.to_string(), color: color(contender, index), points }
-            })
-            .collect();
         chart
     };
-    metrics.iter().map(draw).collect()
+    figures.into_iter().map(draw).collect()
 }
 
-/// Throughput over workers, where contenders differ in them.
-fn over_workers(outcome: &Outcome) -> Option<Chart> {
-    let entries = &outcome.cases.first()?.entries;
-    let mut points: Vec<(f64, f64)> = entries
-        .iter()
-        .filter(|entry| entry.contender.kind() == Kind::Polldisk)
-        .filter_map(|entry| {
-            let workers = f64::from(entry.contender.cores());
-            Some((workers, median(entries, &entry.contender, Metric::Iops)?))
-        })
-        .collect();
-    points.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let &(fewest, least) = points.first().filter(|_| points.len() > 1)?;
-    let mut chart = chart(outcome, "workers", ("workers", Scale::Linear), ("IOPS", Scale::Linear));
-    let even = points.iter().map(|(workers, _)| (*workers, least * workers / fewest)).collect();
-    chart.x.labelled = points.iter().map(|(workers, _)| *workers).collect();
-    chart.lines = vec![
-        Line { name: "polldisk".to_owned(), color: BLUE, points },
-        Line { name: "as much from each worker".to_owned(), color: GRAY, points: even },
-    ];
-    Some(chart)
+/// A figure of one of a scenario's contenders.
+fn line_of(outcome: &Outcome, index: usize, metric: Metric) -> Line {
+    let point = |case: &CaseOutcome| {
+        Some((f64::from(case.case.at?), median(case.entries.get(index)?, metric)?))
+    };
+    let contender = &outcome.scenario.contenders[index];
+    Line {
+        name: contender.to_string(),
+        color: color(contender),
+        shape: Shape::Both,
+        points: outcome.cases.iter().filter_map(point).collect(),
+    }
 }
 
-/// The distribution of latencies in the middle round of each contender.
+/// What it would be if all workers did as much as those of the first point.
+fn even_scaling(line: &Line) -> Option<Line> {
+    let &(fewest, least) = line.points.first()?;
+    let even = |(workers, _): &(f64, f64)| (*workers, least * workers / fewest);
+    Some(Line {
+        name: "as much from each worker".to_owned(),
+        color: GRAY,
+        shape: Shape::Stroke,
+        points: line.points.iter().map(even).collect(),
+    })
+}
+
+/// The distribution of latencies in the middle round of each contender, without the few that would
+/// squeeze all others into a corner.
 fn latency_cdf(outcome: &Outcome) -> Option<Chart> {
     if !outcome.scenario.latency_cdf {
         return None;
@@ -159,8 +181,10 @@ fn latency_cdf(outcome: &Outcome) -> Option<Chart> {
         ("latency, us", Scale::Logarithmic),
         ("percent of the requests", Scale::Linear),
     );
+    chart.title = format!("{}: latency, without the highest 0.1 %", outcome.scenario.name);
     chart.legend = SeriesLabelPosition::LowerRight;
-    for (index, entry) in outcome.cases.first()?.entries.iter().enumerate() {
+    let is_shown = |point: &&(f64, f64)| point.0 > 0.0 && point.1 <= 99.9;
+    for entry in &outcome.cases.first()?.entries {
         let mut samples: Vec<_> = entry.samples.iter().collect();
         samples.sort_by(|a, b| {
             let mean = |figures: &std::collections::BTreeMap<Metric, f64>| {
@@ -171,8 +195,9 @@ fn latency_cdf(outcome: &Outcome) -> Option<Chart> {
         let Some(middle) = samples.get(samples.len() / 2) else { continue };
         chart.lines.push(Line {
             name: entry.contender.to_string(),
-            color: color(&entry.contender, index),
-            points: middle.latency_cdf.iter().filter(|point| point.0 > 0.0).copied().collect(),
+            color: color(&entry.contender),
+            shape: Shape::Stroke,
+            points: middle.latency_cdf.iter().filter(is_shown).copied().collect(),
         });
     }
     Some(chart)
@@ -195,6 +220,7 @@ fn cpu_per_io(outcomes: &[&Outcome]) -> Option<Chart> {
     let line = |(kind, color)| Line {
         name: Kind::name(kind).to_owned(),
         color,
+        shape: Shape::Dots,
         points: shown
             .iter()
             .rev()
@@ -218,24 +244,29 @@ fn cpu_per_io(outcomes: &[&Outcome]) -> Option<Chart> {
     })
 }
 
-fn median(entries: &[Entry], contender: &Contender, metric: Metric) -> Option<f64> {
-    let entry = entries.iter().find(|entry| entry.contender == *contender)?;
+fn median(entry: &Entry, metric: Metric) -> Option<f64> {
     Interval::of(&verdict::figures(&entry.samples, metric)).map(|interval| interval.median)
 }
 
-fn color(contender: &Contender, index: usize) -> RGBColor {
-    const OTHERS: [RGBColor; 4] =
-        [RED, RGBColor(240, 140, 0), RGBColor(140, 60, 160), RGBColor(160, 100, 60)];
-    match contender.kind() {
-        Kind::Polldisk => BLUE,
-        Kind::Fio if contender.to_string() == "fio" => GRAY,
-        Kind::Fio => BLACK,
-        Kind::Echo => GRAY,
-        Kind::Qemu => OTHERS[index % OTHERS.len()],
+/// The same in all plots.
+fn color(contender: &Contender) -> RGBColor {
+    match contender {
+        Contender::Polldisk { .. } => BLUE,
+        Contender::Fio { registered: true } => BLACK,
+        Contender::Fio { registered: false } | Contender::Echo => GRAY,
+        Contender::Qemu { iothread: false, .. } => PURPLE,
+        Contender::Qemu { files: Files::Threads, .. } => RED,
+        Contender::Qemu { files: Files::Buffered, .. } => ORANGE,
+        Contender::Qemu { files: Files::Native, .. } => BROWN,
+        Contender::Qemu { files: Files::IoUring, .. } => DARK_GREEN,
     }
 }
 
 const GRAY: RGBColor = RGBColor(130, 130, 130);
+const PURPLE: RGBColor = RGBColor(140, 60, 160);
+const ORANGE: RGBColor = RGBColor(240, 140, 0);
+const BROWN: RGBColor = RGBColor(160, 100, 60);
+const DARK_GREEN: RGBColor = RGBColor(0, 130, 80);
 
 /// A part of an axis with labels at places of our choice.
 #[derive(Clone, Debug)]
@@ -304,7 +335,7 @@ impl Axis {
 
 /// 1, 2 and 5 times powers of ten; only the powers where there are many.
 fn log_labels(low: f64, high: f64) -> Vec<f64> {
-    let steps: &[f64] = if high - low > 3.0 { &[1.0] } else { &[1.0, 2.0, 5.0] };
+    let steps: &[f64] = if high - low > 3.5 { &[1.0] } else { &[1.0, 2.0, 5.0] };
     (-12..12)
         .flat_map(|power| steps.iter().map(move |step| step.log10() + f64::from(power)))
         .filter(|place| (low..=high).contains(place))
@@ -326,7 +357,7 @@ fn draw_to(chart: &Chart, backend: SVGBackend<'_>) -> Result<()> {
         Some(rows) => {
             let labels = (0..rows.len()).map(|row| row as f64).collect();
             // With room for the legend.
-            Labelled { range: -0.5..rows.len() as f64 + 1.0, labels }
+            Labelled { range: -0.5..rows.len() as f64 * 1.25, labels }
         }
     };
     let left = if chart.rows.is_some() { 190 } else { 80 };
@@ -353,20 +384,22 @@ fn draw_to(chart: &Chart, backend: SVGBackend<'_>) -> Result<()> {
         .light_line_style(TRANSPARENT)
         .label_style(("sans-serif", 14))
         .draw()?;
-    for Line { name, color, points } in &chart.lines {
-        let places: Vec<(f64, f64)> = points
-            .iter()
-            .map(|(x, y)| (chart.x.scale.place(*x), chart.y.scale.place(*y)))
-            .collect();
-        if chart.rows.is_none() {
-            context.draw_series(LineSeries::new(places.clone(), color.stroke_width(2)))?;
+    // The first one lies on top, and its name, too.
+    for Line { color, shape, points, .. } in chart.lines.iter().rev() {
+        let place = |(x, y): &(f64, f64)| (chart.x.scale.place(*x), chart.y.scale.place(*y));
+        let places = || points.iter().map(place);
+        if *shape != Shape::Dots {
+            context.draw_series(LineSeries::new(places(), color.stroke_width(2)))?;
         }
-        let size = if places.len() > 40 { 0 } else { 4 };
-        let dots = places.into_iter().map(|place| Circle::new(place, size, color.filled()));
+        if *shape != Shape::Stroke {
+            context.draw_series(places().map(|at| Circle::new(at, DOT, color.filled())))?;
+        }
+    }
+    for Line { name, color, .. } in &chart.lines {
         context
-            .draw_series(dots)?
+            .draw_series(std::iter::empty::<Circle<(f64, f64), u32>>())?
             .label(name)
-            .legend(move |(x, y)| Circle::new((x + 8, y), 4, color.filled()));
+            .legend(move |(x, y)| Circle::new((x + 8, y), DOT, color.filled()));
     }
     context
         .configure_series_labels()
@@ -395,6 +428,8 @@ fn figure_label(value: f64) -> String {
 #[cfg(test)]
 mod test {
     use super::*;
+    use crate::sample::Sample;
+    use crate::scenario::{Case, Scenario};
 
     #[test]
     fn axes_hold_all_values_and_are_labelled_at_round_ones() {
@@ -403,6 +438,33 @@ mod test {
             places.iter().map(|place| figure_label(10_f64.powf(*place))).collect();
         assert_eq!(values, ["2", "5", "10", "20", "50"]);
         assert_eq!([1.0, 0.05, 1e6, 2.5e4].map(figure_label), ["1", "0.05", "1M", "25k"]);
+    }
+
+    /// Of one worker with its disk, of two and of four.
+    fn scaling(iops: &[f64]) -> Outcome {
+        let text = "about = 'x'\nbacking = 'null'\ncontenders = ['polldisk']\nload = {}\n\
+                    vary = { workers = [1, 2, 4] }";
+        let scenario = Scenario::parse("null-read-workers", text).unwrap();
+        let measured = |(case, iops): (Case, &f64)| {
+            let figures = [(Metric::Iops, *iops), (Metric::CpuUsPerIo, 0.06)];
+            let sample = Sample { figures: figures.into(), latency_cdf: Vec::new() };
+            let contender = case.contenders[0].clone();
+            let entry = Entry { contender, samples: vec![sample], failed: None };
+            CaseOutcome { case, shares_cores: false, entries: vec![entry] }
+        };
+        let cases = scenario.cases().into_iter().zip(iops).map(measured).collect();
+        Outcome { scenario, cases, left_out: Vec::new(), stolen_percent: 0.0 }
+    }
+
+    #[test]
+    fn workers_are_plotted_beside_perfect_scaling() {
+        let charts = over_varied(&scaling(&[10e6, 19e6, 37e6]));
+        let [iops, cpu] = &charts[..] else { panic!("{charts:?}") };
+        let points: Vec<_> = iops.lines.iter().map(|line| line.points.clone()).collect();
+        let measured = vec![(1.0, 10e6), (2.0, 19e6), (4.0, 37e6)];
+        assert_eq!(points, [measured, vec![(1.0, 10e6), (2.0, 20e6), (4.0, 40e6)]]);
+        assert_eq!(cpu.lines.len(), 1);
+        assert!(over_varied(&scaling(&[10e6])).is_empty(), "one point is no curve");
     }
 
     #[test]
@@ -417,6 +479,7 @@ mod test {
         let line = |name: &str, points: &[(f64, f64)]| Line {
             name: name.to_owned(),
             color: BLUE,
+            shape: Shape::Both,
             points: points.to_vec(),
         };
         let chart = Chart {

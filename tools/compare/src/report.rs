@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::contender::Kind;
 use crate::machine::{Machine, Quietness};
-use crate::run::{CaseOutcome, Entry, Extent, Outcome};
+use crate::run::{CaseOutcome, Entry, Extent, LeftOut, Outcome};
 use crate::sample::Metric;
 use crate::storage::Place;
 use crate::verdict::{self, Interval, Judged, Verdict};
@@ -83,32 +83,35 @@ impl Report {
              is the ratio within a round.\n\n{}",
             self.verdicts()
         );
-        text.push_str("\n## Plots\n");
+        if !plots.is_empty() {
+            text.push_str("\n## Plots\n");
+        }
         for Plot { file, title } in plots {
             let _ = write!(text, "\n![{title}]({file})\n");
         }
         text.push_str("\n## Figures\n");
         for ScenarioReport { outcome, .. } in &self.scenarios {
-            if outcome.impossible.is_none() {
-                let scenario = &outcome.scenario;
-                let _ = write!(text, "\n### {}\n\n{}\n", scenario.name, scenario.about);
-                outcome.cases.iter().for_each(|case| text.push_str(&case_table(case)));
-            }
+            let scenario = &outcome.scenario;
+            let _ = write!(text, "\n### {}\n\n{}\n", scenario.name, scenario.about);
+            outcome.cases.iter().for_each(|case| text.push_str(&case_table(case)));
+            text.push_str(&left_out(&outcome.left_out));
         }
         text
     }
 
     fn circumstances(&self) -> String {
         let Report { machine, quietness, extent, places, .. } = self;
+        let programs: Vec<&str> =
+            [&machine.commit].into_iter().chain(&machine.versions).map(String::as_str).collect();
         let mut text = format!(
-            "- Machine: {}{}, {} cores, {} MiB of memory, Linux {}.\n- polldisk {}; {}.\n",
+            "- Machine: {}{}, {} cores{}, {} MiB of memory, Linux {}.\n- polldisk {}.\n",
             machine.cpu,
             if machine.is_virtual { " (virtual)" } else { "" },
             machine.cores.len(),
+            machine.with_threads(),
             machine.memory_mib,
             machine.kernel,
-            machine.commit,
-            machine.versions.join("; ")
+            programs.join("; ")
         );
         for place in places {
             let name = format!("{:?}", place.backing).to_lowercase();
@@ -165,15 +168,18 @@ fn verdict_row(outcome: &Outcome, judged: &Judged) -> String {
         true => String::new(),
         false => format!("{}: ", goal.of),
     };
-    let verdict = match judged.verdict {
+    let mut verdict = match judged.verdict {
         Verdict::Met => "met".to_owned(),
         Verdict::Missed => "**missed**".to_owned(),
         Verdict::Noisy => "**noisy**".to_owned(),
         Verdict::NotMeasured => "**not measured**".to_owned(),
         Verdict::NotPossible => {
-            format!("not possible here: {}", outcome.impossible.as_deref().unwrap_or_default())
+            format!("not possible here: {}", outcome.impossible().unwrap_or_default())
         }
     };
+    if outcome.cases.first().is_some_and(|case| case.shares_cores) {
+        verdict.push_str(", but load and backend shared cores");
+    }
     format!(
         "| {name} | {} | {} | {} | {of}{} | {compared} | {verdict} |\n",
         goal.metric.title(),
@@ -220,7 +226,21 @@ fn case_table(case: &CaseOutcome) -> String {
         }
         text.push('\n');
     }
+    if case.shares_cores {
+        text.push_str("\nLoad and backend shared cores: there are only enough threads.\n");
+    }
     text
+}
+
+fn left_out(loads: &[LeftOut]) -> String {
+    let load = |LeftOut { at, why }: &LeftOut| match at {
+        Some(at) => format!("at {at} ({why})"),
+        None => why.clone(),
+    };
+    match loads.iter().map(load).collect::<Vec<_>>() {
+        loads if loads.is_empty() => String::new(),
+        loads => format!("\nNot possible here: {}.\n", loads.join(", ")),
+    }
 }
 
 /// What a load without requests says something about, and what one with requests does.
@@ -284,9 +304,9 @@ mod test {
                 failed,
             })
             .collect();
-        let case = CaseOutcome { case: scenario.cases().remove(0), entries };
+        let case = CaseOutcome { case: scenario.cases().remove(0), shares_cores: false, entries };
         let outcome =
-            Outcome { scenario, cases: vec![case], impossible: None, stolen_percent: 0.0 };
+            Outcome { scenario, cases: vec![case], left_out: Vec::new(), stolen_percent: 0.0 };
         Report {
             machine: Machine::look(&[]),
             quietness: Quietness { load_average: 0.0, stolen_percent: 5.0 },
@@ -320,11 +340,34 @@ mod test {
         nothing.scenarios[0].outcome.cases.clear();
         nothing.scenarios[0].goals = verdict::judge(&nothing.scenarios[0].outcome);
         assert!(!nothing.all_met(), "what was not measured is not met");
-        nothing.scenarios[0].outcome.impossible = Some("needs 4 cores, there are 2".to_owned());
+        nothing.scenarios[0].outcome.left_out.push(too_few_cores(None));
         nothing.scenarios[0].goals = verdict::judge(&nothing.scenarios[0].outcome);
         assert!(nothing.all_met(), "what this machine can't show is no fault");
         let text = nothing.verdicts();
         assert!(text.ends_with("| not possible here: needs 4 cores, there are 2 |\n"), "{text}");
+        let text = nothing.markdown(&[]);
+        assert!(text.ends_with("nothing.\n\nNot possible here: needs 4 cores, there are 2.\n"));
+    }
+
+    fn too_few_cores(at: Option<u32>) -> LeftOut {
+        LeftOut { at, why: "needs 4 cores, there are 2".to_owned() }
+    }
+
+    #[test]
+    fn the_report_says_what_there_were_too_few_cores_for() {
+        let mut report = report(1e6);
+        report.machine.cores = vec![vec![0, 2], vec![1, 3]];
+        report.scenarios[0].outcome.cases[0].shares_cores = true;
+        report.scenarios[0].outcome.left_out = [4, 8].map(|at| too_few_cores(Some(at))).into();
+        let text = report.markdown(&[]);
+        for part in [
+            " 2 cores with 4 threads, ",
+            "| met, but load and backend shared cores |",
+            " |\n\nLoad and backend shared cores: there are only enough threads.\n",
+            "\n\nNot possible here: at 4 (needs 4 cores, there are 2), at 8 (needs 4 cores, there are 2).\n",
+        ] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
     }
 
     #[test]

@@ -70,10 +70,19 @@ pub struct Outcome {
     pub scenario: Scenario,
     /// Of each load.
     pub cases: Vec<CaseOutcome>,
-    /// Why nothing was measured, where this machine can't.
-    pub impossible: Option<String>,
+    /// Loads for which this machine has too few cores.
+    pub left_out: Vec<LeftOut>,
     /// Percent of the time that the host took from this virtual machine.
     pub stolen_percent: f64,
+}
+
+/// A load that was not run.
+#[derive(Clone, Debug, Serialize)]
+pub struct LeftOut {
+    /// The varying value.
+    pub at: Option<u32>,
+    /// What is missing.
+    pub why: String,
 }
 
 /// Turns under one load.
@@ -81,6 +90,8 @@ pub struct Outcome {
 pub struct CaseOutcome {
     /// The load.
     pub case: Case,
+    /// Threads of the load and of backends had to share cores.
+    pub shares_cores: bool,
     /// Of each contender, in order.
     pub entries: Vec<Entry>,
 }
@@ -94,6 +105,14 @@ pub struct Entry {
     pub samples: Vec<Sample>,
     /// Why there are no more.
     pub failed: Option<String>,
+}
+
+impl Outcome {
+    /// Why nothing was measured, where this machine can't.
+    pub fn impossible(&self) -> Option<&str> {
+        let first = self.left_out.first().filter(|_| self.cases.is_empty());
+        first.map(|left_out| left_out.why.as_str())
+    }
 }
 
 impl<'a> Bench<'a> {
@@ -114,51 +133,55 @@ impl<'a> Bench<'a> {
         let mut outcome = Outcome {
             scenario: scenario.clone(),
             cases: Vec::new(),
-            impossible: None,
+            left_out: Vec::new(),
             stolen_percent: 0.0,
         };
-        if let Err(error) = self.check_cores(scenario) {
-            outcome.impossible = Some(error.to_string());
+        let mut cases = Vec::new();
+        for case in scenario.cases() {
+            match self.machine.split(case.load.cores(), case.backend_cores()) {
+                Ok(_) => cases.push(case),
+                Err(error) => {
+                    let why = error.to_string();
+                    outcome.left_out.push(LeftOut { at: case.at, why });
+                }
+            }
+        }
+        if cases.is_empty() {
             return Ok(outcome);
         }
         let contents = self.contents(scenario.backing)?;
+        let before = Ticks::now();
+        outcome.cases =
+            cases.into_iter().map(|case| self.rounds(scenario, case, &contents)).collect();
+        outcome.stolen_percent = before.stolen_percent_until(Ticks::now());
+        Ok(outcome)
+    }
+
+    fn rounds(&self, scenario: &Scenario, case: Case, contents: &Contents) -> CaseOutcome {
         let entry = |contender: &Contender| Entry {
             contender: contender.clone(),
             samples: Vec::new(),
             failed: None,
         };
-        let before = Ticks::now();
-        for case in scenario.cases() {
-            let mut entries: Vec<Entry> = scenario.contenders.iter().map(entry).collect();
-            for round in 1..=self.extent.rounds_of(scenario) {
-                for entry in entries.iter_mut().filter(|entry| entry.failed.is_none()) {
-                    let at = case.at.map(|at| format!(" at {at}")).unwrap_or_default();
-                    let turn = format!("{}{at}, round {round}: {}", scenario.name, entry.contender);
-                    match self.turn(scenario, &case.load, &entry.contender, &contents) {
-                        Ok(sample) => {
-                            eprintln!("{turn}: {}", summary(&sample));
-                            entry.samples.push(sample);
-                        }
-                        Err(error) => {
-                            eprintln!("{turn}: left out: {error:#}");
-                            entry.failed = Some(without_folder(&format!("{error:#}"), &contents));
-                        }
+        let mut entries: Vec<Entry> = case.contenders.iter().map(entry).collect();
+        for round in 1..=self.extent.rounds_of(scenario) {
+            for entry in entries.iter_mut().filter(|entry| entry.failed.is_none()) {
+                let at = case.at.map(|at| format!(" at {at}")).unwrap_or_default();
+                let turn = format!("{}{at}, round {round}: {}", scenario.name, entry.contender);
+                match self.turn(scenario, &case.load, &entry.contender, contents) {
+                    Ok(sample) => {
+                        eprintln!("{turn}: {}", summary(&sample));
+                        entry.samples.push(sample);
+                    }
+                    Err(error) => {
+                        eprintln!("{turn}: left out: {error:#}");
+                        entry.failed = Some(without_folder(&format!("{error:#}"), contents));
                     }
                 }
             }
-            outcome.cases.push(CaseOutcome { case, entries });
         }
-        outcome.stolen_percent = before.stolen_percent_until(Ticks::now());
-        Ok(outcome)
-    }
-
-    fn check_cores(&self, scenario: &Scenario) -> Result<()> {
-        for case in scenario.cases() {
-            for contender in &scenario.contenders {
-                self.machine.split(case.load.cores(), contender.cores())?;
-            }
-        }
-        Ok(())
+        let shares_cores = self.machine.is_shared_by(case.load.cores(), case.backend_cores());
+        CaseOutcome { case, shares_cores, entries }
     }
 
     fn contents(&mut self, backing: Backing) -> Result<Contents> {
@@ -194,9 +217,9 @@ impl<'a> Bench<'a> {
                 let json = json(&output(&words)?)?;
                 return Sample::of_fio(&json, machine::children_cpu_us() - before);
             }
-            Contender::Polldisk { workers } => {
+            Contender::Polldisk { .. } => {
                 let mut words = vec![self.built("polldisk"), "serve".to_owned()];
-                words.extend(contender::polldisk_arguments(*workers));
+                words.extend(contender::polldisk_arguments(&list(&backend_cores)));
                 (vec!["--target".to_owned(), contender::polldisk_target(contents)], words)
             }
             Contender::Qemu { iothread, files } => {

@@ -28,7 +28,7 @@ pub struct Scenario {
     /// What the load becomes for a backend without indirect requests, as a guest's kernel splits
     /// its own.
     pub split: Option<Split>,
-    /// The load with one of its values replaced.
+    /// The load with one of its values replaced, or another number of workers.
     pub vary: Option<Vary>,
     /// Who takes turns, in this order.
     pub contenders: Vec<Contender>,
@@ -92,7 +92,7 @@ pub struct Split {
     pub depth: u32,
 }
 
-/// Which value of a load is replaced, and by what in turn.
+/// Which value is replaced, and by what in turn.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Vary {
@@ -100,6 +100,8 @@ pub enum Vary {
     Depth(Vec<u32>),
     /// [`Load::disks`].
     Disks(Vec<u32>),
+    /// polldisk's workers, and [`Load::disks`] with them: a disk for each.
+    Workers(Vec<u32>),
 }
 
 /// What is aimed at.
@@ -122,13 +124,16 @@ pub struct Goal {
     pub at_most: Option<f64>,
 }
 
-/// A scenario's load with its varying value filled in.
+/// A scenario's load and contenders with the varying value filled in.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Case {
     /// The varying value.
     pub at: Option<u32>,
-    /// All of it.
+    /// All of the load.
     pub load: Load,
+    /// Who takes turns, in the scenario's order. Its turns name each.
+    #[serde(skip)]
+    pub contenders: Vec<Contender>,
 }
 
 impl Default for Load {
@@ -192,8 +197,12 @@ impl Scenario {
                 "{contender}: the ring alone has nothing behind it"
             );
             ensure!(
-                kind == Kind::Polldisk || self.load.disks == 1,
+                kind == Kind::Polldisk || self.cases().iter().all(|case| case.load.disks == 1),
                 "{contender}: only polldisk is measured with several disks"
+            );
+            ensure!(
+                *contender == Contender::default() || !matches!(self.vary, Some(Vary::Workers(_))),
+                "{contender}: its workers are those that vary has"
             );
         }
         self.goals.iter().try_for_each(|goal| self.check_goal(goal))
@@ -215,18 +224,39 @@ impl Scenario {
         }
     }
 
-    /// The loads to run.
+    /// What to run.
     pub fn cases(&self) -> Vec<Case> {
-        let load = &self.load;
-        let each = |values: &[u32], with: fn(Load, u32) -> Load| {
-            let case = |at: &u32| Case { at: Some(*at), load: with(load.clone(), *at) };
-            values.iter().map(case).collect()
-        };
-        match &self.vary {
-            None => vec![Case { at: None, load: load.clone() }],
-            Some(Vary::Depth(values)) => each(values, |load, depth| Load { depth, ..load }),
-            Some(Vary::Disks(values)) => each(values, |load, disks| Load { disks, ..load }),
+        let fixed = Case { at: None, load: self.load.clone(), contenders: self.contenders.clone() };
+        let Some(vary) = &self.vary else { return vec![fixed] };
+        vary.values().iter().map(|at| vary.fill(fixed.clone(), *at)).collect()
+    }
+}
+
+impl Vary {
+    fn values(&self) -> &[u32] {
+        match self {
+            Vary::Depth(values) | Vary::Disks(values) | Vary::Workers(values) => values,
         }
+    }
+
+    fn fill(&self, mut case: Case, at: u32) -> Case {
+        case.at = Some(at);
+        match self {
+            Vary::Depth(_) => case.load.depth = at,
+            Vary::Disks(_) => case.load.disks = at,
+            Vary::Workers(_) => {
+                case.load.disks = at;
+                case.contenders.fill(Contender::Polldisk { workers: at });
+            }
+        }
+        case
+    }
+}
+
+impl Case {
+    /// Cores that the largest of its backends keeps busy.
+    pub fn backend_cores(&self) -> u32 {
+        self.contenders.iter().map(Contender::cores).max().unwrap_or(0)
     }
 }
 
@@ -303,6 +333,20 @@ mod test {
         let cases = Scenario::parse("x", &text).unwrap().cases();
         let depths: Vec<_> = cases.iter().map(|case| (case.at, case.load.depth)).collect();
         assert_eq!(depths, [(Some(1), 1), (Some(2), 2)]);
+    }
+
+    #[test]
+    fn so_many_workers_serve_as_many_disks() {
+        let text = "about = 'x'\nbacking = 'null'\ncontenders = ['polldisk']\nload = {}\n\
+                    vary = { workers = [1, 4] }";
+        let cases = Scenario::parse("x", text).unwrap().cases();
+        let of = |case: &Case| (case.load.disks, case.contenders[0].to_string());
+        let (one, four) = ("polldisk".to_owned(), "polldisk:workers=4".to_owned());
+        assert_eq!(cases.iter().map(of).collect::<Vec<_>>(), [(1, one), (4, four)]);
+        let found = error(&text.replace("'polldisk'", "'polldisk:workers=2'"));
+        assert!(found.contains("its workers are those that vary has"), "{found}");
+        let found = error(&text.replace("'polldisk'", "'echo'"));
+        assert!(found.contains("only polldisk is measured with several disks"), "{found}");
     }
 
     #[test]

@@ -99,7 +99,7 @@ fn cut(count: usize) -> usize {
 pub fn judge(outcome: &Outcome) -> Vec<Judged> {
     let entries = outcome.cases.first().map_or(&[][..], |case| &case.entries);
     let judge = |goal| match judge_goal(goal, entries) {
-        judged if outcome.impossible.is_none() => judged,
+        judged if outcome.impossible().is_none() => judged,
         judged => Judged { verdict: Verdict::NotPossible, ..judged },
     };
     outcome.scenario.goals.iter().map(judge).collect()
