@@ -10,11 +10,12 @@ use std::sync::Arc;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use polldisk::budget::{GrantBudget, Share};
+use polldisk::engine::host::HostEngine;
 use polldisk::limits::{
     GRANTS_PER_MAP_BATCH, PERSISTENT_GRANTS_PER_DOMAIN, PERSISTENT_GRANTS_PER_QUEUE,
     SEGMENTS_PER_REQUEST,
 };
-use polldisk::queue::grants::PersistentGrants;
+use polldisk::queue::grants::{Mapper, PersistentGrants};
 use polldisk::sim::grants::SimGrants;
 use polldisk::sim::{Domain, Gfn, StandIn};
 use polldisk::units::{DomId, GrantRef};
@@ -24,6 +25,7 @@ use polldisk::xen::{PageAccess, Platform};
 struct Rig {
     persistent: PersistentGrants,
     grants: SimGrants,
+    engine: HostEngine,
     domid: DomId,
     refs: Vec<GrantRef>,
     _domain: Domain,
@@ -43,6 +45,7 @@ impl Rig {
         Rig {
             persistent: PersistentGrants::new(Share::of(budget)),
             grants: stand_in.platform().open_grants().unwrap(),
+            engine: HostEngine::new().unwrap(),
             domid,
             refs: (first..first + pages).map(grant).collect(),
             _domain: domain,
@@ -53,8 +56,14 @@ impl Rig {
     /// Maps all that is not mapped.
     fn map(&mut self, wanted: &mut Vec<GrantRef>) {
         wanted.clone_from(&self.refs);
-        self.persistent.map(&mut self.grants, self.domid, wanted, std::iter::empty());
+        let mut mapper = Mapper { grants: &mut self.grants, engine: &mut self.engine };
+        self.persistent.map(&mut mapper, self.domid, wanted, std::iter::empty());
         assert_eq!(self.persistent.count(), self.refs.len());
+    }
+
+    fn unmap_all(&mut self) {
+        let mut mapper = Mapper { grants: &mut self.grants, engine: &mut self.engine };
+        self.persistent.unmap_all(&mut mapper);
     }
 }
 
@@ -101,7 +110,7 @@ fn mappings(criterion: &mut Criterion) {
         group.bench_function(format!("mapped and unmapped, pages: {pages}"), |bencher| {
             bencher.iter(|| {
                 rig.map(&mut wanted);
-                rig.persistent.unmap_all(&mut rig.grants);
+                rig.unmap_all();
             });
         });
     }

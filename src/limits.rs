@@ -116,6 +116,10 @@ const _: () = assert!(EMULATED_PAGES as usize > SEGMENTS_PER_REQUEST);
 /// wait in their rings.
 pub const URING_ENTRIES: u32 = 1024;
 
+/// Ranges of memory that one worker registers with its io_uring: as many as a kernel's table can have
+/// (`IORING_MAX_REG_BUFFERS`). Pages of others are looked up with each operation.
+pub const REGISTERED_BUFFERS: u16 = 1 << 14;
+
 /// Requests taken from one ring in a pass, so that a full 1024-entry ring does not hold up its
 /// neighbours.
 pub const REQUESTS_PER_PASS: usize = 64;

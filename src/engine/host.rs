@@ -7,9 +7,9 @@ use super::emulate::Emulation;
 use super::memory::MemoryFiles;
 use super::offload::Offload;
 use super::uring::Uring;
-use super::{Completion, Engine, IoOp, Submitted, Ticket, bytes};
+use super::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket, bytes};
 use crate::backing::{Image, NullImage, RawImage};
-use crate::xen::shm::GuestBuf;
+use crate::xen::shm::{GuestBuf, Registration};
 
 /// Serves every kind of [`Image`].
 #[derive(Debug)]
@@ -55,6 +55,16 @@ impl HostEngine {
     }
 }
 
+impl RegisterBuffers for HostEngine {
+    fn register(&mut self, memory: GuestBuf) -> io::Result<Registration> {
+        self.uring.register(memory)
+    }
+
+    fn unregister(&mut self, registration: Registration) {
+        self.uring.unregister(registration);
+    }
+}
+
 impl Engine for HostEngine {
     type Target = Image;
 
@@ -74,10 +84,6 @@ impl Engine for HostEngine {
             },
         };
         Ok(Submitted::Done(Completion { ticket, result }))
-    }
-
-    fn register(&mut self, memory: GuestBuf) {
-        self.uring.register(memory);
     }
 
     #[inline]

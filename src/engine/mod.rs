@@ -16,10 +16,20 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use crate::limits::QUEUES_PER_WORKER;
-use crate::xen::shm::GuestBuf;
+use crate::xen::shm::{GuestBuf, Registration};
+
+/// Can prepare for memory that buffers will often be in.
+pub trait RegisterBuffers {
+    /// Prepares for a range of memory. Buffers in it say so ([`GuestBuf::registered`]) until
+    /// [`RegisterBuffers::unregister`]. An error costs only what that saves.
+    fn register(&mut self, memory: GuestBuf) -> io::Result<Registration>;
+
+    /// Forgets the range; no operation may be under way with a buffer that names it.
+    fn unregister(&mut self, registration: Registration);
+}
 
 /// Executes operations on targets of one type.
-pub trait Engine {
+pub trait Engine: RegisterBuffers {
     /// What operations go to.
     type Target;
 
@@ -32,10 +42,6 @@ pub trait Engine {
         operation: &IoOp<'_>,
         ticket: Ticket,
     ) -> Result<Submitted, Ticket>;
-
-    /// Tells of memory of our own that buffers will often be in, and that outlives the engine's last
-    /// operation; an engine may prepare for it.
-    fn register(&mut self, memory: GuestBuf);
 
     /// Starts everything taken that is not under way: at most one system call. An error means that
     /// nothing was lost and the next call tries again.

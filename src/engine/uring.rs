@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::ops::Range;
+use std::num::NonZeroU16;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use io_uring::{IoUring, opcode, squeue, types};
@@ -11,7 +11,7 @@ use super::vectors::append;
 use super::{Completion, IoOp, Ticket};
 use crate::limits;
 use crate::park::Doorbell;
-use crate::xen::shm::{GuestBuf, full_fence};
+use crate::xen::shm::{GuestBuf, Registration, full_fence};
 
 /// `IORING_ENTER_GETEVENTS`: run the completions' deferred work (`linux/io_uring.h`).
 const ENTER_GETEVENTS: u32 = 1;
@@ -38,8 +38,8 @@ pub struct Uring {
     /// submissions (`IORING_FEAT_SUBMIT_STABLE`), so one pass's worth is enough. Never grows past
     /// its capacity, so that the addresses given to the kernel stay good.
     vectors: Vec<libc::iovec>,
-    /// Addresses of the memory that the kernel keeps pinned for us, its buffer 0.
-    registered: Range<usize>,
+    /// Registrations that can be had: the kernel's table of buffers has one more of them.
+    free: Vec<Registration>,
 }
 
 impl std::fmt::Debug for Uring {
@@ -62,8 +62,8 @@ impl Uring {
             Vec::with_capacity(limits::URING_ENTRIES as usize * limits::SEGMENTS_PER_REQUEST);
         let completed = Doorbell::new()?;
         ring.submitter().register_eventfd(completed.as_fd().as_raw_fd())?;
-        let mut uring =
-            Uring { ring, completed, in_flight: 0, head_start: NONE, vectors, registered: 0..0 };
+        let free = table(&ring);
+        let mut uring = Uring { ring, completed, in_flight: 0, head_start: NONE, vectors, free };
         uring.disarm(false);
         Ok(uring)
     }
@@ -86,24 +86,35 @@ impl Uring {
     }
 
     /// Has the kernel look up and pin the pages of `memory` now, once, instead of for every
-    /// operation in it. A kernel or a memlock limit that refuses costs only that.
-    pub fn register(&mut self, memory: GuestBuf) {
-        let (start, len) = (memory.address().as_ptr(), memory.len() as usize);
-        let vector = libc::iovec { iov_base: start.cast(), iov_len: len };
-        // SAFETY: the memory is valid now; the kernel keeps its pages until the ring is closed.
-        match unsafe { self.ring.submitter().register_buffers(&[vector]) } {
-            Ok(()) => self.registered = start.addr()..start.addr() + len,
-            Err(error) => tracing::info!(
-                len,
-                %error,
-                "bounce memory is not registered with io_uring, which costs some CPU where data is \
-                 copied; a higher memlock limit (ulimit -l) may mend it"
-            ),
+    /// operation in it.
+    ///
+    /// Where dom0 is a PV domain its page tables make looking up dear: a third of what a read of one
+    /// page costs the kernel. Pages that gntdev maps can be registered since Linux 6.5, before that
+    /// EOPNOTSUPP says that they can't.
+    pub fn register(&mut self, memory: GuestBuf) -> io::Result<Registration> {
+        let registration = self.free.pop().ok_or(io::ErrorKind::QuotaExceeded)?;
+        let vector = libc::iovec {
+            iov_base: memory.address().as_ptr().cast(),
+            iov_len: memory.len() as usize,
+        };
+        self.set_buffer(registration, vector).inspect_err(|_| self.free.push(registration))?;
+        Ok(registration)
+    }
+
+    /// Has the kernel let go of the pages once no operation is in them.
+    pub fn unregister(&mut self, registration: Registration) {
+        let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        match self.set_buffer(registration, nothing) {
+            Ok(()) => self.free.push(registration),
+            // Its place in the table is lost, its pages stay pinned until the ring is closed.
+            Err(error) => tracing::warn!(%error, "io_uring does not let go of a buffer"),
         }
     }
 
-    fn is_registered(&self, vector: libc::iovec) -> bool {
-        self.registered.contains(&vector.iov_base.addr())
+    fn set_buffer(&self, registration: Registration, vector: libc::iovec) -> io::Result<()> {
+        let place = u32::from(registration.0.get()) - 1;
+        // SAFETY: the memory is valid now, and the kernel itself keeps its pages after that.
+        unsafe { self.ring.submitter().register_buffers_update(place, &[vector], None) }.map(drop)
     }
 
     /// Takes one operation on an open file.
@@ -143,8 +154,8 @@ impl Uring {
     fn entry(&mut self, file: types::Fd, operation: &IoOp<'_>) -> squeue::Entry {
         match *operation {
             IoOp::Read { offset, buffers } => match self.vectors(buffers) {
-                Vectors::One(one) if self.is_registered(one) => {
-                    opcode::ReadFixed::new(file, one.iov_base.cast(), len(one), 0)
+                Vectors::Registered(one, buffer) => {
+                    opcode::ReadFixed::new(file, one.iov_base.cast(), len(one), buffer)
                         .offset(offset)
                         .build()
                 }
@@ -156,8 +167,8 @@ impl Uring {
                 }
             },
             IoOp::Write { offset, buffers } => match self.vectors(buffers) {
-                Vectors::One(one) if self.is_registered(one) => {
-                    opcode::WriteFixed::new(file, one.iov_base.cast(), len(one), 0)
+                Vectors::Registered(one, buffer) => {
+                    opcode::WriteFixed::new(file, one.iov_base.cast(), len(one), buffer)
                         .offset(offset)
                         .build()
                 }
@@ -183,7 +194,10 @@ impl Uring {
         match self.vectors[first..] {
             [one] => {
                 self.vectors.truncate(first);
-                Vectors::One(one)
+                match registration(buffers) {
+                    Some(Registration(number)) => Vectors::Registered(one, number.get() - 1),
+                    None => Vectors::One(one),
+                }
             }
             ref many => {
                 let count = u32::try_from(many.len()).expect("at most a request's segments");
@@ -277,8 +291,33 @@ impl Uring {
     }
 }
 
+/// Makes the kernel's table of buffers, and the names of its places, the first one last. A kernel that
+/// can't have an empty one (before 5.19) gets none.
+fn table(ring: &IoUring) -> Vec<Registration> {
+    match ring.submitter().register_buffers_sparse(limits::REGISTERED_BUFFERS.into()) {
+        Ok(()) => {
+            let places = (1..=limits::REGISTERED_BUFFERS).rev();
+            places.filter_map(NonZeroU16::new).map(Registration).collect()
+        }
+        Err(error) => {
+            tracing::info!(%error, "io_uring registers no buffers here, which costs some CPU");
+            Vec::new()
+        }
+    }
+}
+
+/// What an engine knows all of these buffers as.
+fn registration(buffers: &[GuestBuf]) -> Option<Registration> {
+    let (first, others) = buffers.split_first()?;
+    let registration = first.registration()?;
+    let same = |other: &GuestBuf| other.registration() == Some(registration);
+    others.iter().all(same).then_some(registration)
+}
+
 /// Where the data of one operation is.
 enum Vectors {
+    /// In this place of the kernel's table.
+    Registered(libc::iovec, u16),
     One(libc::iovec),
     Many(*const libc::iovec, u32),
 }

@@ -1,7 +1,7 @@
 //! A worker's bounce memory: where data is that grant copy brings and takes.
 
 use crate::limits::BOUNCE_PAGES_PER_WORKER;
-use crate::xen::shm::{GuestBuf, LocalPages, PAGE_BYTES};
+use crate::xen::shm::{GuestBuf, LocalPages, PAGE_BYTES, Registration};
 
 const WORDS: usize = BOUNCE_PAGES_PER_WORKER / 64;
 const _: () = assert!(BOUNCE_PAGES_PER_WORKER.is_multiple_of(64));
@@ -10,6 +10,7 @@ const _: () = assert!(BOUNCE_PAGES_PER_WORKER.is_multiple_of(64));
 #[derive(Debug)]
 pub struct BouncePool {
     memory: Option<LocalPages>,
+    registration: Option<Registration>,
     /// A bit for each page that can be had.
     free: [u64; WORDS],
     free_count: usize,
@@ -17,7 +18,12 @@ pub struct BouncePool {
 
 impl Default for BouncePool {
     fn default() -> Self {
-        BouncePool { memory: None, free: [u64::MAX; WORDS], free_count: BOUNCE_PAGES_PER_WORKER }
+        BouncePool {
+            memory: None,
+            registration: None,
+            free: [u64::MAX; WORDS],
+            free_count: BOUNCE_PAGES_PER_WORKER,
+        }
     }
 }
 
@@ -37,6 +43,11 @@ impl BouncePool {
         Some(memory.run(0, BOUNCE_PAGES_PER_WORKER))
     }
 
+    /// As which the engine knows all of it.
+    pub fn set_registration(&mut self, registration: Registration) {
+        self.registration = Some(registration);
+    }
+
     /// `count` pages in a row, with whatever they held before: never show them to a guest unless
     /// overwritten. `None`: there is no such run now.
     ///
@@ -46,7 +57,8 @@ impl BouncePool {
         let first = self.find_run(count)?;
         self.set(first, count, false);
         self.free_count -= count;
-        Some(self.memory.as_ref().expect("allocated before").run(first, count))
+        let memory = self.memory.as_ref().expect("allocated before");
+        Some(memory.run(first, count).registered(self.registration))
     }
 
     /// Gives back the pages that a buffer lies in.

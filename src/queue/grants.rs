@@ -9,6 +9,7 @@ use rustc_hash::FxBuildHasher;
 use slab::Slab;
 
 use crate::budget::Share;
+use crate::engine::RegisterBuffers;
 use crate::limits::{
     GRANTS_PER_MAP_BATCH, MAP_REFUSALS_MAX, PERSISTENT_GRANTS_PER_QUEUE, PERSISTENT_IDLE_SWEEPS,
 };
@@ -54,6 +55,32 @@ struct Batch {
     busy: bool,
 }
 
+/// Maps pages that stay, and has the engine prepare for them.
+#[derive(Debug)]
+pub struct Mapper<'a, G, E> {
+    /// The frontend's grants.
+    pub grants: &'a mut G,
+    /// Will read into the pages, and write from them.
+    pub engine: &'a mut E,
+}
+
+impl<G: Grants, E: RegisterBuffers> Mapper<'_, G, E> {
+    fn map(&mut self, domid: DomId, refs: &[GrantRef]) -> io::Result<GuestPages> {
+        let mut pages = self.grants.map(domid, refs, PageAccess::ReadWrite)?;
+        pages.set_registration(self.engine.register(pages.whole()).ok());
+        Ok(pages)
+    }
+
+    fn unmap(&mut self, pages: GuestPages) {
+        if let Some(registration) = pages.registration() {
+            self.engine.unregister(registration);
+        }
+        if let Err(error) = self.grants.unmap(pages) {
+            tracing::warn!(%error, "unmapping granted pages failed");
+        }
+    }
+}
+
 impl PersistentGrants {
     /// None mapped yet.
     pub fn new(share: Share) -> PersistentGrants {
@@ -79,9 +106,9 @@ impl PersistentGrants {
     /// Maps as many of `wanted` as the bounds allow, in batches, in place of batches that nothing
     /// used lately. What can't be mapped stays unmapped: its data is copied, and the copy's status
     /// tells what is wrong with it. `in_flight` are the references that requests hold.
-    pub fn map<G: Grants>(
+    pub fn map<G: Grants, E: RegisterBuffers>(
         &mut self,
-        grants: &mut G,
+        mapper: &mut Mapper<'_, G, E>,
         domid: DomId,
         wanted: &mut Vec<GrantRef>,
         in_flight: impl Iterator<Item = u32>,
@@ -89,7 +116,7 @@ impl PersistentGrants {
         wanted.sort_unstable();
         wanted.dedup();
         if wanted.len() > self.room() {
-            self.make_room(grants, wanted.len(), in_flight);
+            self.make_room(mapper, wanted.len(), in_flight);
         }
         wanted.truncate(self.room());
         wanted.truncate(self.share.take(wanted.len()));
@@ -97,8 +124,8 @@ impl PersistentGrants {
             if self.refusals >= MAP_REFUSALS_MAX {
                 break;
             }
-            if self.map_batch(grants, domid, batch).is_err() {
-                self.map_singly(grants, domid, batch);
+            if self.map_batch(mapper, domid, batch).is_err() {
+                self.map_singly(mapper, domid, batch);
             }
         }
         self.share.give_back(self.share.taken() - self.pages.len());
@@ -111,9 +138,9 @@ impl PersistentGrants {
 
     /// Unmaps idle batches, the longest idle first, until `wanted` pages fit.
     #[cold]
-    fn make_room<G: Grants>(
+    fn make_room<G: Grants, E: RegisterBuffers>(
         &mut self,
-        grants: &mut G,
+        mapper: &mut Mapper<'_, G, E>,
         wanted: usize,
         in_flight: impl Iterator<Item = u32>,
     ) {
@@ -132,12 +159,16 @@ impl PersistentGrants {
             if wanted <= self.room() {
                 return;
             }
-            self.unmap_batch(grants, index);
+            self.unmap_batch(mapper, index);
         }
     }
 
     /// Looks what was used since the last time, and unmaps what has long been idle.
-    pub fn sweep<G: Grants>(&mut self, grants: &mut G, in_flight: impl Iterator<Item = u32>) {
+    pub fn sweep<G: Grants, E: RegisterBuffers>(
+        &mut self,
+        mapper: &mut Mapper<'_, G, E>,
+        in_flight: impl Iterator<Item = u32>,
+    ) {
         self.mark_busy(in_flight);
         let mut idle = Vec::new();
         for (index, batch) in &mut self.batches {
@@ -151,7 +182,7 @@ impl PersistentGrants {
             }
         }
         for index in idle {
-            self.unmap_batch(grants, index);
+            self.unmap_batch(mapper, index);
         }
     }
 
@@ -168,24 +199,29 @@ impl PersistentGrants {
 
     /// One bad reference fails a whole batch: find the good ones. A frontend that keeps sending
     /// bad ones is only copied for, so that it can't buy a failing system call per segment.
-    fn map_singly<G: Grants>(&mut self, grants: &mut G, domid: DomId, batch: &[GrantRef]) {
+    fn map_singly<G: Grants, E: RegisterBuffers>(
+        &mut self,
+        mapper: &mut Mapper<'_, G, E>,
+        domid: DomId,
+        batch: &[GrantRef],
+    ) {
         for gref in batch {
             if self.refusals >= MAP_REFUSALS_MAX {
                 return;
             }
-            if self.map_batch(grants, domid, std::slice::from_ref(gref)).is_err() {
+            if self.map_batch(mapper, domid, std::slice::from_ref(gref)).is_err() {
                 self.refusals += 1;
             }
         }
     }
 
-    fn map_batch<G: Grants>(
+    fn map_batch<G: Grants, E: RegisterBuffers>(
         &mut self,
-        grants: &mut G,
+        mapper: &mut Mapper<'_, G, E>,
         domid: DomId,
         refs: &[GrantRef],
     ) -> io::Result<()> {
-        let pages = grants.map(domid, refs, PageAccess::ReadWrite)?;
+        let pages = mapper.map(domid, refs)?;
         let entry = self.batches.vacant_entry();
         for (index, gref) in refs.iter().enumerate() {
             let page = MappedPage { buffer: pages.page(index), batch: entry.key() };
@@ -202,22 +238,24 @@ impl PersistentGrants {
     }
 
     /// No request in flight may hold a page of it.
-    fn unmap_batch<G: Grants>(&mut self, grants: &mut G, index: usize) {
+    fn unmap_batch<G: Grants, E: RegisterBuffers>(
+        &mut self,
+        mapper: &mut Mapper<'_, G, E>,
+        index: usize,
+    ) {
         let batch = self.batches.remove(index);
         for gref in &batch.refs {
             self.pages.remove(&gref.0);
         }
-        if let Err(error) = grants.unmap(batch.pages) {
-            tracing::warn!(%error, "unmapping granted pages failed");
-        }
+        mapper.unmap(batch.pages);
         self.share.give_back(batch.refs.len());
     }
 
     /// Unmaps everything; no request may be in flight.
-    pub fn unmap_all<G: Grants>(&mut self, grants: &mut G) {
+    pub fn unmap_all<G: Grants, E: RegisterBuffers>(&mut self, mapper: &mut Mapper<'_, G, E>) {
         let all: Vec<usize> = self.batches.iter().map(|(index, _)| index).collect();
         for index in all {
-            self.unmap_batch(grants, index);
+            self.unmap_batch(mapper, index);
         }
     }
 }

@@ -10,13 +10,18 @@ use super::{Mapped, Queue, Resources, Scratch};
 use crate::blkif::Status;
 use crate::blkif::codec::{RawResponse, RawSegment, SEGMENT_BYTES};
 use crate::blkif::request::IndirectHead;
+use crate::engine::RegisterBuffers;
 use crate::units::GrantRef;
 use crate::xen::{CopyDirection, GrantCopy, Grants};
 
 impl Queue {
     /// Reads and checks the segments of the indirect requests just taken. The good ones become
     /// fresh requests; the others are answered.
-    pub(super) fn read_indirect<G: Grants, E>(&mut self, io: &mut Resources<G, E>, now_ns: u64) {
+    pub(super) fn read_indirect<G: Grants, E: RegisterBuffers>(
+        &mut self,
+        io: &mut Resources<G, E>,
+        now_ns: u64,
+    ) {
         self.map_segment_pages(io);
         self.copy_segments(io);
         let heads = std::mem::take(&mut io.scratch.heads);
@@ -38,7 +43,7 @@ impl Queue {
         io.scratch.owners.clear();
     }
 
-    fn map_segment_pages<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
+    fn map_segment_pages<G: Grants, E: RegisterBuffers>(&mut self, io: &mut Resources<G, E>) {
         if let Mapped::Kept(_) = self.mapped {
             let Scratch { heads, wanted, .. } = &mut io.scratch;
             let pages = heads.iter().flat_map(IndirectHead::pages);

@@ -1,11 +1,11 @@
 //! Where the data of each segment is: the guest's page where that is mapped, else bounce memory.
 
-use super::grants::PersistentGrants;
+use super::grants::{Mapper, PersistentGrants};
 use super::slots::Slot;
 use super::{Mapped, Queue, Resources, Scratch};
 use crate::blkif::Status;
 use crate::blkif::request::{Kind, Segment};
-use crate::engine::Engine;
+use crate::engine::{Engine, RegisterBuffers};
 use crate::limits::SEGMENTS_PER_COPY_BATCH;
 use crate::units::DomId;
 use crate::xen::abi::GNTST_GENERAL_ERROR;
@@ -40,7 +40,7 @@ impl Queue {
     }
 
     /// Maps pages that are to stay mapped.
-    fn map_missing<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
+    fn map_missing<G: Grants, E: RegisterBuffers>(&mut self, io: &mut Resources<G, E>) {
         let Scratch { unmapped, wanted, .. } = &mut io.scratch;
         wanted.extend(
             unmapped
@@ -52,12 +52,13 @@ impl Queue {
 
     /// Maps the wanted pages that are not mapped yet, to stay; for a queue that keeps none mapped
     /// nothing is wanted.
-    pub(super) fn map_wanted<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
+    pub(super) fn map_wanted<G: Grants, E: RegisterBuffers>(&mut self, io: &mut Resources<G, E>) {
         let Mapped::Kept(persistent) = &mut self.mapped else { return };
         let wanted = &mut io.scratch.wanted;
         wanted.retain(|gref| persistent.page(gref.0).is_none());
         if !wanted.is_empty() {
-            persistent.map(&mut io.grants, self.frontend, wanted, self.slots.refs());
+            let mut mapper = Mapper { grants: &mut io.grants, engine: &mut io.engine };
+            persistent.map(&mut mapper, self.frontend, wanted, self.slots.refs());
             wanted.clear();
             self.counters.grants_mapped.set(persistent.count() as u64);
         }
@@ -109,7 +110,14 @@ impl Queue {
     /// Brings all data of a slot to bounce memory: so it is one vector for storage.
     fn bounce<G, E: Engine>(&mut self, io: &mut Resources<G, E>, index: u32) {
         if let Some(memory) = io.bounce.allocate() {
-            io.engine.register(memory);
+            match io.engine.register(memory) {
+                Ok(registration) => io.bounce.set_registration(registration),
+                Err(error) => tracing::info!(
+                    %error,
+                    "bounce memory is not registered with io_uring, which costs some CPU where \
+                     data is copied; a higher memlock limit (ulimit -l) may mend it"
+                ),
+            }
         }
         let slot = self.slots.get_mut(index);
         if !slot.bounce(&mut io.bounce) {

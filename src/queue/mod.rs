@@ -29,7 +29,7 @@ use crate::blkif::op;
 use crate::blkif::request::{DiskRules, IndirectHead, Kind, Request, RequestFault};
 use crate::blkif::ring::{BackRing, RingFault};
 use crate::budget::Share;
-use crate::engine::{Completion, Engine, IoOp, Submitted, Ticket};
+use crate::engine::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
 use crate::limits::{REQUESTS_PER_PASS, RESPONSES_HELD_BACK};
 use crate::metrics::{LatencyLog, QueueCounters};
 use crate::msg::{Connect, Mapping, QueueKey};
@@ -38,7 +38,7 @@ use crate::xen::shm::SharedPage;
 use crate::xen::{Events, GrantCopy, Grants, PageAccess};
 
 pub use bounce::BouncePool;
-use grants::PersistentGrants;
+use grants::{Mapper, PersistentGrants};
 use locate::locate_mapped;
 pub use slots::LargeTables;
 use slots::{Advance, Slots, Step};
@@ -57,6 +57,12 @@ pub struct Resources<G, E> {
     pub tables: LargeTables,
     /// Reused lists, so that a pass allocates nothing.
     pub scratch: Scratch,
+}
+
+impl<G, E> Resources<G, E> {
+    fn mapper(&mut self) -> Mapper<'_, G, E> {
+        Mapper { grants: &mut self.grants, engine: &mut self.engine }
+    }
 }
 
 /// What a pass fills and empties.
@@ -187,16 +193,20 @@ impl Queue {
     }
 
     /// Unmaps and unbinds everything. Call only once [`Queue::is_drained`].
-    pub fn disconnect<G: Grants, V: Events>(mut self, grants: &mut G, events: &mut V) {
+    pub fn disconnect<G: Grants, E: RegisterBuffers, V: Events>(
+        mut self,
+        io: &mut Resources<G, E>,
+        events: &mut V,
+    ) {
         assert!(self.is_drained());
         if let Err(error) = events.unbind(self.port) {
             tracing::warn!(domid = %self.frontend, port = %self.port, %error, "unbinding failed");
         }
         if let Mapped::Kept(persistent) = &mut self.mapped {
-            persistent.unmap_all(grants);
+            persistent.unmap_all(&mut io.mapper());
         }
         self.counters.grants_mapped.set(0);
-        unmap_ring(grants, self.ring.into_page());
+        unmap_ring(&mut io.grants, self.ring.into_page());
     }
 
     /// Its name.
@@ -251,9 +261,9 @@ impl Queue {
     }
 
     /// Unmaps granted pages that have long been idle; `true`: others are still mapped.
-    pub fn sweep<G: Grants>(&mut self, grants: &mut G) -> bool {
+    pub fn sweep<G: Grants, E: RegisterBuffers>(&mut self, io: &mut Resources<G, E>) -> bool {
         let Mapped::Kept(persistent) = &mut self.mapped else { return false };
-        persistent.sweep(grants, self.slots.refs());
+        persistent.sweep(&mut io.mapper(), self.slots.refs());
         self.counters.grants_mapped.set(persistent.count() as u64);
         persistent.count() > 0
     }

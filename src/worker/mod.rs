@@ -192,7 +192,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     fn sweep(&mut self, now_ns: u64) {
         let mut some_left = !self.polled.is_empty();
         for (_, served) in &mut self.queues {
-            some_left |= served.queue.sweep(&mut self.resources.grants);
+            some_left |= served.queue.sweep(&mut self.resources);
         }
         self.next_sweep_ns = if some_left { now_ns + SWEEP_NS } else { u64::MAX };
     }
@@ -306,7 +306,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             self.by_key.remove(&queue.key());
             self.by_port.remove(&queue.port());
             let key = queue.key();
-            queue.disconnect(&mut self.resources.grants, &mut self.events);
+            queue.disconnect(&mut self.resources, &mut self.events);
             self.reports.send(Event::Disconnected(key));
         }
     }

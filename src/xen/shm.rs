@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 use std::alloc::Layout;
+use std::num::NonZeroU16;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -25,7 +26,12 @@ pub struct GuestPages {
     base: NonNull<u8>,
     count: usize,
     cookie: u64,
+    registration: Option<Registration>,
 }
+
+/// The name by which an engine knows memory that it prepared for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Registration(pub NonZeroU16);
 
 impl GuestPages {
     /// Takes charge of `count` pages at `base`. `cookie` is the platform's own name for the
@@ -36,7 +42,7 @@ impl GuestPages {
     /// the value is given to [`super::Grants::unmap`].
     pub unsafe fn from_raw(base: NonNull<u8>, count: usize, cookie: u64) -> Self {
         assert!(base.as_ptr().addr().is_multiple_of(PAGE_BYTES) && count > 0);
-        GuestPages { base, count, cookie }
+        GuestPages { base, count, cookie, registration: None }
     }
 
     /// First byte of the range.
@@ -54,6 +60,23 @@ impl GuestPages {
         self.cookie
     }
 
+    /// As which an engine knows the range.
+    pub fn registration(&self) -> Option<Registration> {
+        self.registration
+    }
+
+    /// From now on pages of the range say that an engine knows them so.
+    pub fn set_registration(&mut self, registration: Option<Registration>) {
+        self.registration = registration;
+    }
+
+    /// The whole range.
+    pub fn whole(&self) -> GuestBuf {
+        let bytes = self.count * PAGE_BYTES;
+        let len = u32::try_from(bytes).expect("a batch of pages is far below 4 GiB");
+        GuestBuf { address: self.base, len, registration: self.registration }
+    }
+
     /// One whole page of the range.
     ///
     /// # Panics
@@ -62,7 +85,7 @@ impl GuestPages {
         assert!(index < self.count);
         // SAFETY: index is inside the range, which is mapped contiguously (from_raw).
         let address = unsafe { self.base.add(index * PAGE_BYTES) };
-        GuestBuf { address, len: PAGE_LEN }
+        GuestBuf { address, len: PAGE_LEN, registration: self.registration }
     }
 }
 
@@ -75,18 +98,30 @@ impl GuestPages {
 pub struct GuestBuf {
     address: NonNull<u8>,
     len: u32,
+    registration: Option<Registration>,
 }
 
 impl GuestBuf {
     /// No memory at all.
-    pub const EMPTY: GuestBuf = GuestBuf { address: NonNull::dangling(), len: 0 };
+    pub const EMPTY: GuestBuf =
+        GuestBuf { address: NonNull::dangling(), len: 0, registration: None };
 
     /// Names `len` bytes at `address`.
     ///
     /// # Safety
     /// They must stay mapped and writable for as long as the value or a copy of it is used.
     pub unsafe fn from_raw(address: NonNull<u8>, len: u32) -> Self {
-        GuestBuf { address, len }
+        GuestBuf { address, len, registration: None }
+    }
+
+    /// The same bytes, in memory that an engine knows so.
+    pub fn registered(self, registration: Option<Registration>) -> GuestBuf {
+        GuestBuf { registration, ..self }
+    }
+
+    /// As which an engine knows the memory that it lies in.
+    pub fn registration(self) -> Option<Registration> {
+        self.registration
     }
 
     /// Where it starts. Only the kernel dereferences it.
@@ -111,7 +146,7 @@ impl GuestBuf {
         }
         // SAFETY: offset + len <= self.len, checked above.
         let address = unsafe { self.address.add(offset as usize) };
-        Some(GuestBuf { address, len })
+        Some(GuestBuf { address, len, ..self })
     }
 
     /// Copies `from` into the guest's memory, as much as both hold.
@@ -191,7 +226,7 @@ impl LocalPages {
         let len = u32::try_from(count * PAGE_BYTES).expect("less than 4 GiB");
         // SAFETY: first is inside the allocation.
         let address = unsafe { self.base.add(first * PAGE_BYTES) };
-        GuestBuf { address, len }
+        GuestBuf { address, len, registration: None }
     }
 
     /// The same memory, seen as words: a ring without a hypervisor, for tests and benches.

@@ -10,7 +10,7 @@ use polldisk::blkif::op;
 use polldisk::blkif::request::DiskRules;
 use polldisk::budget::GrantBudget;
 use polldisk::engine::host::HostEngine;
-use polldisk::engine::{Completion, Engine, IoOp, Submitted, Ticket};
+use polldisk::engine::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
 use polldisk::metrics::QueueCounters;
 use polldisk::msg::{
     Command, Connect, LinkId, Mapping, QueueKey, WorkerId, command_channel, event_channel,
@@ -19,7 +19,7 @@ use polldisk::sim::blkfront::device::{Device, Options};
 use polldisk::sim::{SimXen, StandIn};
 use polldisk::units::{Bytes, DomId, QueueId};
 use polldisk::worker::{Setup, Worker};
-use polldisk::xen::shm::GuestBuf;
+use polldisk::xen::shm::{GuestBuf, Registration};
 
 use crate::draw::{Combination, Request, SECTORS};
 use crate::guest::{Disk, Guest, HANG};
@@ -79,6 +79,16 @@ struct Failing {
     fails: bool,
 }
 
+impl RegisterBuffers for Failing {
+    fn register(&mut self, memory: GuestBuf) -> io::Result<Registration> {
+        self.engine.register(memory)
+    }
+
+    fn unregister(&mut self, registration: Registration) {
+        self.engine.unregister(registration);
+    }
+}
+
 impl Engine for Failing {
     type Target = Image;
 
@@ -90,10 +100,6 @@ impl Engine for Failing {
     ) -> Result<Submitted, Ticket> {
         self.fails = matches!(op, IoOp::Flush);
         self.engine.submit(target, op, ticket)
-    }
-
-    fn register(&mut self, memory: GuestBuf) {
-        self.engine.register(memory);
     }
 
     fn kick(&mut self) -> io::Result<()> {

@@ -107,29 +107,46 @@ fn storage_without_work_gets_it_at_once_and_with_work_at_the_kick() {
     }
 }
 
+/// Registers memory of our own; its buffers say so.
+fn register<'a>(
+    uring: &mut Uring,
+    memory: &'a LocalPages,
+) -> impl Fn(usize, usize) -> GuestBuf + use<'a> {
+    let registration = uring.register(memory.run(0, memory.count())).unwrap();
+    move |first, count| memory.run(first, count).registered(Some(registration))
+}
+
 #[test]
 fn registered_memory_and_other_memory_hold_the_same_data() {
     let (_folder, file) = direct_file(1 << 20);
     let mut uring = Uring::new().unwrap();
-    let (ours, others) = (LocalPages::new(8), LocalPages::new(3));
-    uring.register(ours.run(0, 8));
-    assert!(!uring.registered.is_empty());
+    let (one, two, others) = (LocalPages::new(8), LocalPages::new(2), LocalPages::new(3));
+    let registered = register(&mut uring, &one);
+    let also_registered = register(&mut uring, &two);
     for index in 0..3u8 {
-        ours.page(index.into()).copy_from(&[index + 1; 4096]);
+        one.page(index.into()).copy_from(&[index + 1; 4096]);
     }
-    let write = IoOp::Write { offset: 4096, buffers: &[ours.run(0, 3)] };
+    let write = IoOp::Write { offset: 4096, buffers: &[registered(0, 3)] };
     uring.submit(file.as_raw_fd(), &write, Ticket::new(0, 0)).unwrap();
     assert_eq!(finish(&mut uring), [(0, 3 * 4096)]);
 
     let together = [others.run(0, 3)];
-    let apart = [ours.page(7), ours.page(5), ours.page(3)];
-    for (slot, buffers) in [(1, &together[..]), (2, &apart), (3, &[ours.page(4)])] {
+    let apart = [registered(7, 1), registered(5, 1), also_registered(1, 1)];
+    let neighbours = [registered(3, 1), registered(4, 1)];
+    for (slot, buffers) in [(1, &together[..]), (2, &apart), (3, &neighbours)] {
         let read = IoOp::Read { offset: 4096, buffers };
         uring.submit(file.as_raw_fd(), &read, Ticket::new(0, slot)).unwrap();
     }
-    assert_eq!(finish(&mut uring), [(1, 3 * 4096), (2, 3 * 4096), (3, 4096)]);
-    let expected = [(others.page(0), 1), (others.page(2), 3), (ours.page(7), 1), (ours.page(3), 3)];
-    for (page, byte) in expected.into_iter().chain([(ours.page(4), 1)]) {
+    assert_eq!(finish(&mut uring), [(1, 3 * 4096), (2, 3 * 4096), (3, 2 * 4096)]);
+    let expected = [
+        (others.page(0), 1),
+        (others.page(2), 3),
+        (one.page(7), 1),
+        (two.page(1), 3),
+        (one.page(3), 1),
+        (one.page(4), 2),
+    ];
+    for (page, byte) in expected {
         let mut copy = [0; 4096];
         page.copy_to(&mut copy);
         assert_eq!(copy, [byte; 4096]);
@@ -137,12 +154,39 @@ fn registered_memory_and_other_memory_hold_the_same_data() {
 }
 
 #[test]
+fn a_place_in_the_table_that_was_given_back_is_the_next_memorys() {
+    let (_folder, file) = direct_file(4096);
+    let mut uring = Uring::new().unwrap();
+    let places = uring.free.len();
+    assert_eq!(places, usize::from(limits::REGISTERED_BUFFERS));
+    let first = LocalPages::new(1);
+    let registration = uring.register(first.page(0)).unwrap();
+    assert_eq!(uring.free.len(), places - 1);
+    uring.unregister(registration);
+    assert_eq!(uring.free.len(), places);
+    let second = LocalPages::new(1);
+    second.page(0).copy_from(&[7; 4096]);
+    let registered = register(&mut uring, &second);
+    let read = IoOp::Read { offset: 0, buffers: &[registered(0, 1)] };
+    uring.submit(file.as_raw_fd(), &read, Ticket::new(0, 0)).unwrap();
+    assert_eq!(finish(&mut uring), [(0, 4096)]);
+    let mut copy = [7; 4096];
+    second.page(0).copy_to(&mut copy);
+    assert_eq!(copy, [0; 4096]);
+}
+
+#[test]
 fn where_registering_is_refused_io_goes_on_without() {
     let (_folder, file) = direct_file(4096);
     let mut uring = Uring::new().unwrap();
     let pages = LocalPages::new(1);
-    uring.register(GuestBuf::EMPTY);
-    assert!(uring.registered.is_empty());
+    let places = uring.free.len();
+    // SAFETY: never accessed, which is why the kernel refuses it.
+    let nowhere = unsafe { GuestBuf::from_raw(std::ptr::NonNull::dangling(), 4096) };
+    assert!(uring.register(nowhere).is_err());
+    assert_eq!(uring.free.len(), places);
+    uring.free.clear();
+    assert!(uring.register(pages.page(0)).is_err(), "the table is full");
     let read = IoOp::Read { offset: 0, buffers: &[pages.page(0)] };
     uring.submit(file.as_raw_fd(), &read, Ticket::new(0, 0)).unwrap();
     assert_eq!(finish(&mut uring), [(0, 4096)]);

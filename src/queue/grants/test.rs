@@ -1,11 +1,12 @@
 use std::collections::HashSet;
+use std::num::NonZeroU16;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::*;
 use crate::budget::GrantBudget;
 use crate::xen::GrantCopy;
-use crate::xen::shm::LocalPages;
+use crate::xen::shm::{LocalPages, Registration};
 
 /// Grants without a hypervisor: every mapping is memory of our own.
 #[derive(Debug, Default)]
@@ -39,6 +40,44 @@ impl Grants for FakeGrants {
     }
 }
 
+/// An engine that knows ranges of memory and does nothing else.
+#[derive(Debug, Default)]
+struct FakeEngine {
+    /// By their first byte's address.
+    registered: HashMap<NonZeroU16, NonNull<u8>>,
+    full: bool,
+}
+
+impl RegisterBuffers for FakeEngine {
+    fn register(&mut self, memory: GuestBuf) -> io::Result<Registration> {
+        if self.full {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
+        let number = (1..=u16::MAX).filter_map(NonZeroU16::new);
+        let free = number.into_iter().find(|number| !self.registered.contains_key(number));
+        let number = free.unwrap();
+        self.registered.insert(number, memory.address());
+        Ok(Registration(number))
+    }
+
+    fn unregister(&mut self, registration: Registration) {
+        assert!(self.registered.remove(&registration.0).is_some());
+    }
+}
+
+/// What a worker has.
+#[derive(Debug, Default)]
+struct Host {
+    grants: FakeGrants,
+    engine: FakeEngine,
+}
+
+impl Host {
+    fn mapper(&mut self) -> Mapper<'_, FakeGrants, FakeEngine> {
+        Mapper { grants: &mut self.grants, engine: &mut self.engine }
+    }
+}
+
 const GUEST: DomId = DomId::DOM0;
 
 /// A queue's pages, where no other queue is in its way.
@@ -46,45 +85,45 @@ fn alone() -> PersistentGrants {
     PersistentGrants::new(Share::of(Arc::new(GrantBudget::new(usize::MAX))))
 }
 
-fn map(persistent: &mut PersistentGrants, grants: &mut FakeGrants, refs: std::ops::Range<u32>) {
+fn map(persistent: &mut PersistentGrants, host: &mut Host, refs: std::ops::Range<u32>) {
     let mut wanted = refs.map(GrantRef).collect();
-    persistent.map(grants, GUEST, &mut wanted, std::iter::empty());
+    persistent.map(&mut host.mapper(), GUEST, &mut wanted, std::iter::empty());
 }
 
 #[test]
 fn what_was_idle_for_long_is_unmapped_and_what_is_used_stays() {
-    let (mut persistent, mut grants) = (alone(), FakeGrants::default());
-    map(&mut persistent, &mut grants, 0..10);
-    map(&mut persistent, &mut grants, 10..20);
-    map(&mut persistent, &mut grants, 20..30);
+    let (mut persistent, mut host) = (alone(), Host::default());
+    map(&mut persistent, &mut host, 0..10);
+    map(&mut persistent, &mut host, 10..20);
+    map(&mut persistent, &mut host, 20..30);
     for _ in 0..=PERSISTENT_IDLE_SWEEPS {
         // 5 is used again and again; 25 belongs to a request that storage takes long for.
         persistent.page(5).unwrap();
-        persistent.sweep(&mut grants, [25].into_iter());
+        persistent.sweep(&mut host.mapper(), [25].into_iter());
     }
     assert!(persistent.page(5).is_some() && persistent.page(25).is_some());
     assert!(persistent.page(15).is_none());
-    assert_eq!((persistent.count(), grants.memory.len()), (20, 2));
-    persistent.unmap_all(&mut grants);
-    assert_eq!((persistent.count(), grants.memory.len()), (0, 0));
+    assert_eq!((persistent.count(), host.grants.memory.len()), (20, 2));
+    persistent.unmap_all(&mut host.mapper());
+    assert_eq!((persistent.count(), host.grants.memory.len()), (0, 0));
 }
 
 #[test]
 fn a_full_cache_makes_room_by_what_is_idle_and_never_by_what_is_in_flight() {
-    let (mut persistent, mut grants) = (alone(), FakeGrants::default());
+    let (mut persistent, mut host) = (alone(), Host::default());
     let full = u32::try_from(PERSISTENT_GRANTS_PER_QUEUE).unwrap();
     let third = full / 3;
     for start in 0..3 {
-        map(&mut persistent, &mut grants, start * third..(start + 1) * third);
+        map(&mut persistent, &mut host, start * third..(start + 1) * third);
     }
-    map(&mut persistent, &mut grants, full..full + 10);
+    map(&mut persistent, &mut host, full..full + 10);
     assert!(persistent.page(full).is_none(), "all the others were used just now");
     assert_eq!(persistent.count(), PERSISTENT_GRANTS_PER_QUEUE);
 
-    persistent.sweep(&mut grants, std::iter::empty());
+    persistent.sweep(&mut host.mapper(), std::iter::empty());
     persistent.page(0).unwrap();
     let mut wanted: Vec<GrantRef> = (2000..2010).map(GrantRef).collect();
-    persistent.map(&mut grants, GUEST, &mut wanted, [third].into_iter());
+    persistent.map(&mut host.mapper(), GUEST, &mut wanted, [third].into_iter());
     assert!(persistent.page(2000).is_some(), "the idle third made room");
     assert!(persistent.page(0).is_some(), "used since the sweep");
     assert!(persistent.page(third).is_some(), "in flight");
@@ -94,40 +133,57 @@ fn a_full_cache_makes_room_by_what_is_idle_and_never_by_what_is_in_flight() {
 
 #[test]
 fn one_bad_reference_keeps_no_good_one_unmapped() {
-    let (mut persistent, mut grants) = (alone(), FakeGrants::default());
-    grants.refused.insert(7);
-    map(&mut persistent, &mut grants, 0..10);
+    let (mut persistent, mut host) = (alone(), Host::default());
+    host.grants.refused.insert(7);
+    map(&mut persistent, &mut host, 0..10);
     assert_eq!(persistent.count(), 9);
     assert!(persistent.page(7).is_none());
 }
 
 #[test]
 fn a_frontend_that_keeps_sending_bad_references_is_only_copied_for() {
-    let (mut persistent, mut grants) = (alone(), FakeGrants::default());
-    grants.refused.extend(0..1000);
-    map(&mut persistent, &mut grants, 0..1000);
-    map(&mut persistent, &mut grants, 2000..2010);
+    let (mut persistent, mut host) = (alone(), Host::default());
+    host.grants.refused.extend(0..1000);
+    map(&mut persistent, &mut host, 0..1000);
+    map(&mut persistent, &mut host, 2000..2010);
     assert_eq!(persistent.count(), 0, "a good one is not mapped any more either");
 }
 
 #[test]
 fn queues_of_one_domain_share_its_budget_and_give_back_what_they_unmap() {
-    let (budget, mut grants) = (Arc::new(GrantBudget::new(30)), FakeGrants::default());
+    let (budget, mut host) = (Arc::new(GrantBudget::new(30)), Host::default());
     let queue = || PersistentGrants::new(Share::of(Arc::clone(&budget)));
     let (mut one, mut other) = (queue(), queue());
-    grants.refused.insert(7);
-    map(&mut one, &mut grants, 0..20);
-    map(&mut other, &mut grants, 0..20);
+    host.grants.refused.insert(7);
+    map(&mut one, &mut host, 0..20);
+    map(&mut other, &mut host, 0..20);
     assert_eq!((one.count(), other.count(), budget.left()), (19, 10, 1), "7 is refused");
-    map(&mut other, &mut grants, 20..25);
+    map(&mut other, &mut host, 20..25);
     assert_eq!((other.count(), budget.left()), (11, 0));
 
-    one.sweep(&mut grants, std::iter::empty());
-    map(&mut one, &mut grants, 30..40);
+    one.sweep(&mut host.mapper(), std::iter::empty());
+    map(&mut one, &mut host, 30..40);
     assert_eq!((one.count(), budget.left()), (19, 0));
     assert!(one.page(39).is_some(), "what it had idle made room");
-    one.unmap_all(&mut grants);
+    one.unmap_all(&mut host.mapper());
     assert_eq!(budget.left(), 19);
     drop(other);
     assert_eq!(budget.left(), 30);
+}
+
+#[test]
+fn the_engine_knows_each_batch_for_as_long_as_it_is_mapped() {
+    let (mut persistent, mut host) = (alone(), Host::default());
+    map(&mut persistent, &mut host, 0..10);
+    map(&mut persistent, &mut host, 10..12);
+    host.engine.full = true;
+    map(&mut persistent, &mut host, 12..14);
+    let of = |gref| persistent.page(gref).unwrap().registration();
+    assert!(of(0).is_some() && of(0) == of(9));
+    assert!(of(10).is_some() && of(10) != of(0));
+    assert_eq!(of(12), None, "mapped without");
+    let start = host.engine.registered[&of(10).unwrap().0];
+    assert_eq!(start, persistent.page(10).unwrap().address());
+    persistent.unmap_all(&mut host.mapper());
+    assert!(host.engine.registered.is_empty() && host.grants.memory.is_empty());
 }
