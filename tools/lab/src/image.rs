@@ -21,6 +21,39 @@ const RELEASE: &str = "bookworm";
 /// Changes when this file builds something else from the same inputs.
 const BUILDER_VERSION: u32 = 1;
 
+/// The Linux of dom0 and the guests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Kernel {
+    /// That of [`RELEASE`].
+    #[default]
+    Bookworm,
+    /// That of the release after it. Everything else stays.
+    Trixie,
+}
+
+impl Kernel {
+    /// All there are.
+    pub const ALL: [Kernel; 2] = [Kernel::Bookworm, Kernel::Trixie];
+
+    /// The release that has it.
+    pub fn release(self) -> &'static str {
+        match self {
+            Kernel::Bookworm => RELEASE,
+            Kernel::Trixie => "trixie",
+        }
+    }
+
+    fn package(self) -> String {
+        match self {
+            Kernel::Bookworm => KERNEL_PACKAGE.into(),
+            Kernel::Trixie => format!("{KERNEL_PACKAGE}/{}", self.release()),
+        }
+    }
+}
+
+/// Debian's name of whatever kernel a release has.
+const KERNEL_PACKAGE: &str = "linux-image-amd64";
+
 /// What a folder of the cache is made from: a Debian root with these packages, and what a script
 /// makes of it.
 #[derive(Debug, Hash)]
@@ -62,28 +95,34 @@ const HOST_PROGRAMS: [(&str, &str); 4] = [
 ];
 
 /// Builds the machine's images unless the cache holds them; returns their folder.
-pub fn ensure_built() -> Result<PathBuf> {
-    ensure_cached(&MACHINE, cache_folder()?.join(key(&MACHINE)), None)
+pub fn ensure_built(kernel: Kernel) -> Result<PathBuf> {
+    ensure_cached(&MACHINE, kernel, cache_folder()?.join(key(&MACHINE, kernel)), None)
 }
 
 /// Builds the root with programs for guests unless the cache holds it; returns its file.
 ///
 /// It stays with the machine's images, because its modules fit their kernel only.
 pub fn ensure_programs_built(machine: &Path) -> Result<PathBuf> {
-    let folder = machine.join(format!("programs-{}", key(&PROGRAMS)));
-    Ok(ensure_cached(&PROGRAMS, folder, Some(machine))?.join("programs.img"))
+    let kernel = Kernel::default();
+    let folder = machine.join(format!("programs-{}", key(&PROGRAMS, kernel)));
+    Ok(ensure_cached(&PROGRAMS, kernel, folder, Some(machine))?.join("programs.img"))
 }
 
-fn ensure_cached(recipe: &Recipe, folder: PathBuf, base: Option<&Path>) -> Result<PathBuf> {
+fn ensure_cached(
+    recipe: &Recipe,
+    kernel: Kernel,
+    folder: PathBuf,
+    base: Option<&Path>,
+) -> Result<PathBuf> {
     check_host_programs()?;
     if !folder.exists() {
         eprintln!("lab: building images, some minutes, once for {}", folder.display());
-        build(recipe, &folder, base).context("cannot build the lab's images")?;
+        build(recipe, kernel, &folder, base).context("cannot build the lab's images")?;
     }
     Ok(folder)
 }
 
-fn build(recipe: &Recipe, folder: &Path, base: Option<&Path>) -> Result<()> {
+fn build(recipe: &Recipe, kernel: Kernel, folder: &Path, base: Option<&Path>) -> Result<()> {
     let cache = folder.parent().context("the cache has no root")?;
     fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
     let aside = tempfile::Builder::new().prefix("building-").tempdir_in(cache)?;
@@ -95,11 +134,13 @@ fn build(recipe: &Recipe, folder: &Path, base: Option<&Path>) -> Result<()> {
         fs::write(scripts.join(name), text)?;
     }
     let sources = aside.path().join("sources.list");
-    fs::write(&sources, apt_sources()?)?;
+    fs::write(&sources, apt_sources(kernel)?)?;
 
     let log = aside.path().join("log");
     let log_file = File::create(&log)?;
-    for mut command in [bootstrap(recipe, &root, &sources), pack(&root, &scripts, &out, base)] {
+    for mut command in
+        [bootstrap(recipe, kernel, &root, &sources), pack(&root, &scripts, &out, base)]
+    {
         let status = command
             .env("PATH", search_path())
             .stdin(Stdio::null())
@@ -117,17 +158,18 @@ fn build(recipe: &Recipe, folder: &Path, base: Option<&Path>) -> Result<()> {
 }
 
 /// A root as a folder, from the host's own package sources.
-fn bootstrap(recipe: &Recipe, root: &Path, sources: &Path) -> Command {
+fn bootstrap(recipe: &Recipe, kernel: Kernel, root: &Path, sources: &Path) -> Command {
     let mut command = Command::new("mmdebstrap");
     // The lab boots from initramfs of its own: the kernel package need not make one.
     command.env("INITRD", "No");
     command.args(["--mode=root", "--variant=essential", "--architectures=amd64"]);
     command.arg("--aptopt=APT::Install-Recommends \"false\"");
+    command.arg(format!("--aptopt=APT::Default-Release \"{RELEASE}\""));
     for excluded in ["doc", "man", "locale"] {
         command.arg(format!("--dpkgopt=path-exclude=/usr/share/{excluded}/*"));
     }
     command.args(recipe.options);
-    command.arg(format!("--include={}", packages(recipe).collect::<Vec<_>>().join(",")));
+    command.arg(format!("--include={}", packages(recipe, kernel).join(",")));
     command.args([OsStr::new(RELEASE), root.as_os_str(), sources.as_os_str()]);
     command
 }
@@ -138,8 +180,9 @@ fn pack(root: &Path, scripts: &Path, out: &Path, base: Option<&Path>) -> Command
     command
 }
 
-/// The machine's own sources for the release, in apt's one-line form.
-fn apt_sources() -> Result<String> {
+/// The machine's own sources for the release, in apt's one-line form, and where the kernel is another
+/// release's, that release from the same place.
+fn apt_sources(kernel: Kernel) -> Result<String> {
     let output = Command::new("apt-get")
         .args([
             "indextargets",
@@ -154,7 +197,17 @@ fn apt_sources() -> Result<String> {
         !sources.is_empty(),
         "apt has no package lists of Debian {RELEASE}: add its sources and run apt-get update"
     );
-    Ok(sources)
+    Ok(with_kernels_release(sources, kernel))
+}
+
+fn with_kernels_release(sources: String, kernel: Kernel) -> String {
+    let suite = format!(" {RELEASE} ");
+    let kernels = |line: &str| line.replace(&suite, &format!(" {} ", kernel.release())) + "\n";
+    let more: String = match kernel.release() {
+        RELEASE => String::new(),
+        _ => sources.lines().filter(|line| line.contains(&suite)).map(kernels).collect(),
+    };
+    sources + &more
 }
 
 /// Picks the release, its updates and its security updates out of apt's list of index files.
@@ -173,13 +226,17 @@ fn release_sources(targets: &str) -> String {
     lines.concat()
 }
 
-fn packages(recipe: &Recipe) -> impl Iterator<Item = &'static str> {
-    recipe.packages.lines().filter(|line| !line.starts_with('#') && !line.is_empty())
+fn packages(recipe: &Recipe, kernel: Kernel) -> Vec<String> {
+    let lines = recipe.packages.lines();
+    let names = lines.filter(|line| !line.starts_with('#') && !line.is_empty());
+    let chosen =
+        |name: &str| if name == KERNEL_PACKAGE { kernel.package() } else { name.to_owned() };
+    names.map(chosen).collect()
 }
 
 /// The hash of all that the images are made from; the packages' versions are those of the day.
-fn key(recipe: &Recipe) -> String {
-    key_of(&(BUILDER_VERSION, RELEASE, recipe))
+fn key(recipe: &Recipe, kernel: Kernel) -> String {
+    key_of(&(BUILDER_VERSION, RELEASE, recipe, kernel))
 }
 
 fn key_of(inputs: &impl Hash) -> String {
@@ -254,11 +311,26 @@ mod tests {
 
     #[test]
     fn comments_are_no_packages() {
-        assert!(packages(&MACHINE).any(|package| package == "xen-utils-4.17"));
-        assert!(packages(&PROGRAMS).any(|package| package == "stress-ng"));
+        let of = |recipe: &Recipe| packages(recipe, Kernel::default());
+        assert!(of(&MACHINE).iter().any(|package| package == "xen-utils-4.17"));
+        assert!(of(&PROGRAMS).iter().any(|package| package == "stress-ng"));
         for recipe in [MACHINE, PROGRAMS] {
-            assert!(packages(&recipe).all(|package| !package.contains(' ')));
+            assert!(of(&recipe).iter().all(|package| !package.contains(' ')));
         }
+    }
+
+    #[test]
+    fn another_releases_kernel_is_all_that_is_taken_of_it() {
+        let of = |kernel| packages(&MACHINE, kernel);
+        let both = of(Kernel::Bookworm).into_iter().zip(of(Kernel::Trixie));
+        let differing: Vec<_> = both.filter(|(old, new)| old != new).collect();
+        let names = ("linux-image-amd64".to_owned(), "linux-image-amd64/trixie".to_owned());
+        assert_eq!(differing, [names]);
+        let sources = "deb uri-a bookworm main\ndeb uri-b bookworm-security main\n".to_owned();
+        assert_eq!(with_kernels_release(sources.clone(), Kernel::Bookworm), sources);
+        let more = with_kernels_release(sources.clone(), Kernel::Trixie);
+        assert_eq!(more, sources + "deb uri-a trixie main\n");
+        assert_ne!(key(&MACHINE, Kernel::Bookworm), key(&MACHINE, Kernel::Trixie));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 
 use crate::agent::Agent;
 use crate::backend::{Backend, Daemon, Storage};
+use crate::image::Kernel;
 use crate::machine::{Binary, Equipment, Machine};
 use crate::qemu::Idle;
 use crate::report::{Report, Step};
@@ -28,6 +29,8 @@ const EVIDENCE: [(&str, &str); 6] = [
 /// How a scenario is run.
 #[derive(Clone, Debug)]
 pub struct Options {
+    /// Dom0's and the guests' Linux.
+    pub kernel: Kernel,
     /// Who serves the disks.
     pub backend: Backend,
     /// What the scenarios need in dom0: on the other backends that is no polldisk.
@@ -63,6 +66,7 @@ impl Lab {
         let logs = fs::canonicalize(&logs)?;
 
         let equipment = Equipment {
+            kernel: options.kernel,
             binaries: &options.binaries,
             programs: scenario.programs,
             idle: Idle::Passes,

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
 
 use crate::agent::Agent;
-use crate::image;
+use crate::image::{self, Kernel};
 use crate::qemu::{self, Console, GUEST_PORTS, Idle};
 
 /// What dom0 finds in `/lab`, besides the programs under test.
@@ -29,6 +29,8 @@ pub type Binary = (&'static str, PathBuf);
 /// What a machine has that not every one has.
 #[derive(Clone, Copy, Debug)]
 pub struct Equipment<'a> {
+    /// Dom0's and the guests' Linux.
+    pub kernel: Kernel,
     /// Programs for dom0: the names by which it finds them, and where they are now.
     pub binaries: &'a [Binary],
     /// Whether it has [`PROGRAMS_DEVICE`], which may have to be built first.
@@ -49,8 +51,8 @@ pub struct Machine {
 impl Machine {
     /// Starts the machine and waits for dom0's agent. `logs` receives the consoles as they print.
     pub fn boot(equipment: Equipment, logs: &Path) -> Result<(Self, Agent)> {
-        let Equipment { binaries, programs, idle } = equipment;
-        let image = image::ensure_built()?;
+        let Equipment { kernel, binaries, programs, idle } = equipment;
+        let image = image::ensure_built(kernel)?;
         let programs = programs.then(|| image::ensure_programs_built(&image)).transpose()?;
         let run = tempfile::Builder::new().prefix("lab-").tempdir()?;
         let payload = write_payload(run.path(), binaries)?;
@@ -105,8 +107,8 @@ impl Drop for Machine {
 }
 
 /// Boots the machine with its console on the caller's terminal and returns when it is switched off.
-pub fn shell(binaries: &[Binary]) -> Result<()> {
-    let image = image::ensure_built()?;
+pub fn shell(kernel: Kernel, binaries: &[Binary]) -> Result<()> {
+    let image = image::ensure_built(kernel)?;
     let run = tempfile::Builder::new().prefix("lab-").tempdir()?;
     let payload = write_payload(run.path(), binaries)?;
     let arguments = qemu::arguments(&payload, run.path(), Console::Terminal, Idle::Passes);

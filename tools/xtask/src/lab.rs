@@ -13,7 +13,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{Args, Subcommand};
 use lab::backend::Backend;
 use lab::compare;
-use lab::image;
+use lab::image::{self, Kernel};
 use lab::lab::{Lab, Options};
 use lab::machine::Binary;
 use lab::scenario::{self, SCENARIOS, Scenario};
@@ -44,6 +44,10 @@ pub struct Arguments {
     #[arg(long, default_value = "polldisk", value_parser = backend_names())]
     backend: String,
 
+    /// The Debian release whose Linux dom0 and the guests run: 6.1 or 6.12
+    #[arg(long, value_name = "RELEASE", default_value = "bookworm", value_parser = kernel)]
+    kernel: Kernel,
+
     /// The polldisk to test, instead of one built from this checkout
     #[arg(long, value_name = "PATH")]
     binary: Option<PathBuf>,
@@ -73,6 +77,10 @@ struct CompareArguments {
     /// Turns of each backend under each job
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
+
+    /// The Debian release whose Linux dom0 and the guest run: bookworm, 6.1, or trixie, 6.12
+    #[arg(long, value_name = "RELEASE", default_value = "trixie", value_parser = kernel)]
+    kernel: Kernel,
 
     /// Where report.md and results.json go [default: target/compare/xen]
     #[arg(long, value_name = "DIR")]
@@ -115,16 +123,17 @@ pub fn run(arguments: Arguments) -> Result<()> {
         binaries.push(("blkload", build("loadgen", "blkload")?));
     }
     if arguments.shell {
-        return lab::machine::shell(&binaries);
+        return lab::machine::shell(arguments.kernel, &binaries);
     }
     let options = Options {
+        kernel: arguments.kernel,
         backend,
         binaries,
         keep_logs: arguments.keep_logs.is_some(),
         logs: arguments.keep_logs.unwrap_or_else(|| target_folder().join("lab")),
     };
     // Before the first machine, for otherwise each of the first would build them.
-    image::ensure_built()?;
+    image::ensure_built(options.kernel)?;
     run_all(&scenarios, arguments.jobs, |scenario| Lab::run(scenario, &options).map(drop))
 }
 
@@ -136,6 +145,7 @@ fn compare(arguments: CompareArguments) -> Result<()> {
     let binaries = vec![polldisk(arguments.binary)?];
     let options = compare::Options {
         lab: Options {
+            kernel: arguments.kernel,
             backend: Backend::Polldisk,
             binaries,
             keep_logs: arguments.keep_logs.is_some(),
@@ -188,6 +198,11 @@ fn run_all(
     let failures = failures.into_inner()?;
     ensure!(failures.is_empty(), "lab: failed: {}", failures.join(", "));
     Ok(())
+}
+
+fn kernel(release: &str) -> Result<Kernel> {
+    let mut kernels = Kernel::ALL.into_iter();
+    kernels.find(|kernel| kernel.release() == release).context("choose bookworm or trixie")
 }
 
 fn backend_names() -> PossibleValuesParser {

@@ -64,8 +64,12 @@ pub fn run(options: &Options) -> Result<Comparison> {
     drop(fs::remove_dir_all(&logs));
     fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
     let logs = fs::canonicalize(&logs)?;
-    let equipment =
-        Equipment { binaries: &options.lab.binaries, programs: false, idle: Idle::IsSkipped };
+    let equipment = Equipment {
+        kernel: options.lab.kernel,
+        binaries: &options.lab.binaries,
+        programs: false,
+        idle: Idle::IsSkipped,
+    };
     let work = |lab: &mut Lab| compare(lab, options);
     let (_, comparison) = lab::on_machine("compare", equipment, &options.lab, &logs, work)
         .with_context(|| format!("compare: failed, logs in {}", logs.display()))?;
