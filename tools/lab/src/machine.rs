@@ -21,7 +21,7 @@ const PAYLOAD: [(&str, &str); 4] = [
 ];
 
 /// Where dom0 finds the root with programs for guests, on a machine that has it.
-pub const PROGRAMS_DEVICE: &str = "/dev/nvme0n3";
+pub const PROGRAMS_DEVICE: &str = "/dev/lab/programs";
 
 /// A program that a run brings in.
 pub type Binary = (&'static str, PathBuf);

@@ -84,7 +84,7 @@ pub fn arguments(payload: &Path, sockets: &Path, console: Console, idle: Idle) -
     add("-append", XEN_OPTIONS.into());
     add("-initrd", format!("vmlinuz {DOM0_OPTIONS},dom0.cpio"));
 
-    // One controller, so that the namespaces' names are certain. Writes to the root go to a
+    // One controller, whose namespaces dom0 tells apart by their numbers. Writes to the root go to a
     // temporary file which the emulator has unlinked.
     add("-device", "nvme,serial=lab".into());
     add("-drive", "file=root.img,format=raw,if=none,id=root,snapshot=on".into());
