@@ -316,7 +316,7 @@ impl Axis {
         let high = places.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let (low, high) = match self.scale {
             Scale::Linear => (low.min(0.0), high.max(low + 1e-9) * 1.05),
-            Scale::Logarithmic => (low - 0.05, high + 0.05),
+            Scale::Logarithmic => between_labels(low - 0.05, high + 0.05),
         };
         let labels = match self.scale {
             _ if !self.labelled.is_empty() => {
@@ -331,6 +331,15 @@ impl Axis {
         };
         Labelled { range: low..high, labels }
     }
+}
+
+/// As it is where two labels fit in, else from the label below to the one above.
+fn between_labels(low: f64, high: f64) -> (f64, f64) {
+    if log_labels(low, high).len() >= 2 {
+        return (low, high);
+    }
+    let (below, above) = (log_labels(low - 1.0, low), log_labels(high, high + 1.0));
+    (below.last().copied().unwrap_or(low), above.first().copied().unwrap_or(high))
 }
 
 /// 1, 2 and 5 times powers of ten; only the powers where there are many.
@@ -438,6 +447,17 @@ mod test {
             places.iter().map(|place| figure_label(10_f64.powf(*place))).collect();
         assert_eq!(values, ["2", "5", "10", "20", "50"]);
         assert_eq!([1.0, 0.05, 1e6, 2.5e4].map(figure_label), ["1", "0.05", "1M", "25k"]);
+    }
+
+    #[test]
+    fn values_close_together_lie_between_two_labels() {
+        let around = |low: f64, high: f64| {
+            let (low, high) = between_labels(low.log10(), high.log10());
+            [low, high].map(|place| figure_label(10_f64.powf(place)))
+        };
+        assert_eq!(around(0.08, 0.099), ["0.05", "0.1"]);
+        assert_eq!(around(0.08, 0.11), ["0.05", "0.2"], "one label is not enough");
+        assert_eq!(around(0.15, 6.0), ["0.15", "6"]);
     }
 
     /// Of one worker with its disk, of two and of four.
