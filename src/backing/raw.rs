@@ -252,8 +252,8 @@ fn is_tmpfs(file: &File) -> bool {
     unsafe { libc::fstatfs(file.as_raw_fd(), &mut stat) == 0 && stat.f_type == libc::TMPFS_MAGIC }
 }
 
-/// Spares the kernel to see, with each read, whether the file's access time is due. It allows that to
-/// the file's owner and to root; for others all stays as it is.
+/// Spares the kernel from checking with each read whether the file's access time is due. It lets the
+/// file's owner and root ask for that; for others all stays as it is.
 fn leave_access_time(file: &File) {
     let flags = libc::O_DIRECT | libc::O_NOATIME;
     // SAFETY: no pointers. These replace the flags that can be changed at all, of which the file was
