@@ -164,7 +164,9 @@ fn bootstrap(recipe: &Recipe, kernel: Kernel, root: &Path, sources: &Path) -> Co
     command.env("INITRD", "No");
     command.args(["--mode=root", "--variant=essential", "--architectures=amd64"]);
     command.arg("--aptopt=APT::Install-Recommends \"false\"");
-    command.arg(format!("--aptopt=APT::Default-Release \"{RELEASE}\""));
+    // Of another release comes only what is asked for by name.
+    let ours = format!("/^{RELEASE}(|-security|-updates)$/");
+    command.arg(format!("--aptopt=APT::Default-Release \"{ours}\""));
     for excluded in ["doc", "man", "locale"] {
         command.arg(format!("--dpkgopt=path-exclude=/usr/share/{excluded}/*"));
     }
