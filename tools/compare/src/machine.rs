@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use serde::Serialize;
@@ -27,9 +29,13 @@ pub struct Machine {
     pub commit: String,
 }
 
+/// Long enough to see what runs now and then, in ticks of 10 ms.
+const LOOK_FOR_OTHERS: Duration = Duration::from_secs(2);
+
 /// What the machine's cores have done so far, in ticks, all cores together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ticks {
+    idle: u64,
     stolen: u64,
     all: u64,
 }
@@ -37,8 +43,8 @@ pub struct Ticks {
 /// How the machine was used while something was measured.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Quietness {
-    /// Processes that wanted a core in the minute before the start.
-    pub load_average: f64,
+    /// Percent of the cores' time that other programs used before the start.
+    pub others_percent: f64,
     /// Percent of the time that the host took from this virtual machine.
     pub stolen_percent: f64,
 }
@@ -149,14 +155,27 @@ impl Ticks {
         let fields: Vec<u64> =
             line.split_whitespace().skip(1).take(8).filter_map(|word| word.parse().ok()).collect();
         let field = |index: usize| fields.get(index).copied().unwrap_or(0);
-        Ticks { stolen: field(7), all: fields.iter().sum() }
+        Ticks { idle: field(3) + field(4), stolen: field(7), all: fields.iter().sum() }
     }
 
-    /// What others took since then.
+    /// What the host took since then.
     pub fn stolen_percent_until(self, later: Ticks) -> f64 {
         let all = (later.all - self.all).max(1);
         (later.stolen - self.stolen) as f64 * 100.0 / all as f64
     }
+
+    /// What was used of the cores since then.
+    fn used_percent_until(self, later: Ticks) -> f64 {
+        let all = (later.all - self.all).max(1);
+        100.0 - (later.idle - self.idle) as f64 * 100.0 / all as f64
+    }
+}
+
+/// What other programs use of the cores now; takes a time in which this one does nothing.
+pub fn others_percent() -> f64 {
+    let start = Ticks::now();
+    thread::sleep(LOOK_FOR_OTHERS);
+    start.used_percent_until(Ticks::now())
 }
 
 /// Microseconds of CPU time of this process's children that have ended, in steps of 10 ms.
@@ -168,12 +187,6 @@ pub fn children_cpu_us() -> f64 {
 fn children_ticks(stat: &str) -> u64 {
     let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
     fields.skip(13).take(2).filter_map(|word| word.parse::<u64>().ok()).sum()
-}
-
-/// Processes that wanted a core in the last minute.
-pub fn load_average() -> f64 {
-    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or(0.0)
 }
 
 #[cfg(test)]
@@ -219,9 +232,10 @@ mod test {
     }
 
     #[test]
-    fn stolen_time_is_the_eighth_field() {
+    fn idle_time_is_the_fourth_and_fifth_field_and_stolen_time_the_eighth() {
         let before = Ticks::parse("cpu  100 0 100 700 100 0 0 0 0 0\ncpu0 1\n");
         let after = Ticks::parse("cpu  150 0 100 720 100 0 0 30 9 9\ncpu0 1\n");
         assert_eq!(before.stolen_percent_until(after), 30.0);
+        assert_eq!(before.used_percent_until(after), 80.0);
     }
 }

@@ -131,7 +131,7 @@ fn measure(
     }
     let machine = Machine::look(&others.iter().flatten().collect::<Vec<_>>());
     let wake_up_us = wakeup::measure(&machine.threads());
-    let (load_average, start) = (machine::load_average(), Ticks::now());
+    let (others_percent, start) = (machine::others_percent(), Ticks::now());
     let mut bench = Bench::new(programs, others, &machine, extent, scratch);
     let mut reports = Vec::new();
     for scenario in scenarios {
@@ -140,7 +140,7 @@ fn measure(
     }
     let stolen_percent = start.stolen_percent_until(Ticks::now());
     Ok(Report {
-        quietness: Quietness { load_average, stolen_percent },
+        quietness: Quietness { others_percent, stolen_percent },
         extent,
         places: std::mem::take(&mut bench.places),
         machine: machine.clone(),

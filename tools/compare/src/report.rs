@@ -46,8 +46,8 @@ pub struct Plot {
     pub title: String,
 }
 
-/// Load average from which a run is said to be disturbed.
-const BUSY_LOAD_AVERAGE: f64 = 0.5;
+/// Use of the cores by others from which a run is said to be disturbed.
+const BUSY_OTHERS_PERCENT: f64 = 5.0;
 
 /// Stolen time from which it is.
 const BUSY_STOLEN_PERCENT: f64 = 1.0;
@@ -144,10 +144,11 @@ impl Report {
         );
         let _ = writeln!(
             text,
-            "- Load average at the start {:.2}; the host took {:.2} % of the time.",
-            quietness.load_average, quietness.stolen_percent
+            "- Other programs used {:.1} % of the cores' time before the start; the host took {:.2} % of it \
+             meanwhile.",
+            quietness.others_percent, quietness.stolen_percent
         );
-        if quietness.load_average > BUSY_LOAD_AVERAGE
+        if quietness.others_percent > BUSY_OTHERS_PERCENT
             || quietness.stolen_percent > BUSY_STOLEN_PERCENT
         {
             text.push_str("- **The machine was not quiet: take these figures as rough.**\n");
@@ -309,7 +310,7 @@ mod test {
             Outcome { scenario, cases: vec![case], left_out: Vec::new(), stolen_percent: 0.0 };
         Report {
             machine: Machine::look(&[]),
-            quietness: Quietness { load_average: 0.0, stolen_percent: 5.0 },
+            quietness: Quietness { others_percent: 0.0, stolen_percent: 5.0 },
             extent: Extent { rounds: 3, seconds: 1.0, warmup_s: 0.5, system_calls: true },
             places: Vec::new(),
             wake_up_us: Interval::of(&[12.34]),

@@ -19,7 +19,7 @@ use crate::qemu;
 const RELEASE: &str = "bookworm";
 
 /// Changes when this file builds something else from the same inputs.
-const BUILDER_VERSION: u32 = 1;
+const BUILDER_VERSION: u32 = 2;
 
 /// The Linux of dom0 and the guests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
