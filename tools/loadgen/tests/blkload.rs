@@ -97,8 +97,10 @@ fn files_are_measured_on_two_disks_with_two_rings_each() {
         let file = std::fs::File::create(folder.path().join(format!("{n}.img"))).unwrap();
         file.set_len(16 << 20).unwrap();
     }
+    // A buffer whose first request is a read holds the file's zeroes from then on: enough of them make it
+    // certain that some write other data.
     let options = format!(
-        "--target raw:{}/{{n}}.img --disks 2 --queues 2 --depth 4 --read 50 --sequential --size 8M",
+        "--target raw:{}/{{n}}.img --disks 2 --queues 2 --depth 32 --read 50 --sequential --size 8M",
         folder.path().display()
     );
     let json = polldisk_with(&options, &["--max-queues", "2"]);
