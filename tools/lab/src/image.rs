@@ -87,11 +87,12 @@ const PROGRAMS: Recipe = Recipe {
 };
 
 /// Programs of the host and the packages that hold them.
-const HOST_PROGRAMS: [(&str, &str); 4] = [
+const HOST_PROGRAMS: [(&str, &str); 5] = [
     (qemu::PROGRAM, "qemu-system-x86"),
     ("mkfs.ext4", "e2fsprogs"),
     ("mmdebstrap", "mmdebstrap"),
     ("cpio", "cpio"),
+    ("xz", "xz-utils"),
 ];
 
 /// Builds the machine's images unless the cache holds them; returns their folder.
