@@ -374,12 +374,17 @@ mod test {
     use super::*;
     use std::error::Error;
 
-    #[test]
-    fn a_file_is_opened_with_its_whole_sectors() {
+    /// A file of so many bytes, which is gone with its folder but stays open.
+    fn image_of(len: u64, read_only: bool) -> RawImage {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = folder.path().join("disk.img");
-        File::create(&path).unwrap().set_len(1_000_000).unwrap();
-        let image = RawImage::open(&path, false).unwrap();
+        File::create(&path).unwrap().set_len(len).unwrap();
+        RawImage::open(&path, read_only).unwrap()
+    }
+
+    #[test]
+    fn a_file_is_opened_with_its_whole_sectors() {
+        let image = image_of(1_000_000, false);
         let geometry = image.geometry();
         let sector = u64::from(geometry.sector_bytes);
         assert!(geometry.sector_bytes.is_power_of_two());
@@ -390,10 +395,7 @@ mod test {
 
     #[test]
     fn reads_are_direct_and_leave_the_access_time() {
-        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        let path = folder.path().join("disk.img");
-        File::create(&path).unwrap().set_len(4096).unwrap();
-        let image = RawImage::open(&path, true).unwrap();
+        let image = image_of(4096, true);
         let wanted = libc::O_DIRECT | libc::O_NOATIME;
         // SAFETY: no pointers.
         let flags = unsafe { libc::fcntl(image.raw_fd(), libc::F_GETFL) };

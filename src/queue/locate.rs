@@ -1,6 +1,6 @@
 //! Where the data of each segment is: the guest's page where that is mapped, else bounce memory.
 
-use super::grants::{Mapper, PersistentGrants};
+use super::grants::PersistentGrants;
 use super::slots::Slot;
 use super::{Mapped, Queue, Resources, Scratch};
 use crate::blkif::Status;
@@ -54,14 +54,14 @@ impl Queue {
     /// nothing is wanted.
     pub(super) fn map_wanted<G: Grants, E: RegisterBuffers>(&mut self, io: &mut Resources<G, E>) {
         let Mapped::Kept(persistent) = &mut self.mapped else { return };
-        let wanted = &mut io.scratch.wanted;
+        let mut wanted = std::mem::take(&mut io.scratch.wanted);
         wanted.retain(|gref| persistent.page(gref.0).is_none());
         if !wanted.is_empty() {
-            let mut mapper = Mapper { grants: &mut io.grants, engine: &mut io.engine };
-            persistent.map(&mut mapper, self.frontend, wanted, self.slots.refs());
+            persistent.map(&mut io.mapper(), self.frontend, &mut wanted, self.slots.refs());
             wanted.clear();
             self.counters.grants_mapped.set(persistent.count() as u64);
         }
+        io.scratch.wanted = wanted;
     }
 
     /// Maps the pages of each request, for its time; what has no page then is left as unmapped.

@@ -53,9 +53,8 @@ impl RegisterBuffers for FakeEngine {
         if self.full {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
-        let number = (1..=u16::MAX).filter_map(NonZeroU16::new);
-        let free = number.into_iter().find(|number| !self.registered.contains_key(number));
-        let number = free.unwrap();
+        let mut numbers = (1..=u16::MAX).filter_map(NonZeroU16::new);
+        let number = numbers.find(|number| !self.registered.contains_key(number)).unwrap();
         self.registered.insert(number, memory.address());
         Ok(Registration(number))
     }
