@@ -22,10 +22,9 @@ const RELEASE: &str = "bookworm";
 const BUILDER_VERSION: u32 = 2;
 
 /// The Linux of dom0 and the guests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kernel {
     /// That of [`RELEASE`].
-    #[default]
     Bookworm,
     /// That of the release after it. Everything else stays.
     Trixie,
@@ -59,15 +58,18 @@ const KERNEL_PACKAGE: &str = "linux-image-amd64";
 #[derive(Debug, Hash)]
 struct Recipe {
     packages: &'static str,
+    /// Which kernel, where one is among the packages.
+    kernel: Kernel,
     /// Options for mmdebstrap.
     options: &'static [&'static str],
     /// The script that makes the images, and those that go into them, by the name it knows them.
     scripts: &'static [(&'static str, &'static str)],
 }
 
-/// What every machine boots.
+/// What every machine boots, with whichever kernel.
 const MACHINE: Recipe = Recipe {
     packages: include_str!("../image/packages"),
+    kernel: Kernel::Bookworm,
     options: &[],
     scripts: &[
         ("pack", include_str!("../image/pack")),
@@ -80,6 +82,7 @@ const MACHINE: Recipe = Recipe {
 /// A root with programs for guests.
 const PROGRAMS: Recipe = Recipe {
     packages: include_str!("../image/programs"),
+    kernel: Kernel::Bookworm,
     // A scenario makes its own PostgreSQL cluster.
     options: &["--essential-hook=mkdir -p \"$1/etc/postgresql-common\" && \
                 echo create_main_cluster = false >\"$1/etc/postgresql-common/createcluster.conf\""],
@@ -97,33 +100,28 @@ const HOST_PROGRAMS: [(&str, &str); 5] = [
 
 /// Builds the machine's images unless the cache holds them; returns their folder.
 pub fn ensure_built(kernel: Kernel) -> Result<PathBuf> {
-    ensure_cached(&MACHINE, kernel, cache_folder()?.join(key(&MACHINE, kernel)), None)
+    let machine = Recipe { kernel, ..MACHINE };
+    ensure_cached(&machine, cache_folder()?.join(key(&machine)), None)
 }
 
 /// Builds the root with programs for guests unless the cache holds it; returns its file.
 ///
 /// It stays with the machine's images, because its modules fit their kernel only.
 pub fn ensure_programs_built(machine: &Path) -> Result<PathBuf> {
-    let kernel = Kernel::default();
-    let folder = machine.join(format!("programs-{}", key(&PROGRAMS, kernel)));
-    Ok(ensure_cached(&PROGRAMS, kernel, folder, Some(machine))?.join("programs.img"))
+    let folder = machine.join(format!("programs-{}", key(&PROGRAMS)));
+    Ok(ensure_cached(&PROGRAMS, folder, Some(machine))?.join("programs.img"))
 }
 
-fn ensure_cached(
-    recipe: &Recipe,
-    kernel: Kernel,
-    folder: PathBuf,
-    base: Option<&Path>,
-) -> Result<PathBuf> {
+fn ensure_cached(recipe: &Recipe, folder: PathBuf, base: Option<&Path>) -> Result<PathBuf> {
     check_host_programs()?;
     if !folder.exists() {
         eprintln!("lab: building images, some minutes, once for {}", folder.display());
-        build(recipe, kernel, &folder, base).context("cannot build the lab's images")?;
+        build(recipe, &folder, base).context("cannot build the lab's images")?;
     }
     Ok(folder)
 }
 
-fn build(recipe: &Recipe, kernel: Kernel, folder: &Path, base: Option<&Path>) -> Result<()> {
+fn build(recipe: &Recipe, folder: &Path, base: Option<&Path>) -> Result<()> {
     let cache = folder.parent().context("the cache has no root")?;
     fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
     let aside = tempfile::Builder::new().prefix("building-").tempdir_in(cache)?;
@@ -135,13 +133,11 @@ fn build(recipe: &Recipe, kernel: Kernel, folder: &Path, base: Option<&Path>) ->
         fs::write(scripts.join(name), text)?;
     }
     let sources = aside.path().join("sources.list");
-    fs::write(&sources, apt_sources(kernel)?)?;
+    fs::write(&sources, apt_sources(recipe.kernel)?)?;
 
     let log = aside.path().join("log");
     let log_file = File::create(&log)?;
-    for mut command in
-        [bootstrap(recipe, kernel, &root, &sources), pack(&root, &scripts, &out, base)]
-    {
+    for mut command in [bootstrap(recipe, &root, &sources), pack(&root, &scripts, &out, base)] {
         let status = command
             .env("PATH", search_path())
             .stdin(Stdio::null())
@@ -159,7 +155,7 @@ fn build(recipe: &Recipe, kernel: Kernel, folder: &Path, base: Option<&Path>) ->
 }
 
 /// A root as a folder, from the host's own package sources.
-fn bootstrap(recipe: &Recipe, kernel: Kernel, root: &Path, sources: &Path) -> Command {
+fn bootstrap(recipe: &Recipe, root: &Path, sources: &Path) -> Command {
     let mut command = Command::new("mmdebstrap");
     // The lab boots from initramfs of its own: the kernel package need not make one.
     command.env("INITRD", "No");
@@ -172,7 +168,7 @@ fn bootstrap(recipe: &Recipe, kernel: Kernel, root: &Path, sources: &Path) -> Co
         command.arg(format!("--dpkgopt=path-exclude=/usr/share/{excluded}/*"));
     }
     command.args(recipe.options);
-    command.arg(format!("--include={}", packages(recipe, kernel).join(",")));
+    command.arg(format!("--include={}", packages(recipe).join(",")));
     command.args([OsStr::new(RELEASE), root.as_os_str(), sources.as_os_str()]);
     command
 }
@@ -229,17 +225,19 @@ fn release_sources(targets: &str) -> String {
     lines.concat()
 }
 
-fn packages(recipe: &Recipe, kernel: Kernel) -> Vec<String> {
+fn packages(recipe: &Recipe) -> Vec<String> {
     let lines = recipe.packages.lines();
     let names = lines.filter(|line| !line.starts_with('#') && !line.is_empty());
-    let chosen =
-        |name: &str| if name == KERNEL_PACKAGE { kernel.package() } else { name.to_owned() };
+    let chosen = |name: &str| match name {
+        KERNEL_PACKAGE => recipe.kernel.package(),
+        name => name.to_owned(),
+    };
     names.map(chosen).collect()
 }
 
 /// The hash of all that the images are made from; the packages' versions are those of the day.
-fn key(recipe: &Recipe, kernel: Kernel) -> String {
-    key_of(&(BUILDER_VERSION, RELEASE, recipe, kernel))
+fn key(recipe: &Recipe) -> String {
+    key_of(&(BUILDER_VERSION, RELEASE, recipe))
 }
 
 fn key_of(inputs: &impl Hash) -> String {
@@ -314,18 +312,18 @@ mod tests {
 
     #[test]
     fn comments_are_no_packages() {
-        let of = |recipe: &Recipe| packages(recipe, Kernel::default());
-        assert!(of(&MACHINE).iter().any(|package| package == "xen-utils-4.17"));
-        assert!(of(&PROGRAMS).iter().any(|package| package == "stress-ng"));
+        assert!(packages(&MACHINE).iter().any(|package| package == "xen-utils-4.17"));
+        assert!(packages(&PROGRAMS).iter().any(|package| package == "stress-ng"));
         for recipe in [MACHINE, PROGRAMS] {
-            assert!(of(&recipe).iter().all(|package| !package.contains(' ')));
+            assert!(packages(&recipe).iter().all(|package| !package.contains(' ')));
         }
     }
 
     #[test]
     fn another_releases_kernel_is_all_that_is_taken_of_it() {
-        let of = |kernel| packages(&MACHINE, kernel);
-        let both = of(Kernel::Bookworm).into_iter().zip(of(Kernel::Trixie));
+        let with = |kernel| Recipe { kernel, ..MACHINE };
+        let (bookworm, trixie) = (with(Kernel::Bookworm), with(Kernel::Trixie));
+        let both = packages(&bookworm).into_iter().zip(packages(&trixie));
         let differing: Vec<_> = both.filter(|(old, new)| old != new).collect();
         let names = ("linux-image-amd64".to_owned(), "linux-image-amd64/trixie".to_owned());
         assert_eq!(differing, [names]);
@@ -333,7 +331,7 @@ mod tests {
         assert_eq!(with_kernels_release(sources.clone(), Kernel::Bookworm), sources);
         let more = with_kernels_release(sources.clone(), Kernel::Trixie);
         assert_eq!(more, sources + "deb uri-a trixie main\n");
-        assert_ne!(key(&MACHINE, Kernel::Bookworm), key(&MACHINE, Kernel::Trixie));
+        assert_ne!(key(&bookworm), key(&trixie));
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub struct Arguments {
     #[arg(long, default_value = "polldisk", value_parser = backend_names())]
     backend: String,
 
-    /// The Debian release whose Linux dom0 and the guests run: 6.1 or 6.12
+    /// The Debian release whose Linux dom0 and the guests run: bookworm, 6.1, or trixie, 6.12
     #[arg(long, value_name = "RELEASE", default_value = "bookworm", value_parser = kernel)]
     kernel: Kernel,
 
