@@ -4,6 +4,7 @@ use std::io;
 
 use xenstore_rs::Xs;
 
+use super::ahead::ReadAhead;
 use super::key::DiskKey;
 use crate::backing::{Discard, Geometry, Image};
 use crate::blkif::features::{self, DiskOffer};
@@ -80,19 +81,28 @@ pub enum AreaError {
 
 impl Description {
     /// Reads the area of `key`.
-    pub fn read(store: &impl Xs, area: &str, key: &DiskKey) -> Result<Description, AreaError> {
-        let text = |node: &'static str| match store.read(&format!("{area}/{node}")) {
-            Ok(text) => Ok(Some(text)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(AreaError::Store { node, source }),
-        };
-        let is = |node, wanted: String| match text(node)? {
+    pub fn read(store: &impl Nodes, area: &str, key: &DiskKey) -> Result<Description, AreaError> {
+        const NODES: [&str; 9] = [
+            keys::FRONTEND_ID,
+            keys::FRONTEND,
+            keys::DEVICE_TYPE,
+            keys::REMOVABLE,
+            keys::PARAMS,
+            keys::MODE,
+            keys::DISCARD_ENABLE,
+            keys::SCRIPT,
+            keys::ATTACHED,
+        ];
+        let failed = |node| move |source| AreaError::Store { node, source };
+        let mut ahead = ReadAhead::new(store, area, &NODES).map_err(failed(keys::FRONTEND_ID))?;
+        let mut text = |node: &'static str| ahead.take_if_there(node).map_err(failed(node));
+        let is = |node, value: Option<Box<str>>, wanted: String| match value {
             Some(value) if *value == *wanted => Ok(()),
             Some(value) => Err(AreaError::Stranger { node, value: value.into(), wanted }),
             None => Err(AreaError::Missing(node)),
         };
-        is(keys::FRONTEND_ID, key.domid.to_string())?;
-        is(keys::FRONTEND, key.frontend_area())?;
+        is(keys::FRONTEND_ID, text(keys::FRONTEND_ID)?, key.domid.to_string())?;
+        is(keys::FRONTEND, text(keys::FRONTEND)?, key.frontend_area())?;
         let cdrom = text(keys::DEVICE_TYPE)?.is_some_and(|kind| &*kind == "cdrom");
         let removable = text(keys::REMOVABLE)?.is_some_and(|flag| &*flag == "1");
         let target = match text(keys::PARAMS)? {
@@ -182,6 +192,9 @@ pub fn shape(info: u32, geometry: &Geometry) -> Vec<NodeValue> {
 
 /// Writes nodes in one transaction, unless the area has vanished: writing would bring it back.
 pub fn write<S: Store>(store: &S, area: &str, nodes: &[NodeValue]) -> io::Result<()> {
+    if nodes.is_empty() {
+        return Ok(());
+    }
     store.atomically(|span| {
         if !exists(span, &format!("{area}/{}", keys::STATE))? {
             return Ok(());
@@ -200,9 +213,9 @@ pub fn switch_state<S: Store>(
     new: XenbusState,
     nodes: &[NodeValue],
 ) -> io::Result<XenbusState> {
-    let node = format!("{area}/{}", keys::STATE);
+    let written = [nodes, &[(keys::STATE, new.number().to_string())]].concat();
     store.atomically(|span| {
-        let found = match span.read(&node) {
+        let found = match span.read(&format!("{area}/{}", keys::STATE)) {
             Ok(text) => XenbusState::from_text(&text),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Ok(XenbusState::Unknown);
@@ -212,38 +225,40 @@ pub fn switch_state<S: Store>(
         if found != expected {
             return Ok(found);
         }
-        span.write_all(area, nodes)?;
-        span.write(&node, &new.number().to_string())?;
+        span.write_all(area, &written)?;
         Ok(new)
     })
 }
 
-/// Whether `online` allows the disk to be used; a missing node means that it does not.
-pub fn online(store: &impl Xs, area: &str) -> io::Result<bool> {
-    match store.read(&format!("{area}/{}", keys::ONLINE)) {
-        Ok(text) => Ok(parse_decimal::<u64>(&text).is_some_and(|online| online != 0)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
-    }
+/// How a disk stands, as far as others than polldisk may have changed it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    /// The backend's `state`.
+    pub state: XenbusState,
+    /// Whether the toolstack allows the disk to be used; a missing node means that it does not.
+    pub online: bool,
+    /// Whether the hotplug script has finished its work.
+    pub hotplug_done: bool,
 }
 
-/// The backend's `state`; `None` where the whole area is gone.
-pub fn state(store: &impl Xs, area: &str) -> io::Result<Option<XenbusState>> {
-    match store.read(&format!("{area}/{}", keys::STATE)) {
-        Ok(text) => Ok(Some(XenbusState::from_text(&text))),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            Ok(exists(store, area)?.then_some(XenbusState::Unknown))
-        }
-        Err(error) => Err(error),
-    }
-}
-
-/// Whether the hotplug script has finished its work.
-pub fn hotplug_done(store: &impl Xs, area: &str) -> io::Result<bool> {
-    match store.read(&format!("{area}/{}", keys::HOTPLUG_STATUS)) {
-        Ok(text) => Ok(&*text == "connected"),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
+impl Standing {
+    /// Reads the area; `None` where the whole of it is gone.
+    pub fn read(store: &impl Nodes, area: &str) -> io::Result<Option<Standing>> {
+        const NODES: [&str; 3] = [keys::STATE, keys::ONLINE, keys::HOTPLUG_STATUS];
+        let mut ahead = ReadAhead::new(store, area, &NODES)?;
+        let state = match ahead.take_if_there(keys::STATE)? {
+            Some(text) => XenbusState::from_text(&text),
+            None if exists(store, area)? => XenbusState::Unknown,
+            None => return Ok(None),
+        };
+        let online = ahead.take_if_there(keys::ONLINE)?;
+        let online = online.and_then(|text| parse_decimal::<u64>(&text));
+        let hotplug = ahead.take_if_there(keys::HOTPLUG_STATUS)?;
+        Ok(Some(Standing {
+            state,
+            online: online.is_some_and(|online| online != 0),
+            hotplug_done: hotplug.as_deref() == Some("connected"),
+        }))
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use xenstore_rs::Xs;
 
 use super::admin::protocol::Attach;
-use super::area;
+use super::area::{self, Standing};
 use super::disk::Disk;
 use super::key::DiskKey;
 use crate::backing::{BackingError, Spec};
@@ -165,10 +165,7 @@ pub fn unmake<S: Store>(store: &S, own: DomId, key: &DiskKey, force: bool) -> io
         if force {
             area::remove(span, &key.frontend_area())?;
         }
-        let state = match area::state(span, &area)? {
-            None => return Ok(()),
-            Some(state) => state,
-        };
+        let Some(Standing { state, .. }) = Standing::read(span, &area)? else { return Ok(()) };
         span.write(&format!("{area}/{}", keys::ONLINE), "0")?;
         if state == XenbusState::Closed {
             return Ok(());

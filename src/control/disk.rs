@@ -7,7 +7,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::area::{self, Description, Failure, Hotplug, NodeValue};
+use super::area::{self, Description, Failure, Hotplug, NodeValue, Standing};
 use super::connection::{Connection, News};
 use super::drive::Drive;
 use super::frontend;
@@ -61,12 +61,11 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Takes on a disk whose area was found in `state`: Initialising and online, to be served, or
-    /// Closing and not online, to be let go.
+    /// Takes on a disk that was found: Initialising and online, to be served, or Closing and not
+    /// online, to be let go.
     pub fn take_on<S: Store>(
         key: DiskKey,
-        state: XenbusState,
-        online: bool,
+        standing: Standing,
         around: &mut Surroundings<'_, S>,
     ) -> io::Result<Disk> {
         let area = key.backend_area(around.own);
@@ -76,8 +75,8 @@ impl Disk {
             key,
             area,
             frontend_area,
-            machine: Machine::new(frontend, online),
-            stored: state,
+            machine: Machine::new(frontend, standing.online),
+            stored: standing.state,
             description: None,
             options: DiskOptions::default(),
             image: None,
@@ -93,7 +92,7 @@ impl Disk {
         };
         disk.watch_frontend(around.store)?;
         tracing::info!(disk = %disk.key, "found");
-        disk.step(Input::Backend(state), around);
+        disk.step(Input::Backend(standing.state), around);
         Ok(disk)
     }
 
@@ -166,11 +165,11 @@ impl Disk {
         &mut self,
         around: &mut Surroundings<'_, S>,
     ) -> io::Result<()> {
-        let online = area::online(around.store, &self.area)?;
-        let Some(state) = area::state(around.store, &self.area)? else {
+        let Some(standing) = Standing::read(around.store, &self.area)? else {
             self.step(Input::Gone, around);
             return Ok(());
         };
+        let Standing { state, online, hotplug_done } = standing;
         if online != self.machine.online() {
             self.step(Input::Online(online), around);
         }
@@ -181,11 +180,7 @@ impl Disk {
             // Our last write was refused, such as by a xenstored that had gone away.
             self.set_state(self.machine.backend(), &mut VecDeque::new(), around)?;
         }
-        if !self.forgotten
-            && self.image.is_some()
-            && !self.machine.is_ready()
-            && area::hotplug_done(around.store, &self.area)?
-        {
+        if hotplug_done && !self.forgotten && self.image.is_some() && !self.machine.is_ready() {
             self.step(Input::Ready, around);
         }
         Ok(())
@@ -252,9 +247,10 @@ impl Disk {
                 self.open(inputs, around);
                 Ok(())
             }
-            Effect::PublishFeatures => self.publish_features(around),
+            Effect::PublishFeatures => {
+                area::write(around.store, &self.area, &self.features(around))
+            }
             Effect::PublishDisk => self.publish_disk(around),
-            Effect::Announce => self.announce(inputs, around),
             Effect::SetState(state) => self.set_state(state, inputs, around),
             Effect::Connect => {
                 inputs.extend(self.connect(around));
@@ -287,9 +283,10 @@ impl Disk {
         match self.try_open(around) {
             Ok(hotplug) => {
                 inputs.push_back(Input::Opened);
-                let done = hotplug == Hotplug::None
-                    || area::hotplug_done(around.store, &self.area).unwrap_or(false);
-                if done {
+                let done = || Standing::read(around.store, &self.area);
+                if hotplug == Hotplug::None
+                    || done().is_ok_and(|it| it.is_some_and(|it| it.hotplug_done))
+                {
                     inputs.push_back(Input::Ready);
                 }
             }
@@ -318,22 +315,27 @@ impl Disk {
         Ok(description.hotplug())
     }
 
-    fn publish_features<S: Store>(&self, around: &Surroundings<'_, S>) -> io::Result<()> {
+    /// What the frontend reads before it chooses its rings; nothing where no image is open.
+    fn features<S: Store>(&self, around: &Surroundings<'_, S>) -> Vec<NodeValue> {
         let (Some(geometry), Some(description)) = (self.geometry(), &self.description) else {
-            return Ok(());
+            return Vec::new();
         };
         let discard = self.image().and_then(|image| description.discard(image));
         let disk = DiskOffer { general: self.offer(around), geometry, discard };
-        area::write(around.store, &self.area, &area::features(&disk, description.hotplug()))
+        area::features(&disk, description.hotplug())
+    }
+
+    /// What the frontend reads of the disk itself; nothing where no image is open.
+    fn shape(&self) -> Vec<NodeValue> {
+        match (self.geometry(), &self.description) {
+            (Some(geometry), Some(description)) => area::shape(description.info(), &geometry),
+            _ => Vec::new(),
+        }
     }
 
     fn publish_disk<S: Store>(&mut self, around: &Surroundings<'_, S>) -> io::Result<()> {
-        let (Some(geometry), Some(description)) = (self.geometry(), &self.description) else {
-            return Ok(());
-        };
-        let nodes = area::shape(description.info(), &geometry);
         self.clear_error(around)?;
-        area::write(around.store, &self.area, &nodes)
+        area::write(around.store, &self.area, &self.shape())
     }
 
     /// A disk that works has no error.
@@ -345,29 +347,28 @@ impl Disk {
         Ok(())
     }
 
-    /// Connected is written again even where it stands already: a frontend that has replaced its
-    /// ring waits for the event.
+    /// Writes a state together with what the frontend reads when it sees it. Connected is written
+    /// again even where it stands already: a frontend that has replaced its ring waits for the event,
+    /// and one whose drive has another medium looks again.
     fn set_state<S: Store>(
         &mut self,
         state: XenbusState,
         inputs: &mut VecDeque<Input>,
         around: &Surroundings<'_, S>,
     ) -> io::Result<()> {
+        let nodes = match state {
+            XenbusState::InitWait => self.features(around),
+            XenbusState::Connected => {
+                self.clear_error(around)?;
+                self.shape()
+            }
+            _ => Vec::new(),
+        };
         if state == self.stored && state != XenbusState::Connected {
-            return Ok(());
+            return area::write(around.store, &self.area, &nodes);
         }
         guest_log!(self.log, info, disk = %self.key, "{state}");
-        self.write_state(state, &[], inputs, around)
-    }
-
-    fn write_state<S: Store>(
-        &mut self,
-        state: XenbusState,
-        nodes: &[NodeValue],
-        inputs: &mut VecDeque<Input>,
-        around: &Surroundings<'_, S>,
-    ) -> io::Result<()> {
-        let found = area::switch_state(around.store, &self.area, self.stored, state, nodes)?;
+        let found = area::switch_state(around.store, &self.area, self.stored, state, &nodes)?;
         self.stored = found;
         if found != state {
             inputs.push_back(Input::Backend(found));

@@ -5,10 +5,12 @@ use std::io;
 
 use xenstore_rs::Xs;
 
+use super::ahead::ReadAhead;
 use crate::backing::DataPath;
 use crate::blkif::features::Offer;
 use crate::msg::{Mapping, Protocol};
 use crate::units::{GrantRef, Port, parse_decimal};
+use crate::xen::Nodes;
 use crate::xen::keys::{self, XenbusState};
 
 /// What a frontend asked for, within what was offered.
@@ -68,8 +70,18 @@ pub fn state(store: &impl Xs, area: &str) -> io::Result<XenbusState> {
 }
 
 /// Reads everything that the frontend in `area` published for a connection.
-pub fn read(store: &impl Xs, area: &str, offer: &Offer) -> Result<Published, FrontendFault> {
-    let nodes = Nodes { store, area };
+pub fn read(store: &impl Nodes, area: &str, offer: &Offer) -> Result<Published, FrontendFault> {
+    // All that a frontend with one ring of one page has.
+    const NODES: [&str; 6] = [
+        keys::RING_PAGE_ORDER,
+        keys::MULTI_QUEUE_NUM_QUEUES,
+        keys::RING_REF,
+        keys::EVENT_CHANNEL,
+        keys::FEATURE_PERSISTENT,
+        keys::PROTOCOL,
+    ];
+    let failed = |source| FrontendFault::Store { node: keys::RING_REF.to_owned(), source };
+    let mut nodes = Claims { ahead: ReadAhead::new(store, area, &NODES).map_err(failed)? };
     let order = nodes.number(
         keys::RING_PAGE_ORDER,
         0..=u64::from(offer.ring_page_order),
@@ -96,14 +108,14 @@ pub fn read(store: &impl Xs, area: &str, offer: &Offer) -> Result<Published, Fro
     Ok(Published { protocol: nodes.protocol()?, mapping, rings })
 }
 
-struct Nodes<'a, S> {
-    store: &'a S,
-    area: &'a str,
+/// A frontend's area, whose every word may be wrong.
+struct Claims<'a, S> {
+    ahead: ReadAhead<'a, S>,
 }
 
-impl<S: Xs> Nodes<'_, S> {
-    fn text(&self, node: &str) -> Result<Option<Box<str>>, FrontendFault> {
-        match self.store.read(&format!("{}/{node}", self.area)) {
+impl<S: Nodes> Claims<'_, S> {
+    fn text(&mut self, node: &str) -> Result<Option<Box<str>>, FrontendFault> {
+        match self.ahead.take(node) {
             Ok(text) => Ok(Some(text)),
             Err(error) if is_unreadable(&error) => Ok(None),
             Err(source) => Err(FrontendFault::Store { node: node.to_owned(), source }),
@@ -111,7 +123,7 @@ impl<S: Xs> Nodes<'_, S> {
     }
 
     fn number(
-        &self,
+        &mut self,
         node: &str,
         range: std::ops::RangeInclusive<u64>,
         wanted: &str,
@@ -127,7 +139,7 @@ impl<S: Xs> Nodes<'_, S> {
         }
     }
 
-    fn u32(&self, node: &str, wanted: &str) -> Result<u32, FrontendFault> {
+    fn u32(&mut self, node: &str, wanted: &str) -> Result<u32, FrontendFault> {
         let number = self.number(node, 0..=u64::from(u32::MAX), wanted)?;
         number
             .and_then(|number| u32::try_from(number).ok())
@@ -136,19 +148,27 @@ impl<S: Xs> Nodes<'_, S> {
 
     /// One ring in `folder`. A one-page ring's grant is `ring-ref` unless `ring-page-order` is
     /// present; an earlier frontend's `ring-refN` may lie around and does not count.
-    fn ring(&self, folder: &str, order: Option<u64>) -> Result<Ring, FrontendFault> {
-        let grant = |node: String| self.u32(&node, "a grant reference").map(GrantRef);
+    fn ring(&mut self, folder: &str, order: Option<u64>) -> Result<Ring, FrontendFault> {
         let refs = match order {
-            None => vec![grant(format!("{folder}{}", keys::RING_REF))?],
-            Some(order) => (0..1u64 << order)
-                .map(|page| grant(format!("{folder}{}{page}", keys::RING_REF)))
-                .collect::<Result<_, _>>()?,
+            None => vec![format!("{folder}{}", keys::RING_REF)],
+            Some(order) => {
+                (0..1u64 << order).map(|page| format!("{folder}{}{page}", keys::RING_REF)).collect()
+            }
         };
-        let port = self.u32(&format!("{folder}{}", keys::EVENT_CHANNEL), "an event channel")?;
-        Ok(Ring { refs, port: Port(port) })
+        let port = format!("{folder}{}", keys::EVENT_CHANNEL);
+        if order.is_some() || !folder.is_empty() {
+            let nodes: Vec<&str> = refs.iter().chain([&port]).map(String::as_str).collect();
+            let failed = |source| FrontendFault::Store { node: refs[0].clone(), source };
+            self.ahead.read(&nodes).map_err(failed)?;
+        }
+        let refs = refs
+            .iter()
+            .map(|node| self.u32(node, "a grant reference").map(GrantRef))
+            .collect::<Result<_, _>>()?;
+        Ok(Ring { refs, port: Port(self.u32(&port, "an event channel")?) })
     }
 
-    fn protocol(&self) -> Result<Protocol, FrontendFault> {
+    fn protocol(&mut self) -> Result<Protocol, FrontendFault> {
         let Some(text) = self.text(keys::PROTOCOL)? else { return Ok(UNSAID) };
         PROTOCOLS
             .iter()

@@ -69,9 +69,8 @@ pub enum Effect {
     PublishFeatures,
     /// Write size and kind of the disk.
     PublishDisk,
-    /// Write size and kind of the disk, and `state` as it is: a connected frontend looks again.
-    Announce,
-    /// Write the backend's `state`.
+    /// Write the backend's `state`, and what the frontend reads in it: InitWait with all of
+    /// [`Effect::PublishFeatures`], Connected with all of [`Effect::PublishDisk`].
     SetState(XenbusState),
     /// Read what the frontend published and have it served; answer with `LinkUp` or `LinkFailed`.
     Connect,
@@ -156,8 +155,8 @@ const IDLE: &[XenbusState] = &[Unknown, Initialising, InitWait, Closed];
 const ALIVE: &[Link] = &[Link::Connecting, Link::Up];
 
 use Effect::{
-    Announce, Connect, Disconnect, Forget, Open, PublishDisk, PublishFeatures, SetState,
-    WriteError, WriteHotplugError,
+    Connect, Disconnect, Forget, Open, PublishDisk, PublishFeatures, SetState, WriteError,
+    WriteHotplugError,
 };
 
 const fn row(on: On, when: &'static [When], then: &'static [Effect]) -> Row {
@@ -175,11 +174,7 @@ pub static TABLE: &[Row] = &[
     row(On::Just(Input::Gone), &[When::Link(&[Link::Down])], &[Forget]),
     row(On::Just(Input::LinkDown), &[When::Gone], &[Forget]),
     // Opening: everything that the frontend reads is there before InitWait.
-    row(
-        On::Just(Input::Opened),
-        &[When::Backend(&[Initialising])],
-        &[PublishFeatures, SetState(InitWait)],
-    ),
+    row(On::Just(Input::Opened), &[When::Backend(&[Initialising])], &[SetState(InitWait)]),
     row(
         On::Just(Input::OpenFailedScript),
         &[When::Backend(&[Initialising])],
@@ -250,7 +245,7 @@ pub static TABLE: &[Row] = &[
             When::Online(true),
             When::Ready,
         ],
-        &[PublishFeatures, SetState(InitWait)],
+        &[SetState(InitWait)],
     ),
     row(
         On::Frontend(&[Initialising]),
@@ -288,7 +283,7 @@ pub static TABLE: &[Row] = &[
     row(
         On::Just(Input::LinkUp),
         &[When::Link(&[Link::Up]), When::Backend(&[InitWait, Connected, Closed])],
-        &[PublishDisk, SetState(Connected)],
+        &[SetState(Connected)],
     ),
     row(
         On::Just(Input::LinkFailed),
@@ -304,7 +299,7 @@ pub static TABLE: &[Row] = &[
     row(
         On::Just(Input::LinkDown),
         &[When::Online(true), When::Frontend(&[Initialising]), When::Ready],
-        &[PublishFeatures, SetState(InitWait)],
+        &[SetState(InitWait)],
     ),
     row(
         On::Just(Input::LinkDown),
@@ -331,7 +326,7 @@ pub static TABLE: &[Row] = &[
     row(
         On::Just(Input::MediumChanged),
         &[When::Link(&[Link::Up]), When::Backend(&[Connected])],
-        &[Announce],
+        &[SetState(Connected)],
     ),
     row(On::Just(Input::MediumChanged), &[When::Link(&[Link::Up])], &[PublishDisk]),
     row(

@@ -7,9 +7,9 @@
 //! ```
 //!
 //! `registry` finds the disks and routes; `machine` decides, from a table; `disk` carries out;
-//! `area` and `frontend` read and write the two ends in xenstore; `connection` takes a disk's
-//! queues together; `drive` knows the medium in a drive; [`admin`] answers the command line. Nothing here waits for a worker or a
-//! guest.
+//! `area` and `frontend` read and write the two ends in xenstore, `ahead` in few round trips;
+//! `connection` takes a disk's queues together; `drive` knows the medium in a drive; [`admin`] answers
+//! the command line. Nothing here waits for a worker or a guest.
 //!
 //! # What happens at the end
 //!
@@ -25,6 +25,7 @@
 //! connected until xenstored answers again; then everything is read afresh.
 
 pub mod admin;
+mod ahead;
 mod area;
 mod attach;
 mod connection;

@@ -14,7 +14,7 @@ use rustc_hash::FxHashMap;
 use xenstore_rs::Xs;
 
 use super::admin::protocol::{Attach, Detach};
-use super::area;
+use super::area::Standing;
 use super::attach::{self, AttachError};
 use super::disk::{Disk, FRONTEND_TOKEN, Surroundings};
 use super::key::DiskKey;
@@ -259,8 +259,8 @@ impl<S: Store> Registry<S> {
     /// one to close that nobody serves any more, such as a dead daemon's.
     fn consider(&mut self, key: &DiskKey) -> io::Result<()> {
         let area = key.backend_area(self.own);
-        let Some(state) = area::state(&self.store, &area)? else { return Ok(()) };
-        let online = area::online(&self.store, &area)?;
+        let Some(standing) = Standing::read(&self.store, &area)? else { return Ok(()) };
+        let Standing { state, online, .. } = standing;
         let made = state == XenbusState::Initialising && online;
         let abandoned = state == XenbusState::Closing && !online;
         if !made && !abandoned {
@@ -272,7 +272,7 @@ impl<S: Store> Registry<S> {
             offer: &self.offer,
             workers: &mut self.workers,
         };
-        let disk = Disk::take_on(key.clone(), state, online, &mut around)?;
+        let disk = Disk::take_on(key.clone(), standing, &mut around)?;
         self.disks.insert(key.clone(), disk);
         self.drop_if_forgotten(key);
         Ok(())

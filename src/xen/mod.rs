@@ -58,6 +58,9 @@ pub trait Nodes: Xs {
     /// Writes nodes below `area`, in order, without waiting for each to be answered. Where some are
     /// refused, the first refusal is the error and the others are written.
     fn write_all(&self, area: &str, nodes: &[(&str, String)]) -> io::Result<()>;
+    /// Reads nodes below `area`, in order, without waiting for each to be answered. An error of its own
+    /// means that nothing is known of any.
+    fn read_all(&self, area: &str, nodes: &[&str]) -> io::Result<Vec<io::Result<Box<str>>>>;
     /// Creates an empty node; one that exists stays as it is.
     fn mkdir(&self, path: &str) -> io::Result<()>;
     /// A node's permissions; the first entry names its owner.

@@ -55,6 +55,34 @@ fn nodes_written_together_are_in_order_and_a_refusal_keeps_none_of_the_others_ou
 }
 
 #[test]
+fn nodes_read_together_are_in_order_each_with_its_own_error() {
+    let bench = Bench::new();
+    let store = bench.dom0();
+    store.watch("/a", "token").unwrap();
+    // More than go out at once, as much as fits each, and events between the answers.
+    let names: Vec<String> = (0..100).map(|index| format!("n{index}")).collect();
+    let long = |index: usize| format!("{index:04}").repeat(1000);
+    for (index, name) in names.iter().enumerate().filter(|(index, _)| index % 3 != 0) {
+        bench.dom0().write(&format!("/a/{name}"), &long(index)).unwrap();
+    }
+    let nodes: Vec<&str> = names.iter().map(String::as_str).collect();
+    let texts = store.read_all("/a", &nodes).unwrap();
+    assert_eq!(texts.len(), 100);
+    for (index, text) in texts.into_iter().enumerate() {
+        match index % 3 {
+            0 => assert_eq!(errno(text), libc::ENOENT, "{index}"),
+            _ => assert_eq!(*text.unwrap(), long(index), "{index}"),
+        }
+    }
+    assert_eq!(store.read_all("/a", &["n1", "a\0b"]).unwrap_err().kind(), ErrorKind::InvalidInput);
+    assert!(store.next_event().unwrap().is_some(), "kept while answers were waited for");
+    let span = store.transaction().unwrap();
+    span.write("/a/n0", "new").unwrap();
+    assert_eq!(&**span.read_all("/a", &["n0"]).unwrap()[0].as_ref().unwrap(), "new");
+    assert_eq!(errno(store.read("/a/n0")), libc::ENOENT);
+}
+
+#[test]
 fn removing_takes_all_below_and_a_missing_node_is_fine_where_its_parent_exists() {
     let bench = Bench::new();
     let store = bench.dom0();

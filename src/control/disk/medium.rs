@@ -1,6 +1,5 @@
 //! What is in a drive, and what becomes of a disk whose `params` change.
 
-use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
@@ -146,20 +145,5 @@ impl Disk {
         if let Some(image) = self.drive.finish() {
             self.image = Some(image);
         }
-    }
-
-    /// Tells a connected frontend the size of what is in the drive: `sectors`, and `state` written
-    /// again for it to look.
-    pub(super) fn announce<S: Store>(
-        &mut self,
-        inputs: &mut VecDeque<Input>,
-        around: &Surroundings<'_, S>,
-    ) -> io::Result<()> {
-        let (Some(geometry), Some(description)) = (self.geometry(), &self.description) else {
-            return Ok(());
-        };
-        let nodes = area::shape(description.info(), &geometry);
-        self.clear_error(around)?;
-        self.write_state(XenbusState::Connected, &nodes, inputs, around)
     }
 }

@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
+use crate::xen::Permission;
 
 const AREA: &str = "/local/domain/5/device/vbd/51712";
 
@@ -39,6 +40,28 @@ impl Xs for Area {
     }
 
     fn rm(&self, _: &str) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+impl Nodes for Area {
+    fn write_all(&self, _: &str, _: &[(&str, String)]) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn read_all(&self, area: &str, nodes: &[&str]) -> io::Result<Vec<io::Result<Box<str>>>> {
+        Ok(nodes.iter().map(|node| Xs::read(self, &format!("{area}/{node}"))).collect())
+    }
+
+    fn mkdir(&self, _: &str) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn permissions(&self, _: &str) -> io::Result<Vec<Permission>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn set_permissions(&self, _: &str, _: &[Permission]) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
 }

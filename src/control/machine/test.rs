@@ -33,7 +33,7 @@ use super::*;
 fn waiting() -> Machine {
     let mut machine = Machine::new(Initialising, true);
     assert_eq!(machine.step(Input::Backend(Initialising)), [Open]);
-    assert_eq!(machine.step(Input::Opened), [PublishFeatures, SetState(InitWait)]);
+    assert_eq!(machine.step(Input::Opened), [SetState(InitWait)]);
     assert_eq!(machine.step(Input::Ready), []);
     machine
 }
@@ -41,7 +41,7 @@ fn waiting() -> Machine {
 fn connected() -> Machine {
     let mut machine = waiting();
     assert_eq!(machine.step(Input::Frontend(Initialised)), [Connect]);
-    assert_eq!(machine.step(Input::LinkUp), [PublishDisk, SetState(Connected)]);
+    assert_eq!(machine.step(Input::LinkUp), [SetState(Connected)]);
     assert_eq!(machine.step(Input::Frontend(Connected)), []);
     machine
 }
@@ -94,7 +94,7 @@ fn a_disk_that_failed_is_opened_again_when_the_toolstack_starts_over() {
     machine.step(Input::Backend(Initialising));
     machine.step(Input::OpenFailed);
     assert_eq!(machine.step(Input::Backend(Initialising)), [Open]);
-    assert_eq!(machine.step(Input::Opened), [PublishFeatures, SetState(InitWait)]);
+    assert_eq!(machine.step(Input::Opened), [SetState(InitWait)]);
 }
 
 #[test]
@@ -118,7 +118,7 @@ fn a_closed_disk_waits_again_when_the_frontend_starts_over() {
     let mut machine = closed();
     for _ in 0..10 {
         let effects = machine.step(Input::Frontend(Initialising));
-        assert_eq!(effects, [PublishFeatures, SetState(InitWait)]);
+        assert_eq!(effects, [SetState(InitWait)]);
         assert_eq!(machine.step(Input::Frontend(Initialised)), [Connect]);
         machine.step(Input::LinkUp);
         machine.step(Input::Frontend(Connected));
@@ -144,12 +144,12 @@ fn a_closed_disk_that_is_not_online_does_not_wait_again() {
 fn a_frontend_that_starts_over_unseen_gets_its_old_link_ended() {
     let mut machine = connected();
     assert_eq!(machine.step(Input::Frontend(Initialising)), [Disconnect]);
-    assert_eq!(machine.step(Input::LinkDown), [PublishFeatures, SetState(InitWait)]);
+    assert_eq!(machine.step(Input::LinkDown), [SetState(InitWait)]);
 
     let mut machine = connected();
     assert_eq!(machine.step(Input::RingReplaced), [Disconnect]);
     assert_eq!(machine.step(Input::LinkDown), [Connect]);
-    assert_eq!(machine.step(Input::LinkUp), [PublishDisk, SetState(Connected)]);
+    assert_eq!(machine.step(Input::LinkUp), [SetState(Connected)]);
 }
 
 #[test]
@@ -203,7 +203,7 @@ fn a_failed_disk_stays_down_until_the_frontend_starts_over() {
     assert_eq!(machine.step(Input::Frontend(Closing)), [SetState(Closing)]);
     assert_eq!(machine.step(Input::Frontend(Closed)), [SetState(Closed)]);
     let effects = machine.step(Input::Frontend(Initialising));
-    assert_eq!(effects, [PublishFeatures, SetState(InitWait)]);
+    assert_eq!(effects, [SetState(InitWait)]);
     assert_eq!(machine.step(Input::Frontend(Initialised)), [Connect]);
 }
 
@@ -357,7 +357,7 @@ fn when_the_daemon_ends_the_link_is_drained_and_no_state_written() {
 #[test]
 fn a_connected_frontend_is_told_of_another_medium() {
     let mut machine = connected();
-    assert_eq!(machine.step(Input::MediumChanged), [Announce]);
+    assert_eq!(machine.step(Input::MediumChanged), [SetState(Connected)]);
     machine.step(Input::Frontend(Closing));
     assert_eq!(machine.step(Input::MediumChanged), [PublishDisk], "Closing must not be undone");
     assert_eq!(machine.step(Input::Frontend(Connected)), [SetState(Connected)]);
@@ -369,7 +369,7 @@ fn a_medium_changed_before_the_connection_changes_what_is_offered() {
     assert_eq!(machine.step(Input::MediumChanged), [PublishFeatures]);
     machine.step(Input::Frontend(Initialised));
     assert_eq!(machine.step(Input::MediumChanged), [], "the link's answer publishes the size");
-    assert_eq!(machine.step(Input::LinkUp), [PublishDisk, SetState(Connected)]);
+    assert_eq!(machine.step(Input::LinkUp), [SetState(Connected)]);
     assert_eq!(closed().step(Input::MediumChanged), []);
 }
 
@@ -378,7 +378,7 @@ fn a_medium_of_no_use_is_an_error_and_no_failure() {
     let mut machine = connected();
     assert_eq!(machine.step(Input::MediumFailed), [WriteError]);
     assert_eq!((machine.backend(), machine.link()), (Connected, Link::Up));
-    assert_eq!(machine.step(Input::MediumChanged), [Announce]);
+    assert_eq!(machine.step(Input::MediumChanged), [SetState(Connected)]);
 }
 
 #[test]
@@ -430,7 +430,7 @@ impl Around {
                     assert!((self.connecting || self.linked) && !self.ending, "{self:?}");
                     self.ending = true;
                 }
-                SetState(Connected) | Announce => assert!(self.linked && !self.ending, "{self:?}"),
+                SetState(Connected) => assert!(self.linked && !self.ending, "{self:?}"),
                 Open => {
                     assert!(idle, "opened under a link");
                     self.opening = true;

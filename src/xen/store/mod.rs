@@ -150,7 +150,7 @@ macro_rules! delegate_nodes {
             }
 
             fn read(&self, path: &str) -> io::Result<Box<str>> {
-                text(&self.scope.ask(Op::Read, &[plain(path)?, NUL])?).map(String::into_boxed_str)
+                boxed_text(&self.scope.ask(Op::Read, &[plain(path)?, NUL])?)
             }
 
             fn write(&self, path: &str, data: &str) -> io::Result<()> {
@@ -169,6 +169,14 @@ macro_rules! delegate_nodes {
 
             fn write_all(&self, area: &str, nodes: &[(&str, String)]) -> io::Result<()> {
                 self.scope.write_all(area, nodes)
+            }
+
+            fn read_all(
+                &self,
+                area: &str,
+                nodes: &[&str],
+            ) -> io::Result<Vec<io::Result<Box<str>>>> {
+                self.scope.read_all(area, nodes)
             }
 
             fn permissions(&self, path: &str) -> io::Result<Vec<Permission>> {
@@ -199,14 +207,31 @@ impl Scope {
     }
 
     fn write_all(&self, area: &str, nodes: &[(&str, String)]) -> io::Result<()> {
-        for batch in nodes.chunks(limits::XENSTORE_REQUESTS_PER_BATCH) {
-            let payload = |(node, value): &(&str, String)| {
-                Ok([plain(area)?, b"/", plain(node)?, NUL, plain(value)?].concat())
-            };
-            let payloads = batch.iter().map(payload).collect::<io::Result<Vec<_>>>()?;
-            self.connection.ask_all(Op::Write, self.tx_id, &payloads)?;
+        let payload = |(node, value): &(&str, String)| {
+            Ok([plain(area)?, b"/", plain(node)?, NUL, plain(value)?].concat())
+        };
+        let answers = self.ask_all(Op::Write, nodes.iter().map(payload))?;
+        answers.into_iter().try_for_each(|answer| answer.map(drop))
+    }
+
+    fn read_all(&self, area: &str, nodes: &[&str]) -> io::Result<Vec<io::Result<Box<str>>>> {
+        let payload = |node: &&str| Ok([plain(area)?, b"/", plain(node)?, NUL].concat());
+        let answers = self.ask_all(Op::Read, nodes.iter().map(payload))?;
+        Ok(answers.into_iter().map(|answer| boxed_text(&answer?)).collect())
+    }
+
+    /// Each payload's answer. An error means that not all were asked for.
+    fn ask_all(
+        &self,
+        op: Op,
+        payloads: impl Iterator<Item = io::Result<Vec<u8>>>,
+    ) -> io::Result<Vec<io::Result<Vec<u8>>>> {
+        let payloads = payloads.collect::<io::Result<Vec<_>>>()?;
+        let mut answers = Vec::with_capacity(payloads.len());
+        for batch in payloads.chunks(limits::XENSTORE_REQUESTS_PER_BATCH) {
+            self.connection.ask_batch(op, self.tx_id, batch, &mut answers)?;
         }
-        Ok(())
+        Ok(answers)
     }
 
     fn directory(&self, path: &str) -> io::Result<Vec<Box<str>>> {
@@ -214,7 +239,7 @@ impl Scope {
             Err(error) if error.raw_os_error() == Some(libc::E2BIG) => self.long_directory(path)?,
             answer => answer?,
         };
-        wire::strings(&list).map(|name| text(name).map(String::into_boxed_str)).collect()
+        wire::strings(&list).map(boxed_text).collect()
     }
 
     /// Fetches a list of names in parts, from the start again where the node changed between two.
@@ -324,12 +349,18 @@ impl Connection {
         state.check(answer, op, last)
     }
 
-    /// Sends requests together, and only then waits for their answers. The first that is refused
-    /// is the result; the others are carried out all the same.
-    fn ask_all(&self, op: Op, tx_id: u32, payloads: &[Vec<u8>]) -> io::Result<()> {
+    /// Sends requests together, and only then waits for their answers. One that is refused does not
+    /// keep the others from being carried out.
+    fn ask_batch(
+        &self,
+        op: Op,
+        tx_id: u32,
+        payloads: &[Vec<u8>],
+        answers: &mut Vec<io::Result<Vec<u8>>>,
+    ) -> io::Result<()> {
         if !self.link.takes_batches() {
-            let ask = |payload: &Vec<u8>| self.ask(op, tx_id, &[payload]).map(drop);
-            return payloads.iter().map(ask).fold(Ok(()), Result::and);
+            answers.extend(payloads.iter().map(|payload| self.ask(op, tx_id, &[payload])));
+            return Ok(());
         }
         let mut state = self.state.borrow_mut();
         state.check_alive()?;
@@ -337,15 +368,13 @@ impl Connection {
         let mut req_id = state.req_id;
         payloads.iter().try_for_each(|payload| state.put(op, tx_id, &[payload]))?;
         self.send(&mut state)?;
-        let mut result = Ok(());
         for _ in payloads {
             req_id = req_id.wrapping_add(1);
             let answer = self.wait(&mut state)?;
-            result = result.and(state.check(answer, op, req_id).map(drop));
+            answers.push(state.check(answer, op, req_id));
             state.check_alive()?;
         }
-        self.end_answers(&mut state)?;
-        result
+        self.end_answers(&mut state)
     }
 
     fn send(&self, state: &mut State) -> io::Result<()> {
@@ -535,6 +564,10 @@ fn text(bytes: &[u8]) -> io::Result<String> {
             format!("not text: \"{}\"", bytes.escape_ascii()),
         )),
     }
+}
+
+fn boxed_text(bytes: &[u8]) -> io::Result<Box<str>> {
+    text(bytes).map(String::into_boxed_str)
 }
 
 #[cfg(test)]
