@@ -29,6 +29,7 @@ impl HostEngine {
         Ok(HostEngine { uring, offload, emulation, memory_files: MemoryFiles::new() })
     }
 
+    #[inline(always)]
     fn submit_raw(
         &mut self,
         image: &RawImage,
@@ -40,6 +41,23 @@ impl HostEngine {
         {
             return Ok(Submitted::Done(Completion { ticket, result }));
         }
+        let taken = match (image.emulation(), operation) {
+            (None, IoOp::Read { .. } | IoOp::Write { .. } | IoOp::Flush) => {
+                self.uring.submit(image.raw_fd(), operation, ticket)
+            }
+            _ => self.submit_specially(image, operation, ticket),
+        };
+        taken.map(|()| Submitted::UnderWay)
+    }
+
+    /// What io_uring can't do by itself: smaller blocks than the storage has, and discards of devices.
+    #[cold]
+    fn submit_specially(
+        &mut self,
+        image: &RawImage,
+        operation: &IoOp<'_>,
+        ticket: Ticket,
+    ) -> Result<(), Ticket> {
         let (uring, offload) = (&mut self.uring, &mut self.offload);
         let mut below = |operation: &IoOp<'_>, ticket| match operation {
             IoOp::Discard { offset, len, secure } if image.is_device() => {
@@ -47,11 +65,10 @@ impl HostEngine {
             }
             _ => uring.submit(image.raw_fd(), operation, ticket),
         };
-        let taken = match image.emulation() {
+        match image.emulation() {
             None => below(operation, ticket),
             Some(locks) => self.emulation.submit(locks, image.raw_fd(), operation, ticket, below),
-        };
-        taken.map(|()| Submitted::UnderWay)
+        }
     }
 }
 

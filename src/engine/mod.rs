@@ -94,16 +94,6 @@ pub enum IoOp<'a> {
     },
 }
 
-impl IoOp<'_> {
-    /// How many buffers it has.
-    pub fn buffer_count(&self) -> usize {
-        match self {
-            IoOp::Read { buffers, .. } | IoOp::Write { buffers, .. } => buffers.len(),
-            IoOp::Flush | IoOp::Discard { .. } => 0,
-        }
-    }
-}
-
 /// Bytes of buffers together: those of a request are far below 4 GiB.
 #[inline]
 fn bytes(buffers: &[GuestBuf]) -> u32 {

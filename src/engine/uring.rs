@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use io_uring::{IoUring, opcode, squeue, types};
 
-use super::vectors::append;
+use super::vectors::{append, vector};
 use super::{Completion, IoOp, Ticket};
 use crate::limits;
 use crate::park::Doorbell;
@@ -93,11 +93,8 @@ impl Uring {
     /// EOPNOTSUPP says that they can't.
     pub fn register(&mut self, memory: GuestBuf) -> io::Result<Registration> {
         let registration = self.free.pop().ok_or(io::ErrorKind::QuotaExceeded)?;
-        let vector = libc::iovec {
-            iov_base: memory.address().as_ptr().cast(),
-            iov_len: memory.len() as usize,
-        };
-        self.set_buffer(registration, vector).inspect_err(|_| self.free.push(registration))?;
+        self.set_buffer(registration, vector(&memory))
+            .inspect_err(|_| self.free.push(registration))?;
         Ok(registration)
     }
 
@@ -122,23 +119,29 @@ impl Uring {
     /// Where nothing is in flight storage waits, and may begin before the pass has ended: the first
     /// operation goes to the kernel at once and the [`HEAD_START_GROWTH`] after it together, so that
     /// what it has to do lasts until all the others are there.
+    #[inline]
     pub fn submit(
         &mut self,
         file: RawFd,
         operation: &IoOp<'_>,
         ticket: Ticket,
     ) -> Result<(), Ticket> {
-        let full = self.in_flight >= 4 * limits::URING_ENTRIES as usize
-            // After a kick that submitted only some, vectors of all are still there.
-            || self.vectors.capacity() - self.vectors.len() < operation.buffer_count();
-        if full || self.ring.submission().is_full() {
+        if self.in_flight >= 4 * limits::URING_ENTRIES as usize {
             return Err(ticket);
         }
-        let entry = self.entry(types::Fd(file), operation).user_data(ticket.into_user_data());
+        let mut submission = self.ring.submission();
+        if submission.is_full() {
+            return Err(ticket);
+        }
+        let Some(entry) = entry(&mut self.vectors, types::Fd(file), operation) else {
+            return Err(ticket);
+        };
+        let entry = entry.user_data(ticket.into_user_data());
         // SAFETY: the buffers stay mapped until the ticket is back (GuestBuf's contract); the
         // vectors stay in place until kick; the file is open until then (the queue holds it).
-        unsafe { self.ring.submission().push(&entry) }.expect("checked above that there is room");
-        let waiting = self.ring.submission().len();
+        unsafe { submission.push(&entry) }.expect("checked above that there is room");
+        let waiting = submission.len();
+        drop(submission);
         if self.in_flight == 0 {
             self.head_start = 1;
         }
@@ -149,61 +152,6 @@ impl Uring {
             let _ = self.enter();
         }
         Ok(())
-    }
-
-    fn entry(&mut self, file: types::Fd, operation: &IoOp<'_>) -> squeue::Entry {
-        match *operation {
-            IoOp::Read { offset, buffers } => match self.vectors(buffers) {
-                Vectors::Registered(one, buffer) => {
-                    opcode::ReadFixed::new(file, one.iov_base.cast(), len(one), buffer)
-                        .offset(offset)
-                        .build()
-                }
-                Vectors::One(one) => {
-                    opcode::Read::new(file, one.iov_base.cast(), len(one)).offset(offset).build()
-                }
-                Vectors::Many(first, count) => {
-                    opcode::Readv::new(file, first, count).offset(offset).build()
-                }
-            },
-            IoOp::Write { offset, buffers } => match self.vectors(buffers) {
-                Vectors::Registered(one, buffer) => {
-                    opcode::WriteFixed::new(file, one.iov_base.cast(), len(one), buffer)
-                        .offset(offset)
-                        .build()
-                }
-                Vectors::One(one) => {
-                    opcode::Write::new(file, one.iov_base.cast(), len(one)).offset(offset).build()
-                }
-                Vectors::Many(first, count) => {
-                    opcode::Writev::new(file, first, count).offset(offset).build()
-                }
-            },
-            IoOp::Flush => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
-            // Of a file: its blocks become a hole, which reads as zeroes.
-            IoOp::Discard { offset, len, .. } => opcode::Fallocate::new(file, len)
-                .offset(offset)
-                .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
-                .build(),
-        }
-    }
-
-    fn vectors(&mut self, buffers: &[GuestBuf]) -> Vectors {
-        let first = self.vectors.len();
-        append(&mut self.vectors, buffers);
-        match self.vectors[first..] {
-            [one] => {
-                self.vectors.truncate(first);
-                match registration(buffers) {
-                    Some(Registration(number)) => Vectors::Registered(one, number.get() - 1),
-                    None => Vectors::One(one),
-                }
-            }
-            ref many => {
-                let count = u32::try_from(many.len()).expect("at most a request's segments");
-                Vectors::Many(many.as_ptr(), count)
-            }
-        }
     }
 
     /// Submits what was taken, and lets the kernel finish completions that wait for this thread.
@@ -306,22 +254,101 @@ fn table(ring: &IoUring) -> Vec<Registration> {
     }
 }
 
+/// The kernel's form of an operation, with its vectors behind those that are there. `None`: there is no
+/// room for them, because after a kick that submitted only some, those of all are still there.
+#[inline]
+fn entry(
+    vectors: &mut Vec<libc::iovec>,
+    file: types::Fd,
+    operation: &IoOp<'_>,
+) -> Option<squeue::Entry> {
+    Some(match *operation {
+        IoOp::Read { offset, buffers } => match place(vectors, buffers)? {
+            Place::Registered(one, buffer) => {
+                opcode::ReadFixed::new(file, one.iov_base.cast(), len(one), buffer)
+                    .offset(offset)
+                    .build()
+            }
+            Place::One(one) => {
+                opcode::Read::new(file, one.iov_base.cast(), len(one)).offset(offset).build()
+            }
+            Place::Many(first, count) => {
+                opcode::Readv::new(file, first, count).offset(offset).build()
+            }
+        },
+        IoOp::Write { offset, buffers } => match place(vectors, buffers)? {
+            Place::Registered(one, buffer) => {
+                opcode::WriteFixed::new(file, one.iov_base.cast(), len(one), buffer)
+                    .offset(offset)
+                    .build()
+            }
+            Place::One(one) => {
+                opcode::Write::new(file, one.iov_base.cast(), len(one)).offset(offset).build()
+            }
+            Place::Many(first, count) => {
+                opcode::Writev::new(file, first, count).offset(offset).build()
+            }
+        },
+        IoOp::Flush => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
+        // Of a file: its blocks become a hole, which reads as zeroes.
+        IoOp::Discard { offset, len, .. } => opcode::Fallocate::new(file, len)
+            .offset(offset)
+            .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
+            .build(),
+    })
+}
+
+/// Where the data of one operation is.
+enum Place {
+    /// Within one buffer of the kernel's table.
+    Registered(libc::iovec, u16),
+    One(libc::iovec),
+    Many(*const libc::iovec, u32),
+}
+
+#[inline]
+fn place(vectors: &mut Vec<libc::iovec>, buffers: &[GuestBuf]) -> Option<Place> {
+    let [buffer] = buffers else { return place_several(vectors, buffers) };
+    Some(Place::of_one(vector(buffer), buffer.registration()))
+}
+
+fn place_several(vectors: &mut Vec<libc::iovec>, buffers: &[GuestBuf]) -> Option<Place> {
+    if vectors.capacity() - vectors.len() < buffers.len() {
+        return None;
+    }
+    let first = vectors.len();
+    append(vectors, buffers);
+    Some(match vectors[first..] {
+        [one] => {
+            vectors.truncate(first);
+            Place::of_one(one, common_registration(buffers))
+        }
+        ref many => {
+            let count = u32::try_from(many.len()).expect("at most a request's segments");
+            Place::Many(many.as_ptr(), count)
+        }
+    })
+}
+
+impl Place {
+    #[inline]
+    fn of_one(vector: libc::iovec, registration: Option<Registration>) -> Place {
+        match registration {
+            Some(Registration(number)) => Place::Registered(vector, number.get() - 1),
+            None => Place::One(vector),
+        }
+    }
+}
+
 /// What an engine knows all of these buffers as.
-fn registration(buffers: &[GuestBuf]) -> Option<Registration> {
+fn common_registration(buffers: &[GuestBuf]) -> Option<Registration> {
     let (first, others) = buffers.split_first()?;
     let registration = first.registration()?;
     let same = |other: &GuestBuf| other.registration() == Some(registration);
     others.iter().all(same).then_some(registration)
 }
 
-/// Where the data of one operation is.
-enum Vectors {
-    /// In this place of the kernel's table.
-    Registered(libc::iovec, u16),
-    One(libc::iovec),
-    Many(*const libc::iovec, u32),
-}
-
+#[inline]
 fn len(vector: libc::iovec) -> u32 {
     u32::try_from(vector.iov_len).expect("a request is far below 4 GiB")
 }

@@ -7,12 +7,18 @@ use crate::xen::shm::GuestBuf;
 pub fn append(vectors: &mut Vec<libc::iovec>, buffers: &[GuestBuf]) {
     let first = vectors.len();
     for buffer in buffers {
-        let (start, len) = (buffer.address().as_ptr(), buffer.len() as usize);
+        let next = vector(buffer);
         match vectors[first..].last_mut() {
-            Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == start.cast() => {
-                last.iov_len += len;
+            Some(last) if last.iov_base.wrapping_byte_add(last.iov_len) == next.iov_base => {
+                last.iov_len += next.iov_len;
             }
-            _ => vectors.push(libc::iovec { iov_base: start.cast(), iov_len: len }),
+            _ => vectors.push(next),
         }
     }
+}
+
+/// The vector of one buffer.
+#[inline]
+pub fn vector(buffer: &GuestBuf) -> libc::iovec {
+    libc::iovec { iov_base: buffer.address().as_ptr().cast(), iov_len: buffer.len() as usize }
 }

@@ -257,9 +257,17 @@ impl Slot {
     }
 
     /// Shows the buffers of the rest of the transfer.
-    #[inline]
+    #[inline(always)]
     pub fn with_buffers<R>(&self, show: impl FnOnce(&[GuestBuf]) -> R) -> R {
-        if self.moved_bytes == 0 { show(self.buffers()) } else { show(&self.rest()) }
+        let rest;
+        // One call only, which can then be inlined.
+        show(match self.moved_bytes {
+            0 => self.buffers(),
+            _ => {
+                rest = self.rest();
+                &rest
+            }
+        })
     }
 
     /// What is left after a short transfer, which is rare.
