@@ -92,7 +92,13 @@ impl Report {
         text.push_str("\n## Figures\n");
         for ScenarioReport { outcome, .. } in &self.scenarios {
             let scenario = &outcome.scenario;
-            let _ = write!(text, "\n### {}\n\n{}\n", scenario.name, scenario.about);
+            let _ = write!(text, "\n### {}\n\n{}", scenario.name, scenario.about);
+            if scenario.finer > 1 {
+                let Extent { rounds, seconds, .. } = self.extent.of(scenario);
+                let _ =
+                    write!(text, " Finer: {rounds} rounds with turns of {} s.", figure(seconds));
+            }
+            text.push('\n');
             outcome.cases.iter().for_each(|case| text.push_str(&case_table(case)));
             text.push_str(&left_out(&outcome.left_out));
         }

@@ -37,9 +37,12 @@ pub struct Extent {
 }
 
 impl Extent {
-    /// Turns of each contender of a scenario: half of them where no verdict depends on it.
-    pub fn rounds_of(&self, scenario: &Scenario) -> u32 {
-        if scenario.goals.is_empty() { self.rounds.div_ceil(2) } else { self.rounds }
+    /// The same for one scenario: half the rounds where no verdict depends on it, or finer ones.
+    #[must_use]
+    pub fn of(self, scenario: &Scenario) -> Extent {
+        let Scenario { finer, goals, .. } = scenario;
+        let rounds = if goals.is_empty() { self.rounds.div_ceil(2) } else { self.rounds };
+        Extent { rounds: rounds * finer, seconds: self.seconds / f64::from(*finer), ..self }
     }
 }
 
@@ -164,7 +167,7 @@ impl<'a> Bench<'a> {
             failed: None,
         };
         let mut entries: Vec<Entry> = case.contenders.iter().map(entry).collect();
-        for round in 1..=self.extent.rounds_of(scenario) {
+        for round in 1..=self.extent.of(scenario).rounds {
             for entry in entries.iter_mut().filter(|entry| entry.failed.is_none()) {
                 let at = case.at.map(|at| format!(" at {at}")).unwrap_or_default();
                 let turn = format!("{}{at}, round {round}: {}", scenario.name, entry.contender);
@@ -211,7 +214,7 @@ impl<'a> Bench<'a> {
                 let file = contents.file.as_deref().context("fio needs a file")?;
                 let mut words = pinned;
                 words.extend(program(&self.fio)?.words());
-                let seconds = self.extent.seconds;
+                let seconds = self.extent.of(scenario).seconds;
                 words.extend(contender::fio_arguments(*registered, load, file, seconds));
                 let before = machine::children_cpu_us();
                 let json = json(&output(&words)?)?;
@@ -241,7 +244,7 @@ impl<'a> Bench<'a> {
             _ => load_cores,
         };
         line.extend(["--cores", &list(&blkloads_cores), "--samples", "1"].map(str::to_owned));
-        let Extent { mut seconds, mut warmup_s, .. } = self.extent;
+        let Extent { mut seconds, mut warmup_s, .. } = self.extent.of(scenario);
         if load.idle {
             (seconds, warmup_s) = (seconds.max(IDLE_S), warmup_s.max(IDLE_WARMUP_S));
         }
@@ -323,6 +326,21 @@ fn summary(sample: &Sample) -> String {
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn finer_rounds_take_as_long_and_those_without_a_goal_half() {
+        let of = |more: &str| {
+            let text =
+                format!("about = \"\"\nbacking = \"null\"\ncontenders = [\"polldisk\"]\n{more}");
+            let extent = Extent { rounds: 8, seconds: 1.5, warmup_s: 0.5, system_calls: true };
+            let Extent { rounds, seconds, .. } = extent.of(&Scenario::parse("x", &text).unwrap());
+            (rounds, seconds)
+        };
+        let goal = "goals = [{ metric = \"iops\", at_least = 1 }]\nload = {}";
+        assert_eq!(of("load = {}"), (4, 1.5));
+        assert_eq!(of(goal), (8, 1.5));
+        assert_eq!(of(&format!("finer = 3\n{goal}")), (24, 0.5));
+    }
 
     #[test]
     fn a_failure_names_no_folder_of_this_machine() {

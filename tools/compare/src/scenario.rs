@@ -23,6 +23,10 @@ pub struct Scenario {
     /// Part of a quick run.
     #[serde(default = "yes")]
     pub quick: bool,
+    /// So many times as many rounds, with turns that are shorter by as much: for storage that is faster
+    /// and slower by the minute.
+    #[serde(default = "one")]
+    pub finer: u32,
     /// The load.
     pub load: Load,
     /// What the load becomes for a backend without indirect requests, as a guest's kernel splits
@@ -150,6 +154,10 @@ impl Default for Load {
     }
 }
 
+fn one() -> u32 {
+    1
+}
+
 fn yes() -> bool {
     true
 }
@@ -181,6 +189,7 @@ impl Scenario {
     }
 
     fn check(&self) -> Result<()> {
+        ensure!(self.finer > 0, "finer = 0 leaves no turn");
         ensure!([0, 100].contains(&self.load.read), "read = {}: give 0 or 100", self.load.read);
         ensure!(
             self.goals.is_empty() || self.vary.is_none(),
