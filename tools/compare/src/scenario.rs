@@ -369,6 +369,7 @@ mod test {
             ("over = \"qemu\"", "over = \"fio\"", "a goal against fio, which is no contender"),
             (", at_least = 8", "", "a goal has either at_least or at_most"),
             ("at_least", "beyond = \"qemu\", at_least", "not both"),
+            ("load =", "finer = 0\nload =", "finer = 0 leaves no turn"),
             ("load =", "vary = { disks = [1] }\nload =", "goals belong to a scenario without vary"),
         ] {
             let found = error(&SOUND.replace(from, to));
