@@ -121,9 +121,10 @@ pub fn shell(kernel: Kernel, binaries: &[Binary]) -> Result<()> {
 }
 
 /// The images' folder is the working directory: multiboot modules are separated by commas and
-/// spaces, which a path of the user's may hold.
+/// spaces, which a path of the user's may hold. The emulator ends with the lab, however that ends.
 fn emulator(image: &Path, arguments: &[String]) -> Command {
-    let mut command = Command::new(qemu::PROGRAM);
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", qemu::PROGRAM]);
     command.current_dir(image).args(arguments);
     command
 }
