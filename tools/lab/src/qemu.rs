@@ -157,6 +157,14 @@ mod tests {
     }
 
     #[test]
+    fn no_disk_leaves_doorbells_out() {
+        let line = line() + &programs_disk(Path::new("/cache/programs.img")).join(" ");
+        assert_eq!(line.matches("bus=sata.").count(), 3);
+        assert!(line.contains("ich9-ahci,id=sata"));
+        assert!(!line.contains("nvme") && !line.contains("virtio-blk"), "{line}");
+    }
+
+    #[test]
     fn the_cached_root_is_never_written() {
         assert!(line().contains("file=root.img,format=raw,if=none,id=root,snapshot=on"));
     }
