@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::io;
 
-use crate::xen::Nodes;
+use crate::xen::{Nodes, if_there};
 
 /// The nodes of an area that will be asked for, read in one round trip to xenstored instead of one each.
 ///
@@ -23,10 +23,12 @@ impl<'a, S: Nodes> ReadAhead<'a, S> {
         Ok(ahead)
     }
 
-    /// Reads further nodes.
+    /// Reads those of these nodes that were not read yet.
     pub fn read(&mut self, nodes: &[&str]) -> io::Result<()> {
-        let texts = self.store.read_all(self.area, nodes)?;
-        self.read.extend(nodes.iter().map(|node| (*node).to_owned()).zip(texts));
+        let missing = |node: &&str| !self.read.contains_key(*node);
+        let nodes: Vec<&str> = nodes.iter().copied().filter(missing).collect();
+        let texts = self.store.read_all(self.area, &nodes)?;
+        self.read.extend(nodes.into_iter().map(str::to_owned).zip(texts));
         Ok(())
     }
 
@@ -40,10 +42,6 @@ impl<'a, S: Nodes> ReadAhead<'a, S> {
 
     /// What a node holds; `None` where it is not there.
     pub fn take_if_there(&mut self, node: &str) -> io::Result<Option<Box<str>>> {
-        match self.take(node) {
-            Ok(text) => Ok(Some(text)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error),
-        }
+        if_there(self.take(node))
     }
 }

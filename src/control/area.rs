@@ -11,7 +11,7 @@ use crate::blkif::features::{self, DiskOffer};
 use crate::limits;
 use crate::units::{DomId, parse_decimal};
 use crate::xen::keys::{self, XenbusState};
-use crate::xen::{Nodes, Store};
+use crate::xen::{Nodes, Store, if_there};
 
 /// What the toolstack says of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -161,11 +161,8 @@ fn target_of(params: &str) -> &str {
 
 /// What `params` names now; empty: no medium. `None` where the node is missing.
 pub fn target(store: &impl Xs, area: &str) -> io::Result<Option<String>> {
-    match store.read(&format!("{area}/{}", keys::PARAMS)) {
-        Ok(params) => Ok(Some(target_of(&params).to_owned())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
+    let params = if_there(store.read(&format!("{area}/{}", keys::PARAMS)))?;
+    Ok(params.map(|params| target_of(&params).to_owned()))
 }
 
 /// A value to be written to a node of an area.
@@ -215,12 +212,9 @@ pub fn switch_state<S: Store>(
 ) -> io::Result<XenbusState> {
     let written = [nodes, &[(keys::STATE, new.number().to_string())]].concat();
     store.atomically(|span| {
-        let found = match span.read(&format!("{area}/{}", keys::STATE)) {
-            Ok(text) => XenbusState::from_text(&text),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok(XenbusState::Unknown);
-            }
-            Err(error) => return Err(error),
+        let found = if_there(span.read(&format!("{area}/{}", keys::STATE)))?;
+        let Some(found) = found.map(|text| XenbusState::from_text(&text)) else {
+            return Ok(XenbusState::Unknown);
         };
         if found != expected {
             return Ok(found);
@@ -264,19 +258,12 @@ impl Standing {
 
 /// Whether a node is there.
 pub fn exists(store: &impl Xs, path: &str) -> io::Result<bool> {
-    match store.read(path) {
-        Ok(_) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(error),
-    }
+    Ok(if_there(store.read(path))?.is_some())
 }
 
 /// Removes a node and all below it; one that is not there is as good as removed.
 pub fn remove(store: &impl Xs, path: &str) -> io::Result<()> {
-    match store.rm(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
+    if_there(store.rm(path)).map(drop)
 }
 
 /// Why a disk failed, as its `error` node tells it.

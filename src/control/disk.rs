@@ -283,10 +283,9 @@ impl Disk {
         match self.try_open(around) {
             Ok(hotplug) => {
                 inputs.push_back(Input::Opened);
-                let done = || Standing::read(around.store, &self.area);
-                if hotplug == Hotplug::None
-                    || done().is_ok_and(|it| it.is_some_and(|it| it.hotplug_done))
-                {
+                let standing = || Standing::read(around.store, &self.area);
+                let done = || matches!(standing(), Ok(Some(it)) if it.hotplug_done);
+                if hotplug == Hotplug::None || done() {
                     inputs.push_back(Input::Ready);
                 }
             }

@@ -156,11 +156,9 @@ impl<S: Nodes> Claims<'_, S> {
             }
         };
         let port = format!("{folder}{}", keys::EVENT_CHANNEL);
-        if order.is_some() || !folder.is_empty() {
-            let nodes: Vec<&str> = refs.iter().chain([&port]).map(String::as_str).collect();
-            let failed = |source| FrontendFault::Store { node: refs[0].clone(), source };
-            self.ahead.read(&nodes).map_err(failed)?;
-        }
+        let nodes: Vec<&str> = refs.iter().chain([&port]).map(String::as_str).collect();
+        let failed = |source| FrontendFault::Store { node: refs[0].clone(), source };
+        self.ahead.read(&nodes).map_err(failed)?;
         let refs = refs
             .iter()
             .map(|node| self.u32(node, "a grant reference").map(GrantRef))

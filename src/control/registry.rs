@@ -24,7 +24,7 @@ use crate::blkif::features::Offer;
 use crate::msg::{CommandSender, Event, QueueKey};
 use crate::units::{DomId, VbdId};
 use crate::xen::keys::{self, XenbusState};
-use crate::xen::{Store, WatchEvent};
+use crate::xen::{Store, WatchEvent, if_there};
 
 const BACKEND_TOKEN: &str = "backend/";
 
@@ -440,9 +440,10 @@ impl<S: Store> Registry<S> {
 
 /// Our own domain: the node `domid` of our directory, which dom0 may lack.
 fn own_domid(store: &impl Xs) -> io::Result<DomId> {
-    match store.read(keys::OWN_DOMID) {
-        Ok(text) => text.parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(DomId::DOM0),
-        Err(error) => Err(error),
+    match if_there(store.read(keys::OWN_DOMID))? {
+        Some(text) => {
+            text.parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+        }
+        None => Ok(DomId::DOM0),
     }
 }

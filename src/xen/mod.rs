@@ -69,6 +69,14 @@ pub trait Nodes: Xs {
     fn set_permissions(&self, path: &str, permissions: &[Permission]) -> io::Result<()>;
 }
 
+/// What was read of a node; `None` where the node is missing.
+pub fn if_there<T>(read: io::Result<T>) -> io::Result<Option<T>> {
+    match read {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        read => read.map(Some),
+    }
+}
+
 /// A xenstore connection whose watch events arrive through a pollable descriptor.
 ///
 /// Requests are answered at once (xenstored is local and quick); events that arrive meanwhile

@@ -13,9 +13,9 @@ use crate::msg::Protocol;
 use crate::park;
 use crate::sim::Domain;
 use crate::units::{GrantRef, Port, Sectors, VbdId, parse_decimal};
-use crate::xen::Store;
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::store::StoreClient;
+use crate::xen::{Store, if_there};
 
 /// How long a frontend waits for its backend: a guard against hanging, far above what is normal.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -316,11 +316,7 @@ fn is_of_a_connection(name: &str) -> bool {
 }
 
 fn read_text(store: &StoreClient, path: &str) -> io::Result<Option<String>> {
-    match store.read(path) {
-        Ok(text) => Ok(Some(text.into())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
+    Ok(if_there(store.read(path))?.map(String::from))
 }
 
 /// Looks again after every watch event until `look` finds something.

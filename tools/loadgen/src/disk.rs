@@ -1,6 +1,5 @@
 //! One disk, from its areas in xenstore to its connected rings and back.
 
-use std::io;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -9,10 +8,10 @@ use polldisk::blkif::ring::ring_entries;
 use polldisk::limits::SEGMENTS_PER_REQUEST;
 use polldisk::sim::blkfront::xenbus::{self, Offered, Wanted, Xenbus};
 use polldisk::units::{DomId, VbdId};
-use polldisk::xen::Events;
 use polldisk::xen::keys::{self, XenbusState};
 use polldisk::xen::shm::PAGE_BYTES;
 use polldisk::xen::store::StoreClient;
+use polldisk::xen::{Events, if_there};
 use serde::Serialize;
 use xenstore_rs::Xs;
 
@@ -241,13 +240,6 @@ fn announced(wanted: &Wanted, offered: &Offered) -> Wanted {
     let mut announced = wanted.within(offered);
     announced.options.persistent = wanted.options.persistent;
     announced
-}
-
-fn if_there<T>(read: io::Result<T>) -> io::Result<Option<T>> {
-    match read {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        read => read.map(Some),
-    }
 }
 
 fn check(disk: &xenbus::Disk, plan: &Plan) -> anyhow::Result<()> {
