@@ -200,6 +200,12 @@ impl BackRing {
         !matches!(self.requests(), Ok(0))
     }
 
+    /// Takes that back, for one who looks for requests by himself again. Without it the frontend's
+    /// next notification wakes a backend that has its request already.
+    pub fn disarm(&self) {
+        self.ring.store(REQ_EVENT, self.req_cons);
+    }
+
     /// Entries.
     pub fn size(&self) -> u32 {
         self.ring.size

@@ -260,6 +260,11 @@ impl Queue {
         self.has_waiting() || more
     }
 
+    /// Asks the frontend for no notification any more, until [`Queue::arm`].
+    pub fn disarm(&self) {
+        self.ring.disarm();
+    }
+
     /// Unmaps granted pages that have long been idle; `true`: others are still mapped.
     pub fn sweep<G: Grants, E: RegisterBuffers>(&mut self, io: &mut Resources<G, E>) -> bool {
         let Mapped::Kept(persistent) = &mut self.mapped else { return false };

@@ -64,6 +64,8 @@ pub struct Worker<P: Platform, E> {
     last_work_ns: u64,
     last_event_check_ns: u64,
     passes_since_event_check: u32,
+    /// The last sleep has told that there are none now.
+    no_events: bool,
     next_sweep_ns: u64,
     stopping: bool,
 }
@@ -73,6 +75,8 @@ pub struct Worker<P: Platform, E> {
 struct Served {
     queue: Queue,
     polled: bool,
+    /// No event has come since its port was unmasked, as a port is when it is bound.
+    unmasked: bool,
     last_work_ns: u64,
 }
 
@@ -103,6 +107,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             last_work_ns: 0,
             last_event_check_ns: 0,
             passes_since_event_check: 0,
+            no_events: false,
             next_sweep_ns: u64::MAX,
             stopping: false,
         })
@@ -143,7 +148,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             return Ok(());
         }
         let asleep_ns = clock_ns();
-        let [_, completed, commanded, _] = park::sleep(
+        let [notified, completed, commanded, _] = park::sleep(
             &[
                 self.events.as_fd(),
                 self.resources.engine.completion_fd(),
@@ -151,6 +156,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             ],
             self.until_sweep(asleep_ns),
         );
+        self.no_events = !notified;
         self.resources.engine.disarm(completed);
         if commanded {
             self.commands.bell.silence();
@@ -248,7 +254,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             Ok(queue) => {
                 self.by_key.insert(key, index);
                 self.by_port.insert(queue.port(), index);
-                entry.insert(Served { queue, polled: false, last_work_ns: now_ns });
+                entry.insert(Served { queue, polled: false, unmasked: true, last_work_ns: now_ns });
                 self.poll_queue(index, now_ns);
                 self.reports.send(Event::Connected(key));
             }
@@ -315,7 +321,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     /// those that sleep.
     #[inline]
     fn event_check_is_due(&mut self, now_ns: u64) -> bool {
-        if self.polled.len() == self.queues.len() {
+        let no_events = std::mem::take(&mut self.no_events);
+        if no_events || self.polled.len() == self.queues.len() {
             return false;
         }
         self.passes_since_event_check += 1;
@@ -330,19 +337,21 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         let mut ports = [Port(0); PORTS_PER_READ];
         let count = self.events.pending(&mut ports)?;
         for port in ports.iter().take(count) {
-            if let Some(index) = self.by_port.get(port) {
-                self.poll_queue(*index, now_ns);
+            if let Some(index) = self.by_port.get(port).copied() {
+                self.queues[index].unmasked = false;
+                self.poll_queue(index, now_ns);
             }
         }
         Ok(count > 0)
     }
 
-    /// From now on the ring is looked at in every pass.
+    /// From now on the ring is looked at in every pass, so that nobody need notify us of it.
     fn poll_queue(&mut self, index: usize, now_ns: u64) {
         let served = &mut self.queues[index];
         served.last_work_ns = now_ns;
         if !served.polled {
             served.polled = true;
+            served.queue.disarm();
             self.polled.push(index);
             // What it maps now will be idle one day.
             self.next_sweep_ns = self.next_sweep_ns.min(now_ns + SWEEP_NS);
@@ -409,7 +418,9 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 return true;
             }
             served.polled = false;
-            unmask.push(served.queue.port());
+            if !std::mem::replace(&mut served.unmasked, true) {
+                unmask.push(served.queue.port());
+            }
             false
         });
         if !self.unmask.is_empty() {

@@ -2,25 +2,18 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
-use std::time::Duration;
 
 use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
-use polldisk::blkif::request::DiskRules;
-use polldisk::budget::GrantBudget;
 use polldisk::engine::host::HostEngine;
 use polldisk::engine::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
-use polldisk::metrics::QueueCounters;
-use polldisk::msg::{
-    Command, Connect, LinkId, Mapping, QueueKey, WorkerId, command_channel, event_channel,
-};
-use polldisk::sim::blkfront::device::{Device, Options};
-use polldisk::sim::{SimXen, StandIn};
-use polldisk::units::{Bytes, DomId, QueueId};
-use polldisk::worker::{Setup, Worker};
+use polldisk::msg::Mapping;
+use polldisk::sim::StandIn;
+use polldisk::sim::blkfront::device::Options;
+use polldisk::units::Bytes;
 use polldisk::xen::shm::{GuestBuf, Registration};
 
+use crate::alone;
 use crate::draw::{Combination, Request, SECTORS};
 use crate::guest::{Disk, Guest, HANG};
 use crate::workers::Rig;
@@ -130,37 +123,11 @@ impl Engine for Failing {
 #[test]
 fn a_worker_that_dies_takes_nothing_of_the_budget_along() {
     let stand_in = StandIn::start_temporary().unwrap();
-    let domain = Arc::new(stand_in.create_domain(DomId::try_from(1).unwrap(), 512).unwrap());
-    let (sender, commands) = command_channel(WorkerId(0)).unwrap();
-    let (reports, _events) = event_channel().unwrap();
-    let platform: SimXen = stand_in.platform();
-    let setup =
-        Setup { id: WorkerId(0), platform, core: None, poll: Duration::ZERO, commands, reports };
+    let mut device = alone::device(&stand_in);
     let engine = Failing { engine: HostEngine::new().unwrap(), fails: false };
-    let mut worker = Worker::new(setup, engine).unwrap();
-    let mut device = Device::new(Arc::clone(&domain), Options::default()).unwrap();
     let image = Image::Null(NullImage::new(Bytes(1 << 20), true));
-    let budget = Arc::new(GrantBudget::new(BUDGET));
-    let rules = DiskRules {
-        geometry: image.geometry(),
-        read_only: false,
-        indirect_segments: 0,
-        discard: false,
-        secure_discard: false,
-    };
-    let connect = Connect {
-        key: QueueKey { link: LinkId(1), queue: QueueId(0) },
-        frontend: domain.domid(),
-        ring_refs: device.ring_refs().to_vec(),
-        port: device.port(),
-        protocol: device.options().protocol,
-        mapping: Mapping::Kept,
-        budget: Arc::clone(&budget),
-        rules,
-        image: Arc::new(image),
-        counters: Arc::new(QueueCounters::default()),
-    };
-    sender.send(Command::Connect(Box::new(connect))).unwrap();
+    let alone = alone::worker(stand_in.platform(), engine, &device, image, BUDGET);
+    let (mut worker, budget) = (alone.worker, alone.budget);
     for (operation, len) in [(op::WRITE, 11 * 4096), (op::FLUSH_DISKCACHE, 0)] {
         device.put(operation, 0, len);
         device.publish().unwrap();

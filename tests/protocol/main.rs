@@ -5,6 +5,7 @@
 //! `POLLDISK_PROTOCOL_SEED=<seed>` plays that connection alone. `POLLDISK_PROTOCOL_CASES=<number>`
 //! makes a run longer.
 
+mod alone;
 mod budget;
 mod daemon;
 mod draw;
@@ -15,4 +16,5 @@ mod media;
 mod negotiated;
 mod queues;
 mod random;
+mod wake_ups;
 mod workers;

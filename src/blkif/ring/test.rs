@@ -76,6 +76,21 @@ fn a_backend_that_polls_is_never_notified() {
 }
 
 #[test]
+fn a_backend_that_was_woken_otherwise_is_not_notified() {
+    let mut ends = ends(1, Protocol::X86_64);
+    ends.front.put(&read(0));
+    ends.front.publish();
+    ends.back.take();
+    assert!(!ends.back.arm());
+    ends.back.disarm();
+    for id in 1..20 {
+        ends.front.put(&read(id));
+        assert!(!ends.front.publish(), "request {id}");
+    }
+    assert_eq!(ends.back.requests(), Ok(19));
+}
+
+#[test]
 fn arming_sees_what_came_in_between() {
     let mut ends = ends(1, Protocol::X86_64);
     ends.front.put(&read(0));
@@ -135,6 +150,7 @@ enum Step {
     Answer,
     PublishResponses,
     Receive,
+    Disarm,
 }
 
 proptest! {
@@ -145,7 +161,7 @@ proptest! {
         steps in prop::collection::vec(
             prop::sample::select(vec![
                 Step::Put, Step::PublishRequests, Step::Take, Step::Answer,
-                Step::PublishResponses, Step::Receive,
+                Step::PublishResponses, Step::Receive, Step::Disarm,
             ]),
             0..600,
         ),
@@ -183,6 +199,7 @@ proptest! {
                     let response = ends.front.next_response();
                     prop_assert_eq!(response, back_on_ring.pop_front().map(okay));
                 }
+                Step::Disarm => ends.back.disarm(),
                 Step::Put | Step::Take => {}
             }
             prop_assert_eq!(ends.back.requests().unwrap() as usize, on_ring.len());

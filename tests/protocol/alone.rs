@@ -1,0 +1,71 @@
+//! A worker in the test's own thread, on an engine of the test's, with one ring of one guest.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use polldisk::backing::Image;
+use polldisk::blkif::request::DiskRules;
+use polldisk::budget::GrantBudget;
+use polldisk::engine::Engine;
+use polldisk::metrics::QueueCounters;
+use polldisk::msg::{
+    Command, CommandSender, Connect, EventReceiver, LinkId, Mapping, QueueKey, WorkerId,
+    command_channel, event_channel,
+};
+use polldisk::sim::StandIn;
+use polldisk::sim::blkfront::device::{Device, Options};
+use polldisk::units::{DomId, QueueId};
+use polldisk::worker::{Setup, Worker};
+use polldisk::xen::Platform;
+
+/// Pages of the guest.
+const GUEST_PAGES: u32 = 512;
+
+/// The worker, which has yet to obey the command to connect, and all around it.
+pub struct Alone<P: Platform, E> {
+    pub worker: Worker<P, E>,
+    pub commands: CommandSender,
+    pub budget: Arc<GrantBudget>,
+    _events: EventReceiver,
+}
+
+/// A guest without a backend.
+pub fn device(stand_in: &StandIn) -> Device {
+    let domain = stand_in.create_domain(DomId::try_from(1).unwrap(), GUEST_PAGES).unwrap();
+    Device::new(Arc::new(domain), Options::default()).unwrap()
+}
+
+/// A worker that never spins, for the only ring of `device`, of whose pages it may map so many.
+pub fn worker<P: Platform, E: Engine<Target = Image>>(
+    platform: P,
+    engine: E,
+    device: &Device,
+    image: Image,
+    budget_pages: usize,
+) -> Alone<P, E> {
+    let (commands, receiver) = command_channel(WorkerId(0)).unwrap();
+    let (reports, events) = event_channel().unwrap();
+    let budget = Arc::new(GrantBudget::new(budget_pages));
+    let connect = Connect {
+        key: QueueKey { link: LinkId(1), queue: QueueId(0) },
+        frontend: device.domain().domid(),
+        ring_refs: device.ring_refs().to_vec(),
+        port: device.port(),
+        protocol: device.options().protocol,
+        mapping: Mapping::Kept,
+        budget: Arc::clone(&budget),
+        rules: DiskRules {
+            geometry: image.geometry(),
+            read_only: false,
+            indirect_segments: 0,
+            discard: false,
+            secure_discard: false,
+        },
+        image: Arc::new(image),
+        counters: Arc::new(QueueCounters::default()),
+    };
+    commands.send(Command::Connect(Box::new(connect))).unwrap();
+    let (id, poll) = (WorkerId(0), Duration::ZERO);
+    let setup = Setup { id, platform, core: None, poll, commands: receiver, reports };
+    Alone { worker: Worker::new(setup, engine).unwrap(), commands, budget, _events: events }
+}
