@@ -29,8 +29,8 @@ pub struct ServeOptions {
     #[arg(long, value_name = "LIST")]
     pub cores: Option<String>,
 
-    /// Longest time in microseconds that a worker polls without work before it sleeps; 0 never
-    /// polls
+    /// Longest time in microseconds that a worker polls without work before it sleeps, twice that
+    /// while storage works on requests; 0 never polls
     #[arg(long, value_name = "N")]
     pub poll_us: Option<u64>,
 

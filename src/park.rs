@@ -1,6 +1,6 @@
 //! How a thread waits: spin, arm, sleep, wake. The one subtle wait protocol lives here.
 //!
-//! A worker that finds no work spins for a budget that follows the load ([`SpinBudget`]). When the
+//! A worker that finds no work spins for a budget that follows the load ([`Patience`]). When the
 //! budget is spent it *arms* every source (asks each guest for a notification, which includes a
 //! fence and a second look), and only if nothing turned up since does it sleep in [`sleep`] until
 //! a descriptor is readable. Whoever gives it work writes first and rings the [`Doorbell`] after,
@@ -75,14 +75,76 @@ pub fn sleep(sources: &[BorrowedFd<'_>], timeout: Option<Duration>) -> [bool; SO
     polled.map(|slot| slot.revents != 0)
 }
 
-/// How long a worker without work keeps looking before it sleeps.
+/// How long a worker looks for work before it sleeps.
+///
+/// The pauses in which storage has requests are unlike those in which it has none, so there is a
+/// budget for each kind. What storage works on is sure to come, and guests ask for more only then:
+/// it may be looked for twice as long.
+#[derive(Debug)]
+pub struct Patience {
+    guests: SpinBudget,
+    storage: SpinBudget,
+    pause: Option<Begun>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Begun {
+    at_ns: u64,
+    storage_works: bool,
+}
+
+/// A time without work that has not ended yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pause {
+    /// How long it has lasted by now.
+    pub lasted_ns: u64,
+    /// Whether to go on looking for work.
+    pub spins: bool,
+    /// The longest that a pause of its kind can be spun.
+    pub limit_ns: u64,
+}
+
+impl Patience {
+    /// The limit while storage has requests, in limits for guests.
+    const STORAGE_LIMITS: u32 = 2;
+
+    /// To look for guests' requests for at most `limit` without work; zero means never spin.
+    pub fn new(limit: Duration) -> Patience {
+        let storage = SpinBudget::new(Self::STORAGE_LIMITS * limit);
+        Patience { guests: SpinBudget::new(limit), storage, pause: None }
+    }
+
+    /// There is no work now. Whether storage has requests counts where a pause begins.
+    #[inline]
+    pub fn goes_on(&mut self, now_ns: u64, storage_works: bool) -> Pause {
+        let pause = *self.pause.get_or_insert(Begun { at_ns: now_ns, storage_works });
+        let budget = self.budget(pause);
+        let lasted_ns = now_ns - pause.at_ns;
+        Pause { lasted_ns, spins: lasted_ns < budget.budget_ns, limit_ns: budget.limit_ns }
+    }
+
+    /// Work was there at `now_ns`, after a pause or not.
+    #[inline]
+    pub fn ended(&mut self, now_ns: u64) {
+        if let Some(pause) = self.pause.take() {
+            self.budget(pause).paused(now_ns.saturating_sub(pause.at_ns));
+        }
+    }
+
+    #[inline]
+    fn budget(&mut self, pause: Begun) -> &mut SpinBudget {
+        if pause.storage_works { &mut self.storage } else { &mut self.guests }
+    }
+}
+
+/// How long pauses of one kind are spun.
 ///
 /// Spinning pays only where work comes within it, and a sleep and its end cost some microseconds
 /// that no shorter spin can save. So the budget follows the pauses between work: it is twice the
 /// last ones, never below that cost, and halves with each pause that was longer than the limit. After
 /// a row of those it is nothing: a loaded worker spins, an idle one costs nothing.
 #[derive(Debug)]
-pub struct SpinBudget {
+struct SpinBudget {
     limit_ns: u64,
     budget_ns: u64,
     /// Pauses in a row that were longer than the limit.
@@ -97,23 +159,13 @@ impl SpinBudget {
     const LONG_PAUSES_MAX: u32 = 8;
 
     /// A budget of at most `limit`; zero means never spin.
-    pub fn new(limit: Duration) -> SpinBudget {
+    fn new(limit: Duration) -> SpinBudget {
         let limit_ns = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
         SpinBudget { limit_ns, budget_ns: limit_ns, long_pauses: 0 }
     }
 
-    /// The longest that it can be.
-    pub fn limit_ns(&self) -> u64 {
-        self.limit_ns
-    }
-
-    /// What may be spun now.
-    pub fn get_ns(&self) -> u64 {
-        self.budget_ns
-    }
-
     /// Work came after a pause, spun or slept.
-    pub fn paused(&mut self, pause_ns: u64) {
+    fn paused(&mut self, pause_ns: u64) {
         let least_ns = Self::SLEEP_COST_NS.min(self.limit_ns);
         if pause_ns <= self.limit_ns {
             self.long_pauses = 0;
@@ -142,17 +194,56 @@ mod test {
     }
 
     #[test]
+    fn what_storage_works_on_is_looked_for_longer() {
+        let mut patience = Patience::new(Duration::from_micros(50));
+        let waits = |patience: &mut Patience, lasted_ns: u64, storage_works: bool| {
+            patience.ended(0);
+            patience.goes_on(0, storage_works);
+            patience.goes_on(lasted_ns, !storage_works)
+        };
+        for (storage_works, limit_ns) in [(false, 50_000), (true, 100_000)] {
+            for (lasted_ns, spins) in [(limit_ns - 1, true), (limit_ns, false)] {
+                let pause = waits(&mut patience, lasted_ns, storage_works);
+                assert_eq!(pause, Pause { lasted_ns, spins, limit_ns });
+            }
+        }
+    }
+
+    #[test]
+    fn each_kind_of_pause_has_its_own_past() {
+        let mut patience = Patience::new(Duration::from_micros(50));
+        for _ in 0..20 {
+            for (storage_works, lasts_ns) in [(true, 1_000_000), (false, 20_000)] {
+                patience.goes_on(0, storage_works);
+                patience.ended(lasts_ns);
+            }
+        }
+        assert!(!patience.goes_on(0, true).spins, "storage takes its time");
+        patience.ended(0);
+        patience.goes_on(0, false);
+        assert!(patience.goes_on(30_000, false).spins, "guests come within twice 20 us");
+    }
+
+    #[test]
+    fn work_without_a_pause_tells_nothing() {
+        let mut patience = Patience::new(Duration::from_micros(50));
+        (0..100).for_each(|at_us| patience.ended(at_us * 1_000_000));
+        patience.goes_on(0, false);
+        assert!(patience.goes_on(49_999, false).spins);
+    }
+
+    #[test]
     fn the_budget_is_twice_the_pauses_and_no_less_than_a_sleep_costs() {
         let mut budget = SpinBudget::new(Duration::from_micros(50));
-        assert_eq!(budget.get_ns(), 50_000);
+        assert_eq!(budget.budget_ns, 50_000);
         (0..100).for_each(|_| budget.paused(8_000));
-        assert_eq!(budget.get_ns(), 16_000);
+        assert_eq!(budget.budget_ns, 16_000);
         (0..100).for_each(|_| budget.paused(10));
-        assert_eq!(budget.get_ns(), 10_000);
+        assert_eq!(budget.budget_ns, 10_000);
         budget.paused(20_000);
-        assert_eq!(budget.get_ns(), 40_000);
+        assert_eq!(budget.budget_ns, 40_000);
         budget.paused(50_000);
-        assert_eq!(budget.get_ns(), 50_000);
+        assert_eq!(budget.budget_ns, 50_000);
     }
 
     #[test]
@@ -162,13 +253,13 @@ mod test {
             budget.paused(1_000_000);
             budget.paused(1_000);
         }
-        assert_eq!(budget.get_ns(), 10_000);
+        assert_eq!(budget.budget_ns, 10_000);
         (0..9).for_each(|_| budget.paused(1_000_000));
-        assert_eq!(budget.get_ns(), 0);
+        assert_eq!(budget.budget_ns, 0);
         budget.paused(1_000_000);
-        assert_eq!(budget.get_ns(), 0);
+        assert_eq!(budget.budget_ns, 0);
         budget.paused(5_000);
-        assert_eq!(budget.get_ns(), 10_000);
+        assert_eq!(budget.budget_ns, 10_000);
     }
 
     #[test]
@@ -176,6 +267,6 @@ mod test {
         let mut budget = SpinBudget::new(Duration::ZERO);
         budget.paused(0);
         budget.paused(1_000);
-        assert_eq!(budget.get_ns(), 0);
+        assert_eq!(budget.budget_ns, 0);
     }
 }

@@ -23,7 +23,7 @@ use crate::limits::{
     PORTS_PER_READ, QUEUES_PER_WORKER,
 };
 use crate::msg::{Command, CommandReceiver, Connect, Event, EventSender, QueueKey, ReplaceImage};
-use crate::park::{self, SpinBudget};
+use crate::park::{self, Patience, Pause};
 use crate::queue::{BouncePool, LargeTables, Queue, Resources, Scratch};
 use crate::units::Port;
 use crate::xen::{Events, Platform, PlatformError};
@@ -60,7 +60,7 @@ pub struct Worker<P: Platform, E> {
     done: Vec<Completion>,
     commands: CommandReceiver,
     reports: EventSender,
-    budget: SpinBudget,
+    patience: Patience,
     last_work_ns: u64,
     last_event_check_ns: u64,
     passes_since_event_check: u32,
@@ -103,7 +103,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             done: Vec::new(),
             commands: setup.commands,
             reports: setup.reports,
-            budget: SpinBudget::new(setup.poll),
+            patience: Patience::new(setup.poll),
             last_work_ns: 0,
             last_event_check_ns: 0,
             passes_since_event_check: 0,
@@ -120,18 +120,15 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         let clock = Clock::new();
         let start = clock.raw();
         let clock_ns = || clock.delta_as_nanos(start, clock.raw());
-        let mut paused_since_ns = None;
         while !(self.stopping && self.queues.is_empty()) {
             if self.poll_once(clock_ns)? == Progress::Worked {
-                if let Some(since_ns) = paused_since_ns.take() {
-                    self.budget.paused(self.last_work_ns.saturating_sub(since_ns));
-                }
+                self.patience.ended(self.last_work_ns);
                 continue;
             }
-            let now_ns = clock_ns();
-            let pause_ns = now_ns - *paused_since_ns.get_or_insert(now_ns);
-            self.arm_idle(pause_ns)?;
-            if self.polled.is_empty() && pause_ns >= self.budget.get_ns() {
+            let storage_works = self.resources.engine.in_flight() > 0;
+            let pause = self.patience.goes_on(clock_ns(), storage_works);
+            self.arm_idle(pause)?;
+            if self.polled.is_empty() && !pause.spins {
                 self.sleep(clock_ns)?;
             } else {
                 std::hint::spin_loop();
@@ -404,17 +401,16 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(())
     }
 
-    /// Arms queues: all of them in a pause as long as the spin budget, before that those that had no
-    /// work for the longest that there is any spinning.
-    fn arm_idle(&mut self, pause_ns: u64) -> io::Result<()> {
-        let spinning = pause_ns < self.budget.get_ns();
-        let (limit_ns, last_work_ns) = (self.budget.limit_ns(), self.last_work_ns);
+    /// Arms queues: all of them in a pause in which the worker no longer spins, before that those that
+    /// had no work for the longest that there is any spinning.
+    fn arm_idle(&mut self, pause: Pause) -> io::Result<()> {
+        let last_work_ns = self.last_work_ns;
         let (queues, unmask) = (&mut self.queues, &mut self.unmask);
         self.polled.retain(|index| {
             let served = &mut queues[*index];
             // Both were taken at the start of a pass: how long its last one took doesn't count.
-            let quiet_ns = pause_ns + last_work_ns.saturating_sub(served.last_work_ns);
-            if (spinning && quiet_ns < limit_ns) || served.queue.arm() {
+            let quiet_ns = pause.lasted_ns + last_work_ns.saturating_sub(served.last_work_ns);
+            if (pause.spins && quiet_ns < pause.limit_ns) || served.queue.arm() {
                 return true;
             }
             served.polled = false;
