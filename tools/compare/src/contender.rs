@@ -264,6 +264,9 @@ pub fn fio_arguments(registered: bool, load: &Load, file: &str, seconds: f64) ->
     arguments
 }
 
+/// Behind [`fio_arguments`]: has fio end after one request.
+pub const FIO_ONE_REQUEST: [&str; 2] = ["--time_based=0", "--number_ios=1"];
+
 /// Guests at most. The stand-in ends one in a time that grows with their number: a thousand take
 /// minutes.
 const GUESTS_MAX: u32 = 100;

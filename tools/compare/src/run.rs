@@ -1,5 +1,6 @@
 //! Rounds: in each, every contender has one turn under the same load.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry::{Occupied, Vacant};
 use std::path::{Path, PathBuf};
@@ -22,6 +23,9 @@ const IDLE_S: f64 = 3.0;
 
 /// Seconds after which disks that have connected are idle.
 const IDLE_WARMUP_S: f64 = 2.0;
+
+/// Starts of fio of which the median counts.
+const FIO_STARTS: usize = 5;
 
 /// How much is measured.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -61,6 +65,8 @@ pub struct Bench<'a> {
     pub extent: Extent,
     /// For the file of [`Backing::Ext4`] and other files.
     pub scratch: PathBuf,
+    /// What [`Bench::fio_start_us`] has found.
+    fio_start_us: OnceCell<f64>,
     images: BTreeMap<Backing, Image>,
     /// Where files were made.
     pub places: Vec<Place>,
@@ -127,8 +133,8 @@ impl<'a> Bench<'a> {
         extent: Extent,
         scratch: PathBuf,
     ) -> Bench<'a> {
-        let (images, places) = (BTreeMap::new(), Vec::new());
-        Bench { programs, qemu, fio, machine, extent, scratch, images, places }
+        let (fio_start_us, images, places) = (OnceCell::new(), BTreeMap::new(), Vec::new());
+        Bench { programs, qemu, fio, machine, extent, scratch, fio_start_us, images, places }
     }
 
     /// All rounds of a scenario.
@@ -216,9 +222,8 @@ impl<'a> Bench<'a> {
                 words.extend(program(&self.fio)?.words());
                 let seconds = self.extent.of(scenario).seconds;
                 words.extend(contender::fio_arguments(*registered, load, file, seconds));
-                let before = machine::children_cpu_us();
-                let json = json(&output(&words)?)?;
-                return Sample::of_fio(&json, machine::children_cpu_us() - before);
+                let (json, cpu_us) = run_fio(&words)?;
+                return Sample::of_fio(&json, cpu_us, self.fio_start_us(words)?);
             }
             Contender::Polldisk { .. } => {
                 let mut words = vec![self.built("polldisk"), "serve".to_owned()];
@@ -266,6 +271,20 @@ impl<'a> Bench<'a> {
         })
     }
 
+    /// CPU time that fio takes before its first request and after its last, in microseconds: it
+    /// calibrates a clock first, which takes as much as tens of thousands of requests. Backends are
+    /// measured when they have long started.
+    fn fio_start_us(&self, mut words: Vec<String>) -> Result<f64> {
+        if let Some(known_us) = self.fio_start_us.get() {
+            return Ok(*known_us);
+        }
+        words.extend(contender::FIO_ONE_REQUEST.map(str::to_owned));
+        let turns = (0..FIO_STARTS).map(|_| run_fio(&words).map(|(_, cpu_us)| cpu_us));
+        let mut turns_us = turns.collect::<Result<Vec<_>>>()?;
+        turns_us.sort_by(f64::total_cmp);
+        Ok(*self.fio_start_us.get_or_init(|| turns_us[FIO_STARTS / 2]))
+    }
+
     fn built(&self, name: &str) -> String {
         self.programs.join(name).display().to_string()
     }
@@ -302,6 +321,13 @@ fn output(words: &[String]) -> Result<Output> {
         bail!("{}", text.trim());
     }
     Ok(output)
+}
+
+/// fio's JSON, and the CPU time of its process with all of its threads in microseconds.
+fn run_fio(words: &[String]) -> Result<(Value, f64)> {
+    let before_us = machine::children_cpu_us();
+    let json = json(&output(words)?)?;
+    Ok((json, machine::children_cpu_us() - before_us))
 }
 
 /// fio may write notes before its JSON.

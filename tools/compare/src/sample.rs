@@ -101,9 +101,10 @@ impl Sample {
         Ok(Sample { figures, latency_cdf })
     }
 
-    /// From what `fio --output-format=json` wrote about one job, and the CPU time of its process.
-    /// fio's own account of that misses the kernel's threads that serve its io_uring.
-    pub fn of_fio(json: &Value, cpu_us: f64) -> Result<Sample> {
+    /// From what `fio --output-format=json` wrote about one job, the CPU time of its process, and what
+    /// of that it took to start. fio's own account of its CPU time misses the kernel's threads that
+    /// serve its io_uring.
+    pub fn of_fio(json: &Value, cpu_us: f64, start_us: f64) -> Result<Sample> {
         let job = json.pointer("/jobs/0").context("fio wrote of no job")?;
         let side = ["read", "write"]
             .into_iter()
@@ -113,6 +114,7 @@ impl Sample {
         let number = |value: &Value, path: &str| {
             value.pointer(path).and_then(Value::as_f64).with_context(|| format!("fio: no {path}"))
         };
+        let cpu_us = (cpu_us - start_us).max(0.0);
         let runtime_us = number(job, "/job_runtime")? * 1e3;
         let percentile = |name: &str| number(side, &format!("/lat_ns/percentile/{name}"));
         let figures = BTreeMap::from([
@@ -171,11 +173,11 @@ mod test {
         let job = json!({
             "job_runtime": 2000, "read": {"total_ios": 0}, "write": side,
         });
-        let sample = Sample::of_fio(&json!({ "jobs": [job] }), 1e6).unwrap();
+        let sample = Sample::of_fio(&json!({ "jobs": [job] }), 1.2e6, 2e5).unwrap();
         assert_eq!(sample.figures[&Metric::CpuUsPerIo], 1000.0);
         assert_eq!(sample.figures[&Metric::CpuPercent], 50.0, "a second of two");
         assert_eq!(sample.figures[&Metric::MeanUs], 2.5);
         assert_eq!(sample.latency_cdf, [(2.0, 50.0), (9.0, 99.0), (9.9, 99.9)]);
-        assert!(Sample::of_fio(&json!({ "jobs": [] }), 0.0).is_err());
+        assert!(Sample::of_fio(&json!({ "jobs": [] }), 0.0, 0.0).is_err());
     }
 }
