@@ -1,10 +1,10 @@
 //! A thread that serves rings: it polls while there is work, and sleeps when there is none.
 //!
 //! [`Worker::poll_once`] is one pass over the polled queues and can be called from a test with no
-//! thread at all; [`spawn`] makes the pinned thread that calls it for ever. A queue is *polled*
-//! from its first event until it had no work for the spin budget; then it is *armed*: its frontend
-//! notifies again, and its event channel, masked until now, is unmasked. A notification storm of a
-//! guest therefore costs a busy worker nothing (XSA-332).
+//! thread at all; [`spawn`] makes the pinned thread that calls it for ever. A queue is *polled* from
+//! its first event or completion until it had no work for the spin budget; then it is *armed*: its
+//! frontend notifies again, and its event channel, masked since its last event, is unmasked. A
+//! notification storm of a guest therefore costs a busy worker nothing (XSA-332).
 
 mod thread;
 
