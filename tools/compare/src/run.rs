@@ -16,6 +16,7 @@ use crate::programs::Program;
 use crate::sample::{Metric, Sample};
 use crate::scenario::{Backing, Case, Load, Scenario};
 use crate::storage::{self, Image, Place};
+use crate::verdict::Interval;
 
 /// The least of an idle load's seconds that count: what costs nothing is told from little only
 /// after some time.
@@ -280,9 +281,8 @@ impl<'a> Bench<'a> {
         }
         words.extend(contender::FIO_ONE_REQUEST.map(str::to_owned));
         let turns = (0..FIO_STARTS).map(|_| run_fio(&words).map(|(_, cpu_us)| cpu_us));
-        let mut turns_us = turns.collect::<Result<Vec<_>>>()?;
-        turns_us.sort_by(f64::total_cmp);
-        Ok(*self.fio_start_us.get_or_init(|| turns_us[FIO_STARTS / 2]))
+        let start_us = Interval::of(&turns.collect::<Result<Vec<_>>>()?).context("no starts")?;
+        Ok(*self.fio_start_us.get_or_init(|| start_us.median))
     }
 
     fn built(&self, name: &str) -> String {
