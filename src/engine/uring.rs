@@ -16,10 +16,15 @@ use crate::xen::shm::{GuestBuf, Registration, full_fence};
 /// `IORING_ENTER_GETEVENTS`: run the completions' deferred work (`linux/io_uring.h`).
 const ENTER_GETEVENTS: u32 = 1;
 
-/// How much longer storage takes for an operation than the kernel to submit it, if not more. Each step
-/// costs a system call and mostly a doorbell of the device, which is an exit to the host in a virtual
-/// machine: so few.
-const HEAD_START_GROWTH: usize = 8;
+/// Operations that go to storage at once where it has none. A device that has finished these before the
+/// next ones come goes back to sleep, and waking it again costs an exit to the host in a virtual machine;
+/// more than two the kernel keeps from the device until it has prepared them all (`need_plug`,
+/// `io_uring/io_uring.c`).
+const HEAD_START: usize = 2;
+
+/// How many times the last ones' number follow them together: what storage has to do lasts until those
+/// are there, for it takes longer for an operation than the kernel to submit it.
+const HEAD_START_GROWTH: usize = 2;
 
 /// No operation goes to the kernel before the pass ends.
 const NONE: usize = usize::MAX;
@@ -117,8 +122,8 @@ impl Uring {
     /// Takes one operation on an open file.
     ///
     /// Where nothing is in flight storage waits, and may begin before the pass has ended: the first
-    /// operation goes to the kernel at once and the [`HEAD_START_GROWTH`] after it together, so that
-    /// what it has to do lasts until all the others are there.
+    /// [`HEAD_START`] operations go to the kernel at once, and [`HEAD_START_GROWTH`] times as many in
+    /// each step after that.
     #[inline]
     pub fn submit(
         &mut self,
@@ -143,7 +148,7 @@ impl Uring {
         let waiting = submission.len();
         drop(submission);
         if self.in_flight == 0 {
-            self.head_start = 1;
+            self.head_start = HEAD_START;
         }
         self.in_flight += 1;
         if waiting == self.head_start {

@@ -99,11 +99,11 @@ fn storage_without_work_gets_it_at_once_and_with_work_at_the_kick() {
     let (_folder, file) = direct_file(4096);
     let mut uring = Uring::new().unwrap();
     for _ in 0..2 {
-        let waiting = waiting_after_each(&mut uring, &file, 12);
-        assert_eq!(waiting, [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]);
+        let waiting = waiting_after_each(&mut uring, &file, 16);
+        assert_eq!(waiting, [1, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2]);
         uring.kick().unwrap();
-        assert_eq!(waiting_after_each(&mut uring, &file, 12), (1..=12).collect::<Vec<_>>());
-        assert_eq!(finish(&mut uring).len(), 24);
+        assert_eq!(waiting_after_each(&mut uring, &file, 16), (1..=16).collect::<Vec<_>>());
+        assert_eq!(finish(&mut uring).len(), 32);
     }
 }
 
