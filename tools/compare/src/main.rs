@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
@@ -12,6 +13,7 @@ use compare::report::{Report, ScenarioReport};
 use compare::run::{Bench, Extent};
 use compare::scenario::Scenario;
 use compare::{plot, verdict, wakeup};
+use signal_hook::consts::{SIGINT, SIGTERM};
 
 /// Measure polldisk beside QEMU and fio, and judge its targets
 ///
@@ -133,6 +135,9 @@ fn measure(
     let wake_up_us = wakeup::measure(&machine.threads());
     let (others_percent, start) = (machine::others_percent(), Ticks::now());
     let mut bench = Bench::new(programs, others, &machine, extent, scratch);
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&bench.interrupted))?;
+    }
     let mut reports = Vec::new();
     for scenario in scenarios {
         let outcome = bench.run(scenario)?;

@@ -245,7 +245,7 @@ fn cpu_per_io(outcomes: &[&Outcome]) -> Option<Chart> {
 }
 
 fn median(entry: &Entry, metric: Metric) -> Option<f64> {
-    Interval::of(&verdict::figures(&entry.samples, metric)).map(|interval| interval.median)
+    Interval::of(&entry.figures(metric)).map(|interval| interval.median)
 }
 
 /// The same in all plots.
@@ -469,7 +469,7 @@ mod test {
             let figures = [(Metric::Iops, *iops), (Metric::CpuUsPerIo, 0.06)];
             let sample = Sample { figures: figures.into(), latency_cdf: Vec::new() };
             let contender = case.contenders[0].clone();
-            let entry = Entry { contender, samples: vec![sample], failed: None };
+            let entry = Entry { samples: vec![sample], ..Entry::new(contender) };
             CaseOutcome { case, shares_cores: false, entries: vec![entry] }
         };
         let cases = scenario.cases().into_iter().zip(iops).map(measured).collect();

@@ -6,10 +6,10 @@ use serde::Serialize;
 
 use crate::contender::Kind;
 use crate::machine::{Machine, Quietness};
-use crate::run::{CaseOutcome, Entry, Extent, LeftOut, Outcome};
+use crate::run::{CaseOutcome, Extent, LeftOut, Outcome};
 use crate::sample::Metric;
 use crate::storage::Place;
-use crate::verdict::{self, Interval, Judged, Verdict};
+use crate::verdict::{Interval, Judged, Verdict};
 
 /// Everything that is known of a run.
 #[derive(Clone, Debug, Serialize)]
@@ -80,7 +80,7 @@ impl Report {
             text,
             "\n## Targets\n\nMedian of the rounds' figures, and in brackets where the true one lies \
              with a confidence of\n90 % (see perf/README.md). A figure \"times\" or \"of\" another \
-             is the ratio within a round.\n\n{}",
+             is the ratio within a round, or of\nneighbouring slices.\n\n{}",
             self.verdicts()
         );
         if !plots.is_empty() {
@@ -93,10 +93,13 @@ impl Report {
         for ScenarioReport { outcome, .. } in &self.scenarios {
             let scenario = &outcome.scenario;
             let _ = write!(text, "\n### {}\n\n{}", scenario.name, scenario.about);
-            if scenario.finer > 1 {
-                let Extent { rounds, seconds, .. } = self.extent.of(scenario);
-                let _ =
-                    write!(text, " Finer: {rounds} rounds with turns of {} s.", figure(seconds));
+            if let Some(length) = scenario.slice() {
+                let count = self.extent.slices(length);
+                let _ = write!(
+                    text,
+                    " The verdict is on slices of {length:?}, {count} in each round; the table is on \
+                     turns."
+                );
             }
             text.push('\n');
             outcome.cases.iter().for_each(|case| text.push_str(&case_table(case)));
@@ -220,14 +223,14 @@ fn case_table(case: &CaseOutcome) -> String {
         let _ = write!(text, " {} |", metric.title());
     });
     let _ = writeln!(text, "\n|---|{}", "---|".repeat(columns.len()));
-    for Entry { contender, samples, failed } in &case.entries {
-        let _ = write!(text, "| {contender} |");
-        if let Some(why) = failed {
+    for entry in &case.entries {
+        let _ = write!(text, "| {} |", entry.contender);
+        if let Some(why) = &entry.failed {
             let why = why.lines().last().unwrap_or_default().replace('|', "/");
             let _ = write!(text, " left out: {why} |");
         } else {
             for metric in &columns {
-                let interval = Interval::of(&verdict::figures(samples, *metric));
+                let interval = Interval::of(&entry.figures(*metric));
                 let _ = write!(text, " {} |", interval.map_or("-".to_owned(), with_range));
             }
         }
@@ -282,8 +285,10 @@ mod test {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::run::Entry;
     use crate::sample::Sample;
     use crate::scenario::Scenario;
+    use crate::verdict;
 
     const SCENARIO: &str = r#"
         about = "Reads of nothing."
@@ -306,9 +311,9 @@ mod test {
             .into_iter()
             .zip(&scenario.contenders)
             .map(|((iops, failed), contender)| Entry {
-                contender: contender.clone(),
                 samples: if failed.is_some() { Vec::new() } else { vec![sample(iops); 3] },
                 failed,
+                ..Entry::new(contender.clone())
             })
             .collect();
         let case = CaseOutcome { case: scenario.cases().remove(0), shares_cores: false, entries };

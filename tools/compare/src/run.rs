@@ -1,12 +1,16 @@
-//! Rounds: in each, every contender has one turn under the same load.
+//! Rounds: in each, every contender has one turn under the same load, and where goals are judged by
+//! slices, its slices.
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry::{Occupied, Vacant};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -15,6 +19,7 @@ use crate::machine::{self, Machine, Ticks};
 use crate::programs::Program;
 use crate::sample::{Metric, Sample};
 use crate::scenario::{Backing, Case, Load, Scenario};
+use crate::slices::Slices;
 use crate::storage::{self, Image, Place};
 use crate::verdict::Interval;
 
@@ -24,6 +29,12 @@ const IDLE_S: f64 = 3.0;
 
 /// Seconds after which disks that have connected are idle.
 const IDLE_WARMUP_S: f64 = 2.0;
+
+/// A contender's slices of a round together last so many turns.
+const SLICED_TURNS: f64 = 4.0;
+
+/// Longer than any slices take.
+const ENDLESS_S: f64 = 1e5;
 
 /// Starts of fio of which the median counts.
 const FIO_STARTS: usize = 5;
@@ -42,12 +53,15 @@ pub struct Extent {
 }
 
 impl Extent {
-    /// The same for one scenario: half the rounds where no verdict depends on it, or finer ones.
-    #[must_use]
-    pub fn of(self, scenario: &Scenario) -> Extent {
-        let Scenario { finer, goals, .. } = scenario;
-        let rounds = if goals.is_empty() { self.rounds.div_ceil(2) } else { self.rounds };
-        Extent { rounds: rounds * finer, seconds: self.seconds / f64::from(*finer), ..self }
+    /// Rounds of one scenario: half of them where no verdict depends on it.
+    pub fn rounds_of(self, scenario: &Scenario) -> u32 {
+        if scenario.goals.is_empty() { self.rounds.div_ceil(2) } else { self.rounds }
+    }
+
+    /// Slices of each contender in a round.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a small number")]
+    pub fn slices(self, length: Duration) -> usize {
+        (SLICED_TURNS * self.seconds / length.as_secs_f64()).ceil() as usize
     }
 }
 
@@ -66,6 +80,8 @@ pub struct Bench<'a> {
     pub extent: Extent,
     /// For the file of [`Backing::Ext4`] and other files.
     pub scratch: PathBuf,
+    /// Set when all is to end.
+    pub interrupted: Arc<AtomicBool>,
     /// What [`Bench::fio_start_us`] has found.
     fio_start_us: OnceCell<f64>,
     images: BTreeMap<Backing, Image>,
@@ -113,8 +129,31 @@ pub struct Entry {
     pub contender: Contender,
     /// One of each round.
     pub samples: Vec<Sample>,
+    /// IOPS of all rounds' slices; in no file, they are thousands.
+    #[serde(skip)]
+    pub slices: Vec<f64>,
     /// Why there are no more.
     pub failed: Option<String>,
+}
+
+impl Entry {
+    /// Without turns yet.
+    pub fn new(contender: Contender) -> Entry {
+        Entry { contender, samples: Vec::new(), slices: Vec::new(), failed: None }
+    }
+
+    /// What goals are judged by: those of slices where there are any, else one of each round.
+    pub fn judged_figures(&self, metric: Metric) -> Vec<f64> {
+        match metric {
+            Metric::Iops if !self.slices.is_empty() => self.slices.clone(),
+            _ => self.figures(metric),
+        }
+    }
+
+    /// One of each round.
+    pub fn figures(&self, metric: Metric) -> Vec<f64> {
+        self.samples.iter().filter_map(|sample| sample.figures.get(&metric).copied()).collect()
+    }
 }
 
 impl Outcome {
@@ -134,8 +173,18 @@ impl<'a> Bench<'a> {
         extent: Extent,
         scratch: PathBuf,
     ) -> Bench<'a> {
-        let (fio_start_us, images, places) = (OnceCell::new(), BTreeMap::new(), Vec::new());
-        Bench { programs, qemu, fio, machine, extent, scratch, fio_start_us, images, places }
+        Bench {
+            programs,
+            qemu,
+            fio,
+            machine,
+            extent,
+            scratch,
+            interrupted: Arc::default(),
+            fio_start_us: OnceCell::new(),
+            images: BTreeMap::new(),
+            places: Vec::new(),
+        }
     }
 
     /// All rounds of a scenario.
@@ -161,37 +210,77 @@ impl<'a> Bench<'a> {
         }
         let contents = self.contents(scenario.backing)?;
         let before = Ticks::now();
-        outcome.cases =
-            cases.into_iter().map(|case| self.rounds(scenario, case, &contents)).collect();
+        outcome.cases = cases
+            .into_iter()
+            .map(|case| self.rounds(scenario, case, &contents))
+            .collect::<Result<_>>()?;
         outcome.stolen_percent = before.stolen_percent_until(Ticks::now());
         Ok(outcome)
     }
 
-    fn rounds(&self, scenario: &Scenario, case: Case, contents: &Contents) -> CaseOutcome {
-        let entry = |contender: &Contender| Entry {
-            contender: contender.clone(),
-            samples: Vec::new(),
-            failed: None,
-        };
-        let mut entries: Vec<Entry> = case.contenders.iter().map(entry).collect();
-        for round in 1..=self.extent.of(scenario).rounds {
+    fn rounds(&self, scenario: &Scenario, case: Case, contents: &Contents) -> Result<CaseOutcome> {
+        let mut entries: Vec<Entry> = case.contenders.iter().cloned().map(Entry::new).collect();
+        let at = case.at.map(|at| format!(" at {at}")).unwrap_or_default();
+        for round in 1..=self.extent.rounds_of(scenario) {
+            let round = format!("{}{at}, round {round}", scenario.name);
             for entry in entries.iter_mut().filter(|entry| entry.failed.is_none()) {
-                let at = case.at.map(|at| format!(" at {at}")).unwrap_or_default();
-                let turn = format!("{}{at}, round {round}: {}", scenario.name, entry.contender);
-                match self.turn(scenario, &case.load, &entry.contender, contents) {
+                let turn = self.turn(scenario, &case.load, &entry.contender, contents);
+                self.check_interrupted()?;
+                match turn {
                     Ok(sample) => {
-                        eprintln!("{turn}: {}", summary(&sample));
+                        eprintln!("{round}: {}: {}", entry.contender, summary(&sample));
                         entry.samples.push(sample);
                     }
-                    Err(error) => {
-                        eprintln!("{turn}: left out: {error:#}");
-                        entry.failed = Some(without_folder(&format!("{error:#}"), contents));
-                    }
+                    Err(error) => leave_out(entry, &round, &error, contents),
+                }
+            }
+            if let Some(length) = scenario.slice() {
+                let mut judged: Vec<&mut Entry> = entries
+                    .iter_mut()
+                    .filter(|entry| entry.failed.is_none() && scenario.is_judged(&entry.contender))
+                    .collect();
+                let slices = self.slices(scenario, &case.load, length, &mut judged, contents);
+                self.check_interrupted()?;
+                if let Err(error) = slices {
+                    judged.iter_mut().for_each(|entry| leave_out(entry, &round, &error, contents));
                 }
             }
         }
         let shares_cores = self.machine.is_shared_by(case.load.cores(), case.backend_cores());
-        CaseOutcome { case, shares_cores, entries }
+        Ok(CaseOutcome { case, shares_cores, entries })
+    }
+
+    fn check_interrupted(&self) -> Result<()> {
+        ensure!(!self.interrupted.load(Ordering::Relaxed), "interrupted");
+        Ok(())
+    }
+
+    /// A round's slices of some contenders.
+    fn slices(
+        &self,
+        scenario: &Scenario,
+        load: &Load,
+        length: Duration,
+        entries: &mut [&mut Entry],
+        contents: &Contents,
+    ) -> Result<()> {
+        let lines = entries
+            .iter()
+            .map(|entry| self.line(scenario, load, &entry.contender, contents, [ENDLESS_S, 0.0]))
+            .collect::<Result<Vec<_>>>()?;
+        let (load_cores, _) = self.machine.split(load.cores(), 1)?;
+        let slices = Slices {
+            length,
+            count: self.extent.slices(length),
+            request_bytes: load.block_kib * 1024,
+            writes: load.read == 0,
+            core: *load_cores.first().context("no core for the load")?,
+        };
+        let iops = slices.run(&lines, &self.interrupted)?;
+        for (entry, iops) in entries.iter_mut().zip(iops) {
+            entry.slices.extend(iops);
+        }
+        Ok(())
     }
 
     fn contents(&mut self, backing: Backing) -> Result<Contents> {
@@ -214,17 +303,41 @@ impl<'a> Bench<'a> {
         contender: &Contender,
         contents: &Contents,
     ) -> Result<Sample> {
+        let Extent { mut seconds, mut warmup_s, .. } = self.extent;
+        if load.idle {
+            (seconds, warmup_s) = (seconds.max(IDLE_S), warmup_s.max(IDLE_WARMUP_S));
+        }
+        let line = self.line(scenario, load, contender, contents, [seconds, warmup_s])?;
+        if contender.kind() == Kind::Fio {
+            let (json, cpu_us) = run_fio(&line)?;
+            return Sample::of_fio(&json, cpu_us, self.fio_start_us(line)?);
+        }
+        let sample = Sample::of_blkload(&json(&output(&line)?)?, load.disks)?;
+        Ok(match scenario.latency_cdf {
+            true => sample,
+            false => Sample { latency_cdf: Vec::new(), ..sample },
+        })
+    }
+
+    /// The command line that puts the load on a contender: fio's own, or blkload's with that of the
+    /// backend. `seconds` that count come behind those of warm-up, which fio does without.
+    fn line(
+        &self,
+        scenario: &Scenario,
+        load: &Load,
+        contender: &Contender,
+        contents: &Contents,
+        [seconds, warmup_s]: [f64; 2],
+    ) -> Result<Vec<String>> {
         let (load_cores, backend_cores) = self.machine.split(load.cores(), contender.cores())?;
         let pinned = vec!["taskset".to_owned(), "-c".to_owned(), list(&backend_cores)];
         let (kind, words) = match contender {
             Contender::Fio { registered } => {
                 let file = contents.file.as_deref().context("fio needs a file")?;
-                let mut words = pinned;
-                words.extend(program(&self.fio)?.words());
-                let seconds = self.extent.of(scenario).seconds;
-                words.extend(contender::fio_arguments(*registered, load, file, seconds));
-                let (json, cpu_us) = run_fio(&words)?;
-                return Sample::of_fio(&json, cpu_us, self.fio_start_us(words)?);
+                let mut line = pinned;
+                line.extend(program(&self.fio)?.words());
+                line.extend(contender::fio_arguments(*registered, load, file, seconds));
+                return Ok(line);
             }
             Contender::Polldisk { .. } => {
                 let mut words = vec![self.built("polldisk"), "serve".to_owned()];
@@ -250,10 +363,6 @@ impl<'a> Bench<'a> {
             _ => load_cores,
         };
         line.extend(["--cores", &list(&blkloads_cores), "--samples", "1"].map(str::to_owned));
-        let Extent { mut seconds, mut warmup_s, .. } = self.extent.of(scenario);
-        if load.idle {
-            (seconds, warmup_s) = (seconds.max(IDLE_S), warmup_s.max(IDLE_WARMUP_S));
-        }
         line.extend(["--seconds".to_owned(), seconds.to_string()]);
         line.extend(["--warmup".to_owned(), warmup_s.to_string()]);
         line.extend(kind);
@@ -265,11 +374,7 @@ impl<'a> Bench<'a> {
             line.push("--".to_owned());
             line.extend(words);
         }
-        let sample = Sample::of_blkload(&json(&output(&line)?)?, load.disks)?;
-        Ok(match scenario.latency_cdf {
-            true => sample,
-            false => Sample { latency_cdf: Vec::new(), ..sample },
-        })
+        Ok(line)
     }
 
     /// CPU time that fio takes before its first request and after its last, in microseconds: it
@@ -295,6 +400,12 @@ fn program(found: &Result<Program>) -> Result<&Program> {
         Ok(program) => Ok(program),
         Err(error) => bail!("{error:#}"),
     }
+}
+
+/// Takes no further turns.
+fn leave_out(entry: &mut Entry, what: &str, error: &anyhow::Error, contents: &Contents) {
+    eprintln!("{what}: {}: left out: {error:#}", entry.contender);
+    entry.failed = Some(without_folder(&format!("{error:#}"), contents));
 }
 
 /// A text in which a disk's file has no folder, which is of no interest elsewhere.
@@ -354,18 +465,27 @@ mod test {
     use super::*;
 
     #[test]
-    fn finer_rounds_take_as_long_and_those_without_a_goal_half() {
+    fn rounds_without_a_goal_are_half_as_many() {
         let of = |more: &str| {
             let text =
                 format!("about = \"\"\nbacking = \"null\"\ncontenders = [\"polldisk\"]\n{more}");
             let extent = Extent { rounds: 8, seconds: 1.5, warmup_s: 0.5, system_calls: true };
-            let Extent { rounds, seconds, .. } = extent.of(&Scenario::parse("x", &text).unwrap());
-            (rounds, seconds)
+            extent.rounds_of(&Scenario::parse("x", &text).unwrap())
         };
-        let goal = "goals = [{ metric = \"iops\", at_least = 1 }]\nload = {}";
-        assert_eq!(of("load = {}"), (4, 1.5));
-        assert_eq!(of(goal), (8, 1.5));
-        assert_eq!(of(&format!("finer = 3\n{goal}")), (24, 0.5));
+        assert_eq!(of("load = {}"), 4);
+        assert_eq!(of("goals = [{ metric = \"iops\", at_least = 1 }]\nload = {}"), 8);
+    }
+
+    #[test]
+    fn slices_take_the_place_of_turns_only_in_what_they_show() {
+        let turn = BTreeMap::from([(Metric::Iops, 1.0), (Metric::MeanUs, 2.0)]);
+        let sample = Sample { figures: turn, latency_cdf: Vec::new() };
+        let mut entry = Entry { samples: vec![sample], ..Entry::new(Contender::default()) };
+        assert_eq!(entry.judged_figures(Metric::Iops), [1.0]);
+        entry.slices = vec![3.0, 4.0];
+        assert_eq!(entry.judged_figures(Metric::Iops), [3.0, 4.0]);
+        assert_eq!(entry.judged_figures(Metric::MeanUs), [2.0]);
+        assert_eq!(entry.figures(Metric::Iops), [1.0]);
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! What is measured and what is aimed at, as `perf/scenarios/*.toml` say it.
 
 use std::fs;
+use std::num::NonZeroU32;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
@@ -23,10 +25,9 @@ pub struct Scenario {
     /// Part of a quick run.
     #[serde(default = "yes")]
     pub quick: bool,
-    /// So many times as many rounds, with turns that are shorter by as much: for storage that is faster
-    /// and slower by the minute.
-    #[serde(default = "one")]
-    pub finer: u32,
+    /// Goals are judged by [`crate::slices`] of so many milliseconds: for storage that changes its
+    /// pace between turns.
+    pub slice_ms: Option<NonZeroU32>,
     /// The load.
     pub load: Load,
     /// What the load becomes for a backend without indirect requests, as a guest's kernel splits
@@ -154,10 +155,6 @@ impl Default for Load {
     }
 }
 
-fn one() -> u32 {
-    1
-}
-
 fn yes() -> bool {
     true
 }
@@ -189,7 +186,6 @@ impl Scenario {
     }
 
     fn check(&self) -> Result<()> {
-        ensure!(self.finer > 0, "finer = 0 leaves no turn");
         ensure!([0, 100].contains(&self.load.read), "read = {}: give 0 or 100", self.load.read);
         ensure!(
             self.goals.is_empty() || self.vary.is_none(),
@@ -214,7 +210,30 @@ impl Scenario {
                 "{contender}: its workers are those that vary has"
             );
         }
+        if self.slice_ms.is_some() {
+            ensure!(
+                self.backing == Backing::Ext4,
+                "slice_ms: only what goes to storage is counted in slices: backing = \"ext4\""
+            );
+            ensure!(
+                !self.goals.is_empty() && self.goals.iter().all(|goal| goal.metric == Metric::Iops),
+                "slice_ms: slices are for goals, and they show IOPS only"
+            );
+        }
         self.goals.iter().try_for_each(|goal| self.check_goal(goal))
+    }
+
+    /// How long a slice is.
+    pub fn slice(&self) -> Option<Duration> {
+        self.slice_ms.map(|ms| Duration::from_millis(u64::from(ms.get())))
+    }
+
+    /// Whether a goal is about it or compares with it.
+    pub fn is_judged(&self, contender: &Contender) -> bool {
+        let is_in = |goal: &Goal| {
+            goal.of == *contender || goal.reference().is_some_and(|name| contender.is(name))
+        };
+        self.goals.iter().any(is_in)
     }
 
     fn check_goal(&self, goal: &Goal) -> Result<()> {
@@ -369,12 +388,26 @@ mod test {
             ("over = \"qemu\"", "over = \"fio\"", "a goal against fio, which is no contender"),
             (", at_least = 8", "", "a goal has either at_least or at_most"),
             ("at_least", "beyond = \"qemu\", at_least", "not both"),
-            ("load =", "finer = 0\nload =", "finer = 0 leaves no turn"),
+            ("load =", "slice_ms = 0\nload =", "nonzero"),
+            ("load =", "slice_ms = 20\nload =", "only what goes to storage is counted"),
             ("load =", "vary = { disks = [1] }\nload =", "goals belong to a scenario without vary"),
         ] {
             let found = error(&SOUND.replace(from, to));
             assert!(found.contains(why), "{to}: {found}");
         }
+    }
+
+    #[test]
+    fn slices_are_of_contenders_that_goals_compare() {
+        let text = "about = 'x'\nbacking = 'ext4'\nslice_ms = 20\nload = {}\n\
+                    contenders = ['polldisk', 'fio', 'fio:registered', 'qemu:iothread']\n\
+                    goals = [{ metric = 'iops', over = 'fio', at_least = 0.97 }]";
+        let scenario = Scenario::parse("x", text).unwrap();
+        let judged = |contender: &&Contender| scenario.is_judged(contender);
+        let judged: Vec<_> = scenario.contenders.iter().filter(judged).collect();
+        assert_eq!(judged, scenario.contenders[..3].iter().collect::<Vec<_>>());
+        let found = error(&text.replace("iops", "mean_us"));
+        assert!(found.contains("they show IOPS only"), "{found}");
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! Whether a goal is met, as far as the rounds can tell.
 //!
-//! In each round the goal's figure is taken from the contenders' turns of that round alone. Of
-//! these figures the median counts, and its interval: the range that holds the true median with a
-//! confidence of 90 %, whatever the figures' distribution is (order statistics). With fewer than
-//! five rounds nothing reaches that, and the range of all rounds stands for it.
+//! In each round the goal's figure is taken from the contenders' turns of that round alone, or from
+//! neighbouring slices. Of these figures the median counts, and its interval: the range that holds
+//! the true median with a confidence of 90 %, whatever the figures' distribution is (order
+//! statistics). With fewer than five rounds nothing reaches that, and the range of all rounds stands
+//! for it.
 
 use std::f64::consts::LN_2;
 
@@ -11,7 +12,7 @@ use serde::Serialize;
 
 use crate::contender::Contender;
 use crate::run::{Entry, Outcome};
-use crate::sample::{Metric, Sample};
+use crate::sample::Metric;
 use crate::scenario::Goal;
 
 const CONFIDENCE: f64 = 0.9;
@@ -110,7 +111,7 @@ pub fn judge(outcome: &Outcome) -> Vec<Judged> {
 
 fn judge_goal(goal: &Goal, entries: &[Entry]) -> Judged {
     let own = entries.iter().find(|entry| entry.contender == goal.of);
-    let own = own.map(|entry| figures(&entry.samples, goal.metric)).unwrap_or_default();
+    let own = own.map(|entry| entry.judged_figures(goal.metric)).unwrap_or_default();
     let others = entries.iter().filter(|entry| entry.contender != goal.of);
     let reference = goal.reference().and_then(|name| best(others, name, goal.metric));
     let compared: Option<Vec<f64>> = match (goal.reference(), &reference) {
@@ -137,11 +138,6 @@ fn judge_goal(goal: &Goal, entries: &[Entry]) -> Judged {
     }
 }
 
-/// A contender's figures, one of each round.
-pub fn figures(samples: &[Sample], metric: Metric) -> Vec<f64> {
-    samples.iter().filter_map(|sample| sample.figures.get(&metric).copied()).collect()
-}
-
 /// The contender with the best median of those that a name means, with its figures.
 pub fn best<'a>(
     entries: impl IntoIterator<Item = &'a Entry>,
@@ -151,7 +147,7 @@ pub fn best<'a>(
     let mut best: Option<(f64, &Entry)> = None;
     let measured = |entry: &&Entry| entry.contender.is(name) && entry.failed.is_none();
     for entry in entries.into_iter().filter(measured) {
-        let Some(Interval { median, .. }) = Interval::of(&figures(&entry.samples, metric)) else {
+        let Some(Interval { median, .. }) = Interval::of(&entry.judged_figures(metric)) else {
             continue;
         };
         let is_better = |than: f64| match metric.more_is_better() {
@@ -162,7 +158,7 @@ pub fn best<'a>(
             best = Some((median, entry));
         }
     }
-    best.map(|(_, entry)| (entry.contender.clone(), figures(&entry.samples, metric)))
+    best.map(|(_, entry)| (entry.contender.clone(), entry.judged_figures(metric)))
 }
 
 #[cfg(test)]
@@ -170,17 +166,15 @@ mod test {
     use std::collections::BTreeMap;
 
     use super::*;
+    use crate::sample::Sample;
 
     fn entry(contender: &str, iops: &[f64]) -> Entry {
         let sample = |iops: &f64| Sample {
             figures: BTreeMap::from([(Metric::Iops, *iops), (Metric::MeanUs, 1e6 / iops)]),
             latency_cdf: Vec::new(),
         };
-        Entry {
-            contender: contender.parse().unwrap(),
-            samples: iops.iter().map(sample).collect(),
-            failed: None,
-        }
+        let samples = iops.iter().map(sample).collect();
+        Entry { samples, ..Entry::new(contender.parse().unwrap()) }
     }
 
     fn goal(text: &str) -> Goal {
