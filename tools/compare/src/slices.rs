@@ -259,9 +259,10 @@ mod test {
     #[test]
     fn the_child_of_a_load_is_the_backend() {
         let folder = folder();
-        let line = writer_line(&folder, "x").join(" ");
-        let script = format!("{line} & trap \"kill $!\" TERM; wait; wait");
-        let mut load = Stopped::start(&shell(&script), true).unwrap();
+        let mut line = shell("\"$@\" & trap \"kill $!\" TERM; wait; wait");
+        line.push("sh".to_owned());
+        line.extend(writer_line(&folder, "x"));
+        let mut load = Stopped::start(&line, true).unwrap();
         assert_ne!(load.backend(), load.process.id());
         let before = load.bytes().unwrap();
         wait_for(|| load.bytes().unwrap() > before);
