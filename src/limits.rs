@@ -187,6 +187,9 @@ pub const LATENCY_SECONDS: u64 = 2;
 /// by then is not going to.
 pub const DRAIN_SECONDS: u64 = 30;
 
+/// Requests of a queue that are told one by one where the daemon ends without them.
+pub const IN_FLIGHT_TOLD: usize = 4;
+
 /// Seconds between attempts to reach a xenstored whose connection was lost.
 pub const STORE_RETRY_SECONDS: u64 = 5;
 

@@ -48,6 +48,8 @@ pub enum Command {
     ReplaceImage(Box<ReplaceImage>),
     /// Hand over the latencies recorded since the last time: [`Event::Latency`].
     TakeLatency(QueueKey),
+    /// Tell what is in flight: [`Event::InFlight`]. For a key unknown to the worker nothing is.
+    TellInFlight(QueueKey),
     /// Disconnect every queue without events, and end the thread.
     Stop,
 }
@@ -118,8 +120,51 @@ pub enum Event {
     /// Request latencies in nanoseconds since the last [`Command::TakeLatency`]; `None` for an
     /// unknown queue.
     Latency(QueueKey, Option<Box<Histogram<u64>>>),
+    /// What of a queue is in flight, as asked for by [`Command::TellInFlight`].
+    InFlight(QueueKey, InFlight),
+    /// Storage failed a request: the first of the connection, the second, the fourth, and so on.
+    StorageFailed(QueueKey, StorageFailure),
+    /// A write succeeded again after one had failed with ENOSPC; at most once a second.
+    SpaceLeft(QueueKey),
     /// The worker ended; the reason is empty after [`Command::Stop`].
     Stopped(WorkerId, String),
+}
+
+/// Requests of one queue that were taken and not yet answered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct InFlight {
+    /// How many.
+    pub count: usize,
+    /// The oldest of them, at most `limits::IN_FLIGHT_TOLD`, the oldest first.
+    pub oldest: Vec<InFlightRequest>,
+}
+
+/// One request that was taken and not yet answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InFlightRequest {
+    /// What it asks, in words for the log: `write`, `flush`.
+    pub operation: &'static str,
+    /// Byte on the disk.
+    pub offset_bytes: u64,
+    /// Bytes.
+    pub len_bytes: u64,
+    /// Since it was taken off the ring.
+    pub age_ns: u64,
+}
+
+/// A request that storage failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StorageFailure {
+    /// What it asked, in words for the log: `write`, `flush`.
+    pub operation: &'static str,
+    /// Byte on the disk.
+    pub offset_bytes: u64,
+    /// Bytes.
+    pub len_bytes: u64,
+    /// A positive errno.
+    pub errno: i32,
+    /// Of this queue since it connected, this one included.
+    pub errors_so_far: u64,
 }
 
 /// The sending end of one worker's commands.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use polldisk::backing::Spec;
+use polldisk::backing::{Access, Spec};
 use polldisk::blkif::request::DiskRules;
 use polldisk::budget::GrantBudget;
 use polldisk::engine::host::HostEngine;
@@ -35,7 +35,8 @@ impl Rig {
         let pages = u32::try_from(options.device_pages()).unwrap();
         let domain = Arc::new(stand_in.create_domain(domid, pages).unwrap());
         let device = Device::new(domain, options).unwrap();
-        let image = Arc::new(target.parse::<Spec>().unwrap().open(false).unwrap());
+        let backing = target.parse::<Spec>().unwrap().open(&Access::default()).unwrap();
+        let image = backing.image().clone();
         let (commands, receiver) = command_channel(WorkerId(0)).unwrap();
         let (reports, events) = event_channel().unwrap();
         let setup = Setup {

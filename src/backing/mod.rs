@@ -13,9 +13,51 @@ pub use blocks::{BlockLock, BlockLocks};
 pub use mapped::MappedFile;
 pub use null::NullImage;
 pub use raw::{DeviceHandle, RawImage};
-pub use spec::{Backing, DataPath, DiskOptions, Spec};
+pub use spec::{Contents, DataPath, DiskOptions, Spec};
+
+use std::sync::Arc;
 
 use crate::units::{Bytes, SECTOR_BYTES, Sectors};
+
+/// How a disk wants to use its storage.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Access {
+    /// The guest may not write.
+    pub read_only: bool,
+    /// The admin says that others may write at the same time, as a cluster filesystem lets them.
+    pub shareable: bool,
+    /// Who uses it, for the error that another one gets: `disk xvda of domain 5`.
+    pub user: String,
+}
+
+/// Opened storage as control holds it: what a disk's guest is told of it, and the [`Image`] that
+/// workers do I/O on.
+#[derive(Debug)]
+pub struct Backing {
+    image: Arc<Image>,
+    options: DiskOptions,
+}
+
+impl Backing {
+    fn of(image: Image, options: DiskOptions) -> Backing {
+        Backing { image: Arc::new(image), options }
+    }
+
+    /// A drive without a medium.
+    pub fn empty() -> Backing {
+        Backing::of(Image::Empty, DiskOptions::default())
+    }
+
+    /// What workers do I/O on.
+    pub fn image(&self) -> &Arc<Image> {
+        &self.image
+    }
+
+    /// The options that stood in its target.
+    pub fn options(&self) -> DiskOptions {
+        self.options
+    }
+}
 
 /// An opened image, of one kind or another: one match per operation.
 #[derive(Debug)]

@@ -5,21 +5,21 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use super::{BackingError, Image, NullImage, RawImage};
+use super::{Access, Backing, BackingError, Image, NullImage, RawImage};
 use crate::units::{Bytes, SECTOR_BYTES};
 
 /// A target, parsed and not yet opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spec {
     /// What holds the contents.
-    pub backing: Backing,
+    pub contents: Contents,
     /// How the disk is served.
     pub options: DiskOptions,
 }
 
 /// What holds a disk's contents.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Backing {
+pub enum Contents {
     /// `raw:/path`, or `/path`: a file or a block device, byte for byte.
     Raw(PathBuf),
     /// `null:SIZE` or `null:SIZE,read-zeroes`: nothing, of that size.
@@ -54,18 +54,19 @@ pub enum DataPath {
 }
 
 impl Spec {
-    /// Opens what it names. Never waits for a network.
-    pub fn open(&self, read_only: bool) -> Result<Image, BackingError> {
-        match &self.backing {
-            Backing::Raw(path) => {
-                let image = RawImage::open(path, read_only)?;
+    /// Opens what it names. May take as long as storage likes.
+    pub fn open(&self, access: &Access) -> Result<Backing, BackingError> {
+        let image = match &self.contents {
+            Contents::Raw(path) => {
+                let image = RawImage::open(path, access.read_only)?;
                 let emulates = self.options.emulate_512;
-                Ok(Image::Raw(if emulates { image.emulating_512(path)? } else { image }))
+                Image::Raw(if emulates { image.emulating_512(path)? } else { image })
             }
-            Backing::Null { size, read_zeroes } => {
-                Ok(Image::Null(NullImage::new(*size, *read_zeroes)))
+            Contents::Null { size, read_zeroes } => {
+                Image::Null(NullImage::new(*size, *read_zeroes))
             }
-        }
+        };
+        Ok(Backing::of(image, self.options))
     }
 }
 
@@ -74,8 +75,8 @@ impl FromStr for Spec {
 
     fn from_str(target: &str) -> Result<Self, BackingError> {
         if target.starts_with('/') {
-            let backing = raw(target).map_err(|what| bad(target, what))?;
-            return Ok(Spec { backing, options: DiskOptions::default() });
+            let contents = raw(target).map_err(|what| bad(target, what))?;
+            return Ok(Spec { contents, options: DiskOptions::default() });
         }
         let Some((head, rest)) = target.split_once(':') else {
             return Err(bad(target, "it is neither a backing nor an absolute path".to_owned()));
@@ -84,28 +85,28 @@ impl FromStr for Spec {
             None => (head, None),
             Some((kind, options)) => (kind, Some(options)),
         };
-        let backing = match kind {
+        let contents = match kind {
             "raw" => raw(rest),
             "null" => null(rest),
             _ => Err(format!("polldisk has no backing \"{kind}\"")),
         };
-        let backing = backing.map_err(|what| bad(target, what))?;
+        let contents = contents.map_err(|what| bad(target, what))?;
         let options = options.map_or(Ok(DiskOptions::default()), str::parse);
-        Ok(Spec { backing, options: options.map_err(|what| bad_option(target, what))? })
+        Ok(Spec { contents, options: options.map_err(|what| bad_option(target, what))? })
     }
 }
 
-fn raw(path: &str) -> Result<Backing, String> {
+fn raw(path: &str) -> Result<Contents, String> {
     if !path.starts_with('/') {
         return Err(format!("the path \"{path}\" is not absolute"));
     }
     if path.contains('\0') {
         return Err("the path holds a NUL byte".to_owned());
     }
-    Ok(Backing::Raw(PathBuf::from(path)))
+    Ok(Contents::Raw(PathBuf::from(path)))
 }
 
-fn null(shape: &str) -> Result<Backing, String> {
+fn null(shape: &str) -> Result<Contents, String> {
     let (size, read_zeroes) = match shape.split_once(',') {
         None => (shape, false),
         Some((size, "read-zeroes")) => (size, true),
@@ -115,7 +116,7 @@ fn null(shape: &str) -> Result<Backing, String> {
     if size.0 == 0 || !size.0.is_multiple_of(SECTOR_BYTES) {
         return Err(format!("{size} is not a positive multiple of 512 bytes"));
     }
-    Ok(Backing::Null { size, read_zeroes })
+    Ok(Contents::Null { size, read_zeroes })
 }
 
 /// The options that there are, for whoever wrote another.
@@ -176,10 +177,10 @@ fn bad_option(target: &str, what: String) -> BackingError {
 
 impl fmt::Display for Spec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Spec { backing, options } = self;
-        match backing {
-            Backing::Raw(path) => write!(f, "raw{options}:{}", path.display()),
-            Backing::Null { size, read_zeroes } => {
+        let Spec { contents, options } = self;
+        match contents {
+            Contents::Raw(path) => write!(f, "raw{options}:{}", path.display()),
+            Contents::Null { size, read_zeroes } => {
                 let read_zeroes = if *read_zeroes { ",read-zeroes" } else { "" };
                 write!(f, "null{options}:{}{read_zeroes}", size.0)
             }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use polldisk::backing::{Backing, Spec};
+use polldisk::backing::{Contents, Spec};
 use polldisk::config::{Config, ServeOptions};
 use polldisk::control;
 use polldisk::control::ControlError;
@@ -128,7 +128,7 @@ impl Demo {
         let config = self.frontend.offer(options).check(&available_cores())?;
         let target = self.target.as_deref().map(str::parse::<Spec>).transpose();
         let target = target.context("--target")?;
-        if matches!(&target, Some(Spec { backing: Backing::Raw(_), .. })) && !self.overwrite {
+        if matches!(&target, Some(Spec { contents: Contents::Raw(_), .. })) && !self.overwrite {
             bail!("--target: the demo writes all over it; add --overwrite if it may be lost");
         }
         let files = match target {

@@ -9,7 +9,7 @@ use super::admin::protocol::Attach;
 use super::area::{self, Standing};
 use super::disk::Disk;
 use super::key::DiskKey;
-use crate::backing::{BackingError, Spec};
+use crate::backing::{Access, BackingError, Spec};
 use crate::units::{BadNumber, DomId};
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::vdev::{BadVdev, Vdev};
@@ -71,7 +71,10 @@ pub fn make<S: Store>(
     match attach.target.as_str() {
         "" if attach.is_drive() => {}
         "" => return Err(AttachError::NoTarget),
-        target => target.parse::<Spec>()?.open(attach.is_read_only()).map(drop)?,
+        target => {
+            let access = Access { read_only: attach.is_read_only(), ..Access::default() };
+            target.parse::<Spec>()?.open(&access).map(drop)?;
+        }
     }
     if !area::exists(store, &keys::domain(key.domid))? {
         return Err(AttachError::NoDomain(key.domid));

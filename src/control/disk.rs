@@ -310,7 +310,7 @@ impl Disk {
         let (image, options) = medium::open(&description.target, description.read_only)?;
         self.drive = Drive::with(&description.target);
         self.options = options;
-        self.image = Some(Arc::new(image));
+        self.image = Some(image);
         Ok(description.hotplug())
     }
 

@@ -329,6 +329,7 @@ impl<S: Store> Registry<S> {
                     None
                 });
             }
+            Event::InFlight(..) | Event::StorageFailed(..) | Event::SpaceLeft(_) => {}
             Event::Stopped(worker, reason) => {
                 if !reason.is_empty() {
                     tracing::error!(worker = worker.0, "has ended: {reason}");

@@ -22,7 +22,9 @@ use crate::limits::{
     COMMANDS_PER_PASS, EVENT_CHECK_NS, EVENT_CHECK_PASSES, PERSISTENT_SWEEP_SECONDS,
     PORTS_PER_READ, QUEUES_PER_WORKER,
 };
-use crate::msg::{Command, CommandReceiver, Connect, Event, EventSender, QueueKey, ReplaceImage};
+use crate::msg::{
+    Command, CommandReceiver, Connect, Event, EventSender, InFlight, QueueKey, ReplaceImage,
+};
 use crate::park::{self, Patience, Pause};
 use crate::queue::{BouncePool, LargeTables, Queue, Resources, Scratch};
 use crate::units::Port;
@@ -228,6 +230,9 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 let queue = self.by_key.get(&key).and_then(|index| self.queues.get_mut(*index));
                 let latency = queue.map(|served| Box::new(served.queue.take_latency()));
                 self.reports.send(Event::Latency(key, latency));
+            }
+            Command::TellInFlight(key) => {
+                self.reports.send(Event::InFlight(key, InFlight::default()));
             }
             Command::Stop => {
                 self.stopping = true;

@@ -15,7 +15,7 @@ use polldisk::control::admin::protocol::{
 use polldisk::control::{self, Config, ControlError};
 use polldisk::metrics::new_latency_histogram;
 use polldisk::msg::{
-    self, Command, CommandReceiver, Event, EventSender, Mapping, QueueKey, WorkerId,
+    self, Command, CommandReceiver, Event, EventSender, InFlight, Mapping, QueueKey, WorkerId,
 };
 use polldisk::park::{self, Doorbell};
 use polldisk::sim::store::{Quota, StoreServer};
@@ -550,6 +550,7 @@ fn answer(worker: WorkerId, command: Command, plane: &mut Plane) -> Option<Event
             });
             Event::Latency(key, latency)
         }
+        Command::TellInFlight(key) => Event::InFlight(key, InFlight::default()),
         Command::Stop => return None,
     })
 }

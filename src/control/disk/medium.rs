@@ -7,18 +7,19 @@ use super::super::area::{self, Failure};
 use super::super::drive::Step;
 use super::super::machine::{Input, Link};
 use super::{Disk, Surroundings};
-use crate::backing::{DiskOptions, Image, Spec};
+use crate::backing::{Access, Backing, DiskOptions, Image, Spec};
 use crate::xen::Store;
 use crate::xen::keys::XenbusState;
 
 /// Opens what a target names, with its options; the empty one names a drive without a medium.
-pub fn open(target: &str, read_only: bool) -> Result<(Image, DiskOptions), Failure> {
+pub fn open(target: &str, read_only: bool) -> Result<(Arc<Image>, DiskOptions), Failure> {
     if target.is_empty() {
-        return Ok((Image::Empty, DiskOptions::default()));
+        return Ok((Backing::empty().image().clone(), DiskOptions::default()));
     }
     let spec = target.parse::<Spec>().map_err(|error| Failure::of(&error))?;
-    let image = spec.open(read_only).map_err(|error| Failure::of(&error))?;
-    Ok((image, spec.options))
+    let access = Access { read_only, ..Access::default() };
+    let backing = spec.open(&access).map_err(|error| Failure::of(&error))?;
+    Ok((backing.image().clone(), spec.options))
 }
 
 impl Disk {
@@ -79,7 +80,7 @@ impl Disk {
             && let Some(step) = self.drive.next_step()
         {
             match step {
-                Step::Eject => self.hand_over(String::new(), Image::Empty, around),
+                Step::Eject => self.hand_over(String::new(), Arc::new(Image::Empty), around),
                 Step::Insert(target) => match self.open_medium(&target) {
                     Ok(image) => self.hand_over(target, image, around),
                     Err(failure) => {
@@ -94,7 +95,7 @@ impl Disk {
     }
 
     /// Opens a medium that the guest can use.
-    pub fn open_medium(&self, target: &str) -> Result<Image, Failure> {
+    pub fn open_medium(&self, target: &str) -> Result<Arc<Image>, Failure> {
         let read_only = self.description.as_ref().is_none_or(|description| description.read_only);
         // How its data goes was agreed on with the frontend, whatever this target says of it.
         let (image, _) = open(target, read_only)?;
@@ -116,14 +117,13 @@ impl Disk {
     fn hand_over<S: Store>(
         &mut self,
         target: String,
-        image: Image,
+        image: Arc<Image>,
         around: &mut Surroundings<'_, S>,
     ) {
         match target.as_str() {
             "" => tracing::info!(disk = %self.key, "ejecting"),
             medium => tracing::info!(disk = %self.key, medium, "inserting"),
         }
-        let image = Arc::new(image);
         let rules = self.rules(&image, around.offer);
         self.drive.begin(target, image.clone());
         let input = match &mut self.connection {
