@@ -260,8 +260,8 @@ struct Plan {
 
 impl Plan {
     fn keeps_data(&self) -> bool {
-        let backing = self.target.as_ref().map(|target| &target.backing);
-        !matches!(backing, Some(Backing::Null { .. }))
+        let backing = self.target.as_ref().map(|target| &target.contents);
+        !matches!(backing, Some(Contents::Null { .. }))
     }
 }
 
