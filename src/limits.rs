@@ -160,12 +160,25 @@ pub const SIM_STORE_CLIENTS_MAX: usize = 2048;
 /// Requests the stand-in's xenstore answers for one client before it looks at the next.
 pub const SIM_STORE_REQUESTS_PER_TURN: usize = 16;
 
-/// Log lines that one disk may cause in `GUEST_LOG_SECONDS`: two whole connections and
-/// disconnections of a well-behaved guest, and next to nothing for one that loops.
-pub const GUEST_LOG_LINES: u32 = 20;
+/// Log lines that one guest may cause in `GUEST_LOG_SECONDS`: a guest with ten disks that boots and
+/// shuts down, and next to nothing for one that loops.
+pub const GUEST_LOG_LINES: u32 = 40;
 
 /// The period of `GUEST_LOG_LINES`.
 pub const GUEST_LOG_SECONDS: u64 = 30;
+
+/// Looks at one frontend that are taken at once, each some reads of xenstore. A connection takes three or
+/// four. What a guest writes meanwhile is seen by the next look.
+pub const FRONTEND_LOOKS_BURST: u32 = 64;
+
+/// And then so many a second.
+pub const FRONTEND_LOOKS_PER_SECOND: u32 = 50;
+
+/// The same for all frontends of one guest: its 255 disks connect at once.
+pub const DOMAIN_LOOKS_BURST: u32 = 1024;
+
+/// And then so many a second, which takes a few per cent of a core.
+pub const DOMAIN_LOOKS_PER_SECOND: u32 = 200;
 
 /// Watch events taken before the disks they are about are looked at, so that a guest that makes
 /// events without end does not keep control from everybody else.
@@ -187,6 +200,24 @@ pub const LATENCY_SECONDS: u64 = 2;
 /// by then is not going to.
 pub const DRAIN_SECONDS: u64 = 30;
 
+/// Threads that open and close storage. Each may be stuck in storage that hangs.
+pub const HELPERS_MAX: usize = 64;
+
+/// Of these in one folder, or at one device: enough for a thousand images that are opened in a row, and few
+/// where the folder hangs.
+pub const HELPERS_PER_FOLDER: usize = 4;
+
+/// Of these on one mount, whatever its folders: a few mounts that hang leave threads for the others.
+pub const HELPERS_PER_MOUNT: usize = 12;
+
+/// Seconds that storage may take to open. libxl gives up after 10 s without InitWait, and by then should
+/// be told why.
+pub const OPEN_SECONDS: u64 = 8;
+
+/// Inputs that may follow from one that a disk's machine was given. The longest row known (a connection
+/// that fails at once, and is closed at once) takes four.
+pub const INPUTS_PER_STEP: usize = 16;
+
 /// Requests of a queue that are told one by one where the daemon ends without them.
 pub const IN_FLIGHT_TOLD: usize = 4;
 
@@ -196,6 +227,8 @@ pub const STORE_RETRY_SECONDS: u64 = 5;
 /// Text of an `error` node: what fits beside its path in one xenstore message.
 pub const ERROR_TEXT_MAX: usize = 1024;
 
+const _: () =
+    assert!(HELPERS_PER_FOLDER < HELPERS_PER_MOUNT && 4 * HELPERS_PER_MOUNT < HELPERS_MAX);
 const _: () = assert!(REQUESTS_PER_PASS * SEGMENTS_PER_REQUEST >= GRANTS_PER_MAP_BATCH);
 const _: () = assert!(PERSISTENT_GRANTS_PER_QUEUE >= GRANTS_PER_MAP_BATCH);
 const _: () = assert!(PERSISTENT_GRANTS_PER_QUEUE >= INDIRECT_SEGMENTS_MAX as usize);

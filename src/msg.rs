@@ -4,7 +4,7 @@
 use std::io;
 use std::sync::Arc;
 
-use crossbeam::channel::{Receiver, Sender, bounded};
+use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use hdrhistogram::Histogram;
 
 use crate::backing::Image;
@@ -200,9 +200,18 @@ pub struct EventReceiver {
     pub bell: Doorbell,
 }
 
-/// The worker does not take commands: its queue is full or it has ended.
+/// Why a worker did not take a command.
+#[derive(Debug)]
+pub enum Refused {
+    /// Its queue is full; it may take the command later.
+    Full(Command),
+    /// It has ended.
+    Gone(WorkerGone),
+}
+
+/// The worker takes no commands any more: it has ended.
 #[derive(Debug, thiserror::Error)]
-#[error("worker {} takes no more commands", .0.0)]
+#[error("worker {} has ended", .0.0)]
 pub struct WorkerGone(pub WorkerId);
 
 /// Makes the channel from control to one worker.
@@ -227,8 +236,11 @@ impl CommandSender {
     }
 
     /// Sends without waiting.
-    pub fn send(&self, command: Command) -> Result<(), WorkerGone> {
-        self.commands.try_send(command).map_err(|_| WorkerGone(self.worker))?;
+    pub fn send(&self, command: Command) -> Result<(), Refused> {
+        self.commands.try_send(command).map_err(|error| match error {
+            TrySendError::Full(command) => Refused::Full(command),
+            TrySendError::Disconnected(_) => Refused::Gone(WorkerGone(self.worker)),
+        })?;
         self.bell.ring();
         Ok(())
     }

@@ -2,6 +2,8 @@
 
 #[path = "control/drives.rs"]
 mod drives;
+#[path = "control/endings.rs"]
+mod endings;
 #[path = "control/rig.rs"]
 mod rig;
 

@@ -19,9 +19,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use polldisk::backing::{Contents, Spec};
 use polldisk::config::{Config, ServeOptions};
 use polldisk::control;
-use polldisk::control::ControlError;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Attach, DiskReport, Request};
+use polldisk::control::{ControlError, Ended};
 use polldisk::msg::event_channel;
 use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::load::{Load, Report};
@@ -269,7 +269,7 @@ impl Plan {
 struct Daemon {
     admin: PathBuf,
     stop: Doorbell,
-    control: JoinHandle<Result<(), ControlError>>,
+    control: JoinHandle<Result<Ended, ControlError>>,
     workers: Vec<WorkerThread>,
 }
 

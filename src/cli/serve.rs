@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use polldisk::config::{Config, ServeOptions};
-use polldisk::control;
+use polldisk::control::{self, Ended};
 use polldisk::msg::event_channel;
 use polldisk::park::Doorbell;
 use polldisk::worker::{WorkerThread, spawn_all};
@@ -64,8 +64,11 @@ fn serve(xen: &LinuxXen, config: &Config) -> anyhow::Result<()> {
         signals: true,
     };
     let stop = Doorbell::new().context("cannot make an eventfd")?;
-    control::run(xen, &control_config, workers, events, &stop)?;
-    threads.into_iter().for_each(WorkerThread::join);
+    match control::run(xen, &control_config, workers, events, &stop)? {
+        Ended::Drained => threads.into_iter().for_each(WorkerThread::join),
+        // Threads that storage keeps end with the process, as far as the kernel lets them.
+        Ended::GaveUp => bail!("storage did not answer all requests; the log names them"),
+    }
     tracing::info!("ended");
     Ok(())
 }

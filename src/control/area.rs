@@ -9,7 +9,7 @@ use super::key::DiskKey;
 use crate::backing::{Discard, Geometry, Image};
 use crate::blkif::features::{self, DiskOffer};
 use crate::limits;
-use crate::units::{DomId, parse_decimal};
+use crate::units::parse_decimal;
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::{Nodes, Store, if_there};
 
@@ -20,6 +20,8 @@ pub struct Description {
     pub target: String,
     /// The guest may not write.
     pub read_only: bool,
+    /// The admin lets others write at the same time (xl's `w!`).
+    pub shareable: bool,
     /// It is a CD-ROM, which is always read-only.
     pub cdrom: bool,
     /// The toolstack lets its guest discard.
@@ -117,6 +119,7 @@ impl Description {
         Ok(Description {
             target,
             read_only: cdrom || !mode.contains('w'),
+            shareable: mode.contains('!'),
             cdrom,
             removable,
             discard_enable: text(keys::DISCARD_ENABLE)?.is_none_or(|flag| &*flag != "0"),
@@ -159,9 +162,11 @@ fn target_of(params: &str) -> &str {
     params.strip_prefix("aio:").unwrap_or(params)
 }
 
-/// What `params` names now; empty: no medium. `None` where the node is missing.
-pub fn target(store: &impl Xs, area: &str) -> io::Result<Option<String>> {
-    let params = if_there(store.read(&format!("{area}/{}", keys::PARAMS)))?;
+/// What `params` names now; empty: no medium. `None` where the node is missing. Events about earlier
+/// writes, of the watch with `token`, are dropped.
+pub fn target(store: &impl Store, area: &str, token: &str) -> io::Result<Option<String>> {
+    let node = format!("{area}/{}", keys::PARAMS);
+    let params = if_there(store.read_up_to_date(&node, token))?;
     Ok(params.map(|params| target_of(&params).to_owned()))
 }
 
@@ -187,47 +192,143 @@ pub fn shape(info: u32, geometry: &Geometry) -> Vec<NodeValue> {
     ]
 }
 
-/// Writes nodes in one transaction, unless the area has vanished: writing would bring it back.
-pub fn write<S: Store>(store: &S, area: &str, nodes: &[NodeValue]) -> io::Result<()> {
-    if nodes.is_empty() {
-        return Ok(());
-    }
-    store.atomically(|span| {
-        if !exists(span, &format!("{area}/{}", keys::STATE))? {
-            return Ok(());
-        }
-        span.write_all(area, nodes)
-    })
+/// A backend area that a disk has taken on.
+///
+/// A toolstack may remove an area and make another at the same path between two of our requests. So
+/// the disk leaves a mark of its own in the area ([`keys::SERVED_BY`]), and everything that it writes
+/// later is written in a transaction that finds this mark. What was meant for one disk never lands
+/// in the next.
+#[derive(Clone, Debug)]
+pub struct Area {
+    path: String,
+    mark: String,
 }
 
-/// Writes nodes and moves `state` from `expected` to `new`, in one transaction. Where somebody else
-/// has written the state meanwhile, nothing is written and what is there is returned: the
-/// toolstack's Closing must not be overwritten.
-pub fn switch_state<S: Store>(
-    store: &S,
-    area: &str,
-    expected: XenbusState,
-    new: XenbusState,
-    nodes: &[NodeValue],
-) -> io::Result<XenbusState> {
-    let written = [nodes, &[(keys::STATE, new.number().to_string())]].concat();
-    store.atomically(|span| {
-        let found = if_there(span.read(&format!("{area}/{}", keys::STATE)))?;
-        let Some(found) = found.map(|text| XenbusState::from_text(&text)) else {
-            return Ok(XenbusState::Unknown);
-        };
-        if found != expected {
-            return Ok(found);
+/// What became of something that was to be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Written {
+    /// It is written.
+    Done,
+    /// Nothing is: somebody else has written the state meanwhile, and a watch event tells of that.
+    Overtaken,
+    /// Nothing is: the area is removed, or is another disk's by now.
+    Gone,
+}
+
+impl Area {
+    /// Takes on the area at `path` if `wanted` says so of how it stands; `mark` must be unlike that
+    /// of any disk before.
+    pub fn take_on<S: Store>(
+        store: &S,
+        path: String,
+        mark: String,
+        wanted: impl Fn(&Standing) -> bool,
+    ) -> io::Result<Option<(Area, Standing)>> {
+        let standing = store.atomically(|span| {
+            let Some((standing, _)) = Standing::read_marked(span, &path)? else { return Ok(None) };
+            if !wanted(&standing) {
+                return Ok(None);
+            }
+            span.write(&format!("{path}/{}", keys::SERVED_BY), &mark)?;
+            Ok(Some(standing))
+        })?;
+        Ok(standing.map(|standing| (Area { path, mark }, standing)))
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// How it stands; `None` where it is gone.
+    pub fn standing(&self, store: &impl Nodes) -> io::Result<Option<Standing>> {
+        let found = Standing::read_marked(store, &self.path)?;
+        Ok(found.filter(|(_, mark)| self.is_marked(mark)).map(|(standing, _)| standing))
+    }
+
+    fn is_marked(&self, mark: &Option<Box<str>>) -> bool {
+        mark.as_deref() == Some(&self.mark)
+    }
+
+    /// Does something in a transaction if the area is still this one.
+    pub fn change<S: Store>(
+        &self,
+        store: &S,
+        body: impl Fn(&S::Span) -> io::Result<()>,
+    ) -> io::Result<Written> {
+        store.atomically(|span| {
+            let mark = if_there(span.read(&format!("{}/{}", self.path, keys::SERVED_BY)))?;
+            if !self.is_marked(&mark) {
+                return Ok(Written::Gone);
+            }
+            body(span)?;
+            Ok(Written::Done)
+        })
+    }
+
+    /// Writes nodes, all or none.
+    pub fn write<S: Store>(&self, store: &S, nodes: &[NodeValue]) -> io::Result<Written> {
+        match nodes {
+            [] => Ok(Written::Done),
+            nodes => self.change(store, |span| span.write_all(&self.path, nodes)),
         }
-        span.write_all(area, &written)?;
-        Ok(new)
-    })
+    }
+
+    /// Writes nodes and moves `state` from `expected` to `new`, all or nothing: the toolstack's Closing
+    /// must not be overwritten.
+    pub fn switch_state<S: Store>(
+        &self,
+        store: &S,
+        expected: XenbusState,
+        new: XenbusState,
+        nodes: &[NodeValue],
+    ) -> io::Result<Written> {
+        let written = [nodes, &[(keys::STATE, new.number().to_string())]].concat();
+        store.atomically(|span| {
+            let mut found = span.read_all(&self.path, &[keys::STATE, keys::SERVED_BY])?.into_iter();
+            let mut next = || found.next().map_or(Ok(None), if_there);
+            let (state, mark) = (next()?, next()?);
+            if !self.is_marked(&mark) {
+                return Ok(Written::Gone);
+            }
+            if state_of(state.as_deref()) != expected {
+                return Ok(Written::Overtaken);
+            }
+            span.write_all(&self.path, &written)?;
+            Ok(Written::Done)
+        })
+    }
+
+    /// Asks for the disk to be closed and destroyed, as libxl does; with `force` without its guest,
+    /// whose area `frontend` is.
+    pub fn ask_to_close<S: Store>(
+        &self,
+        store: &S,
+        force: bool,
+        frontend: &str,
+    ) -> io::Result<Written> {
+        self.change(store, |span| {
+            if force {
+                remove(span, frontend)?;
+            }
+            let state = if_there(span.read(&format!("{}/{}", self.path, keys::STATE)))?;
+            let mut nodes = vec![(keys::ONLINE, "0".to_owned())];
+            if state_of(state.as_deref()) != XenbusState::Closed {
+                nodes.push((keys::STATE, XenbusState::Closing.number().to_string()));
+            }
+            span.write_all(&self.path, &nodes)
+        })
+    }
+}
+
+fn state_of(text: Option<&str>) -> XenbusState {
+    text.map_or(XenbusState::Unknown, XenbusState::from_text)
 }
 
 /// How a disk stands, as far as others than polldisk may have changed it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Standing {
-    /// The backend's `state`.
+    /// The backend's `state`; `Unknown` where the area lacks it.
     pub state: XenbusState,
     /// Whether the toolstack allows the disk to be used; a missing node means that it does not.
     pub online: bool,
@@ -236,23 +337,30 @@ pub struct Standing {
 }
 
 impl Standing {
-    /// Reads the area; `None` where the whole of it is gone.
-    pub fn read(store: &impl Nodes, area: &str) -> io::Result<Option<Standing>> {
-        const NODES: [&str; 3] = [keys::STATE, keys::ONLINE, keys::HOTPLUG_STATUS];
+    /// Reads an area and the mark in it; `None` where the whole of it is gone.
+    ///
+    /// The mark is read last. An area's own mark never comes back once the area was removed, so with
+    /// it all of the rest was read of that area.
+    fn read_marked(
+        store: &impl Nodes,
+        area: &str,
+    ) -> io::Result<Option<(Standing, Option<Box<str>>)>> {
+        const NODES: [&str; 4] = [keys::STATE, keys::ONLINE, keys::HOTPLUG_STATUS, keys::SERVED_BY];
         let mut ahead = ReadAhead::new(store, area, &NODES)?;
-        let state = match ahead.take_if_there(keys::STATE)? {
-            Some(text) => XenbusState::from_text(&text),
-            None if exists(store, area)? => XenbusState::Unknown,
-            None => return Ok(None),
-        };
+        let state = ahead.take_if_there(keys::STATE)?;
         let online = ahead.take_if_there(keys::ONLINE)?;
-        let online = online.and_then(|text| parse_decimal::<u64>(&text));
         let hotplug = ahead.take_if_there(keys::HOTPLUG_STATUS)?;
-        Ok(Some(Standing {
-            state,
+        let mark = ahead.take_if_there(keys::SERVED_BY)?;
+        if state.is_none() && mark.is_none() && !exists(store, area)? {
+            return Ok(None);
+        }
+        let online = online.and_then(|text| parse_decimal::<u64>(&text));
+        let standing = Standing {
+            state: state_of(state.as_deref()),
             online: online.is_some_and(|online| online != 0),
             hotplug_done: hotplug.as_deref() == Some("connected"),
-        }))
+        };
+        Ok(Some((standing, mark)))
     }
 }
 
@@ -295,18 +403,13 @@ impl Failure {
     }
 }
 
-/// Writes the `error` node of a disk.
-pub fn write_error(
-    store: &impl Xs,
-    own: DomId,
-    key: &DiskKey,
-    failure: &Failure,
-) -> io::Result<()> {
+/// The text of an `error` node, as long as fits.
+pub fn error_line(failure: &Failure) -> String {
     let Failure { errno, text } = failure;
     let mut line = format!("{errno} {text}");
     let end = line.floor_char_boundary(limits::ERROR_TEXT_MAX);
     line.truncate(end);
-    store.write(&format!("{}/error", key.error_area(own)), &line)
+    line
 }
 
 #[cfg(test)]

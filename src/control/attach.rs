@@ -6,10 +6,9 @@ use std::sync::Arc;
 use xenstore_rs::Xs;
 
 use super::admin::protocol::Attach;
-use super::area::{self, Standing};
-use super::disk::Disk;
+use super::area;
 use super::key::DiskKey;
-use crate::backing::{Access, BackingError, Spec};
+use crate::backing::BackingError;
 use crate::units::{BadNumber, DomId};
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::vdev::{BadVdev, Vdev};
@@ -24,7 +23,7 @@ pub enum AttachError {
     /// The name names no disk.
     #[error(transparent)]
     Vdev(#[from] BadVdev),
-    /// The contents are not to be had.
+    /// The contents can't be opened.
     #[error(transparent)]
     Target(#[from] BackingError),
     /// There is no such guest.
@@ -33,6 +32,18 @@ pub enum AttachError {
     /// The guest has such a disk.
     #[error("domain {0} has a disk {1} already; detach it, or choose another vdev")]
     Taken(DomId, Vdev),
+    /// The guest had such a disk, which storage still works for.
+    #[error(
+        "the disk {1} that domain {0} had before still has requests in flight; attach it again when \
+         `polldisk list` no longer shows it, or choose another vdev"
+    )]
+    Draining(DomId, Vdev),
+    /// Its storage is still being opened.
+    #[error("disk {1} of domain {0} is still being opened; try again when that is done")]
+    Opening(DomId, Vdev),
+    /// The daemon ends.
+    #[error("polldisk is ending; start it again first")]
+    Ending,
     /// The guest has no such disk.
     #[error("polldisk serves no disk {1} to domain {0}; see `polldisk list`")]
     NoDisk(DomId, Vdev),
@@ -59,7 +70,19 @@ pub fn name(kind: &Arc<str>, domid: u32, vdev: &str) -> Result<DiskKey, AttachEr
     Ok(DiskKey { kind: kind.clone(), domid, vbd: vdev.parse::<Vdev>()?.id() })
 }
 
-/// Makes both areas of a disk as the toolstack does, in one transaction, marked as ours.
+/// What is wrong with a disk that is to be made, before anything is opened for it.
+pub fn check(store: &impl Xs, key: &DiskKey, attach: &Attach) -> Result<(), AttachError> {
+    if attach.target.is_empty() && !attach.is_drive() {
+        return Err(AttachError::NoTarget);
+    }
+    match area::exists(store, &keys::domain(key.domid))? {
+        true => Ok(()),
+        false => Err(AttachError::NoDomain(key.domid)),
+    }
+}
+
+/// Makes both areas of a disk as the toolstack does, in one transaction, marked as ours. Errors, and
+/// makes nothing, where either is there already or the guest is not.
 pub fn make<S: Store>(
     store: &S,
     own: DomId,
@@ -67,56 +90,25 @@ pub fn make<S: Store>(
     key: &DiskKey,
     attach: &Attach,
 ) -> Result<(), AttachError> {
-    // What can't be opened is told to the admin before the guest sees anything of it.
-    match attach.target.as_str() {
-        "" if attach.is_drive() => {}
-        "" => return Err(AttachError::NoTarget),
-        target => {
-            let access = Access { read_only: attach.is_read_only(), ..Access::default() };
-            target.parse::<Spec>()?.open(&access).map(drop)?;
+    let refusal = store.atomically(|span| {
+        if !area::exists(span, &keys::domain(key.domid))? {
+            return Ok(Some(AttachError::NoDomain(key.domid)));
         }
-    }
-    if !area::exists(store, &keys::domain(key.domid))? {
-        return Err(AttachError::NoDomain(key.domid));
-    }
-    let made = store.atomically(|span| {
         let others = kinds.iter().map(|kind| keys::backend_area(own, kind, key.domid, key.vbd));
         for taken in others.chain([key.frontend_area()]) {
             if area::exists(span, &taken)? {
-                return Ok(false);
+                return Ok(Some(AttachError::Taken(key.domid, key.vbd.into())));
             }
         }
         make_frontend(span, own, key, attach)?;
         make_backend(span, own, key, attach)?;
-        Ok(true)
+        Ok(None)
     })?;
-    match made {
-        true => Ok(()),
-        false => Err(AttachError::Taken(key.domid, key.vbd.into())),
-    }
+    refusal.map_or(Ok(()), Err)
 }
 
 fn device_type(attach: &Attach) -> String {
     if attach.cdrom { "cdrom" } else { "disk" }.to_owned()
-}
-
-/// Whether `disk` can have the medium `target`; the empty one is none. One of no use does not cost
-/// the guest the medium that it has.
-pub fn check_medium(disk: &Disk, target: &str) -> Result<(), AttachError> {
-    let key = disk.key();
-    let failed = |text: &str| AttachError::Failed(text.to_owned());
-    match disk.description().filter(|_| disk.image().is_some()) {
-        None => Err(failed(disk.failure())),
-        Some(description) if !description.is_drive() => {
-            Err(AttachError::NoDrive(key.domid, key.vbd.into()))
-        }
-        Some(_) => disk.open_medium(target).map(drop).map_err(|failure| failed(&failure.text)),
-    }
-}
-
-/// Names the medium of a drive where libxl does.
-pub fn set_medium<S: Store>(store: &S, own: DomId, key: &DiskKey, target: &str) -> io::Result<()> {
-    area::write(store, &key.backend_area(own), &[(keys::PARAMS, target.to_owned())])
 }
 
 fn make_frontend(span: &impl Nodes, own: DomId, key: &DiskKey, attach: &Attach) -> io::Result<()> {
@@ -159,26 +151,4 @@ fn owned_and_read(owner: DomId, reader: DomId) -> [Permission; 2] {
         Permission { domid: owner, access: NodeAccess::None },
         Permission { domid: reader, access: NodeAccess::Read },
     ]
-}
-
-/// Asks for a disk to be closed and destroyed, as libxl does; with `force` without its guest.
-pub fn unmake<S: Store>(store: &S, own: DomId, key: &DiskKey, force: bool) -> io::Result<()> {
-    let area = key.backend_area(own);
-    store.atomically(|span| {
-        if force {
-            area::remove(span, &key.frontend_area())?;
-        }
-        let Some(Standing { state, .. }) = Standing::read(span, &area)? else { return Ok(()) };
-        span.write(&format!("{area}/{}", keys::ONLINE), "0")?;
-        if state == XenbusState::Closed {
-            return Ok(());
-        }
-        span.write(&format!("{area}/{}", keys::STATE), &XenbusState::Closing.number().to_string())
-    })
-}
-
-/// Removes both areas of a disk that was made and could not be served.
-pub fn remove(store: &impl Xs, own: DomId, key: &DiskKey) -> io::Result<()> {
-    area::remove(store, &key.frontend_area())?;
-    area::remove(store, &key.backend_area(own))
 }

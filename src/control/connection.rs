@@ -72,6 +72,7 @@ impl Connection {
         image: &Arc<Image>,
         rules: DiskRules,
         workers: &mut Workers,
+        now: Instant,
     ) -> (Connection, Option<News>) {
         let id = workers.begin_link(disk);
         let budget = workers.budget(disk.domid);
@@ -115,7 +116,7 @@ impl Connection {
             published,
             queues,
             ending: false,
-            since: Instant::now(),
+            since: now,
             latency: new_latency_histogram(),
         };
         (connection, news)
@@ -156,7 +157,7 @@ impl Connection {
         &mut self,
         image: &Arc<Image>,
         rules: DiskRules,
-        workers: &Workers,
+        workers: &mut Workers,
     ) -> Option<News> {
         for queue in self.queues.iter_mut().filter(|queue| queue.state != QueueState::Down) {
             let replace = ReplaceImage { key: queue.key, rules, image: image.clone() };
@@ -215,7 +216,7 @@ impl Connection {
     }
 
     /// Asks for latencies; returns the queues whose answers are due.
-    pub fn ask_latency(&mut self, workers: &Workers) -> BTreeSet<QueueKey> {
+    pub fn ask_latency(&mut self, workers: &mut Workers) -> BTreeSet<QueueKey> {
         let mut due = BTreeSet::new();
         for queue in self.queues.iter_mut().filter(|queue| queue.state == QueueState::Served) {
             if !queue.latency_asked {
@@ -227,6 +228,13 @@ impl Connection {
             }
         }
         due
+    }
+
+    /// Asks for what is in flight; says of how many queues the answers are due.
+    pub fn ask_in_flight(&self, workers: &mut Workers) -> usize {
+        let held = self.queues.iter().filter(|queue| queue.state != QueueState::Down);
+        held.filter(|queue| workers.send(queue.worker, Command::TellInFlight(queue.key)).is_ok())
+            .count()
     }
 
     /// Takes latencies that a worker handed over.

@@ -4,23 +4,27 @@ mod medium;
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::area::{self, Description, Failure, Hotplug, NodeValue, Standing};
+use super::area::{self, Area, Description, Failure, Hotplug, NodeValue, Standing, Written};
 use super::connection::{Connection, News};
 use super::drive::Drive;
 use super::frontend;
+use super::guests::{Guests, Pace, guest_log};
+use super::helpers::{Asker, Helpers, OpenBacking, OpenId};
 use super::key::DiskKey;
 use super::machine::{Effect, Input, Link, Machine};
-use super::quiet::{LogBudget, guest_log};
 use super::workers::Workers;
-use crate::backing::{DiskOptions, Geometry, Image};
+use crate::backing::{Access, Backing, BackingError, Geometry, Image, Spec};
 use crate::blkif::features::{DiskOffer, Offer};
 use crate::blkif::request::DiskRules;
+use crate::limits;
+use crate::msg::StorageFailure;
 use crate::units::DomId;
-use crate::xen::Store;
 use crate::xen::keys::{self, XenbusState};
+use crate::xen::vdev::Vdev;
+use crate::xen::{Store, if_there};
+use xenstore_rs::Xs;
 
 /// What a disk needs of its surroundings.
 #[derive(Debug)]
@@ -33,21 +37,31 @@ pub struct Surroundings<'a, S> {
     pub offer: &'a Offer,
     /// The data plane.
     pub workers: &'a mut Workers,
+    /// Who opens and closes storage.
+    pub helpers: &'a mut Helpers,
+    /// What each guest may cost.
+    pub guests: &'a mut Guests,
+    /// The time of this pass.
+    pub now: Instant,
 }
 
 /// A disk that was found in xenstore.
 #[derive(Debug)]
 pub struct Disk {
     key: DiskKey,
-    area: String,
+    area: Area,
     frontend_area: String,
     machine: Machine,
     /// The backend's `state` as it is in xenstore, as far as we know.
     stored: XenbusState,
     description: Option<Description>,
-    options: DiskOptions,
-    image: Option<Arc<Image>>,
+    backing: Option<OpenBacking>,
     drive: Drive,
+    opening: Option<Opening>,
+    /// Storage that was opened before it was asked for, and its target.
+    prepared: Option<(String, OpenBacking)>,
+    /// `params` was written while it was being opened.
+    rewritten: bool,
     /// The logical block size that the connected frontend was told; it asks only once.
     told_sector_bytes: Option<u32>,
     connection: Option<Connection>,
@@ -55,20 +69,40 @@ pub struct Disk {
     error_written: bool,
     /// Why what `params` names now is not served; empty where it is.
     ignored: String,
+    /// Writes fail for want of space.
+    is_full: bool,
+    looks: Pace,
     forgotten: bool,
-    log: LogBudget,
     since: Instant,
 }
 
+/// An open that is waited for.
+#[derive(Clone, Copy, Debug)]
+struct Opening {
+    id: OpenId,
+    until: Instant,
+}
+
+/// What was written to `params`, as far as we know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Params {
+    /// Perhaps nothing: the value tells.
+    Perhaps,
+    /// Something, perhaps the same once more.
+    Written,
+}
+
 impl Disk {
-    /// Takes on a disk that was found: Initialising and online, to be served, or Closing and not
-    /// online, to be let go.
+    /// Takes on a disk whose area was taken on: Initialising and online, to be served, or Closing and
+    /// not online, to be let go. `prepared` is its storage and the target that names it, if that is
+    /// open already.
     pub fn take_on<S: Store>(
         key: DiskKey,
+        area: Area,
         standing: Standing,
+        prepared: Option<(String, OpenBacking)>,
         around: &mut Surroundings<'_, S>,
     ) -> io::Result<Disk> {
-        let area = key.backend_area(around.own);
         let frontend_area = key.frontend_area();
         let frontend = frontend::state(around.store, &frontend_area)?;
         let mut disk = Disk {
@@ -78,17 +112,20 @@ impl Disk {
             machine: Machine::new(frontend, standing.online),
             stored: standing.state,
             description: None,
-            options: DiskOptions::default(),
-            image: None,
+            backing: None,
             drive: Drive::default(),
+            opening: None,
+            prepared,
+            rewritten: false,
             told_sector_bytes: None,
             connection: None,
             failure: Failure::default(),
             error_written: false,
             ignored: String::new(),
+            is_full: false,
+            looks: Pace::default(),
             forgotten: false,
-            log: LogBudget::new(Instant::now()),
-            since: Instant::now(),
+            since: around.now,
         };
         disk.watch_frontend(around.store)?;
         tracing::info!(disk = %disk.key, "found");
@@ -116,14 +153,14 @@ impl Disk {
         &self.machine
     }
 
-    /// What the toolstack says of it; `None` where that is of no use.
+    /// What the toolstack says of it; `None` where that could not be read.
     pub fn description(&self) -> Option<&Description> {
         self.description.as_ref()
     }
 
     /// Its size and sector sizes as its guest is told them, once open.
     pub fn geometry(&self) -> Option<Geometry> {
-        self.image.as_ref().map(|image| self.shown(image))
+        self.backing().map(|backing| self.shown(backing.image()))
     }
 
     fn shown(&self, image: &Image) -> Geometry {
@@ -131,8 +168,8 @@ impl Disk {
     }
 
     /// What holds its contents, once open.
-    pub fn image(&self) -> Option<&Image> {
-        self.image.as_deref()
+    pub fn backing(&self) -> Option<&Backing> {
+        self.backing.as_deref()
     }
 
     /// Its connection to the data plane.
@@ -147,7 +184,11 @@ impl Disk {
 
     /// Why it failed last, or does not do what it should; empty where there is no such thing.
     pub fn failure(&self) -> &str {
-        if self.failure.text.is_empty() { &self.ignored } else { &self.failure.text }
+        match (self.failure.text.as_str(), self.is_full) {
+            ("", true) => NO_SPACE,
+            ("", false) => &self.ignored,
+            (text, _) => text,
+        }
     }
 
     /// Whether it is done with.
@@ -155,9 +196,20 @@ impl Disk {
         self.forgotten
     }
 
+    /// Whether it is being closed for good, or its areas are gone.
+    pub fn is_leaving(&self) -> bool {
+        !self.machine.online() || self.machine.is_gone()
+    }
+
     /// When it was found.
     pub fn since(&self) -> Instant {
         self.since
+    }
+
+    /// Asks for a look at its frontend; where there were too many, when to ask again.
+    pub fn may_look(&mut self, guests: &mut Guests, now: Instant) -> Result<(), Instant> {
+        self.looks.ask(now, limits::FRONTEND_LOOKS_BURST, limits::FRONTEND_LOOKS_PER_SECOND)?;
+        guests.may_look(self.key.domid, now)
     }
 
     /// Reads what the toolstack may have changed and acts on it.
@@ -165,22 +217,22 @@ impl Disk {
         &mut self,
         around: &mut Surroundings<'_, S>,
     ) -> io::Result<()> {
-        let Some(standing) = Standing::read(around.store, &self.area)? else {
+        let Some(standing) = self.area.standing(around.store)? else {
             self.step(Input::Gone, around);
             return Ok(());
         };
         let Standing { state, online, hotplug_done } = standing;
-        if online != self.machine.online() {
-            self.step(Input::Online(online), around);
-        }
-        if state != self.stored && !self.forgotten {
+        if state != self.stored {
             self.stored = state;
+            self.machine.set_online(online);
             self.step(Input::Backend(state), around);
+        } else if online != self.machine.online() {
+            self.step(Input::Online(online), around);
         } else if state != self.machine.backend() {
             // Our last write was refused, such as by a xenstored that had gone away.
-            self.set_state(self.machine.backend(), &mut VecDeque::new(), around)?;
+            self.step(Input::Backend(state), around);
         }
-        if hotplug_done && !self.forgotten && self.image.is_some() && !self.machine.is_ready() {
+        if hotplug_done && !self.forgotten && self.backing.is_some() && !self.machine.is_ready() {
             self.step(Input::Ready, around);
         }
         Ok(())
@@ -191,12 +243,15 @@ impl Disk {
         &mut self,
         around: &mut Surroundings<'_, S>,
     ) -> io::Result<()> {
-        let state = frontend::state(around.store, &self.frontend_area)?;
+        let is_served = self.machine.link() == Link::Up;
+        let published = self.connection.as_ref().filter(|_| is_served).map(Connection::published);
+        let glance = frontend::glance(around.store, &self.frontend_area, published)?;
+        let (state, rings) = (glance.state, glance.rings_may_be_new);
         if state != self.machine.frontend() {
-            guest_log!(self.log, debug, disk = %self.key, %state, "frontend");
+            guest_log!(around, self.key.domid, debug, disk = %self.key, %state, "frontend");
             self.step(Input::Frontend(state), around);
         }
-        if self.replaced_its_ring(around) {
+        if rings && self.has_other_rings(around) {
             self.step(Input::RingReplaced, around);
         }
         Ok(())
@@ -204,35 +259,55 @@ impl Disk {
 
     /// Whether the frontend has started over without our seeing it: its rings are valid and not
     /// those that are served.
-    fn replaced_its_ring<S: Store>(&self, around: &Surroundings<'_, S>) -> bool {
-        use XenbusState::{Connected, Initialised};
+    fn has_other_rings<S: Store>(&self, around: &Surroundings<'_, S>) -> bool {
         let Some(connection) = &self.connection else { return false };
         self.machine.link() == Link::Up
-            && matches!(self.machine.frontend(), Initialised | Connected)
             && frontend::read(around.store, &self.frontend_area, &self.offer(around))
                 .is_ok_and(|published| published != *connection.published())
     }
 
     /// Acts on what the data plane says of its connection.
     pub fn take_news<S: Store>(&mut self, news: Option<News>, around: &mut Surroundings<'_, S>) {
-        if let Some(input) = news.map(|news| self.digest(news, around.workers)) {
+        if let Some(input) = news.map(|news| self.digest(news, around)) {
             self.step(input, around);
         }
     }
 
     /// Runs the machine, and then what is to be done with its medium.
     pub fn step<S: Store>(&mut self, input: Input, around: &mut Surroundings<'_, S>) {
-        self.run(input, around);
+        self.run(VecDeque::from([input]), around);
         self.move_medium(around);
     }
 
-    /// Runs the machine until nothing follows.
-    fn run<S: Store>(&mut self, input: Input, around: &mut Surroundings<'_, S>) {
-        let mut inputs = VecDeque::from([input]);
-        while let Some(input) = inputs.pop_front() {
+    /// Runs the machine until nothing follows. What follows from one input is bounded, however the
+    /// guest and the toolstack behave: more would be a fault of ours, which costs this disk only.
+    fn run<S: Store>(&mut self, mut inputs: VecDeque<Input>, around: &mut Surroundings<'_, S>) {
+        let mut taken = 0;
+        while let Some(input) = inputs.pop_front().filter(|_| !self.forgotten) {
+            taken += 1;
+            if taken > limits::INPUTS_PER_STEP {
+                debug_assert!(false, "{}: {input:?} follows without end", self.key);
+                tracing::error!(
+                    disk = %self.key,
+                    "its state machine runs in circles, a fault of polldisk; the disk is given up"
+                );
+                return self.give_up(around);
+            }
             for effect in self.machine.step(input) {
                 self.carry_out(*effect, &mut inputs, around);
             }
+        }
+    }
+
+    /// Lets go of the disk and of nothing else.
+    fn give_up<S: Store>(&mut self, around: &mut Surroundings<'_, S>) {
+        // What its rings still have in flight is answered to nobody.
+        if let Some(mut connection) = self.connection.take() {
+            connection.close(around.workers);
+            around.workers.end_link(connection.id());
+        }
+        if let Err(error) = self.forget(around) {
+            tracing::error!(disk = %self.key, "xenstore refused: {error}");
         }
     }
 
@@ -242,89 +317,193 @@ impl Disk {
         inputs: &mut VecDeque<Input>,
         around: &mut Surroundings<'_, S>,
     ) {
-        let result = match effect {
+        let written = match effect {
             Effect::Open => {
-                self.open(inputs, around);
-                Ok(())
+                inputs.extend(self.open(around));
+                Ok(Written::Done)
             }
-            Effect::PublishFeatures => {
-                area::write(around.store, &self.area, &self.features(around))
-            }
+            Effect::PublishFeatures => self.area.write(around.store, &self.features(around)),
             Effect::PublishDisk => self.publish_disk(around),
-            Effect::SetState(state) => self.set_state(state, inputs, around),
+            Effect::SetState(state) => self.set_state(state, around),
             Effect::Connect => {
                 inputs.extend(self.connect(around));
-                Ok(())
+                Ok(Written::Done)
             }
             Effect::Disconnect => {
                 inputs.extend(self.disconnect(around));
-                Ok(())
+                Ok(Written::Done)
             }
             Effect::WriteError => self.write_error(around),
-            Effect::WriteHotplugError => area::write(
+            Effect::WriteHotplugError => self.area.write(
                 around.store,
-                &self.area,
                 &[
                     (keys::HOTPLUG_ERROR, self.failure.text.clone()),
                     (keys::HOTPLUG_STATUS, "error".to_owned()),
                 ],
             ),
-            Effect::Forget => self.forget(around),
+            Effect::Forget => self.forget(around).map(|()| Written::Done),
         };
-        if let Err(error) = result {
-            guest_log!(self.log, error, disk = %self.key, ?effect, "xenstore refused: {error}");
+        match written {
+            // Who overtook us is found by the watch event of that write.
+            Ok(Written::Done | Written::Overtaken) => {}
+            Ok(Written::Gone) => inputs.push_back(Input::Gone),
+            Err(error) => {
+                guest_log!(around, self.key.domid, error, disk = %self.key,
+                    "xenstore refused what was to be written: {error}");
+            }
         }
     }
 
-    fn open<S: Store>(&mut self, inputs: &mut VecDeque<Input>, around: &mut Surroundings<'_, S>) {
-        self.image = None;
-        self.drive = Drive::default();
-        self.ignored.clear();
-        match self.try_open(around) {
-            Ok(hotplug) => {
-                inputs.push_back(Input::Opened);
-                let standing = || Standing::read(around.store, &self.area);
-                let done = || matches!(standing(), Ok(Some(it)) if it.hotplug_done);
-                if hotplug == Hotplug::None || done() {
-                    inputs.push_back(Input::Ready);
-                }
-            }
+    /// Begins to open its storage; what follows at once.
+    fn open<S: Store>(&mut self, around: &mut Surroundings<'_, S>) -> Vec<Input> {
+        self.shut(around);
+        match self.begin_to_open(around) {
+            Ok(None) => Vec::new(),
+            Ok(Some(backing)) => self.take_backing(Ok(backing), around),
+            Err(failure) => self.take_backing(Err(failure), around),
+        }
+    }
+
+    /// Its storage, where it is open already or there is none; else a helper opens it.
+    fn begin_to_open<S: Store>(
+        &mut self,
+        around: &mut Surroundings<'_, S>,
+    ) -> Result<Option<OpenBacking>, Failure> {
+        self.description = None;
+        let description = Description::read(around.store, self.area.path(), &self.key)
+            .map_err(|error| Failure::of(&error))?;
+        let target = self.description.insert(description).target.clone();
+        self.begin_to_open_target(&target, around)
+    }
+
+    fn begin_to_open_target<S: Store>(
+        &mut self,
+        target: &str,
+        around: &mut Surroundings<'_, S>,
+    ) -> Result<Option<OpenBacking>, Failure> {
+        match self.prepared.take() {
+            Some((prepared, backing)) if prepared == target => return Ok(Some(backing)),
+            _ if target.is_empty() => return Ok(Some(around.helpers.empty())),
+            _ => {}
+        }
+        let spec = target.parse::<Spec>().map_err(|error| Failure::of(&error))?;
+        let id = around.helpers.open(spec, self.access(), Asker::Disk(self.key.clone()));
+        let until = around.now + Duration::from_secs(limits::OPEN_SECONDS);
+        self.opening = Some(Opening { id, until });
+        Ok(None)
+    }
+
+    /// How it wants to use its storage.
+    pub fn access(&self) -> Access {
+        let description = self.description.as_ref();
+        access(
+            &self.key,
+            description.is_none_or(|description| description.read_only),
+            description.is_some_and(|description| description.shareable),
+        )
+    }
+
+    /// Until when the open that is under way is waited for.
+    pub fn open_until(&self) -> Option<Instant> {
+        self.opening.map(|opening| opening.until)
+    }
+
+    /// Acts on the answer to an open; one that is not waited for any more is dropped.
+    pub fn take_answer<S: Store>(
+        &mut self,
+        id: OpenId,
+        result: Result<OpenBacking, BackingError>,
+        around: &mut Surroundings<'_, S>,
+    ) {
+        if self.opening.take_if(|opening| opening.id == id).is_some() {
+            self.take_opened(result.map_err(|error| Failure::of(&error)), around);
+        }
+    }
+
+    /// Gives up an open that takes too long.
+    pub fn give_up_opening<S: Store>(&mut self, around: &mut Surroundings<'_, S>) {
+        let now = around.now;
+        let Some(Opening { id, .. }) = self.opening.take_if(|opening| opening.until <= now) else {
+            return;
+        };
+        around.helpers.abandon(id);
+        let target = match self.machine.is_opening() {
+            true => self.description.as_ref().map_or("", |description| &description.target),
+            false => self.drive.wanted(),
+        };
+        self.take_opened(Err(too_slow(target)), around);
+    }
+
+    fn take_opened<S: Store>(
+        &mut self,
+        result: Result<OpenBacking, Failure>,
+        around: &mut Surroundings<'_, S>,
+    ) {
+        if self.machine.is_opening() {
+            let inputs = self.take_backing(result, around);
+            self.run(inputs.into(), around);
+        } else if self.drive.stop_opening().is_some() {
+            self.take_medium(result, around);
+        }
+        self.move_medium(around);
+    }
+
+    /// Takes its storage, or the reason why there is none; what the machine has to hear of it.
+    fn take_backing<S: Store>(
+        &mut self,
+        result: Result<OpenBacking, Failure>,
+        around: &mut Surroundings<'_, S>,
+    ) -> Vec<Input> {
+        let hotplug = self.description.as_ref().map(Description::hotplug);
+        let backing = match result {
+            Ok(backing) => backing,
             Err(failure) => {
                 tracing::error!(disk = %self.key, "cannot be opened: {}", failure.text);
                 self.failure = failure;
-                let hotplug = self.description.as_ref().map(Description::hotplug);
-                inputs.push_back(match hotplug {
-                    Some(Hotplug::Ours) => Input::OpenFailedScript,
-                    _ => Input::OpenFailed,
-                });
+                return match hotplug {
+                    Some(Hotplug::Ours) => vec![Input::OpenFailedScript],
+                    _ => vec![Input::OpenFailed],
+                };
             }
+        };
+        let target = self.description.as_ref().map_or("", |description| &description.target);
+        self.drive = Drive::with(target);
+        self.backing = Some(backing);
+        if std::mem::take(&mut self.rewritten)
+            && let Err(error) = self.look_at_medium(Params::Written, around)
+        {
+            tracing::error!(disk = %self.key, "its params cannot be read: {error}");
+        }
+        let done = || matches!(self.area.standing(around.store), Ok(Some(it)) if it.hotplug_done);
+        match hotplug == Some(Hotplug::None) || done() {
+            true => vec![Input::Opened, Input::Ready],
+            false => vec![Input::Opened],
         }
     }
 
-    /// Opens the image; says whose hotplug script there is.
-    fn try_open<S: Store>(&mut self, around: &Surroundings<'_, S>) -> Result<Hotplug, Failure> {
-        self.description = None;
-        let description = Description::read(around.store, &self.area, &self.key)
-            .map_err(|error| Failure::of(&error))?;
-        let description = self.description.insert(description);
-        let (image, options) = medium::open(&description.target, description.read_only)?;
-        self.drive = Drive::with(&description.target);
-        self.options = options;
-        self.image = Some(image);
-        Ok(description.hotplug())
+    /// Lets its storage go, and an open that is under way.
+    fn shut<S: Store>(&mut self, around: &mut Surroundings<'_, S>) {
+        if let Some(Opening { id, .. }) = self.opening.take() {
+            around.helpers.abandon(id);
+        }
+        self.backing = None;
+        self.drive = Drive::default();
+        self.rewritten = false;
+        self.ignored.clear();
     }
 
-    /// What the frontend reads before it chooses its rings; nothing where no image is open.
+    /// What the frontend reads before it chooses its rings; nothing where no storage is open.
     fn features<S: Store>(&self, around: &Surroundings<'_, S>) -> Vec<NodeValue> {
-        let (Some(geometry), Some(description)) = (self.geometry(), &self.description) else {
+        let (Some(backing), Some(description)) = (self.backing(), &self.description) else {
             return Vec::new();
         };
-        let discard = self.image().and_then(|image| description.discard(image));
+        let discard = description.discard(backing.image());
+        let geometry = self.shown(backing.image());
         let disk = DiskOffer { general: self.offer(around), geometry, discard };
         area::features(&disk, description.hotplug())
     }
 
-    /// What the frontend reads of the disk itself; nothing where no image is open.
+    /// What the frontend reads of the disk itself; nothing where no storage is open.
     fn shape(&self) -> Vec<NodeValue> {
         match (self.geometry(), &self.description) {
             (Some(geometry), Some(description)) => area::shape(description.info(), &geometry),
@@ -332,16 +511,17 @@ impl Disk {
         }
     }
 
-    fn publish_disk<S: Store>(&mut self, around: &Surroundings<'_, S>) -> io::Result<()> {
+    fn publish_disk<S: Store>(&mut self, around: &Surroundings<'_, S>) -> io::Result<Written> {
         self.clear_error(around)?;
-        area::write(around.store, &self.area, &self.shape())
+        self.area.write(around.store, &self.shape())
     }
 
     /// A disk that works has no error.
     fn clear_error<S: Store>(&mut self, around: &Surroundings<'_, S>) -> io::Result<()> {
         if std::mem::take(&mut self.error_written) {
             self.failure = Failure::default();
-            area::remove(around.store, &self.key.error_area(around.own))?;
+            let error = self.key.error_area(around.own);
+            self.area.change(around.store, |span| area::remove(span, &error))?;
         }
         Ok(())
     }
@@ -352,9 +532,8 @@ impl Disk {
     fn set_state<S: Store>(
         &mut self,
         state: XenbusState,
-        inputs: &mut VecDeque<Input>,
-        around: &Surroundings<'_, S>,
-    ) -> io::Result<()> {
+        around: &mut Surroundings<'_, S>,
+    ) -> io::Result<Written> {
         let nodes = match state {
             XenbusState::InitWait => self.features(around),
             XenbusState::Connected => {
@@ -364,36 +543,37 @@ impl Disk {
             _ => Vec::new(),
         };
         if state == self.stored && state != XenbusState::Connected {
-            return area::write(around.store, &self.area, &nodes);
+            return self.area.write(around.store, &nodes);
         }
-        guest_log!(self.log, info, disk = %self.key, "{state}");
-        let found = area::switch_state(around.store, &self.area, self.stored, state, &nodes)?;
-        self.stored = found;
-        if found != state {
-            inputs.push_back(Input::Backend(found));
+        guest_log!(around, self.key.domid, info, disk = %self.key, "{state}");
+        let written = self.area.switch_state(around.store, self.stored, state, &nodes)?;
+        if written == Written::Done {
+            self.stored = state;
         }
-        Ok(())
+        Ok(written)
     }
 
     fn connect<S: Store>(&mut self, around: &mut Surroundings<'_, S>) -> Option<Input> {
         let published = frontend::read(around.store, &self.frontend_area, &self.offer(around));
-        let (published, image) = match (published, &self.image) {
-            (Ok(published), Some(image)) => (published, image),
-            (Err(fault), _) => return Some(self.fail(Input::LinkFailed, Failure::of(&fault))),
-            (Ok(_), None) => unreachable!("a disk is ready only with its image open"),
+        let (published, image) = match (published, self.backing()) {
+            (Ok(published), Some(backing)) => (published, backing.image().clone()),
+            (Err(fault), _) => {
+                return Some(self.fail(Input::LinkFailed, Failure::of(&fault), around));
+            }
+            (Ok(_), None) => unreachable!("a disk is ready only with its storage open"),
         };
-        let image = image.clone();
         self.told_sector_bytes = Some(image.geometry().sector_bytes);
         let rules = self.rules(&image, around.offer);
         let (connection, news) =
-            Connection::open(&self.key, published, &image, rules, around.workers);
+            Connection::open(&self.key, published, &image, rules, around.workers, around.now);
         self.connection = Some(connection);
-        news.map(|news| self.digest(news, around.workers))
+        news.map(|news| self.digest(news, around))
     }
 
     /// What this disk's frontend is offered: its target's options go before the daemon's.
     fn offer<S: Store>(&self, around: &Surroundings<'_, S>) -> Offer {
-        let data_path = self.options.data_path.unwrap_or(around.offer.data_path);
+        let options = self.backing().map(Backing::options).unwrap_or_default();
+        let data_path = options.data_path.unwrap_or(around.offer.data_path);
         Offer { data_path, ..*around.offer }
     }
 
@@ -413,20 +593,21 @@ impl Disk {
         // Without a connection the frontend was refused before any worker heard of it.
         let Some(connection) = &mut self.connection else { return Some(Input::LinkDown) };
         let news = connection.close(around.workers)?;
-        Some(self.digest(news, around.workers))
+        Some(self.digest(news, around))
     }
 
-    fn digest(&mut self, news: News, workers: &mut Workers) -> Input {
+    fn digest<S: Store>(&mut self, news: News, around: &mut Surroundings<'_, S>) -> Input {
         match news.input {
             Input::LinkFailed | Input::LinkFault => {
                 let failure = Failure { errno: libc::EINVAL, text: news.reason };
-                return self.fail(news.input, failure);
+                return self.fail(news.input, failure, around);
             }
             Input::LinkDown => {
                 if let Some(connection) = self.connection.take() {
-                    workers.end_link(connection.id());
+                    around.workers.end_link(connection.id());
                 }
                 self.told_sector_bytes = None;
+                self.is_full = false;
                 self.finish_move();
             }
             Input::MediumChanged => self.finish_move(),
@@ -435,30 +616,116 @@ impl Disk {
         news.input
     }
 
-    fn fail(&mut self, input: Input, failure: Failure) -> Input {
-        guest_log!(self.log, warn, disk = %self.key, "failed: {}", failure.text);
+    fn fail<S: Store>(
+        &mut self,
+        input: Input,
+        failure: Failure,
+        around: &mut Surroundings<'_, S>,
+    ) -> Input {
+        guest_log!(around, self.key.domid, warn, disk = %self.key, "failed: {}", failure.text);
         self.failure = failure;
         input
     }
 
-    fn write_error<S: Store>(&mut self, around: &Surroundings<'_, S>) -> io::Result<()> {
-        self.error_written = true;
-        area::write_error(around.store, around.own, &self.key, &self.failure)
+    /// Tells the admin of a request that storage failed.
+    pub fn take_storage_failure<S: Store>(
+        &mut self,
+        failure: &StorageFailure,
+        around: &mut Surroundings<'_, S>,
+    ) {
+        let StorageFailure { operation, offset_bytes, len_bytes, errno, errors_so_far } = failure;
+        let target = self.description.as_ref().map_or("", |description| &description.target);
+        guest_log!(
+            around, self.key.domid, error, disk = %self.key, target, errors_so_far,
+            "storage failed a {operation} of {len_bytes} bytes at byte {offset_bytes}: {}",
+            io::Error::from_raw_os_error(*errno)
+        );
+        if matches!(*errno, libc::ENOSPC | libc::EDQUOT) && !self.is_full {
+            self.is_full = true;
+            guest_log!(around, self.key.domid, error, disk = %self.key, target, "{NO_SPACE}");
+        }
     }
 
-    fn forget<S: Store>(&mut self, around: &Surroundings<'_, S>) -> io::Result<()> {
+    /// Writes succeed again.
+    pub fn take_space_left<S: Store>(&mut self, around: &mut Surroundings<'_, S>) {
+        if std::mem::take(&mut self.is_full) {
+            guest_log!(around, self.key.domid, info, disk = %self.key,
+                "its storage has space again, and writes succeed");
+        }
+    }
+
+    fn write_error<S: Store>(&mut self, around: &Surroundings<'_, S>) -> io::Result<Written> {
+        self.error_written = true;
+        let node = format!("{}/error", self.key.error_area(around.own));
+        let line = area::error_line(&self.failure);
+        self.area.change(around.store, |span| span.write(&node, &line))
+    }
+
+    fn forget<S: Store>(&mut self, around: &mut Surroundings<'_, S>) -> io::Result<()> {
         tracing::info!(disk = %self.key, "forgotten");
         self.forgotten = true;
-        self.image = None;
+        self.shut(around);
+        self.prepared = None;
         around.store.unwatch(&self.frontend_state_node(), &frontend_token(&self.key))?;
-        let attached = self.description.as_ref().is_some_and(|description| description.attached);
-        if attached || area::exists(around.store, &format!("{}/{}", self.area, keys::ATTACHED))? {
-            area::remove(around.store, &self.frontend_area)?;
-            area::remove(around.store, &self.area)?;
-            area::remove(around.store, &self.key.error_area(around.own))?;
-        }
-        Ok(())
+        self.remove_own_areas(around)
     }
+
+    /// Removes what `attach` made. Where the backend area is another disk's by now, so is the
+    /// frontend's; where it is just gone, its frontend is left over.
+    fn remove_own_areas<S: Store>(&self, around: &Surroundings<'_, S>) -> io::Result<()> {
+        let (area, frontend) = (self.area.path(), &self.frontend_area);
+        let attached = format!("{area}/{}", keys::ATTACHED);
+        let error = self.key.error_area(around.own);
+        let known = self.description.as_ref().is_some_and(|description| description.attached);
+        let written = self.area.change(around.store, |span| {
+            if !known && !area::exists(span, &attached)? {
+                return Ok(());
+            }
+            [frontend, area, &error].into_iter().try_for_each(|path| area::remove(span, path))
+        })?;
+        if written != Written::Gone || !known {
+            return Ok(());
+        }
+        around.store.atomically(|span| {
+            let backend = if_there(span.read(&format!("{frontend}/{}", keys::BACKEND)))?;
+            if area::exists(span, area)? || backend.is_none_or(|backend| *backend != *area) {
+                return Ok(());
+            }
+            area::remove(span, frontend)?;
+            area::remove(span, &error)
+        })
+    }
+
+    /// Asks for it to be closed and destroyed, as libxl does; with `force` without its guest.
+    pub fn ask_to_close<S: Store>(&self, store: &S, force: bool) -> io::Result<Written> {
+        self.area.ask_to_close(store, force, &self.frontend_area)
+    }
+}
+
+/// What a disk whose storage is full tells.
+const NO_SPACE: &str =
+    "no space is left on its storage, and writes fail until there is; reads go on";
+
+/// How a disk wants to use its storage.
+pub fn access(key: &DiskKey, read_only: bool, shareable: bool) -> Access {
+    let user = format!("disk {} of domain {}", Vdev::from(key.vbd), key.domid);
+    Access { read_only, shareable, user }
+}
+
+/// Why an open is not waited for any longer.
+pub fn too_slow(target: &str) -> Failure {
+    Failure {
+        errno: libc::ETIMEDOUT,
+        text: format!(
+            "{target}: it could not be opened within {} s; see whether its storage answers (a hung              server or automount, a lease), and then attach the disk again",
+            limits::OPEN_SECONDS
+        ),
+    }
+}
+
+/// The token of the watch on all backend areas of a type.
+pub fn backend_token(kind: &str) -> String {
+    format!("backend/{kind}")
 }
 
 /// What the token of a frontend's watch begins with.

@@ -1,21 +1,31 @@
 //! The medium of a drive: which one is wanted, which one is in, and the way from one to the other.
 //!
 //! A change is an ejection and then an insertion, each told to the guest by itself, however they
-//! were asked for. So a guest never takes one medium for another of the same size.
+//! were asked for. So a guest never takes one medium for another of the same size. The same name
+//! once more is a change, too: the file behind it may be another one by now.
 
-use std::sync::Arc;
-
-use crate::backing::Image;
+use super::helpers::{OpenBacking, OpenId};
 
 /// Which medium is in the drive and which should be. Targets name media; the empty one none.
 #[derive(Debug, Default)]
 pub struct Drive {
     wanted: String,
     inserted: String,
-    /// On its way to the data plane.
-    moving: Option<(String, Arc<Image>)>,
-    /// What is wanted is of no use.
+    /// How many times something was wanted.
+    wishes: u64,
+    /// The last of them that is in, or was refused.
+    settled: u64,
     refused: bool,
+    under_way: Option<UnderWay>,
+}
+
+/// What has been begun.
+#[derive(Debug)]
+enum UnderWay {
+    /// A helper opens the medium.
+    Opening(OpenId),
+    /// The data plane goes over to the medium of this name, after so many wishes.
+    Moving(String, OpenBacking, u64),
 }
 
 /// What to do next to get what is wanted.
@@ -23,56 +33,97 @@ pub struct Drive {
 pub enum Step {
     /// Take the medium out.
     Eject,
-    /// Put this one into the empty drive.
+    /// Open this one, to be put into the empty drive.
     Insert(String),
 }
 
 impl Drive {
     /// A drive with what was in it when it was opened.
     pub fn with(target: &str) -> Drive {
-        Drive { wanted: target.to_owned(), inserted: target.to_owned(), ..Drive::default() }
+        let (wanted, inserted) = (target.to_owned(), target.to_owned());
+        Drive { wanted, inserted, ..Drive::default() }
     }
 
-    /// Wants another medium; the same one again changes nothing, even where it was refused.
-    pub fn want(&mut self, target: &str) {
-        if self.wanted != target {
-            target.clone_into(&mut self.wanted);
-            self.refused = false;
-        }
+    /// Wants a medium, whatever is in the drive. Returns an open that nobody waits for any more.
+    pub fn want(&mut self, target: &str) -> Option<OpenId> {
+        target.clone_into(&mut self.wanted);
+        self.wishes += 1;
+        self.refused = false;
+        self.stop_opening()
+    }
+
+    /// What was wanted last.
+    pub fn wanted(&self) -> &str {
+        &self.wanted
+    }
+
+    /// What is in the drive.
+    pub fn inserted(&self) -> &str {
+        &self.inserted
     }
 
     /// The next step; none while one is under way.
-    pub fn next_step(&self) -> Option<Step> {
-        if self.moving.is_some() || self.inserted == self.wanted {
+    pub fn next_step(&mut self) -> Option<Step> {
+        if self.settled == self.wishes || self.under_way.is_some() {
             return None;
         }
-        match (self.inserted.as_str(), self.refused) {
-            ("", true) => None,
-            ("", false) => Some(Step::Insert(self.wanted.clone())),
+        match (self.inserted.as_str(), self.wanted.as_str()) {
+            ("", "") => {
+                self.settled = self.wishes;
+                None
+            }
+            ("", wanted) => Some(Step::Insert(wanted.to_owned())),
             _ => Some(Step::Eject),
+        }
+    }
+
+    /// A helper opens what is wanted.
+    pub fn begin_opening(&mut self, id: OpenId) {
+        self.under_way = Some(UnderWay::Opening(id));
+    }
+
+    /// The open that is under way; it no longer is.
+    pub fn stop_opening(&mut self) -> Option<OpenId> {
+        match self.under_way {
+            Some(UnderWay::Opening(id)) => {
+                self.under_way = None;
+                Some(id)
+            }
+            _ => None,
         }
     }
 
     /// What is wanted can't be inserted.
     pub fn refuse(&mut self) {
-        self.refused = true;
+        (self.settled, self.refused, self.under_way) = (self.wishes, true, None);
     }
 
-    /// Has the data plane go over to `image`, the one that `target` names.
-    pub fn begin(&mut self, target: String, image: Arc<Image>) {
-        self.moving = Some((target, image));
+    /// Has the data plane go over to `backing`, the one that `target` names.
+    pub fn begin_move(&mut self, target: String, backing: OpenBacking) {
+        self.under_way = Some(UnderWay::Moving(target, backing, self.wishes));
     }
 
-    /// The data plane has gone over; returns the image.
-    pub fn finish(&mut self) -> Option<Arc<Image>> {
-        let (target, image) = self.moving.take()?;
-        self.inserted = target;
-        Some(image)
+    /// The data plane has gone over; returns what it serves now.
+    pub fn finish_move(&mut self) -> Option<OpenBacking> {
+        match self.under_way.take()? {
+            UnderWay::Moving(target, backing, wishes) => {
+                // An ejection is only half of what is wanted, unless nothing is.
+                if !target.is_empty() {
+                    self.settled = wishes;
+                }
+                self.inserted = target;
+                Some(backing)
+            }
+            opening @ UnderWay::Opening(_) => {
+                self.under_way = Some(opening);
+                None
+            }
+        }
     }
 
     /// Whether nothing is left to do; what was wanted may have been refused.
     pub fn is_settled(&self) -> bool {
-        self.moving.is_none() && self.next_step().is_none()
+        self.settled == self.wishes && self.under_way.is_none()
     }
 
     /// Whether what is wanted could not be inserted.
@@ -84,49 +135,79 @@ impl Drive {
 #[cfg(test)]
 mod test {
     use super::*;
+    use crate::backing::Access;
+    use crate::control::helpers::{Asker, Helpers};
+    use crate::park::Doorbell;
 
-    fn empty() -> Arc<Image> {
-        Arc::new(Image::Empty)
+    fn moved(drive: &mut Drive, helpers: &Helpers, target: &str) {
+        drive.begin_move(target.to_owned(), helpers.empty());
+        assert_eq!(drive.next_step(), None, "one at a time");
+        assert!(!drive.is_settled());
+        drive.finish_move().unwrap();
+    }
+
+    fn insert(target: &str) -> Option<Step> {
+        Some(Step::Insert(target.to_owned()))
     }
 
     #[test]
     fn a_change_is_an_ejection_and_then_an_insertion() {
+        let helpers = Helpers::new(Doorbell::new().unwrap());
         let mut drive = Drive::with("raw:/a");
         assert_eq!(drive.next_step(), None);
-        drive.want("raw:/b");
-        assert_eq!(drive.next_step(), Some(Step::Eject));
-        drive.begin(String::new(), empty());
-        assert_eq!(drive.next_step(), None, "one at a time");
-        drive.finish();
-        assert_eq!(drive.next_step(), Some(Step::Insert("raw:/b".to_owned())));
-        drive.begin("raw:/b".to_owned(), empty());
-        assert!(!drive.is_settled());
-        drive.finish();
-        assert!(drive.is_settled() && drive.finish().is_none());
+        for target in ["raw:/b", "raw:/b", "raw:/a"] {
+            drive.want(target);
+            assert_eq!(drive.next_step(), Some(Step::Eject));
+            moved(&mut drive, &helpers, "");
+            assert_eq!(drive.next_step(), insert(target));
+            moved(&mut drive, &helpers, target);
+            assert_eq!(drive.next_step(), None);
+            assert!(drive.is_settled());
+        }
     }
 
     #[test]
-    fn what_is_wanted_last_counts() {
+    fn an_empty_drive_stays_empty_without_a_step() {
+        let mut drive = Drive::with("");
+        drive.want("");
+        assert_eq!(drive.next_step(), None);
+        assert!(drive.is_settled());
+    }
+
+    #[test]
+    fn what_is_wanted_meanwhile_counts_when_the_way_is_free() {
+        let mut helpers = Helpers::new(Doorbell::new().unwrap());
         let mut drive = Drive::with("raw:/a");
         drive.want("");
-        drive.begin(String::new(), empty());
+        assert_eq!(drive.next_step(), Some(Step::Eject));
+        drive.begin_move(String::new(), helpers.empty());
         drive.want("raw:/b");
-        drive.want("raw:/a");
-        drive.finish();
-        assert_eq!(drive.next_step(), Some(Step::Insert("raw:/a".to_owned())), "it was taken out");
+        assert_eq!(drive.next_step(), None);
+        drive.finish_move().unwrap();
+        assert_eq!(drive.next_step(), insert("raw:/b"));
+        drive.begin_move("raw:/b".to_owned(), helpers.empty());
+        drive.want("raw:/b");
+        drive.finish_move().unwrap();
+        assert_eq!(drive.next_step(), Some(Step::Eject), "it was written once more");
+        moved(&mut drive, &helpers, "");
+
+        let id = helpers.open("null:1G".parse().unwrap(), Access::default(), Asker::Admin);
+        drive.begin_opening(id);
+        assert_eq!(drive.next_step(), None);
+        assert_eq!(drive.want("raw:/c"), Some(id), "nobody waits for it any more");
+        assert_eq!(drive.next_step(), insert("raw:/c"));
     }
 
     #[test]
-    fn a_medium_of_no_use_leaves_the_drive_empty_until_another_is_wanted() {
+    fn a_medium_that_is_refused_leaves_the_drive_empty_until_one_is_wanted() {
         let mut drive = Drive::with("");
         drive.want("raw:/none");
+        assert_eq!(drive.next_step(), insert("raw:/none"));
         drive.refuse();
         assert!(drive.is_settled() && drive.has_refused());
-        drive.want("raw:/none");
         assert_eq!(drive.next_step(), None);
-        drive.want("");
-        assert!(drive.is_settled() && !drive.has_refused());
         drive.want("raw:/none");
-        assert_eq!(drive.next_step(), Some(Step::Insert("raw:/none".to_owned())));
+        assert!(!drive.has_refused());
+        assert_eq!(drive.next_step(), insert("raw:/none"), "it may be there by now");
     }
 }

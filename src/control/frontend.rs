@@ -22,6 +22,8 @@ pub struct Published {
     pub mapping: Mapping,
     /// Its rings, at least one.
     pub rings: Vec<Ring>,
+    /// Where the grant of its first ring's first page was, and the event channel of that ring.
+    pub first_nodes: [String; 2],
 }
 
 /// One ring of a frontend.
@@ -69,6 +71,42 @@ pub fn state(store: &impl Xs, area: &str) -> io::Result<XenbusState> {
     }
 }
 
+/// What one look at a frontend shows, in one round trip to xenstored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Glance {
+    /// Its `state`.
+    pub state: XenbusState,
+    /// It may have published other rings than those that were served: it has just said that it has
+    /// published some, or its first ring is not the one that it was.
+    pub rings_may_be_new: bool,
+}
+
+/// Looks at a frontend; `served` is what it published for the rings that are served.
+pub fn glance(store: &impl Nodes, area: &str, served: Option<&Published>) -> io::Result<Glance> {
+    let (Some(served), Some(ring)) = (served, served.and_then(|served| served.rings.first()))
+    else {
+        return Ok(Glance { state: state(store, area)?, rings_may_be_new: false });
+    };
+    let [ref_node, port_node] = &served.first_nodes;
+    let mut found = store.read_all(area, &[keys::STATE, ref_node, port_node])?.into_iter();
+    let mut next = || match found.next() {
+        Some(Err(error)) if !is_unreadable(&error) => Err(error),
+        found => Ok(found.and_then(Result::ok)),
+    };
+    let (state, first_ref, port) = (next()?, next()?, next()?);
+    let state = state.map_or(XenbusState::Unknown, |text| XenbusState::from_text(&text));
+    let is = |text: Option<Box<str>>, number: u32| {
+        text.is_some_and(|text| parse_decimal(&text) == Some(number))
+    };
+    let same = is(first_ref, ring.refs[0].0) && is(port, ring.port.0);
+    let rings_may_be_new = match state {
+        XenbusState::Initialised => true,
+        XenbusState::Connected => !same,
+        _ => false,
+    };
+    Ok(Glance { state, rings_may_be_new })
+}
+
 /// Reads everything that the frontend in `area` published for a connection.
 pub fn read(store: &impl Nodes, area: &str, offer: &Offer) -> Result<Published, FrontendFault> {
     // All that a frontend with one ring of one page has.
@@ -92,12 +130,12 @@ pub fn read(store: &impl Nodes, area: &str, offer: &Offer) -> Result<Published, 
         1..=u64::from(offer.queues),
         "a number of queues that was offered",
     )?;
-    let rings = match queues.unwrap_or(1) {
-        1 => vec![nodes.ring("", order)?],
-        queues => (0..queues)
-            .map(|n| nodes.ring(&format!("queue-{n}/"), order))
-            .collect::<Result<_, _>>()?,
-    };
+    let queues = queues.unwrap_or(1);
+    let folder = |queue: u64| if queues == 1 { String::new() } else { format!("queue-{queue}/") };
+    let rings =
+        (0..queues).map(|queue| nodes.ring(&folder(queue), order)).collect::<Result<_, _>>()?;
+    let first_nodes =
+        [ring_ref(&folder(0), order, 0), format!("{}{}", folder(0), keys::EVENT_CHANNEL)];
     let keeps_grants =
         nodes.text(keys::FEATURE_PERSISTENT)?.is_some_and(|text| text.as_ref() == "1");
     let mapping = match offer.data_path {
@@ -105,7 +143,7 @@ pub fn read(store: &impl Nodes, area: &str, offer: &Offer) -> Result<Published, 
         DataPath::Map => Mapping::PerRequest,
         DataPath::Auto | DataPath::Copy => Mapping::Nothing,
     };
-    Ok(Published { protocol: nodes.protocol()?, mapping, rings })
+    Ok(Published { protocol: nodes.protocol()?, mapping, rings, first_nodes })
 }
 
 /// A frontend's area, whose every word may be wrong.
@@ -149,12 +187,8 @@ impl<S: Nodes> Claims<'_, S> {
     /// One ring in `folder`. A one-page ring's grant is `ring-ref` unless `ring-page-order` is
     /// present; an earlier frontend's `ring-refN` may lie around and does not count.
     fn ring(&mut self, folder: &str, order: Option<u64>) -> Result<Ring, FrontendFault> {
-        let refs = match order {
-            None => vec![format!("{folder}{}", keys::RING_REF)],
-            Some(order) => {
-                (0..1u64 << order).map(|page| format!("{folder}{}{page}", keys::RING_REF)).collect()
-            }
-        };
+        let pages = 1u64 << order.unwrap_or(0);
+        let refs: Vec<String> = (0..pages).map(|page| ring_ref(folder, order, page)).collect();
         let port = format!("{folder}{}", keys::EVENT_CHANNEL);
         let nodes: Vec<&str> = refs.iter().chain([&port]).map(String::as_str).collect();
         let failed = |source| FrontendFault::Store { node: refs[0].clone(), source };
@@ -176,6 +210,14 @@ impl<S: Nodes> Claims<'_, S> {
                 value: excerpt(&text),
                 wanted: "a protocol that polldisk knows".to_owned(),
             })
+    }
+}
+
+/// The node with the grant of one page of the ring in `folder`.
+fn ring_ref(folder: &str, order: Option<u64>, page: u64) -> String {
+    match order {
+        None => format!("{folder}{}", keys::RING_REF),
+        Some(_) => format!("{folder}{}{page}", keys::RING_REF),
     }
 }
 

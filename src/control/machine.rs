@@ -8,8 +8,8 @@
 //! The behaviour is that of QEMU's xen-bus and xen-block, with these differences:
 //! - a failure writes the xenbus `error` node and moves to Closing, as Linux's `xenbus_dev_fatal`
 //!   does; the disk then stays down until the frontend starts over;
-//! - the data plane answers later, so the frontend and the toolstack may move on while a link is
-//!   being made or ended. The answer acts on what they want by then;
+//! - the data plane and storage answer later, so the frontend and the toolstack may move on while a
+//!   link is being made or ended, or storage opened. The answer acts on what they want by then;
 //! - several changes may have been seen as one. A frontend found in Initialising under a running
 //!   link, or with another ring than the link uses, has started over: the link is ended first;
 //! - a toolstack that writes Initialising again gets the disk opened afresh;
@@ -34,13 +34,13 @@ pub enum Input {
     Frontend(XenbusState),
     /// The frontend, Initialised or Connected, has published another ring than the link uses.
     RingReplaced,
-    /// The image is open.
+    /// Storage is open.
     Opened,
-    /// The image or the area that describes the disk is of no use.
+    /// Storage can't be opened, or the area does not describe a disk.
     OpenFailed,
     /// As [`Input::OpenFailed`], for a disk whose hotplug script reports the reason.
     OpenFailedScript,
-    /// The image is open and no hotplug script has to finish any more.
+    /// Storage is open and no hotplug script has to finish any more.
     Ready,
     /// The data plane serves every queue.
     LinkUp,
@@ -52,10 +52,12 @@ pub enum Input {
     LinkDown,
     /// The drive has another medium, or none; every queue of the link serves that.
     MediumChanged,
-    /// The medium that the toolstack named is of no use; the drive is empty.
+    /// The medium that the toolstack named can't be used; the drive is empty.
     MediumFailed,
-    /// The backend area has vanished.
+    /// The backend area is removed, or another disk's by now.
     Gone,
+    /// The guest exists no more, whatever its toolstack leaves behind.
+    DomainGone,
     /// The daemon ends.
     Stop,
 }
@@ -63,7 +65,8 @@ pub enum Input {
 /// What the caller has to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// Open the image; answer with `Opened`, `OpenFailed` or `OpenFailedScript`.
+    /// Have storage opened; answer, at any time later, with `Opened`, `OpenFailed` or
+    /// `OpenFailedScript`.
     Open,
     /// Write what the frontend reads before it chooses its rings.
     PublishFeatures,
@@ -104,9 +107,11 @@ pub struct Machine {
     frontend: XenbusState,
     online: bool,
     link: Link,
+    opening: bool,
     ready: bool,
     failed: bool,
     gone: bool,
+    deserted: bool,
     stopping: bool,
 }
 
@@ -134,11 +139,13 @@ enum When {
     Frontend(&'static [XenbusState]),
     Link(&'static [Link]),
     Online(bool),
-    /// The image is open and the hotplug script is done.
+    /// Storage is open and the hotplug script is done.
     Ready,
     /// The last link failed and the frontend has not started over since.
     Failed,
     Gone,
+    /// The guest exists no more.
+    Deserted,
     Stopping,
 }
 
@@ -169,10 +176,14 @@ pub static TABLE: &[Row] = &[
     row(On::Just(Input::Stop), &[When::Link(ALIVE)], &[Disconnect]),
     row(On::Just(Input::Stop), &[When::Link(&[Link::Down])], &[Forget]),
     row(On::Just(Input::LinkDown), &[When::Stopping], &[Forget]),
-    // The backend area has vanished: nothing may be written there any more.
+    // The backend area is gone: nothing may be written there any more.
     row(On::Just(Input::Gone), &[When::Link(ALIVE)], &[Disconnect]),
     row(On::Just(Input::Gone), &[When::Link(&[Link::Down])], &[Forget]),
     row(On::Just(Input::LinkDown), &[When::Gone], &[Forget]),
+    // The guest is gone, and its toolstack may never clean up.
+    row(On::Just(Input::DomainGone), &[When::Link(ALIVE)], &[Disconnect]),
+    row(On::Just(Input::DomainGone), &[When::Link(&[Link::Down])], &[SetState(Closed), Forget]),
+    row(On::Just(Input::LinkDown), &[When::Deserted], &[SetState(Closed), Forget]),
     // Opening: everything that the frontend reads is there before InitWait.
     row(On::Just(Input::Opened), &[When::Backend(&[Initialising])], &[SetState(InitWait)]),
     row(
@@ -346,9 +357,11 @@ impl Machine {
             frontend,
             online,
             link: Link::Down,
+            opening: false,
             ready: false,
             failed: false,
             gone: false,
+            deserted: false,
             stopping: false,
         }
     }
@@ -373,13 +386,34 @@ impl Machine {
         self.link
     }
 
-    /// Whether the image is open and the hotplug script done.
+    /// Whether storage is open and the hotplug script done.
     pub fn is_ready(&self) -> bool {
         self.ready
     }
 
+    /// Whether the backend area is gone, or the guest is.
+    pub fn is_gone(&self) -> bool {
+        self.gone || self.deserted
+    }
+
+    /// Whether storage is being opened.
+    pub fn is_opening(&self) -> bool {
+        self.opening
+    }
+
+    /// The backend's `online` changed together with its `state`, which is the next input: the
+    /// toolstack writes both in one transaction.
+    pub fn set_online(&mut self, online: bool) {
+        self.online = online;
+    }
+
     /// Takes one input in; the effects have to be carried out in order.
     pub fn step(&mut self, input: Input) -> &'static [Effect] {
+        let answers_open =
+            matches!(input, Input::Opened | Input::OpenFailed | Input::OpenFailedScript);
+        if answers_open && !self.opening {
+            return &[];
+        }
         self.take_in(input);
         let effects =
             TABLE.iter().find(|row| row.matches(input, self)).map_or(&[][..], |row| row.then);
@@ -397,6 +431,7 @@ impl Machine {
                 self.frontend = state;
                 self.failed &= !matches!(state, Unknown | Initialising | Closed);
             }
+            Input::Opened | Input::OpenFailed | Input::OpenFailedScript => self.opening = false,
             Input::Ready => self.ready = true,
             Input::LinkUp if self.link == Link::Connecting => self.link = Link::Up,
             Input::LinkFailed | Input::LinkFault if ALIVE.contains(&self.link) => {
@@ -404,6 +439,7 @@ impl Machine {
             }
             Input::LinkDown => self.link = Link::Down,
             Input::Gone => self.gone = true,
+            Input::DomainGone => self.deserted = true,
             Input::Stop => self.stopping = true,
             _ => {}
         }
@@ -414,7 +450,7 @@ impl Machine {
             SetState(state) => self.backend = state,
             Connect => self.link = Link::Connecting,
             Disconnect => self.link = Link::Disconnecting,
-            Open => self.ready = false,
+            Open => (self.opening, self.ready) = (true, false),
             _ => {}
         }
     }
@@ -443,6 +479,7 @@ impl When {
             When::Ready => machine.ready,
             When::Failed => machine.failed,
             When::Gone => machine.gone,
+            When::Deserted => machine.deserted,
             When::Stopping => machine.stopping,
         }
     }
@@ -482,6 +519,7 @@ impl fmt::Display for When {
             When::Ready => f.write_str("ready"),
             When::Failed => f.write_str("failed"),
             When::Gone => f.write_str("gone"),
+            When::Deserted => f.write_str("deserted"),
             When::Stopping => f.write_str("stopping"),
         }
     }

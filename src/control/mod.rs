@@ -8,13 +8,15 @@
 //!
 //! `registry` finds the disks and routes; `machine` decides, from a table; `disk` carries out;
 //! `area` and `frontend` read and write the two ends in xenstore, `ahead` in few round trips;
-//! `connection` takes a disk's queues together; `drive` knows the medium in a drive; [`admin`] answers
-//! the command line. Nothing here waits for a worker or a guest.
+//! `connection` takes a disk's queues together; `drive` knows the medium in a drive; `helpers` are the
+//! threads that open and close storage; `guests` bounds what each guest may cost; [`admin`] answers the
+//! command line. Nothing here waits for a worker, a guest or storage.
 //!
 //! # What happens at the end
 //!
 //! On SIGTERM or SIGINT, or when the caller's bell rings, every queue is disconnected (its requests
-//! in flight finish first). Areas that `attach` made are removed at both ends. The toolstack's
+//! in flight finish first; those that storage has not answered after `limits::DRAIN_SECONDS`, or when
+//! a second signal comes, are told one by one and given up). Areas that `attach` made are removed at both ends. The toolstack's
 //! areas keep their state, Connected ones too: unlike QEMU polldisk does not take disks away from
 //! guests that run on, and whoever serves them next finds what was there. The guest's I/O waits
 //! until then.
@@ -32,12 +34,13 @@ mod connection;
 mod disk;
 mod drive;
 mod frontend;
+mod guests;
+mod helpers;
 mod key;
 mod machine;
 mod placement;
-mod quiet;
 mod registry;
 mod run;
 mod workers;
 
-pub use run::{Config, ControlError, run};
+pub use run::{Config, ControlError, Ended, run};

@@ -2,31 +2,38 @@
 //!
 //! Two kinds of watch feed it: one per backend type on `backend/<type>`, which covers every key of
 //! every backend area, and one per disk on the frontend's `state`. An event only marks what has to
-//! be looked at; the looking is done once per pass, at the value that is there by then. So a
-//! guest that rewrites its `state` in a loop costs one read per pass, and a thousand disks that
-//! connect together cost each its own reads: directories are listed only when they change.
+//! be looked at; the looking is done once per pass, at the value that is there by then, and of each
+//! frontend and guest only so often ([`super::guests`]). So a guest that rewrites its `state` in a loop
+//! costs little and holds up nobody, and a thousand disks that connect together cost each its own
+//! reads: directories are listed only when they change. A third watch tells of domains that end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use rustc_hash::FxHashMap;
 use xenstore_rs::Xs;
 
 use super::admin::protocol::{Attach, Detach};
-use super::area::Standing;
+use super::area::{Area, Standing};
 use super::attach::{self, AttachError};
-use super::disk::{Disk, FRONTEND_TOKEN, Surroundings};
+use super::disk::{self, Disk, FRONTEND_TOKEN, Params, Surroundings};
+use super::guests::Guests;
+use super::helpers::{Answer, Asker, Helpers, OpenBacking, OpenId};
 use super::key::DiskKey;
 use super::machine::Input;
 use super::workers::Workers;
+use crate::backing::{BackingError, Spec};
 use crate::blkif::features::Offer;
-use crate::msg::{CommandSender, Event, QueueKey};
+use crate::limits;
+use crate::msg::{CommandSender, Event, InFlight, QueueKey};
+use crate::park::Doorbell;
 use crate::units::{DomId, VbdId};
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::{Store, WatchEvent, if_there};
 
-const BACKEND_TOKEN: &str = "backend/";
+/// The path of a watch that fires when a domain ends (`docs/misc/xenstore.txt`), and its token.
+const RELEASE_DOMAIN: &str = "@releaseDomain";
 
 /// The disks and everything they are made of.
 #[derive(Debug)]
@@ -36,9 +43,51 @@ pub struct Registry<S> {
     kinds: Vec<Arc<str>>,
     offer: Offer,
     workers: Workers,
+    helpers: Helpers,
+    guests: Guests,
     disks: BTreeMap<DiskKey, Disk>,
     due: Due,
+    /// What the admin waits for storage for.
+    asked: BTreeMap<OpenId, Asked>,
+    /// What became of it.
+    outcomes: BTreeMap<OpenId, Result<DiskKey, AttachError>>,
+    /// Names this daemon, unlike any before; and its disks, each once.
+    instance: String,
+    disks_taken_on: u64,
     stopping: bool,
+}
+
+/// Something that the admin asked for and that storage is being opened for.
+#[derive(Debug)]
+struct Asked {
+    what: Wanted,
+    until: Instant,
+}
+
+#[derive(Debug)]
+enum Wanted {
+    /// A disk to be made.
+    Attach(DiskKey, Attach),
+    /// This medium in the drive of a disk.
+    Insert(DiskKey, String),
+}
+
+impl Wanted {
+    fn target(&self) -> &str {
+        match self {
+            Wanted::Attach(_, attach) => &attach.target,
+            Wanted::Insert(_, target) => target,
+        }
+    }
+}
+
+/// A request of the admin that has been begun.
+#[derive(Debug)]
+pub enum Begun {
+    /// [`Registry::outcome`] will tell of it.
+    Opening(OpenId),
+    /// What is about this disk goes on by itself.
+    Disk(DiskKey),
 }
 
 /// What has to be looked at.
@@ -46,15 +95,33 @@ pub struct Registry<S> {
 struct Due {
     kinds: BTreeSet<Arc<str>>,
     domains: BTreeSet<(Arc<str>, DomId)>,
-    disks: FxHashMap<DiskKey, Ends>,
+    disks: BTreeMap<DiskKey, Ends>,
+    /// A domain has ended; which is not said.
+    release: bool,
+    /// When the next of the frontends that were looked at too often is looked at again.
+    frontends_at: Option<Instant>,
 }
 
 /// Which ends of a disk.
 #[derive(Clone, Copy, Debug, Default)]
 struct Ends {
     backend: bool,
-    medium: bool,
+    params: Option<Params>,
     frontend: bool,
+}
+
+impl Ends {
+    fn add(&mut self, more: Ends) {
+        self.backend |= more.backend;
+        self.frontend |= more.frontend;
+        more.params.into_iter().for_each(|params| self.params(params));
+    }
+
+    fn params(&mut self, params: Params) {
+        if self.params != Some(Params::Written) {
+            self.params = Some(params);
+        }
+    }
 }
 
 /// What a path below `backend/` names.
@@ -68,11 +135,14 @@ enum Place {
 
 impl<S: Store> Registry<S> {
     /// Watches the backend types; what is there already is found by the events that this causes.
+    /// `instance` names this daemon, unlike any before; `opened` is rung when storage was opened.
     pub fn new(
         store: S,
         kinds: &[String],
         offer: Offer,
         senders: Vec<CommandSender>,
+        instance: String,
+        opened: Doorbell,
     ) -> io::Result<Registry<S>> {
         assert!(!kinds.is_empty(), "a registry serves at least one backend type");
         let own = own_domid(&store)?;
@@ -82,8 +152,14 @@ impl<S: Store> Registry<S> {
             kinds: kinds.iter().map(|kind| Arc::from(kind.as_str())).collect(),
             offer,
             workers: Workers::new(senders),
+            helpers: Helpers::new(opened),
+            guests: Guests::default(),
             disks: BTreeMap::new(),
             due: Due::default(),
+            asked: BTreeMap::new(),
+            outcomes: BTreeMap::new(),
+            instance,
+            disks_taken_on: 0,
             stopping: false,
         };
         registry.watch()?;
@@ -91,10 +167,31 @@ impl<S: Store> Registry<S> {
     }
 
     fn watch(&self) -> io::Result<()> {
-        self.kinds.iter().try_for_each(|kind| {
+        for kind in &self.kinds {
             let root = keys::backend_root(self.own, kind);
-            self.store.watch(&root, &format!("{BACKEND_TOKEN}{kind}"))
-        })
+            self.store.watch(&root, &disk::backend_token(kind))?;
+        }
+        // A driver domain may not be allowed to. Then a domain's end shows only by its areas.
+        if let Err(error) = self.store.watch(RELEASE_DOMAIN, RELEASE_DOMAIN) {
+            tracing::info!(
+                "xenstore does not tell of domains that end ({error}); the disks of a guest that is \
+                 gone are closed when its toolstack removes them"
+            );
+        }
+        Ok(())
+    }
+
+    fn around(&mut self, now: Instant) -> (&mut BTreeMap<DiskKey, Disk>, Surroundings<'_, S>) {
+        let around = Surroundings {
+            store: &self.store,
+            own: self.own,
+            offer: &self.offer,
+            workers: &mut self.workers,
+            helpers: &mut self.helpers,
+            guests: &mut self.guests,
+            now,
+        };
+        (&mut self.disks, around)
     }
 
     /// Goes on with another xenstore connection after the first was lost: everything is looked at
@@ -104,10 +201,10 @@ impl<S: Store> Registry<S> {
         self.watch()?;
         for disk in self.disks.values() {
             disk.watch_frontend(&self.store)?;
-            self.due
-                .disks
-                .insert(disk.key().clone(), Ends { backend: true, medium: true, frontend: true });
+            let ends = Ends { backend: true, params: Some(Params::Perhaps), frontend: true };
+            self.due.disks.insert(disk.key().clone(), ends);
         }
+        self.due.release = true;
         Ok(())
     }
 
@@ -128,6 +225,10 @@ impl<S: Store> Registry<S> {
 
     /// Marks what a watch event is about.
     pub fn take_event(&mut self, event: &WatchEvent) {
+        if event.token == RELEASE_DOMAIN {
+            self.due.release = true;
+            return;
+        }
         if let Some(name) = event.token.strip_prefix(FRONTEND_TOKEN) {
             if let Some(Place::Disk(key)) = self.place(name) {
                 self.due.disks.entry(key).or_default().frontend = true;
@@ -149,7 +250,7 @@ impl<S: Store> Registry<S> {
                 self.due.disks.entry(key).or_default().backend = true;
             }
             Some(Place::Node(key, node)) if node == keys::PARAMS => {
-                self.due.disks.entry(key).or_default().medium = true;
+                self.due.disks.entry(key).or_default().params(Params::Written);
             }
             _ => {}
         }
@@ -158,7 +259,8 @@ impl<S: Store> Registry<S> {
     /// Anything of the backend area may have changed.
     fn look_at(&mut self, key: DiskKey) {
         let ends = self.due.disks.entry(key).or_default();
-        (ends.backend, ends.medium) = (true, true);
+        ends.backend = true;
+        ends.params(Params::Perhaps);
     }
 
     /// What `<kind>[/<domid>[/<vbd>[/<node>]]]` names.
@@ -177,23 +279,76 @@ impl<S: Store> Registry<S> {
     }
 
     /// Looks at everything that is due; says whether anything was.
-    pub fn look(&mut self) -> bool {
-        let due = std::mem::take(&mut self.due);
-        let worked = !(due.kinds.is_empty() && due.domains.is_empty() && due.disks.is_empty());
+    pub fn look(&mut self, now: Instant) -> bool {
+        let mut due = std::mem::take(&mut self.due);
+        let deferred = due.frontends_at.is_some_and(|at| now < at);
+        let worked = !(due.kinds.is_empty() && due.domains.is_empty() && due.disks.is_empty())
+            || due.release;
         for kind in due.kinds {
             self.list_kind(&kind);
         }
         for (kind, domid) in due.domains {
             self.list_domain(&kind, domid);
         }
-        for (key, ends) in due.disks {
-            self.look_at_ends(&key, ends);
-        }
-        // What the listings found.
+        // And what the listings found.
         for (key, ends) in std::mem::take(&mut self.due.disks) {
-            self.look_at_ends(&key, ends);
+            due.disks.entry(key).or_default().add(ends);
         }
-        worked
+        let mut looked = false;
+        for (key, ends) in due.disks {
+            looked |= self.look_at_ends(&key, ends, now);
+        }
+        if due.release {
+            self.look_for_ended_domains(now);
+        }
+        worked && (looked || !deferred)
+    }
+
+    /// When something has to be done although nothing happens.
+    pub fn deadline(&self) -> Option<Instant> {
+        let opening = self.disks.values().filter_map(Disk::open_until);
+        let asked = self.asked.values().map(|asked| asked.until);
+        opening.chain(asked).chain(self.due.frontends_at).min()
+    }
+
+    /// Gives up what storage takes too long for.
+    pub fn give_up_slow_opens(&mut self, now: Instant) {
+        let slow = |disk: &Disk| disk.open_until().is_some_and(|until| until <= now);
+        let disks: Vec<DiskKey> =
+            self.disks.values().filter(|disk| slow(disk)).map(|disk| disk.key().clone()).collect();
+        for key in disks {
+            self.with_disk(&key, now, |disk, around| disk.give_up_opening(around));
+        }
+        for (id, asked) in self.asked.extract_if(.., |_, asked| asked.until <= now) {
+            self.helpers.abandon(id);
+            let failure = disk::too_slow(asked.what.target());
+            self.outcomes.insert(id, Err(AttachError::Failed(failure.text)));
+        }
+    }
+
+    /// A domain that is gone takes its disks along, whether its toolstack cleans up or not.
+    fn look_for_ended_domains(&mut self, now: Instant) {
+        let domains: BTreeSet<DomId> = self.disks.keys().map(|key| key.domid).collect();
+        for domid in domains {
+            match self.store.is_domain_introduced(domid) {
+                Ok(exists) => {
+                    if self.guests.has_ended(domid, exists) {
+                        self.end_domain(domid, now);
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(%domid, "xenstore does not say whether it exists: {error}");
+                }
+            }
+        }
+    }
+
+    fn end_domain(&mut self, domid: DomId, now: Instant) {
+        tracing::info!(%domid, "the guest is gone; its disks are closed");
+        for key in self.keys().into_iter().filter(|key| key.domid == domid) {
+            self.with_disk(&key, now, |disk, around| disk.step(Input::DomainGone, around));
+        }
+        self.guests.forget(domid);
     }
 
     fn list_kind(&mut self, kind: &Arc<str>) {
@@ -231,15 +386,28 @@ impl<S: Store> Registry<S> {
         }
     }
 
-    fn look_at_ends(&mut self, key: &DiskKey, ends: Ends) {
+    /// Says whether anything was looked at.
+    fn look_at_ends(&mut self, key: &DiskKey, mut ends: Ends, now: Instant) -> bool {
+        let guests = &mut self.guests;
+        if ends.frontend
+            && let Some(Err(at)) = self.disks.get_mut(key).map(|disk| disk.may_look(guests, now))
+        {
+            // What is there by then is what counts.
+            ends.frontend = false;
+            self.due.disks.entry(key.clone()).or_default().frontend = true;
+            self.due.frontends_at = Some(self.due.frontends_at.map_or(at, |next| next.min(at)));
+            if !ends.backend && ends.params.is_none() {
+                return false;
+            }
+        }
         let result = match self.disks.contains_key(key) {
             true => self
-                .with_disk(key, |disk, around| {
+                .with_disk(key, now, |disk, around| {
                     if ends.backend {
                         disk.look_at_backend(around)?;
                     }
-                    if ends.medium && !disk.is_forgotten() {
-                        disk.look_at_medium(around)?;
+                    if let Some(params) = ends.params.filter(|_| !disk.is_forgotten()) {
+                        disk.look_at_medium(params, around)?;
                     }
                     if ends.frontend && !disk.is_forgotten() {
                         disk.look_at_frontend(around)?;
@@ -247,32 +415,41 @@ impl<S: Store> Registry<S> {
                     Ok(())
                 })
                 .unwrap_or(Ok(())),
-            false if ends.backend && !self.stopping => self.consider(key),
+            false if ends.backend && !self.stopping => self.consider(key, None, now),
             false => Ok(()),
         };
         if let Err(error) = result {
             tracing::error!(disk = %key, "cannot be looked at: {error}");
         }
+        true
     }
 
     /// Takes a disk on if the toolstack has made one (Initialising and online), or if it waits for
-    /// one to close that nobody serves any more, such as a dead daemon's.
-    fn consider(&mut self, key: &DiskKey) -> io::Result<()> {
-        let area = key.backend_area(self.own);
-        let Some(standing) = Standing::read(&self.store, &area)? else { return Ok(()) };
-        let Standing { state, online, .. } = standing;
-        let made = state == XenbusState::Initialising && online;
-        let abandoned = state == XenbusState::Closing && !online;
-        if !made && !abandoned {
-            return Ok(());
-        }
-        let mut around = Surroundings {
-            store: &self.store,
-            own: self.own,
-            offer: &self.offer,
-            workers: &mut self.workers,
+    /// one to close that nobody serves any more, such as a dead daemon's. `prepared` is its storage,
+    /// if that is open already, and the target that names it.
+    fn consider(
+        &mut self,
+        key: &DiskKey,
+        prepared: Option<(String, OpenBacking)>,
+        now: Instant,
+    ) -> io::Result<()> {
+        let is_ours = |standing: &Standing| {
+            let made = standing.state == XenbusState::Initialising && standing.online;
+            let abandoned = standing.state == XenbusState::Closing && !standing.online;
+            made || abandoned
         };
-        let disk = Disk::take_on(key.clone(), standing, &mut around)?;
+        let mark = format!("{}/{}", self.instance, self.disks_taken_on);
+        let path = key.backend_area(self.own);
+        let Some((area, standing)) = Area::take_on(&self.store, path, mark, is_ours)? else {
+            return Ok(());
+        };
+        self.disks_taken_on += 1;
+        if !self.guests.is_introduced(key.domid) {
+            let exists = self.store.is_domain_introduced(key.domid).unwrap_or(false);
+            self.guests.has_ended(key.domid, exists);
+        }
+        let (_, mut around) = self.around(now);
+        let disk = Disk::take_on(key.clone(), area, standing, prepared, &mut around)?;
         self.disks.insert(key.clone(), disk);
         self.drop_if_forgotten(key);
         Ok(())
@@ -281,15 +458,11 @@ impl<S: Store> Registry<S> {
     fn with_disk<T>(
         &mut self,
         key: &DiskKey,
+        now: Instant,
         act: impl FnOnce(&mut Disk, &mut Surroundings<'_, S>) -> T,
     ) -> Option<T> {
-        let mut around = Surroundings {
-            store: &self.store,
-            own: self.own,
-            offer: &self.offer,
-            workers: &mut self.workers,
-        };
-        let value = act(self.disks.get_mut(key)?, &mut around);
+        let (disks, mut around) = self.around(now);
+        let value = act(disks.get_mut(key)?, &mut around);
         self.drop_if_forgotten(key);
         Some(value)
     }
@@ -303,41 +476,85 @@ impl<S: Store> Registry<S> {
         }
     }
 
+    /// Sends what workers had no room for; `true`: some still have none.
+    pub fn send_backlog(&mut self) -> bool {
+        self.workers.send_backlog()
+    }
+
+    /// Acts on what helpers have opened; says whether there was anything.
+    pub fn take_answers(&mut self, now: Instant) -> bool {
+        let mut any = false;
+        while let Some(Answer { id, asker, result }) = self.helpers.next_answer() {
+            any = true;
+            match asker {
+                Asker::Disk(key) => {
+                    self.with_disk(&key, now, |disk, around| disk.take_answer(id, result, around));
+                }
+                Asker::Admin => {
+                    if let Some(asked) = self.asked.remove(&id) {
+                        let outcome = self.go_on(asked.what, result, now);
+                        self.outcomes.insert(id, outcome);
+                    }
+                }
+            }
+        }
+        any
+    }
+
+    /// Waits until everything is closed, but not longer than until `end`.
+    pub fn finish_closing(&self, end: Instant) -> bool {
+        self.helpers.finish(end)
+    }
+
     /// Acts on what a worker says.
-    pub fn take_worker_event(&mut self, event: Event) {
+    pub fn take_worker_event(&mut self, event: Event, now: Instant) {
         match event {
-            Event::Connected(queue) => {
-                self.tell(queue, |disk, _| disk.connection_mut()?.queue_connected(queue));
+            Event::Connected(queue) => self.tell(queue, now, |disk, around| {
+                let news = disk.connection_mut().and_then(|it| it.queue_connected(queue));
+                disk.take_news(news, around);
+            }),
+            Event::ConnectFailed(queue, reason) => self.tell(queue, now, |disk, around| {
+                let news = disk.connection_mut().and_then(|it| it.queue_failed(queue, reason));
+                disk.take_news(news, around);
+            }),
+            Event::RingFault(queue, reason) => self.tell(queue, now, |disk, around| {
+                let news = disk.connection_mut().and_then(|it| it.queue_broken(queue, reason));
+                disk.take_news(news, around);
+            }),
+            Event::Disconnected(queue) => self.tell(queue, now, |disk, around| {
+                let connection = disk.connection_mut();
+                let news = connection.and_then(|it| it.queue_disconnected(queue, around.workers));
+                disk.take_news(news, around);
+            }),
+            Event::ImageReplaced(queue) => self.tell(queue, now, |disk, around| {
+                let news = disk.connection_mut().and_then(|it| it.queue_replaced(queue));
+                disk.take_news(news, around);
+            }),
+            Event::Latency(queue, latency) => self.tell(queue, now, |disk, _| {
+                if let Some(connection) = disk.connection_mut() {
+                    connection.add_latency(queue, latency.as_deref());
+                }
+            }),
+            Event::InFlight(queue, in_flight) => {
+                self.tell(queue, now, |disk, _| tell_in_flight(disk, queue, &in_flight));
             }
-            Event::ConnectFailed(queue, reason) => {
-                self.tell(queue, |disk, _| disk.connection_mut()?.queue_failed(queue, reason));
+            Event::StorageFailed(queue, failure) => {
+                self.tell(queue, now, |disk, around| disk.take_storage_failure(&failure, around));
             }
-            Event::RingFault(queue, reason) => {
-                self.tell(queue, |disk, _| disk.connection_mut()?.queue_broken(queue, reason));
+            Event::SpaceLeft(queue) => {
+                self.tell(queue, now, |disk, around| disk.take_space_left(around));
             }
-            Event::Disconnected(queue) => {
-                self.tell(queue, |disk, workers| {
-                    disk.connection_mut()?.queue_disconnected(queue, workers)
-                });
-            }
-            Event::ImageReplaced(queue) => {
-                self.tell(queue, |disk, _| disk.connection_mut()?.queue_replaced(queue));
-            }
-            Event::Latency(queue, latency) => {
-                self.tell(queue, |disk, _| {
-                    disk.connection_mut()?.add_latency(queue, latency.as_deref());
-                    None
-                });
-            }
-            Event::InFlight(..) | Event::StorageFailed(..) | Event::SpaceLeft(_) => {}
             Event::Stopped(worker, reason) => {
                 if !reason.is_empty() {
                     tracing::error!(worker = worker.0, "has ended: {reason}");
                 }
                 self.workers.remove(worker);
                 for key in self.keys() {
-                    self.tell_disk(&key, |disk, workers| {
-                        disk.connection_mut()?.worker_stopped(worker, workers)
+                    self.with_disk(&key, now, |disk, around| {
+                        let connection = disk.connection_mut();
+                        let news =
+                            connection.and_then(|it| it.worker_stopped(worker, around.workers));
+                        disk.take_news(news, around);
                     });
                 }
             }
@@ -348,27 +565,17 @@ impl<S: Store> Registry<S> {
     fn tell(
         &mut self,
         queue: QueueKey,
-        hear: impl FnOnce(&mut Disk, &mut Workers) -> Option<super::connection::News>,
+        now: Instant,
+        hear: impl FnOnce(&mut Disk, &mut Surroundings<'_, S>),
     ) {
         if let Some(key) = self.workers.owner(queue.link).cloned() {
-            self.tell_disk(&key, hear);
+            self.with_disk(&key, now, hear);
         }
-    }
-
-    fn tell_disk(
-        &mut self,
-        key: &DiskKey,
-        hear: impl FnOnce(&mut Disk, &mut Workers) -> Option<super::connection::News>,
-    ) {
-        self.with_disk(key, |disk, around| {
-            let news = hear(disk, around.workers);
-            disk.take_news(news, around);
-        });
     }
 
     /// Asks every worker for its latencies; returns the queues whose answers are due.
     pub fn ask_latencies(&mut self) -> BTreeSet<QueueKey> {
-        let workers = &self.workers;
+        let workers = &mut self.workers;
         self.disks
             .values_mut()
             .filter_map(Disk::connection_mut)
@@ -376,44 +583,156 @@ impl<S: Store> Registry<S> {
             .collect()
     }
 
-    /// Makes a disk for a running guest and offers it to the frontend.
-    pub fn attach(&mut self, attach: &Attach) -> Result<(), AttachError> {
+    /// Asks every worker what it has in flight; the answers go to the log. Says how many are due.
+    pub fn ask_in_flight(&mut self) -> usize {
+        let workers = &mut self.workers;
+        let connections = self.disks.values().filter_map(Disk::connection);
+        connections.map(|connection| connection.ask_in_flight(workers)).sum()
+    }
+
+    /// Begins to make a disk for a running guest. Its storage is opened first, so that the guest sees
+    /// nothing of what can't be.
+    pub fn attach(&mut self, attach: Attach, now: Instant) -> Result<Begun, AttachError> {
         let key = attach::name(&self.kinds[0], attach.domid, &attach.vdev)?;
+        attach::check(&self.store, &key, &attach)?;
+        self.check_free(&key)?;
+        if attach.target.is_empty() {
+            return self.make(key, &attach, None, now).map(Begun::Disk);
+        }
+        let access = disk::access(&key, attach.is_read_only(), false);
+        let spec = attach.target.parse::<Spec>()?;
+        let id = self.helpers.open(spec, access, Asker::Admin);
+        self.wait_for_storage(id, Wanted::Attach(key, attach), now);
+        Ok(Begun::Opening(id))
+    }
+
+    fn wait_for_storage(&mut self, id: OpenId, what: Wanted, now: Instant) {
+        let until = now + Duration::from_secs(limits::OPEN_SECONDS);
+        self.asked.insert(id, Asked { what, until });
+    }
+
+    /// Goes on with what the admin asked for, once storage is open.
+    fn go_on(
+        &mut self,
+        what: Wanted,
+        result: Result<OpenBacking, BackingError>,
+        now: Instant,
+    ) -> Result<DiskKey, AttachError> {
+        let backing = result?;
+        match what {
+            Wanted::Attach(key, attach) => {
+                self.check_free(&key)?;
+                self.make(key, &attach, Some(backing), now)
+            }
+            Wanted::Insert(key, target) => {
+                let disk = self.drive(&key)?;
+                disk.check_medium(&backing).map_err(|it| AttachError::Failed(it.text))?;
+                self.set_medium(key, &target, Some(backing), now)
+            }
+        }
+    }
+
+    /// Nothing is served there. A disk whose areas are gone already may still have requests in flight.
+    fn check_free(&self, key: &DiskKey) -> Result<(), AttachError> {
+        if self.stopping {
+            return Err(AttachError::Ending);
+        }
+        for kind in &self.kinds {
+            if let Some(disk) = self.disks.get(&DiskKey { kind: kind.clone(), ..key.clone() }) {
+                let (domid, vdev) = (key.domid, key.vbd.into());
+                return match disk.is_leaving() {
+                    true => Err(AttachError::Draining(domid, vdev)),
+                    false => Err(AttachError::Taken(domid, vdev)),
+                };
+            }
+        }
+        Ok(())
+    }
+
+    fn make(
+        &mut self,
+        key: DiskKey,
+        attach: &Attach,
+        backing: Option<OpenBacking>,
+        now: Instant,
+    ) -> Result<DiskKey, AttachError> {
         attach::make(&self.store, self.own, &self.kinds, &key, attach)?;
-        self.consider(&key)?;
+        let prepared = backing.map(|backing| (attach.target.clone(), backing));
+        self.consider(&key, prepared, now)?;
+        // What we wrote ourselves is no change.
+        if let Some(disk) = self.disks.get(&key) {
+            disk.target(&self.store)?;
+        }
         let failure = self.disk(&key).map(|disk| disk.failure().to_owned()).unwrap_or_default();
         if failure.is_empty() {
-            return Ok(());
+            return Ok(key);
         }
-        attach::remove(&self.store, self.own, &key)?;
+        if let Some(disk) = self.disk(&key) {
+            disk.ask_to_close(&self.store, true)?;
+        }
         Err(AttachError::Failed(failure))
     }
 
     /// Has a disk closed and destroyed; it is done once the disk is no more.
     pub fn detach(&mut self, detach: &Detach) -> Result<DiskKey, AttachError> {
         let key = self.find(detach.domid, &detach.vdev)?;
-        attach::unmake(&self.store, self.own, &key, detach.force)?;
+        if let Some(disk) = self.disk(&key) {
+            disk.ask_to_close(&self.store, detach.force)?;
+        }
         Ok(key)
     }
 
     /// Has a drive change its medium, for none where `target` is empty; it is done once the disk's
-    /// medium is settled.
+    /// medium is settled. A medium that can't be opened does not cost the guest the one that it has,
+    /// unless it has the same one for writing, which nobody can open beside it.
     pub fn change_medium(
         &mut self,
         domid: u32,
         vdev: &str,
         target: &str,
-    ) -> Result<DiskKey, AttachError> {
+        now: Instant,
+    ) -> Result<Begun, AttachError> {
         let key = self.find(domid, vdev)?;
-        if let Some(disk) = self.disk(&key) {
-            attach::check_medium(disk, target)?;
+        let disk = self.drive(&key)?;
+        if target.is_empty() || disk.writes_to_medium(target) {
+            return self.set_medium(key, target, None, now).map(Begun::Disk);
         }
-        // Taken out first, so that the same name means what it names by now.
-        for target in ["", target] {
-            attach::set_medium(&self.store, self.own, &key, target)?;
-            self.with_disk(&key, Disk::look_at_medium).unwrap_or(Ok(()))?;
-        }
+        let access = disk.access();
+        let id = self.helpers.open(target.parse()?, access, Asker::Admin);
+        self.wait_for_storage(id, Wanted::Insert(key, target.to_owned()), now);
+        Ok(Begun::Opening(id))
+    }
+
+    fn set_medium(
+        &mut self,
+        key: DiskKey,
+        target: &str,
+        prepared: Option<OpenBacking>,
+        now: Instant,
+    ) -> Result<DiskKey, AttachError> {
+        self.with_disk(&key, now, |disk, around| disk.change_medium(target, prepared, around))
+            .unwrap_or(Ok(()))?;
         Ok(key)
+    }
+
+    /// A disk that is a drive and in use.
+    fn drive(&self, key: &DiskKey) -> Result<&Disk, AttachError> {
+        let disk = self.disk(key).ok_or(AttachError::NoDisk(key.domid, key.vbd.into()))?;
+        match disk.description().filter(|_| disk.backing().is_some()) {
+            None if disk.machine().is_opening() => {
+                Err(AttachError::Opening(key.domid, key.vbd.into()))
+            }
+            None => Err(AttachError::Failed(disk.failure().to_owned())),
+            Some(description) if !description.is_drive() => {
+                Err(AttachError::NoDrive(key.domid, key.vbd.into()))
+            }
+            Some(_) => Ok(disk),
+        }
+    }
+
+    /// What became of something that storage was opened for; `None` where that is not known yet.
+    pub fn outcome(&mut self, id: OpenId) -> Option<Result<DiskKey, AttachError>> {
+        self.outcomes.remove(&id)
     }
 
     /// Which disk a domid and a vdev name, of whatever backend type.
@@ -427,15 +746,36 @@ impl<S: Store> Registry<S> {
 
     /// Ends every disk: what polldisk attached is removed, the toolstack's disks keep their state
     /// once their rings are drained.
-    pub fn stop(&mut self) {
+    pub fn stop(&mut self, now: Instant) {
         self.stopping = true;
+        for (id, _) in std::mem::take(&mut self.asked) {
+            self.helpers.abandon(id);
+            self.outcomes.insert(id, Err(AttachError::Ending));
+        }
         for key in self.keys() {
-            self.with_disk(&key, |disk, around| disk.step(Input::Stop, around));
+            self.with_disk(&key, now, |disk, around| disk.step(Input::Stop, around));
         }
     }
 
     fn keys(&self) -> Vec<DiskKey> {
         self.disks.keys().cloned().collect()
+    }
+}
+
+/// Says which requests of a queue are left where the daemon ends without them.
+fn tell_in_flight(disk: &Disk, queue: QueueKey, in_flight: &InFlight) {
+    let target = disk.description().map_or("", |description| &description.target);
+    for request in &in_flight.oldest {
+        tracing::error!(
+            disk = %disk.key(), queue = queue.queue.0, target,
+            "not answered by storage for {:.1} s: a {} of {} bytes at byte {}",
+            Duration::from_nanos(request.age_ns).as_secs_f64(),
+            request.operation, request.len_bytes, request.offset_bytes
+        );
+    }
+    let more = in_flight.count.saturating_sub(in_flight.oldest.len());
+    if more > 0 {
+        tracing::error!(disk = %disk.key(), queue = queue.queue.0, "and {more} requests more");
     }
 }
 

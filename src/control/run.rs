@@ -44,10 +44,10 @@ impl Default for Config {
 /// Why the control plane can't run.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
-    /// Xenstore is not to be had.
+    /// Xenstore can't be reached.
     #[error(transparent)]
     Platform(#[from] PlatformError),
-    /// The admin socket is not to be had.
+    /// There can be no admin socket.
     #[error(transparent)]
     Admin(#[from] BindError),
     /// Xenstore refuses what every backend needs.
@@ -63,16 +63,28 @@ const WORKERS: Token = Token(1);
 const STOP: Token = Token(2);
 const SIGNALS: Token = Token(3);
 const ADMIN: Token = Token(4);
+const HELPERS: Token = Token(5);
 
-/// Runs the control plane in the calling thread until `stop` rings or a signal comes. Workers are
-/// numbered as they stand in `workers`; all are told to stop before it returns.
+/// How the control plane has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// Every request was answered. The workers end, too.
+    Drained,
+    /// Storage has requests that it did not answer, which the log names, and may keep workers and helpers
+    /// from ending: do not wait for them.
+    GaveUp,
+}
+
+/// Runs the control plane in the calling thread until `stop` rings or a signal comes, and at most
+/// `limits::DRAIN_SECONDS` longer. Workers are numbered as they stand in `workers`; all are told to stop
+/// before it returns.
 pub fn run<P: Platform>(
     platform: &P,
     config: &Config,
     workers: Vec<CommandSender>,
     events: EventReceiver,
     stop: &Doorbell,
-) -> Result<(), ControlError> {
+) -> Result<Ended, ControlError> {
     let senders = workers.clone();
     let result = Control::new(platform, config, workers, events, stop)
         .and_then(|mut control| control.serve());
@@ -88,6 +100,7 @@ struct Control<'a, P: Platform> {
     poll: Poll,
     registry: Registry<P::Store>,
     events: EventReceiver,
+    opened: Doorbell,
     admin: Option<Admin>,
     stop: &'a Doorbell,
     signals: Option<Signals>,
@@ -95,6 +108,8 @@ struct Control<'a, P: Platform> {
     store_retry: Option<Instant>,
     /// When to end whatever is in flight, once ending.
     drain_until: Option<Instant>,
+    /// Answers still to come to what is in flight, once they were asked for.
+    in_flight_due: Option<usize>,
 }
 
 impl<'a, P: Platform> Control<'a, P> {
@@ -117,29 +132,36 @@ impl<'a, P: Platform> Control<'a, P> {
             .as_deref()
             .map(|path| Admin::bind(path, poll.registry(), ADMIN))
             .transpose()?;
-        let registry = Registry::new(store, &config.backend_types, config.offer, workers)
-            .map_err(ControlError::Watch)?;
+        let opened = Doorbell::new().map_err(ControlError::Wait)?;
+        listen(&poll, &opened, HELPERS)?;
+        let kinds = &config.backend_types;
+        let registry =
+            Registry::new(store, kinds, config.offer, workers, instance(), opened.clone())
+                .map_err(ControlError::Watch)?;
         Ok(Control {
             platform,
             poll,
             registry,
             events,
+            opened,
             admin,
             stop,
             signals,
             store_retry: None,
             drain_until: None,
+            in_flight_due: None,
         })
     }
 
-    fn serve(&mut self) -> Result<(), ControlError> {
+    fn serve(&mut self) -> Result<Ended, ControlError> {
         let mut woken = Events::with_capacity(64);
         loop {
-            let worked = self.work();
-            if self.has_ended() {
-                return Ok(());
+            let now = Instant::now();
+            let worked = self.work(now);
+            if let Some(ended) = self.ended(now) {
+                return Ok(ended);
             }
-            let timeout = if worked { Some(Duration::ZERO) } else { self.patience() };
+            let timeout = if worked { Some(Duration::ZERO) } else { self.patience(now) };
             match self.poll.poll(&mut woken, timeout) {
                 Err(error) if error.kind() != io::ErrorKind::Interrupted => {
                     return Err(ControlError::Wait(error));
@@ -147,25 +169,28 @@ impl<'a, P: Platform> Control<'a, P> {
                 _ => {}
             }
             for event in &woken {
-                self.wake(event.token());
+                self.wake(event.token(), Instant::now());
             }
         }
     }
 
     /// Does what there is to do; says whether there may be more.
-    fn work(&mut self) -> bool {
-        let store = self.take_store_events();
-        let looked = self.registry.look();
-        let workers = self.take_worker_events();
+    fn work(&mut self, now: Instant) -> bool {
+        let store = self.take_store_events(now);
+        let looked = self.registry.look(now);
+        let workers = self.take_worker_events(now);
+        self.opened.silence();
+        let opened = self.registry.take_answers(now);
+        self.registry.give_up_slow_opens(now);
         if let Some(admin) = &mut self.admin {
-            admin.finish_jobs(&mut self.registry);
+            admin.finish_jobs(&mut self.registry, now);
         }
-        store || looked || workers
+        store || looked || workers || opened
     }
 
-    fn take_store_events(&mut self) -> bool {
+    fn take_store_events(&mut self, now: Instant) -> bool {
         if let Some(retry) = self.store_retry {
-            return Instant::now() >= retry && self.reopen_store();
+            return now >= retry && self.reopen_store(now);
         }
         for taken in 0..limits::WATCH_EVENTS_PER_PASS {
             match self.registry.store().next_event() {
@@ -176,7 +201,7 @@ impl<'a, P: Platform> Control<'a, P> {
                         "the connection to xenstored is lost ({error}); connected disks run on, \
                          nothing else can change until it answers again"
                     );
-                    self.forget_store();
+                    self.forget_store(now);
                     return false;
                 }
             }
@@ -184,20 +209,20 @@ impl<'a, P: Platform> Control<'a, P> {
         true
     }
 
-    fn forget_store(&mut self) {
+    fn forget_store(&mut self, now: Instant) {
         let fd = self.registry.store().as_fd().as_raw_fd();
         // Closing it takes it out of the poll set too.
         let _ = self.poll.registry().deregister(&mut SourceFd(&fd));
-        self.retry_store_later();
+        self.retry_store_later(now);
     }
 
-    fn retry_store_later(&mut self) {
+    fn retry_store_later(&mut self, now: Instant) {
         let pause = Duration::from_secs(limits::STORE_RETRY_SECONDS);
-        self.store_retry = Some(Instant::now() + pause);
+        self.store_retry = Some(now + pause);
     }
 
-    fn reopen_store(&mut self) -> bool {
-        self.retry_store_later();
+    fn reopen_store(&mut self, now: Instant) -> bool {
+        self.retry_store_later(now);
         let Ok(store) = self.platform.open_store() else { return false };
         let reopened = listen(&self.poll, &store, STORE)
             .and_then(|()| self.registry.reconnect(store).map_err(ControlError::Watch));
@@ -206,12 +231,12 @@ impl<'a, P: Platform> Control<'a, P> {
                 tracing::info!("xenstored answers again");
                 self.store_retry = None;
             }
-            Err(error) => tracing::error!("xenstored is of no use yet: {error}"),
+            Err(error) => tracing::error!("xenstored cannot be used yet: {error}"),
         }
         true
     }
 
-    fn take_worker_events(&mut self) -> bool {
+    fn take_worker_events(&mut self, now: Instant) -> bool {
         self.events.bell.silence();
         for taken in 0..limits::WORKER_EVENTS_PER_PASS {
             let Ok(event) = self.events.events.try_recv() else { return taken > 0 };
@@ -219,7 +244,10 @@ impl<'a, P: Platform> Control<'a, P> {
                 Event::Latency(queue, _) => Some(*queue),
                 _ => None,
             };
-            self.registry.take_worker_event(event);
+            if let (Event::InFlight(..), Some(due)) = (&event, &mut self.in_flight_due) {
+                *due = due.saturating_sub(1);
+            }
+            self.registry.take_worker_event(event, now);
             if let (Some(queue), Some(admin)) = (latency_of, &mut self.admin) {
                 admin.latency_taken(queue);
             }
@@ -227,15 +255,14 @@ impl<'a, P: Platform> Control<'a, P> {
         true
     }
 
-    fn wake(&mut self, token: Token) {
+    fn wake(&mut self, token: Token, now: Instant) {
         match token {
             SIGNALS => {
                 if let Some(signal) = self.signals.as_mut().and_then(|s| s.pending().last()) {
-                    tracing::info!(signal, "ending");
-                    self.end();
+                    self.end_by_signal(signal, now);
                 }
             }
-            STOP => self.end(),
+            STOP => self.end(now),
             ADMIN => {
                 if let Some(admin) = &mut self.admin {
                     admin.accept(self.poll.registry());
@@ -243,7 +270,7 @@ impl<'a, P: Platform> Control<'a, P> {
             }
             client if client.0 >= FIRST_CLIENT => {
                 if let Some(admin) = &mut self.admin {
-                    admin.pump(client, &mut self.registry);
+                    admin.pump(client, &mut self.registry, now);
                 }
             }
             // Looked at in every pass.
@@ -251,37 +278,78 @@ impl<'a, P: Platform> Control<'a, P> {
         }
     }
 
-    fn end(&mut self) {
-        self.stop.silence();
-        if self.drain_until.is_none() {
-            self.drain_until = Some(Instant::now() + Duration::from_secs(limits::DRAIN_SECONDS));
-            self.registry.stop();
+    fn end_by_signal(&mut self, signal: i32, now: Instant) {
+        match &mut self.drain_until {
+            None => {
+                tracing::info!(
+                    signal,
+                    "ending; requests in flight are waited for up to {} s, or until the next signal",
+                    limits::DRAIN_SECONDS
+                );
+                self.end(now);
+            }
+            Some(until) => *until = now.min(*until),
         }
     }
 
-    fn has_ended(&self) -> bool {
-        let Some(until) = self.drain_until else { return false };
-        let left = self.registry.disks().count();
-        if left > 0 && Instant::now() >= until {
-            tracing::error!(
-                disks = left,
-                "requests are still in flight after {} s; they are given up",
-                limits::DRAIN_SECONDS
-            );
-            return true;
+    fn end(&mut self, now: Instant) {
+        self.stop.silence();
+        if self.drain_until.is_none() {
+            self.drain_until = Some(now + Duration::from_secs(limits::DRAIN_SECONDS));
+            self.registry.stop(now);
         }
-        left == 0
+    }
+
+    /// How it has ended, once it has.
+    fn ended(&mut self, now: Instant) -> Option<Ended> {
+        let until = self.drain_until?;
+        if self.registry.disks().next().is_none() {
+            // What is closed last may wait for storage as well.
+            let closed = self.registry.finish_closing(until.max(now + CLOSE_AT_LEAST));
+            return Some(if closed { Ended::Drained } else { Ended::GaveUp });
+        }
+        if now < until {
+            return None;
+        }
+        if self.in_flight_due.is_none() {
+            let disks: Vec<String> =
+                self.registry.disks().map(|disk| disk.key().to_string()).collect();
+            tracing::error!("requests in flight are given up, of {}", disks.join(", "));
+            self.in_flight_due = Some(self.registry.ask_in_flight());
+        }
+        // A worker that does not even say what it has is waited for no longer than this.
+        let told = self.in_flight_due == Some(0) || now >= until + TELL_AT_MOST;
+        told.then_some(Ended::GaveUp)
     }
 
     /// How long nothing has to be done, unless something happens.
-    fn patience(&self) -> Option<Duration> {
+    fn patience(&mut self, now: Instant) -> Option<Duration> {
         let admin = self.admin.as_ref().and_then(Admin::deadline);
-        [admin, self.store_retry, self.drain_until]
+        let drain = self
+            .drain_until
+            .map(|until| if self.in_flight_due.is_some() { until + TELL_AT_MOST } else { until });
+        let backlog = self.registry.send_backlog().then(|| now + BACKLOG_PAUSE);
+        [admin, self.store_retry, drain, backlog, self.registry.deadline()]
             .into_iter()
             .flatten()
             .min()
-            .map(|next| next.saturating_duration_since(Instant::now()))
+            .map(|next| next.saturating_duration_since(now))
     }
+}
+
+/// Given to storage to close files with, even where draining has used up all of its time.
+const CLOSE_AT_LEAST: Duration = Duration::from_secs(2);
+
+/// Given to workers to say what they have in flight.
+const TELL_AT_MOST: Duration = Duration::from_secs(1);
+
+/// Between attempts to send to a worker that is thousands of commands behind.
+const BACKLOG_PAUSE: Duration = Duration::from_millis(10);
+
+/// Names this run of the daemon, unlike any before or beside it.
+fn instance() -> String {
+    let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    format!("{}.{}", std::process::id(), since_1970.unwrap_or_default().as_nanos())
 }
 
 fn listen(poll: &Poll, source: &impl AsFd, token: Token) -> Result<(), ControlError> {

@@ -1,6 +1,7 @@
 //! The data plane as control sees it: where commands go, which worker has room, whose link is
 //! whose.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
 
 use rustc_hash::FxHashMap;
@@ -9,13 +10,13 @@ use super::key::DiskKey;
 use super::placement::Placement;
 use crate::budget::GrantBudget;
 use crate::limits;
-use crate::msg::{Command, CommandSender, LinkId, WorkerGone, WorkerId};
+use crate::msg::{Command, CommandSender, LinkId, Refused, WorkerGone, WorkerId};
 use crate::units::DomId;
 
 /// The workers and the links that they serve.
 #[derive(Debug)]
 pub struct Workers {
-    senders: Vec<CommandSender>,
+    workers: Vec<Worker>,
     placement: Placement,
     owners: FxHashMap<LinkId, DiskKey>,
     /// Of domains that have queues.
@@ -23,12 +24,47 @@ pub struct Workers {
     next_link: u64,
 }
 
+/// The way to one worker.
+#[derive(Debug)]
+struct Worker {
+    sender: CommandSender,
+    /// What it had no room for; sent before anything else. Control asks a few things of each disk and
+    /// then waits for the answers, so this is bounded by the number of disks.
+    backlog: VecDeque<Command>,
+}
+
+impl Worker {
+    fn send(&mut self, command: Command) -> Result<(), WorkerGone> {
+        self.backlog.push_back(command);
+        self.send_backlog()
+    }
+
+    fn send_backlog(&mut self) -> Result<(), WorkerGone> {
+        while let Some(command) = self.backlog.pop_front() {
+            match self.sender.send(command) {
+                Ok(()) => {}
+                Err(Refused::Full(command)) => {
+                    self.backlog.push_front(command);
+                    return Ok(());
+                }
+                Err(Refused::Gone(gone)) => {
+                    self.backlog.clear();
+                    return Err(gone);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Workers {
     /// Workers without queues, in the order of their numbers.
     pub fn new(senders: Vec<CommandSender>) -> Workers {
         let placement = Placement::new(senders.len());
+        let worker = |sender| Worker { sender, backlog: VecDeque::new() };
+        let workers = senders.into_iter().map(worker).collect();
         let (owners, budgets) = Default::default();
-        Workers { senders, placement, owners, budgets, next_link: 0 }
+        Workers { workers, placement, owners, budgets, next_link: 0 }
     }
 
     /// A name for a new link of this disk.
@@ -75,15 +111,50 @@ impl Workers {
         self.placement.remove(worker);
     }
 
-    /// Sends to one worker, without waiting.
-    pub fn send(&self, worker: WorkerId, command: Command) -> Result<(), WorkerGone> {
-        self.senders.get(worker.0).ok_or(WorkerGone(worker))?.send(command)
+    /// Sends to one worker, without waiting: now or when it has room. An error says that it has
+    /// ended.
+    pub fn send(&mut self, worker: WorkerId, command: Command) -> Result<(), WorkerGone> {
+        self.workers.get_mut(worker.0).ok_or(WorkerGone(worker))?.send(command)
+    }
+
+    /// Sends what workers had no room for; `true`: some still have none, and nothing will tell of it
+    /// when they have.
+    pub fn send_backlog(&mut self) -> bool {
+        for worker in &mut self.workers {
+            // One that has ended says so by an event of its own.
+            let _ = worker.send_backlog();
+        }
+        self.workers.iter().any(|worker| !worker.backlog.is_empty())
     }
 }
 
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn what_a_full_worker_does_not_take_is_kept_in_order_and_a_worker_that_ended_is_told() {
+        use crate::msg::{LinkId, QueueKey, command_channel};
+        use crate::units::QueueId;
+        let (sender, receiver) = command_channel(WorkerId(0)).unwrap();
+        let mut workers = Workers::new(vec![sender]);
+        let key = |link| QueueKey { link: LinkId(link), queue: QueueId(0) };
+        let all = limits::WORKER_COMMANDS as u64 + 10;
+        for link in 0..all {
+            workers.send(WorkerId(0), Command::Disconnect(key(link))).unwrap();
+        }
+        let mut taken = Vec::new();
+        while taken.len() < usize::try_from(all).unwrap() {
+            while let Ok(Command::Disconnect(key)) = receiver.commands.try_recv() {
+                taken.push(key.link.0);
+            }
+            assert!(!workers.send_backlog());
+        }
+        assert!(taken.into_iter().eq(0..all));
+        drop(receiver);
+        assert!(workers.send(WorkerId(0), Command::Stop).is_err());
+        assert!(!workers.send_backlog());
+    }
 
     #[test]
     fn a_domain_has_one_budget_for_as_long_as_any_queue_has_it() {

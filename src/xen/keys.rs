@@ -98,6 +98,9 @@ pub const HOTPLUG_ERROR: &str = "hotplug-error";
 /// Backend area: present where polldisk made both areas itself (`polldisk attach`).
 pub const ATTACHED: &str = "polldisk-attached";
 
+/// Backend area: which disk of which daemon has taken it on; unlike that of any other.
+pub const SERVED_BY: &str = "polldisk-served-by";
+
 /// Backend area: 512-byte sectors, whatever `sector-size` says.
 pub const SECTORS: &str = "sectors";
 /// Backend area: bytes in a logical block.

@@ -90,6 +90,13 @@ pub trait Store: Nodes + XsTransaction<Span: Nodes + XsTransactionSpan> + AsFd {
     /// until `None`. An error means that the connection is lost.
     fn next_event(&self) -> io::Result<Option<WatchEvent>>;
 
+    /// Reads a node, and drops the events of the watch with `token` about this very node that came
+    /// before the answer: xenstored answers in order, so they tell of nothing that was not read.
+    fn read_up_to_date(&self, path: &str, token: &str) -> io::Result<Box<str>>;
+
+    /// Whether xenstored knows the domain: it has begun and has not ended.
+    fn is_domain_introduced(&self, domid: DomId) -> io::Result<bool>;
+
     /// Runs `body` as one transaction, again where another writer came between (EAGAIN), at most
     /// `limits::STORE_TRANSACTION_TRIES` times. An error from `body` aborts the transaction.
     fn atomically<T>(&self, body: impl Fn(&Self::Span) -> io::Result<T>) -> io::Result<T> {

@@ -12,7 +12,7 @@ use polldisk::control::admin::client::{RequestError, request};
 use polldisk::control::admin::protocol::{
     Attach, Detach, DiskReport, Eject, Insert, Reply, Request,
 };
-use polldisk::control::{self, Config, ControlError};
+use polldisk::control::{self, Config, ControlError, Ended};
 use polldisk::metrics::new_latency_histogram;
 use polldisk::msg::{
     self, Command, CommandReceiver, Event, EventSender, InFlight, Mapping, QueueKey, WorkerId,
@@ -128,7 +128,7 @@ pub struct Rig {
     pub dom0: StoreClient,
     pub worker_events: EventSender,
     server: Option<StoreServer>,
-    control: Option<JoinHandle<Result<(), ControlError>>>,
+    control: Option<JoinHandle<Result<Ended, ControlError>>>,
     stop: Doorbell,
     folder: tempfile::TempDir,
 }
@@ -190,7 +190,7 @@ impl Rig {
     }
 
     /// Tries to run a second control loop in this thread.
-    pub fn start_another(&self) -> Result<(), ControlError> {
+    pub fn start_another(&self) -> Result<Ended, ControlError> {
         let config = Config { admin_path: Some(self.admin_path()), ..Config::default() };
         let (_, receiver) = msg::event_channel().unwrap();
         let platform = StorePlatform { socket: self.folder.path().join("store") };

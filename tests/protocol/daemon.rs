@@ -8,7 +8,7 @@ use std::time::Duration;
 use polldisk::blkif::features::Offer;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Attach, DiskReport, Reply, Request};
-use polldisk::control::{self, ControlError};
+use polldisk::control::{self, ControlError, Ended};
 use polldisk::msg::event_channel;
 use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::xenbus::Xenbus;
@@ -30,7 +30,7 @@ pub struct Daemon {
     _folder: tempfile::TempDir,
     admin: PathBuf,
     stop: Doorbell,
-    control: Option<JoinHandle<Result<(), ControlError>>>,
+    control: Option<JoinHandle<Result<Ended, ControlError>>>,
     workers: Vec<WorkerThread>,
 }
 

@@ -14,7 +14,7 @@ use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{
     Attach, Detach, DiskReport, Eject, Insert, Reply, Request,
 };
-use polldisk::control::{self, ControlError};
+use polldisk::control::{self, ControlError, Ended};
 use polldisk::msg::event_channel;
 use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::device::{Device, Options};
@@ -48,7 +48,7 @@ pub struct Rig {
     images: tempfile::TempDir,
     admin: PathBuf,
     stop: Doorbell,
-    control: Option<JoinHandle<Result<(), ControlError>>>,
+    control: Option<JoinHandle<Result<Ended, ControlError>>>,
     workers: Vec<WorkerThread>,
 }
 

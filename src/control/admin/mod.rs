@@ -17,8 +17,9 @@ use mio::{Registry as Polled, Token};
 use super::area::{Description, Failure};
 use super::attach::AttachError;
 use super::disk::Disk;
+use super::helpers::OpenId;
 use super::key::DiskKey;
-use super::registry::Registry;
+use super::registry::{Begun, Registry};
 use crate::backing::Image;
 use crate::limits;
 use crate::msg::{Mapping, QueueKey};
@@ -47,6 +48,8 @@ struct Job {
 
 #[derive(Debug)]
 enum Wait {
+    /// For storage to be opened, and what it is for to be done.
+    Opening(OpenId),
     /// For the disk to be forgotten.
     Detach(DiskKey),
     /// For the drive to have changed its medium.
@@ -67,12 +70,12 @@ impl Admin {
     }
 
     /// Goes on with one client.
-    pub fn pump<S: Store>(&mut self, client: Token, registry: &mut Registry<S>) {
+    pub fn pump<S: Store>(&mut self, client: Token, registry: &mut Registry<S>, now: Instant) {
         while let Some(request) = self.server.pump(client) {
-            match begin(request, registry) {
-                Begun::Replied(reply) => self.server.reply(client, &reply),
-                Begun::Waiting(wait, patience) => {
-                    let deadline = Instant::now() + Duration::from_secs(patience);
+            match begin(request, registry, now) {
+                Next::Reply(reply) => self.server.reply(client, &reply),
+                Next::Wait(wait) => {
+                    let deadline = now + Duration::from_secs(wait.seconds());
                     self.jobs.push(Job { client, wait, deadline });
                     return;
                 }
@@ -90,17 +93,21 @@ impl Admin {
     }
 
     /// Answers the jobs that are done or have waited long enough.
-    pub fn finish_jobs<S: Store>(&mut self, registry: &mut Registry<S>) {
-        let now = Instant::now();
+    pub fn finish_jobs<S: Store>(&mut self, registry: &mut Registry<S>, now: Instant) {
         let mut index = 0;
-        while let Some(job) = self.jobs.get(index) {
-            let Some(reply) = job.outcome(registry, now) else {
-                index += 1;
-                continue;
-            };
-            let client = self.jobs.swap_remove(index).client;
-            self.server.reply(client, &reply);
-            self.pump(client, registry);
+        while let Some(job) = self.jobs.get_mut(index) {
+            match job.next(registry, now) {
+                None => index += 1,
+                Some(Next::Wait(wait)) => {
+                    job.deadline = now + Duration::from_secs(wait.seconds());
+                    job.wait = wait;
+                }
+                Some(Next::Reply(reply)) => {
+                    let client = self.jobs.swap_remove(index).client;
+                    self.server.reply(client, &reply);
+                    self.pump(client, registry, now);
+                }
+            }
         }
     }
 
@@ -110,32 +117,50 @@ impl Admin {
     }
 }
 
-enum Begun {
-    Replied(Reply),
-    Waiting(Wait, u64),
+/// How it goes on with a request.
+enum Next {
+    Reply(Reply),
+    Wait(Wait),
 }
 
-fn begin<S: Store>(request: Request, registry: &mut Registry<S>) -> Begun {
-    match request {
-        Request::Attach(attach) => Begun::Replied(reply(registry.attach(&attach))),
-        Request::Detach(detach) => match registry.detach(&detach) {
-            Ok(key) => Begun::Waiting(Wait::Detach(key), limits::DETACH_SECONDS),
-            Err(error) => Begun::Replied(reply(Err(error))),
-        },
-        Request::Insert(Insert { domid, vdev, target }) => {
-            medium(registry.change_medium(domid, &vdev, &target))
-        }
-        Request::Eject(Eject { domid, vdev }) => medium(registry.change_medium(domid, &vdev, "")),
-        Request::List => {
-            Begun::Waiting(Wait::Latencies(registry.ask_latencies()), limits::LATENCY_SECONDS)
+impl Wait {
+    /// How long at most.
+    fn seconds(&self) -> u64 {
+        match self {
+            // The registry gives up by itself, with a reason.
+            Wait::Opening(_) => 2 * limits::OPEN_SECONDS,
+            Wait::Detach(_) => limits::DETACH_SECONDS,
+            Wait::Medium(_) => limits::MEDIUM_SECONDS,
+            Wait::Latencies(_) => limits::LATENCY_SECONDS,
         }
     }
 }
 
-fn medium(asked: Result<DiskKey, AttachError>) -> Begun {
+fn begin<S: Store>(request: Request, registry: &mut Registry<S>, now: Instant) -> Next {
+    match request {
+        Request::Attach(attach) => match registry.attach(attach, now) {
+            Ok(Begun::Opening(id)) => Next::Wait(Wait::Opening(id)),
+            done => Next::Reply(reply(done.map(drop))),
+        },
+        Request::Detach(detach) => match registry.detach(&detach) {
+            Ok(key) => Next::Wait(Wait::Detach(key)),
+            Err(error) => Next::Reply(reply(Err(error))),
+        },
+        Request::Insert(Insert { domid, vdev, target }) => {
+            medium(registry.change_medium(domid, &vdev, &target, now))
+        }
+        Request::Eject(Eject { domid, vdev }) => {
+            medium(registry.change_medium(domid, &vdev, "", now))
+        }
+        Request::List => Next::Wait(Wait::Latencies(registry.ask_latencies())),
+    }
+}
+
+fn medium(asked: Result<Begun, AttachError>) -> Next {
     match asked {
-        Ok(key) => Begun::Waiting(Wait::Medium(key), limits::MEDIUM_SECONDS),
-        Err(error) => Begun::Replied(reply(Err(error))),
+        Ok(Begun::Opening(id)) => Next::Wait(Wait::Opening(id)),
+        Ok(Begun::Disk(key)) => Next::Wait(Wait::Medium(key)),
+        Err(error) => Next::Reply(reply(Err(error))),
     }
 }
 
@@ -147,26 +172,37 @@ fn reply(result: Result<(), AttachError>) -> Reply {
 }
 
 impl Job {
-    fn outcome<S: Store>(&self, registry: &Registry<S>, now: Instant) -> Option<Reply> {
+    /// What follows; `None` while it has to wait.
+    fn next<S: Store>(&self, registry: &mut Registry<S>, now: Instant) -> Option<Next> {
         let late = now >= self.deadline;
-        match &self.wait {
+        let reply = match &self.wait {
+            Wait::Opening(id) => match registry.outcome(*id) {
+                // A drive goes on with its medium; what was attached has none on its way.
+                Some(Ok(key)) => return Some(Next::Wait(Wait::Medium(key))),
+                Some(Err(error)) => reply(Err(error)),
+                None if late => Reply::Error { message: "storage does not answer".to_owned() },
+                None => return None,
+            },
             Wait::Detach(key) => match registry.disk(key) {
-                None => Some(Reply::Done),
-                Some(_) if late => Some(Reply::Error { message: held(key) }),
-                Some(_) => None,
+                None => Reply::Done,
+                Some(_) if late => Reply::Error { message: held(key) },
+                Some(_) => return None,
             },
             Wait::Medium(key) => match registry.disk(key) {
-                None => Some(Reply::Error { message: format!("{key} is gone") }),
+                None => Reply::Error { message: format!("{key} is gone") },
                 Some(disk) if disk.has_refused_medium() => {
-                    Some(Reply::Error { message: disk.failure().to_owned() })
+                    Reply::Error { message: disk.failure().to_owned() }
                 }
-                Some(disk) if disk.medium_is_settled() => Some(Reply::Done),
-                Some(_) if late => Some(Reply::Error { message: busy(key) }),
-                Some(_) => None,
+                Some(disk) if disk.medium_is_settled() => Reply::Done,
+                Some(_) if late => Reply::Error { message: busy(key) },
+                Some(_) => return None,
             },
-            Wait::Latencies(due) => (due.is_empty() || late)
-                .then(|| Reply::Disks { disks: registry.disks().map(report).collect() }),
-        }
+            Wait::Latencies(due) if due.is_empty() || late => {
+                Reply::Disks { disks: registry.disks().map(|disk| report(disk, now)).collect() }
+            }
+            Wait::Latencies(_) => return None,
+        };
+        Some(Next::Reply(reply))
     }
 }
 
@@ -188,7 +224,7 @@ fn busy(key: &DiskKey) -> String {
     )
 }
 
-fn report(disk: &Disk) -> DiskReport {
+fn report(disk: &Disk, now: Instant) -> DiskReport {
     let key = disk.key();
     let geometry = disk.geometry();
     let connection = disk.connection();
@@ -203,7 +239,7 @@ fn report(disk: &Disk) -> DiskReport {
         state: disk.machine().backend().to_string(),
         failure: disk.failure().to_owned(),
         target: description.map(|description| description.target.clone()).unwrap_or_default(),
-        backing: match disk.image() {
+        backing: match disk.backing().map(|backing| &**backing.image()) {
             Some(Image::Raw(_)) => "raw",
             Some(Image::Null(_)) => "null",
             Some(Image::Empty) => "empty",
@@ -226,7 +262,8 @@ fn report(disk: &Disk) -> DiskReport {
         workers,
         counts: connection.map(|connection| connection.counts()).unwrap_or_default(),
         latency: connection.map(|connection| steps(connection.latency())).unwrap_or_default(),
-        uptime_ms: u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX),
+        uptime_ms: u64::try_from(now.saturating_duration_since(since).as_millis())
+            .unwrap_or(u64::MAX),
     }
 }
 

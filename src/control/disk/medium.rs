@@ -1,51 +1,82 @@
 //! What is in a drive, and what becomes of a disk whose `params` change.
 
+use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
 
 use super::super::area::{self, Failure};
 use super::super::drive::Step;
+use super::super::helpers::OpenBacking;
 use super::super::machine::{Input, Link};
-use super::{Disk, Surroundings};
-use crate::backing::{Access, Backing, DiskOptions, Image, Spec};
+use super::{Disk, Params, Surroundings, backend_token};
 use crate::xen::Store;
-use crate::xen::keys::XenbusState;
-
-/// Opens what a target names, with its options; the empty one names a drive without a medium.
-pub fn open(target: &str, read_only: bool) -> Result<(Arc<Image>, DiskOptions), Failure> {
-    if target.is_empty() {
-        return Ok((Backing::empty().image().clone(), DiskOptions::default()));
-    }
-    let spec = target.parse::<Spec>().map_err(|error| Failure::of(&error))?;
-    let access = Access { read_only, ..Access::default() };
-    let backing = spec.open(&access).map_err(|error| Failure::of(&error))?;
-    Ok((backing.image().clone(), spec.options))
-}
+use crate::xen::keys::{self, XenbusState};
 
 impl Disk {
-    /// Reads which contents the toolstack wants now and acts on it. A drive gets another medium; a
-    /// disk without a drive keeps what its guest works with, whatever `params` says.
-    pub fn look_at_medium<S: Store>(&mut self, around: &mut Surroundings<'_, S>) -> io::Result<()> {
-        let is_open = self.image.is_some() && self.machine.backend() != XenbusState::Initialising;
-        let Some(description) = self.description.as_mut().filter(|_| is_open) else {
+    /// Reads which contents the toolstack wants now and acts on it. A drive gets another medium, or the
+    /// same one anew where its name was written once more; a disk without a drive keeps what its guest
+    /// works with, whatever `params` says.
+    pub fn look_at_medium<S: Store>(
+        &mut self,
+        params: Params,
+        around: &mut Surroundings<'_, S>,
+    ) -> io::Result<()> {
+        if self.machine.is_opening() && self.backing.is_none() {
+            // What is being opened may be what was there before.
+            self.rewritten |= params == Params::Written;
+            return Ok(());
+        }
+        let is_open = self.backing.is_some()
+            && (self.machine.is_opening() || self.machine.backend() != XenbusState::Initialising);
+        let Some(description) = self.description.as_ref().filter(|_| is_open) else {
             // The toolstack starts it over, or has to: then it is opened afresh.
             return Ok(());
         };
-        let Some(target) = area::target(around.store, &self.area)? else { return Ok(()) };
+        let Some(target) = self.target(around.store)? else { return Ok(()) };
         if !description.is_drive() {
             self.ignore(&target);
-            return Ok(());
+        } else if params == Params::Written || description.target != target {
+            self.want_medium(&target, around)?;
         }
-        if description.target == target {
-            return Ok(());
+        Ok(())
+    }
+
+    /// What `params` names now. What we wrote there ourselves is no news from then on.
+    pub fn target<S: Store>(&self, store: &S) -> io::Result<Option<String>> {
+        area::target(store, self.area.path(), &backend_token(&self.key.kind))
+    }
+
+    /// The drive is to have this medium; none where it is empty.
+    fn want_medium<S: Store>(
+        &mut self,
+        target: &str,
+        around: &mut Surroundings<'_, S>,
+    ) -> io::Result<()> {
+        if let Some(description) = &mut self.description {
+            target.clone_into(&mut description.target);
         }
-        description.target.clone_from(&target);
         if self.drive.has_refused() {
             self.clear_error(around)?;
         }
-        self.drive.want(&target);
+        if let Some(id) = self.drive.want(target) {
+            self.opening = None;
+            around.helpers.abandon(id);
+        }
         self.move_medium(around);
         Ok(())
+    }
+
+    /// Has the drive change its medium as the toolstack would, for none where `target` is empty.
+    /// `prepared` is the medium, if it is open already.
+    pub fn change_medium<S: Store>(
+        &mut self,
+        target: &str,
+        prepared: Option<OpenBacking>,
+        around: &mut Surroundings<'_, S>,
+    ) -> io::Result<()> {
+        self.area.write(around.store, &[(keys::PARAMS, target.to_owned())])?;
+        self.prepared = prepared.map(|backing| (target.to_owned(), backing));
+        let target = self.target(around.store)?.unwrap_or_default();
+        self.want_medium(&target, around)
     }
 
     fn ignore(&mut self, target: &str) {
@@ -73,39 +104,68 @@ impl Disk {
         self.drive.has_refused()
     }
 
-    /// Goes on with changing the medium, until the data plane or nothing is waited for.
+    /// Whether the guest can write to the medium that has this name.
+    pub fn writes_to_medium(&self, target: &str) -> bool {
+        let read_only = self.description.as_ref().is_none_or(|description| description.read_only);
+        !read_only && self.drive.inserted() == target
+    }
+
+    /// Goes on with changing the medium, until the data plane, storage or nothing is waited for.
     pub(super) fn move_medium<S: Store>(&mut self, around: &mut Surroundings<'_, S>) {
         while !self.forgotten
+            && self.backing.is_some()
+            && !self.machine.is_opening()
             && self.machine.link() != Link::Disconnecting
             && let Some(step) = self.drive.next_step()
         {
             match step {
-                Step::Eject => self.hand_over(String::new(), Arc::new(Image::Empty), around),
-                Step::Insert(target) => match self.open_medium(&target) {
-                    Ok(image) => self.hand_over(target, image, around),
-                    Err(failure) => {
-                        tracing::error!(disk = %self.key, "no medium: {}", failure.text);
-                        self.drive.refuse();
-                        self.failure = failure;
-                        self.run(Input::MediumFailed, around);
+                Step::Eject => {
+                    let nothing = around.helpers.empty();
+                    self.hand_over(String::new(), nothing, around);
+                }
+                Step::Insert(target) => match self.begin_to_open_target(&target, around) {
+                    Ok(Some(backing)) => self.take_medium(Ok(backing), around),
+                    Ok(None) => {
+                        if let Some(opening) = &self.opening {
+                            self.drive.begin_opening(opening.id);
+                        }
                     }
+                    Err(failure) => self.take_medium(Err(failure), around),
                 },
             }
         }
     }
 
-    /// Opens a medium that the guest can use.
-    pub fn open_medium(&self, target: &str) -> Result<Arc<Image>, Failure> {
-        let read_only = self.description.as_ref().is_none_or(|description| description.read_only);
-        // How its data goes was agreed on with the frontend, whatever this target says of it.
-        let (image, _) = open(target, read_only)?;
-        let (sector_bytes, told) = (image.geometry().sector_bytes, self.told_sector_bytes);
-        match told.filter(|told| *told < sector_bytes) {
-            None => Ok(image),
+    /// Takes the medium that was wanted, or the reason why there is none.
+    pub(super) fn take_medium<S: Store>(
+        &mut self,
+        result: Result<OpenBacking, Failure>,
+        around: &mut Surroundings<'_, S>,
+    ) {
+        let usable = result.and_then(|medium| self.check_medium(&medium).map(|()| medium));
+        match usable {
+            Ok(medium) => {
+                let target = self.drive.wanted().to_owned();
+                self.hand_over(target, medium, around);
+            }
+            Err(failure) => {
+                tracing::error!(disk = %self.key, "no medium: {}", failure.text);
+                self.drive.refuse();
+                self.failure = failure;
+                self.run(VecDeque::from([Input::MediumFailed]), around);
+            }
+        }
+    }
+
+    /// Whether the guest can use a medium.
+    pub fn check_medium(&self, medium: &OpenBacking) -> Result<(), Failure> {
+        let sector_bytes = medium.image().geometry().sector_bytes;
+        match self.told_sector_bytes.filter(|told| *told < sector_bytes) {
+            None => Ok(()),
             Some(told) => Err(Failure {
                 errno: libc::EINVAL,
                 text: format!(
-                    "{target}: it has blocks of {sector_bytes} bytes, and the guest was told \
+                    "the medium has blocks of {sector_bytes} bytes, and the guest was told \
                      {told}, which it asks only once; name it with the option emulate-512, or \
                      detach the drive and attach it with this medium"
                 ),
@@ -113,19 +173,20 @@ impl Disk {
         }
     }
 
-    /// Has every queue go over to `image`; at once where there is none.
+    /// Has every queue go over to `medium`; at once where there is none.
     fn hand_over<S: Store>(
         &mut self,
         target: String,
-        image: Arc<Image>,
+        medium: OpenBacking,
         around: &mut Surroundings<'_, S>,
     ) {
         match target.as_str() {
             "" => tracing::info!(disk = %self.key, "ejecting"),
-            medium => tracing::info!(disk = %self.key, medium, "inserting"),
+            target => tracing::info!(disk = %self.key, medium = target, "inserting"),
         }
+        let image = medium.image().clone();
         let rules = self.rules(&image, around.offer);
-        self.drive.begin(target, image.clone());
+        self.drive.begin_move(target, medium);
         let input = match &mut self.connection {
             None => {
                 self.finish_move();
@@ -133,17 +194,17 @@ impl Disk {
             }
             Some(connection) => connection
                 .replace_image(&image, rules, around.workers)
-                .map(|news| self.digest(news, around.workers)),
+                .map(|news| self.digest(news, around)),
         };
         if let Some(input) = input {
-            self.run(input, around);
+            self.run(VecDeque::from([input]), around);
         }
     }
 
     /// The data plane serves what was handed over to it.
     pub(super) fn finish_move(&mut self) {
-        if let Some(image) = self.drive.finish() {
-            self.image = Some(image);
+        if let Some(medium) = self.drive.finish_move() {
+            self.backing = Some(medium);
         }
     }
 }

@@ -88,7 +88,8 @@ fn a_one_page_ring_is_its_ring_ref() {
         Published {
             protocol: Protocol::X86_64,
             mapping: Mapping::Kept,
-            rings: vec![ring(&[8], 15)]
+            rings: vec![ring(&[8], 15)],
+            first_nodes: ["ring-ref".into(), "event-channel".into()],
         }
     );
 }

@@ -16,8 +16,9 @@
 //! | online 0, BE 6, 1, 2 or 0 | `a_disk_without_a_guest_is_forgotten_when_it_goes_offline` |
 //! | device_del: online 0 and BE 5 at once | `a_detached_disk_waits_for_its_frontend` |
 //! | forced removal | `a_forced_removal_waits_for_the_link_only` |
+//! | (not in QEMU: the domain is gone, its areas stay) | `the_disk_of_a_guest_that_is_gone_is_closed_and_let_go` |
 //! | exit | `when_the_daemon_ends_the_link_is_drained_and_no_state_written` |
-//! | another medium in the drive (mended: QEMU never looks) | `a_connected_frontend_is_told_of_another_medium`, `a_medium_changed_before_the_connection_changes_what_is_offered`, `a_medium_of_no_use_is_an_error_and_no_failure` |
+//! | another medium in the drive (mended: QEMU never looks) | `a_connected_frontend_is_told_of_another_medium`, `a_medium_changed_before_the_connection_changes_what_is_offered`, `a_medium_that_cannot_be_used_is_an_error_and_no_failure` |
 //!
 //! Rows that do not apply here: creation writes and the frontend's creation (the registry's and
 //! attach's: tests/control.rs), resize (no image changes its size yet), drained_begin/end (a
@@ -347,6 +348,38 @@ fn an_area_that_vanished_is_not_written_to() {
 }
 
 #[test]
+fn the_disk_of_a_guest_that_is_gone_is_closed_and_let_go() {
+    assert_eq!(waiting().step(Input::DomainGone), [SetState(Closed), Forget]);
+    let mut machine = connected();
+    assert_eq!(machine.step(Input::DomainGone), [Disconnect]);
+    assert_eq!(machine.step(Input::Frontend(Unknown)), []);
+    assert_eq!(machine.step(Input::LinkDown), [SetState(Closed), Forget]);
+}
+
+#[test]
+fn while_storage_is_being_opened_everything_else_goes_on() {
+    let mut machine = Machine::new(Initialising, true);
+    machine.step(Input::Backend(Initialising));
+    assert!(machine.is_opening());
+    assert_eq!(machine.step(Input::Frontend(Initialised)), [], "it waits for InitWait");
+    let mut removed = machine;
+    removed.set_online(false);
+    assert_eq!(removed.step(Input::Backend(Closing)), [], "its guest is alive");
+    assert_eq!(removed.step(Input::Frontend(Closed)), [SetState(Closed), Forget]);
+    assert_eq!(machine.step(Input::Opened), [SetState(InitWait)]);
+    assert_eq!(machine.step(Input::Ready), [Connect]);
+}
+
+#[test]
+fn an_answer_that_nobody_waits_for_changes_nothing() {
+    for answer in [Input::Opened, Input::OpenFailed, Input::OpenFailedScript] {
+        let mut machine = waiting();
+        let before = machine;
+        assert_eq!((machine.step(answer), machine), (&[][..], before));
+    }
+}
+
+#[test]
 fn when_the_daemon_ends_the_link_is_drained_and_no_state_written() {
     let mut machine = connected();
     assert_eq!(machine.step(Input::Stop), [Disconnect]);
@@ -374,7 +407,7 @@ fn a_medium_changed_before_the_connection_changes_what_is_offered() {
 }
 
 #[test]
-fn a_medium_of_no_use_is_an_error_and_no_failure() {
+fn a_medium_that_cannot_be_used_is_an_error_and_no_failure() {
     let mut machine = connected();
     assert_eq!(machine.step(Input::MediumFailed), [WriteError]);
     assert_eq!((machine.backend(), machine.link()), (Connected, Link::Up));
@@ -413,6 +446,7 @@ struct Around {
     ending: bool,
     forgotten: bool,
     opening: bool,
+    open: bool,
 }
 
 impl Around {
@@ -433,7 +467,7 @@ impl Around {
                 SetState(Connected) => assert!(self.linked && !self.ending, "{self:?}"),
                 Open => {
                     assert!(idle, "opened under a link");
-                    self.opening = true;
+                    (self.opening, self.open) = (true, false);
                 }
                 Forget => {
                     assert!(idle, "forgotten with a link: {self:?}");
@@ -446,16 +480,14 @@ impl Around {
 
     /// The input that a proposed one amounts to here; answers come only to questions.
     fn allow(&mut self, input: Input) -> Option<Input> {
-        if self.opening {
-            // Opening answers before anything else is looked at.
-            self.opening = false;
-            return Some(match input {
-                Input::OpenFailed | Input::OpenFailedScript => input,
-                _ => Input::Opened,
-            });
-        }
         match input {
+            Input::Opened | Input::OpenFailed | Input::OpenFailedScript if self.opening => {
+                self.opening = false;
+                self.open = input == Input::Opened;
+                Some(input)
+            }
             Input::Opened | Input::OpenFailed | Input::OpenFailedScript => None,
+            Input::Ready => self.open.then_some(input),
             Input::LinkUp if self.connecting => {
                 self.connecting = false;
                 self.linked = true;
@@ -484,7 +516,8 @@ fn any_input() -> impl Strategy<Value = Input> {
         2 => state.prop_map(Input::Backend),
         1 => any::<bool>().prop_map(Input::Online),
         2 => Just(Input::Ready),
-        1 => prop::sample::select(vec![Input::Opened, Input::OpenFailed, Input::OpenFailedScript]),
+        2 => Just(Input::Opened),
+        1 => prop::sample::select(vec![Input::OpenFailed, Input::OpenFailedScript]),
         4 => Just(Input::LinkUp),
         1 => prop::sample::select(vec![Input::LinkFailed, Input::LinkFault, Input::RingReplaced]),
         4 => Just(Input::LinkDown),
@@ -509,10 +542,6 @@ fn play(inputs: &[Input]) -> (Machine, Around) {
 
 fn finish(mut machine: Machine, mut around: Around, inputs: &[Input]) -> bool {
     for input in inputs.iter().chain(&[Input::LinkDown, Input::LinkDown, Input::LinkDown]) {
-        if around.opening {
-            around.opening = false;
-            around.carry_out(machine.step(Input::Opened));
-        }
         if !around.forgotten
             && let Some(input) = around.allow(*input)
         {
@@ -546,6 +575,7 @@ proptest! {
             &[Input::Frontend(Closed), Input::Online(false), Input::Backend(Closing)][..],
             &[Input::Online(false), Input::Backend(Closing), Input::Frontend(Unknown)],
             &[Input::Gone],
+            &[Input::DomainGone],
             &[Input::Stop],
         ] {
             let around = Around { ..around };
@@ -560,7 +590,7 @@ proptest! {
     ) {
         let (mut machine, mut around) = play(&inputs);
         for input in [
-            Input::Ready, // taken for Opened where that is due
+            Input::Opened,
             Input::Ready,
             Input::Frontend(Closed),
             Input::LinkDown,

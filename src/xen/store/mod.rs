@@ -134,6 +134,17 @@ impl Store for StoreClient {
     fn next_event(&self) -> io::Result<Option<WatchEvent>> {
         self.scope.connection.next_event()
     }
+
+    fn read_up_to_date(&self, path: &str, token: &str) -> io::Result<Box<str>> {
+        let (parts, old) = ([plain(path)?, NUL], Some((path, token)));
+        boxed_text(&self.scope.connection.ask_without(old, Op::Read, 0, &parts)?)
+    }
+
+    fn is_domain_introduced(&self, domid: DomId) -> io::Result<bool> {
+        let answer =
+            self.scope.ask(Op::IsDomainIntroduced, &[domid.to_string().as_bytes(), NUL])?;
+        Ok(answer.first() == Some(&b'T'))
+    }
 }
 
 impl AsFd for StoreClient {
@@ -338,12 +349,26 @@ struct Answer {
 
 impl Connection {
     fn ask(&self, op: Op, tx_id: u32, parts: &[&[u8]]) -> io::Result<Vec<u8>> {
+        self.ask_without(None, op, tx_id, parts)
+    }
+
+    /// The same, and drops events of this path and token that came before the answer.
+    fn ask_without(
+        &self,
+        old: Option<(&str, &str)>,
+        op: Op,
+        tx_id: u32,
+        parts: &[&[u8]],
+    ) -> io::Result<Vec<u8>> {
         let mut state = self.state.borrow_mut();
         state.check_alive()?;
         state.outbox.clear();
         state.put(op, tx_id, parts)?;
         self.send(&mut state)?;
         let answer = self.wait(&mut state)?;
+        if let Some((path, token)) = old {
+            state.events.retain(|event| event.path != path || event.token != token);
+        }
         self.end_answers(&mut state)?;
         let last = state.req_id;
         state.check(answer, op, last)

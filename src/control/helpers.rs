@@ -1,0 +1,416 @@
+//! Threads that open and close storage, so that control never waits for it.
+//!
+//! An open of a file on a hung NFS server, behind an automount or under a lease takes seconds or for
+//! ever, and so may a close. Control asks for an open by [`Helpers::open`], goes on, and finds the
+//! answer in [`Helpers::next_answer`]; what it opened is closed here, too, whoever drops it
+//! ([`OpenBacking`]).
+//!
+//! Threads are made as they are needed, `limits::HELPERS_MAX` at most. Storage that hangs keeps the
+//! threads that went into it, so there are never more than a few in one folder
+//! (`limits::HELPERS_PER_FOLDER`) and on one mount (`limits::HELPERS_PER_MOUNT`): the others stay
+//! free for everybody else.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fs;
+use std::ops::Deref;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, Sender, unbounded};
+
+use super::key::DiskKey;
+use crate::backing::{Access, Backing, BackingError, Contents, Image, Spec};
+use crate::limits;
+use crate::park::Doorbell;
+
+/// How long a thread without work waits for more before it ends.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// An open that was asked for: unique in the life of the daemon, so that the answer to one that
+/// nobody waits for any more is recognised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct OpenId(u64);
+
+/// Who asked for an open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Asker {
+    /// A disk that was found, or whose medium changes.
+    Disk(DiskKey),
+    /// The admin, for a disk to be made or a medium to be inserted.
+    Admin,
+}
+
+/// The answer to [`Helpers::open`].
+#[derive(Debug)]
+pub struct Answer {
+    /// To which.
+    pub id: OpenId,
+    /// Who is to be told.
+    pub asker: Asker,
+    /// What was opened, or why it could not be.
+    pub result: Result<OpenBacking, BackingError>,
+}
+
+/// Opened storage. Its last drop, on whatever thread, has a helper close it.
+#[derive(Debug)]
+pub struct OpenBacking {
+    /// `None` only in its drop.
+    backing: Option<Backing>,
+    places: Places,
+    pool: Arc<Pool>,
+}
+
+/// Control's end of the helpers.
+#[derive(Debug)]
+pub struct Helpers {
+    pool: Arc<Pool>,
+    results: Receiver<Opened>,
+    /// Opens whose answers are waited for.
+    asked: BTreeMap<OpenId, Asker>,
+    next: u64,
+}
+
+/// What a helper has to say.
+#[derive(Debug)]
+struct Opened {
+    id: OpenId,
+    result: Result<OpenBacking, BackingError>,
+}
+
+#[derive(Debug)]
+struct Pool {
+    state: Mutex<State>,
+    /// Something may have become due, or is done.
+    changed: Condvar,
+    results: Sender<Opened>,
+    bell: Doorbell,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    waiting: VecDeque<Job>,
+    /// Jobs that run in each place.
+    running: BTreeMap<Place, usize>,
+    threads: usize,
+    idle: usize,
+}
+
+#[derive(Debug)]
+struct Job {
+    task: Task,
+    places: Places,
+}
+
+#[derive(Debug)]
+enum Task {
+    Open { id: OpenId, spec: Spec, access: Access },
+    Close(Backing),
+}
+
+/// What a job may get stuck in.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Place {
+    /// A file's folder, or a device.
+    Folder(PathBuf),
+    /// By its mount point.
+    Mount(PathBuf),
+}
+
+impl Place {
+    /// How many jobs may be there together.
+    fn most(&self) -> usize {
+        match self {
+            Place::Folder(_) => limits::HELPERS_PER_FOLDER,
+            Place::Mount(_) => limits::HELPERS_PER_MOUNT,
+        }
+    }
+}
+
+/// All that one job may get stuck in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Places(Vec<Place>);
+
+impl Helpers {
+    /// No thread yet; `bell` is rung for each answer.
+    pub fn new(bell: Doorbell) -> Helpers {
+        let (sender, results) = unbounded();
+        let (state, changed) = Default::default();
+        let pool = Arc::new(Pool { state, changed, results: sender, bell });
+        Helpers { pool, results, asked: BTreeMap::new(), next: 0 }
+    }
+
+    /// Has storage opened; [`Helpers::next_answer`] will tell.
+    pub fn open(&mut self, spec: Spec, access: Access, asker: Asker) -> OpenId {
+        let id = OpenId(self.next);
+        self.next += 1;
+        self.asked.insert(id, asker);
+        match &spec.contents {
+            Contents::Raw(path) => {
+                let places = Places::of(path);
+                self.pool.push(Job { task: Task::Open { id, spec, access }, places });
+            }
+            // There is nothing to wait for.
+            Contents::Null { .. } => self.pool.answer(id, Places::default(), spec.open(&access)),
+        }
+        id
+    }
+
+    /// A drive without a medium.
+    pub fn empty(&self) -> OpenBacking {
+        self.pool.own(Backing::empty(), Places::default())
+    }
+
+    /// Nobody waits for this open any more. One that runs already goes on, and what it opens is
+    /// closed.
+    pub fn abandon(&mut self, id: OpenId) {
+        self.asked.remove(&id);
+        self.pool
+            .state()
+            .waiting
+            .retain(|job| !matches!(&job.task, Task::Open { id: waiting, .. } if *waiting == id));
+    }
+
+    /// The next answer that is here already and waited for.
+    pub fn next_answer(&mut self) -> Option<Answer> {
+        loop {
+            let Opened { id, result } = self.results.try_recv().ok()?;
+            if let Some(asker) = self.asked.remove(&id) {
+                return Some(Answer { id, asker, result });
+            }
+        }
+    }
+
+    /// Waits until everything dropped is closed, but not longer than until `end`; says whether it is.
+    pub fn finish(&self, end: Instant) -> bool {
+        let mut state = self.pool.state();
+        loop {
+            let busy = !state.waiting.is_empty() || !state.running.is_empty();
+            let left = end.saturating_duration_since(Instant::now());
+            if !busy || left.is_zero() {
+                return !busy;
+            }
+            let waited = self.pool.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl Pool {
+    /// The state is whole whatever happened to who held it last: nothing in here panics half-way.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn own(self: &Arc<Self>, backing: Backing, places: Places) -> OpenBacking {
+        OpenBacking { backing: Some(backing), places, pool: Arc::clone(self) }
+    }
+
+    fn answer(self: &Arc<Self>, id: OpenId, places: Places, result: Result<Backing, BackingError>) {
+        let result = result.map(|backing| self.own(backing, places));
+        // Without control there is nobody to tell.
+        let _ = self.results.send(Opened { id, result });
+        self.bell.ring();
+    }
+
+    fn push(self: &Arc<Self>, job: Job) {
+        let mut state = self.state();
+        state.waiting.push_back(job);
+        let due = state.waiting.iter().filter(|job| state.may_run(job)).count();
+        // A thread that was woken may still count as idle.
+        if due <= state.idle || state.threads == limits::HELPERS_MAX {
+            drop(state);
+            self.changed.notify_all();
+        } else if let Some(job) = state.next_job() {
+            state.threads += 1;
+            drop(state);
+            self.spawn(job);
+        }
+    }
+
+    fn spawn(self: &Arc<Self>, job: Job) {
+        let pool = Arc::clone(self);
+        let first = Arc::new(Mutex::new(Some(job)));
+        let taken = Arc::clone(&first);
+        let body = move || {
+            let job = taken.lock().unwrap_or_else(PoisonError::into_inner).take();
+            pool.serve(job);
+        };
+        let spawned = std::thread::Builder::new().name("storage".to_owned()).spawn(body);
+        if let Err(error) = spawned
+            && let Some(job) = first.lock().unwrap_or_else(PoisonError::into_inner).take()
+        {
+            let mut state = self.state();
+            state.leave(&job.places);
+            state.waiting.push_front(job);
+            drop(state);
+            self.give_up_where_nobody_helps(&error);
+        }
+    }
+
+    /// Without a single thread nothing would ever be answered.
+    fn give_up_where_nobody_helps(self: &Arc<Self>, error: &std::io::Error) {
+        let mut state = self.state();
+        state.threads -= 1;
+        if state.threads > 0 {
+            return;
+        }
+        let waiting = std::mem::take(&mut state.waiting);
+        drop(state);
+        for Job { task, places } in waiting {
+            match task {
+                Task::Open { id, spec, .. } => {
+                    let what = format!("no thread can be started to open it ({error})");
+                    self.answer(id, places, Err(refusal(&spec, what, "raise the limit on tasks")));
+                }
+                // Closed here after all, or its file would stay open for good.
+                Task::Close(backing) => drop(backing),
+            }
+        }
+    }
+
+    /// Does this job, and more until there were none for a while.
+    fn serve(self: &Arc<Self>, mut first: Option<Job>) {
+        let mut state = self.state();
+        loop {
+            if let Some(job) = first.take().or_else(|| state.next_job()) {
+                drop(state);
+                let places = job.places.clone();
+                self.run(job);
+                state = self.state();
+                state.leave(&places);
+                self.changed.notify_all();
+                continue;
+            }
+            state.idle += 1;
+            let (next, waited) =
+                self.changed.wait_timeout(state, IDLE).unwrap_or_else(PoisonError::into_inner);
+            state = next;
+            state.idle -= 1;
+            if waited.timed_out() && !state.has_job() {
+                state.threads -= 1;
+                return;
+            }
+        }
+    }
+
+    fn run(self: &Arc<Self>, job: Job) {
+        match job.task {
+            Task::Open { id, spec, access } => {
+                let opened = catch_unwind(AssertUnwindSafe(|| spec.open(&access)));
+                let result = opened.unwrap_or_else(|_| {
+                    let what = "opening it failed in polldisk itself".to_owned();
+                    Err(refusal(&spec, what, "see the log, and report it as a fault of polldisk"))
+                });
+                self.answer(id, job.places, result);
+            }
+            Task::Close(backing) => {
+                let _ = catch_unwind(AssertUnwindSafe(|| drop(backing)));
+            }
+        }
+    }
+}
+
+impl State {
+    fn may_run(&self, job: &Job) -> bool {
+        let has_room =
+            |place: &Place| self.running.get(place).is_none_or(|running| *running < place.most());
+        job.places.0.iter().all(has_room)
+    }
+
+    fn has_job(&self) -> bool {
+        self.waiting.iter().any(|job| self.may_run(job))
+    }
+
+    /// The oldest job whose places have room.
+    fn next_job(&mut self) -> Option<Job> {
+        let index = self.waiting.iter().position(|job| self.may_run(job))?;
+        let job = self.waiting.remove(index)?;
+        for place in &job.places.0 {
+            *self.running.entry(place.clone()).or_default() += 1;
+        }
+        Some(job)
+    }
+
+    fn leave(&mut self, places: &Places) {
+        for place in &places.0 {
+            if let Some(running) = self.running.get_mut(place) {
+                *running -= 1;
+                if *running == 0 {
+                    self.running.remove(place);
+                }
+            }
+        }
+    }
+}
+
+impl Places {
+    /// The folder of a file and the mount that it is on, by their names alone: to look them up could
+    /// already hang. A node below `/dev` is a device of its own.
+    fn of(path: &Path) -> Places {
+        let mount = mount_of(path, &fs::read_to_string("/proc/self/mountinfo").unwrap_or_default());
+        let folder = match path.starts_with("/dev") {
+            true => path,
+            false => path.parent().unwrap_or(path),
+        };
+        Places(vec![Place::Folder(folder.to_owned()), Place::Mount(mount)])
+    }
+}
+
+/// The longest mount point in `mountinfo` (proc(5)) that `path` lies below.
+fn mount_of(path: &Path, mountinfo: &str) -> PathBuf {
+    let points = mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(unescaped);
+    let above = points.filter(|point| path.starts_with(point));
+    above.max_by_key(|point| point.as_os_str().len()).unwrap_or_else(|| PathBuf::from("/"))
+}
+
+/// A name of mountinfo, in which blanks and the like are written as three octal digits.
+fn unescaped(name: &str) -> PathBuf {
+    use std::os::unix::ffi::OsStringExt;
+    let mut bytes = Vec::with_capacity(name.len());
+    let mut rest = name.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let digits = after.get(..3).filter(|_| *first == b'\\');
+        let code = digits.and_then(|digits| std::str::from_utf8(digits).ok());
+        match code.and_then(|code| u8::from_str_radix(code, 8).ok()) {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &after[3..];
+            }
+            None => {
+                bytes.push(*first);
+                rest = after;
+            }
+        }
+    }
+    PathBuf::from(std::ffi::OsString::from_vec(bytes))
+}
+
+fn refusal(spec: &Spec, what: String, mend: &str) -> BackingError {
+    BackingError { target: spec.to_string(), what, mend: mend.to_owned(), source: None }
+}
+
+impl Deref for OpenBacking {
+    type Target = Backing;
+
+    fn deref(&self) -> &Backing {
+        self.backing.as_ref().expect("taken only in its drop")
+    }
+}
+
+impl Drop for OpenBacking {
+    fn drop(&mut self) {
+        match self.backing.take() {
+            Some(backing) if matches!(**backing.image(), Image::Raw(_)) => {
+                let places = std::mem::take(&mut self.places);
+                self.pool.push(Job { task: Task::Close(backing), places });
+            }
+            // Nothing is open.
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod test;

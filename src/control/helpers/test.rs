@@ -1,0 +1,154 @@
+use std::fs::File;
+use std::os::fd::AsFd;
+
+use super::*;
+use crate::park;
+
+struct Rig {
+    helpers: Helpers,
+    bell: Doorbell,
+    folder: tempfile::TempDir,
+}
+
+impl Rig {
+    fn new() -> Rig {
+        let bell = Doorbell::new().unwrap();
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        Rig { helpers: Helpers::new(bell.clone()), bell, folder }
+    }
+
+    fn image(&self, name: &str) -> PathBuf {
+        let path = self.folder.path().join(name);
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        path
+    }
+
+    fn open(&mut self, path: &Path) -> OpenId {
+        let spec = format!("raw:{}", path.display()).parse().unwrap();
+        let access = Access { read_only: true, ..Access::default() };
+        self.helpers.open(spec, access, Asker::Admin)
+    }
+
+    fn answer(&mut self) -> Answer {
+        loop {
+            if let Some(answer) = self.helpers.next_answer() {
+                return answer;
+            }
+            assert!(park::sleep(&[self.bell.as_fd()], Some(Duration::from_secs(60)))[0]);
+            self.bell.silence();
+        }
+    }
+}
+
+/// A lease on a file: whoever opens it waits until the lease is given up.
+struct Lease(File);
+
+impl Lease {
+    fn on(path: &Path) -> Lease {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        set_lease(&file, libc::F_WRLCK);
+        Lease(file)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        set_lease(&self.0, libc::F_UNLCK);
+    }
+}
+
+#[allow(unsafe_code)]
+fn set_lease(file: &File, kind: libc::c_int) {
+    use std::os::fd::AsRawFd;
+    // The kernel tells the holder by SIGIO, which would end the test.
+    // SAFETY: no pointers.
+    unsafe {
+        libc::signal(libc::SIGIO, libc::SIG_IGN);
+        assert_eq!(libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind), 0);
+    }
+}
+
+#[test]
+fn an_open_is_answered_with_what_was_opened_or_the_reason() {
+    let mut rig = Rig::new();
+    let path = rig.image("disk");
+    let good = rig.open(&path);
+    let answer = rig.answer();
+    assert_eq!(answer.id, good);
+    assert_eq!(answer.result.unwrap().image().geometry().size.0, 1 << 20);
+    let bad = rig.open(Path::new("/nowhere/at/all"));
+    let answer = rig.answer();
+    assert_eq!(answer.id, bad);
+    assert!(answer.result.unwrap_err().to_string().contains("does not exist"));
+    assert!(rig.helpers.finish(Instant::now() + Duration::from_secs(60)));
+}
+
+#[test]
+fn storage_that_hangs_keeps_a_few_threads_and_leaves_the_others_to_everybody_else() {
+    let mut rig = Rig::new();
+    fs::create_dir(rig.folder.path().join("hung")).unwrap();
+    let hung: Vec<_> = (0..20).map(|number| rig.image(&format!("hung/{number}"))).collect();
+    let leases: Vec<_> = hung.iter().map(|path| Lease::on(path)).collect();
+    let asked: Vec<_> = hung.iter().map(|path| rig.open(path)).collect();
+    for number in 0..3 {
+        let path = rig.image(&format!("{number}"));
+        let id = rig.open(&path);
+        assert_eq!(rig.answer().id, id, "those in the other folder still hang");
+    }
+    let state = rig.helpers.pool.state();
+    let folder = Place::Folder(rig.folder.path().join("hung"));
+    assert_eq!(state.running.get(&folder), Some(&limits::HELPERS_PER_FOLDER));
+    assert!(state.threads <= limits::HELPERS_PER_FOLDER + 2);
+    drop(state);
+
+    // Those that nobody waits for any more, and that have not begun, never do.
+    asked[limits::HELPERS_PER_FOLDER..].iter().for_each(|id| rig.helpers.abandon(*id));
+    drop(leases);
+    let mut answered: Vec<_> = (0..limits::HELPERS_PER_FOLDER).map(|_| rig.answer().id).collect();
+    answered.sort();
+    assert_eq!(answered, asked[..limits::HELPERS_PER_FOLDER]);
+    assert!(rig.helpers.finish(Instant::now() + Duration::from_secs(60)));
+    assert!(rig.helpers.next_answer().is_none());
+}
+
+#[test]
+fn what_is_dropped_is_closed_by_a_helper() {
+    use std::os::fd::RawFd;
+    let mut rig = Rig::new();
+    let path = rig.image("disk");
+    rig.open(&path);
+    let backing = rig.answer().result.unwrap();
+    let Image::Raw(image) = &**backing.image() else { unreachable!() };
+    let fd: RawFd = image.raw_fd();
+    let link = format!("/proc/self/fd/{fd}");
+    assert_eq!(fs::read_link(&link).unwrap(), path);
+    drop(backing);
+    assert!(rig.helpers.finish(Instant::now() + Duration::from_secs(60)));
+    assert_ne!(fs::read_link(&link).ok(), Some(path));
+}
+
+#[test]
+fn a_mount_is_found_by_its_name_alone() {
+    let mountinfo = "22 1 8:1 / / rw - ext4 /dev/a rw\n\
+        30 22 0:5 / /dev rw - devtmpfs udev rw\n\
+        31 22 0:50 / /srv/my\\040disks rw - nfs4 server:/x rw\n\
+        32 22 0:51 / /srv rw - nfs4 server:/y rw\n";
+    for (path, mount) in [
+        ("/srv/my disks/a.img", "/srv/my disks"),
+        ("/srv/my disk/a.img", "/srv"),
+        ("/srvx/a.img", "/"),
+        ("/dev/sda", "/dev"),
+    ] {
+        assert_eq!(mount_of(Path::new(path), mountinfo), Path::new(mount), "{path}");
+    }
+    assert_eq!(mount_of(Path::new("/a"), ""), Path::new("/"));
+}
+
+#[test]
+fn a_device_is_a_place_of_its_own_and_a_mounted_folder_is_counted_as_both() {
+    let folder = |path: &str| Places::of(Path::new(path)).0[0].clone();
+    assert_ne!(folder("/dev/a"), folder("/dev/b"));
+    assert_eq!(folder("/srv/a"), folder("/srv/b"));
+    let Places(root) = Places::of(Path::new("/a"));
+    assert_eq!(root, [Place::Folder("/".into()), Place::Mount("/".into())]);
+}
