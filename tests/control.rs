@@ -4,6 +4,12 @@
 mod drives;
 #[path = "control/endings.rs"]
 mod endings;
+#[path = "control/log.rs"]
+mod log;
+#[path = "control/noise.rs"]
+mod noise;
+#[path = "control/opening.rs"]
+mod opening;
 #[path = "control/rig.rs"]
 mod rig;
 
@@ -216,11 +222,7 @@ fn a_ring_fault_closes_that_disk_only() {
     let rig = Rig::start();
     let (_other, other) = connected(&rig, 6);
     let (guest, areas) = connected(&rig, 5);
-    let key = {
-        let plane = rig.plane();
-        let mut of_5 = plane.serving.iter().filter(|(_, (domid, _))| domid.raw() == 5);
-        *of_5.next().unwrap().0
-    };
+    let key = rig.queue_of(5);
     rig.worker_events.send(Event::RingFault(key, "req_prod ran away".into()));
     rig.wait_state(&areas.backend, 5);
     assert!(rig.read(&areas.error).unwrap().contains("req_prod ran away"));

@@ -93,6 +93,8 @@ struct State {
     waiting: VecDeque<Job>,
     /// Jobs that run in each place.
     running: BTreeMap<Place, usize>,
+    /// Waiting and running jobs that close something.
+    closings: usize,
     threads: usize,
     idle: usize,
 }
@@ -186,7 +188,7 @@ impl Helpers {
     pub fn finish(&self, end: Instant) -> bool {
         let mut state = self.pool.state();
         loop {
-            let busy = !state.waiting.is_empty() || !state.running.is_empty();
+            let busy = state.closings > 0;
             let left = end.saturating_duration_since(Instant::now());
             if !busy || left.is_zero() {
                 return !busy;
@@ -216,6 +218,7 @@ impl Pool {
 
     fn push(self: &Arc<Self>, job: Job) {
         let mut state = self.state();
+        state.closings += job.closes();
         state.waiting.push_back(job);
         let due = state.waiting.iter().filter(|job| state.may_run(job)).count();
         // A thread that was woken may still count as idle.
@@ -257,6 +260,7 @@ impl Pool {
             return;
         }
         let waiting = std::mem::take(&mut state.waiting);
+        state.closings = 0;
         drop(state);
         for Job { task, places } in waiting {
             match task {
@@ -276,10 +280,11 @@ impl Pool {
         loop {
             if let Some(job) = first.take().or_else(|| state.next_job()) {
                 drop(state);
-                let places = job.places.clone();
+                let (places, closes) = (job.places.clone(), job.closes());
                 self.run(job);
                 state = self.state();
                 state.leave(&places);
+                state.closings -= closes;
                 self.changed.notify_all();
                 continue;
             }
@@ -309,6 +314,13 @@ impl Pool {
                 let _ = catch_unwind(AssertUnwindSafe(|| drop(backing)));
             }
         }
+    }
+}
+
+impl Job {
+    /// One where it closes something.
+    fn closes(&self) -> usize {
+        usize::from(matches!(self.task, Task::Close(_)))
     }
 }
 

@@ -32,8 +32,8 @@ use crate::units::{DomId, VbdId};
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::{Store, WatchEvent, if_there};
 
-/// The path of a watch that fires when a domain ends (`docs/misc/xenstore.txt`), and its token.
-const RELEASE_DOMAIN: &str = "@releaseDomain";
+/// Paths of watches that fire when a domain begins or ends (`docs/misc/xenstore.txt`), and their tokens.
+const DOMAINS: [&str; 2] = ["@introduceDomain", "@releaseDomain"];
 
 /// The disks and everything they are made of.
 #[derive(Debug)]
@@ -96,8 +96,8 @@ struct Due {
     kinds: BTreeSet<Arc<str>>,
     domains: BTreeSet<(Arc<str>, DomId)>,
     disks: BTreeMap<DiskKey, Ends>,
-    /// A domain has ended; which is not said.
-    release: bool,
+    /// A domain has begun or ended; which is not said.
+    existence: bool,
     /// When the next of the frontends that were looked at too often is looked at again.
     frontends_at: Option<Instant>,
 }
@@ -172,7 +172,7 @@ impl<S: Store> Registry<S> {
             self.store.watch(&root, &disk::backend_token(kind))?;
         }
         // A driver domain may not be allowed to. Then a domain's end shows only by its areas.
-        if let Err(error) = self.store.watch(RELEASE_DOMAIN, RELEASE_DOMAIN) {
+        if let Err(error) = DOMAINS.iter().try_for_each(|path| self.store.watch(path, path)) {
             tracing::info!(
                 "xenstore does not tell of domains that end ({error}); the disks of a guest that is \
                  gone are closed when its toolstack removes them"
@@ -204,7 +204,7 @@ impl<S: Store> Registry<S> {
             let ends = Ends { backend: true, params: Some(Params::Perhaps), frontend: true };
             self.due.disks.insert(disk.key().clone(), ends);
         }
-        self.due.release = true;
+        self.due.existence = true;
         Ok(())
     }
 
@@ -225,8 +225,8 @@ impl<S: Store> Registry<S> {
 
     /// Marks what a watch event is about.
     pub fn take_event(&mut self, event: &WatchEvent) {
-        if event.token == RELEASE_DOMAIN {
-            self.due.release = true;
+        if DOMAINS.contains(&event.token.as_str()) {
+            self.due.existence = true;
             return;
         }
         if let Some(name) = event.token.strip_prefix(FRONTEND_TOKEN) {
@@ -283,7 +283,7 @@ impl<S: Store> Registry<S> {
         let mut due = std::mem::take(&mut self.due);
         let deferred = due.frontends_at.is_some_and(|at| now < at);
         let worked = !(due.kinds.is_empty() && due.domains.is_empty() && due.disks.is_empty())
-            || due.release;
+            || due.existence;
         for kind in due.kinds {
             self.list_kind(&kind);
         }
@@ -298,7 +298,7 @@ impl<S: Store> Registry<S> {
         for (key, ends) in due.disks {
             looked |= self.look_at_ends(&key, ends, now);
         }
-        if due.release {
+        if due.existence {
             self.look_for_ended_domains(now);
         }
         worked && (looked || !deferred)

@@ -76,7 +76,7 @@ pub enum Ended {
 }
 
 /// Runs the control plane in the calling thread until `stop` rings or a signal comes, and at most
-/// `limits::DRAIN_SECONDS` longer. Workers are numbered as they stand in `workers`; all are told to stop
+/// `limits::DRAIN_SECONDS` longer, or until that happens again. Workers are numbered as they stand in `workers`; all are told to stop
 /// before it returns.
 pub fn run<P: Platform>(
     platform: &P,
@@ -257,11 +257,7 @@ impl<'a, P: Platform> Control<'a, P> {
 
     fn wake(&mut self, token: Token, now: Instant) {
         match token {
-            SIGNALS => {
-                if let Some(signal) = self.signals.as_mut().and_then(|s| s.pending().last()) {
-                    self.end_by_signal(signal, now);
-                }
-            }
+            SIGNALS if self.has_signal() => self.end(now),
             STOP => self.end(now),
             ADMIN => {
                 if let Some(admin) = &mut self.admin {
@@ -278,26 +274,23 @@ impl<'a, P: Platform> Control<'a, P> {
         }
     }
 
-    fn end_by_signal(&mut self, signal: i32, now: Instant) {
-        match &mut self.drain_until {
-            None => {
-                tracing::info!(
-                    signal,
-                    "ending; requests in flight are waited for up to {} s, or until the next signal",
-                    limits::DRAIN_SECONDS
-                );
-                self.end(now);
-            }
-            Some(until) => *until = now.min(*until),
-        }
+    fn has_signal(&mut self) -> bool {
+        self.signals.as_mut().is_some_and(|signals| signals.pending().last().is_some())
     }
 
+    /// Begins to end; asked again, gives up what is still in flight.
     fn end(&mut self, now: Instant) {
         self.stop.silence();
-        if self.drain_until.is_none() {
-            self.drain_until = Some(now + Duration::from_secs(limits::DRAIN_SECONDS));
-            self.registry.stop(now);
+        if let Some(until) = &mut self.drain_until {
+            *until = now.min(*until);
+            return;
         }
+        tracing::info!(
+            "ending; requests in flight are waited for up to {} s, or until the next signal",
+            limits::DRAIN_SECONDS
+        );
+        self.drain_until = Some(now + Duration::from_secs(limits::DRAIN_SECONDS));
+        self.registry.stop(now);
     }
 
     /// How it has ended, once it has.

@@ -90,8 +90,8 @@ pub trait Store: Nodes + XsTransaction<Span: Nodes + XsTransactionSpan> + AsFd {
     /// until `None`. An error means that the connection is lost.
     fn next_event(&self) -> io::Result<Option<WatchEvent>>;
 
-    /// Reads a node, and drops the events of the watch with `token` about this very node that came
-    /// before the answer: xenstored answers in order, so they tell of nothing that was not read.
+    /// Reads a node, and drops the events of the watch with `token` about this very node that tell of
+    /// writes before that.
     fn read_up_to_date(&self, path: &str, token: &str) -> io::Result<Box<str>>;
 
     /// Whether xenstored knows the domain: it has begun and has not ended.

@@ -1,5 +1,6 @@
 //! Disks that end at an awkward moment: nothing loops, nothing stays, nothing lands in another disk.
 
+use polldisk::control::Ended;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Detach, Request};
 use polldisk::xen::Store;
@@ -107,4 +108,116 @@ fn an_area_that_is_made_anew_at_any_moment_gets_nothing_that_was_meant_for_the_o
     until("all are forgotten", || rig.list().is_empty());
     assert!(rig.ask(&Request::List).is_ok());
     assert_eq!((rig.served(5), rig.plane().doubles), (0, 0));
+}
+
+#[test]
+fn a_disk_is_not_attached_where_one_still_drains() {
+    let rig = Rig::start();
+    let guest = rig.guest(5);
+    let areas = Areas::new(5, XVDB);
+    rig.attach(5, "xvdb", "null:1G").unwrap();
+    guest.connect(&rig, &areas);
+    rig.plane().hangs = true;
+    rig.toolstack_removes(&areas, true);
+    until("its ring is being drained", || rig.plane().disconnects == 1);
+    let refusal = rig.attach(5, "xvdb", "null:2G").unwrap_err();
+    assert!(refusal.contains("still has requests in flight"), "{refusal}");
+    assert_eq!(rig.read(&areas.frontend), None, "nothing is left half-made");
+    rig.release();
+    until("it is gone", || rig.list().is_empty());
+    rig.attach(5, "xvdb", "null:2G").unwrap();
+    guest.connect(&rig, &areas);
+
+    // The same where all of its areas are gone at once.
+    rig.plane().hangs = true;
+    rig.dom0.rm(&areas.backend).unwrap();
+    until("its ring is being drained", || rig.plane().disconnects == 2);
+    let refusal = rig.attach(5, "xvdb", "null:1G").unwrap_err();
+    assert!(refusal.contains("still has requests in flight"), "{refusal}");
+    rig.release();
+    until("it is gone", || rig.list().is_empty());
+    assert_eq!(rig.read(&areas.frontend), None, "what attach made for the guest goes with it");
+    rig.attach(5, "xvdb", "null:1G").unwrap();
+}
+
+#[test]
+fn a_guest_that_is_gone_takes_its_disks_along_whatever_its_toolstack_leaves() {
+    let rig = Rig::start();
+    let (guest, other) = (rig.guest(5), rig.guest(6));
+    let image = rig.folder().join("disk.img");
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    rig.attach(5, "xvdb", &format!("raw:{}", image.display())).unwrap();
+    let attached = Areas::new(5, XVDB);
+    guest.connect(&rig, &attached);
+    let idle = rig.toolstack_disk(5, xvd(2).0, "null:1G");
+    rig.wait_state(&idle.backend, 2);
+    let made = rig.toolstack_disk(5, xvd(0).0, "null:1G");
+    guest.connect(&rig, &made);
+    let others = rig.toolstack_disk(6, xvd(0).0, "null:1G");
+    other.connect(&rig, &others);
+
+    rig.server().release(crate::rig::domid(5)).unwrap();
+    until("only the other guest's is left", || rig.list().len() == 1);
+    assert_eq!((rig.served(5), rig.served(6)), (0, 1));
+    assert_eq!((rig.read(&attached.backend), rig.read(&attached.frontend)), (None, None));
+    assert_eq!((rig.state(&made.backend), rig.state(&idle.backend)), (Some(6), Some(6)));
+    let is_open = || {
+        let mut descriptors = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
+        descriptors.any(|entry| std::fs::read_link(entry.path()).is_ok_and(|path| path == image))
+    };
+    until("its image is closed", || !is_open());
+
+    // Another domain of that number, and a toolstack that cleans up late.
+    rig.toolstack_removes(&made, true);
+    rig.wait_state(&made.backend, 6);
+    rig.dom0.rm(&made.backend).unwrap();
+    let guest = rig.guest(5);
+    let again = rig.toolstack_disk(5, xvd(0).0, "null:1G");
+    guest.connect(&rig, &again);
+}
+
+#[test]
+fn the_end_of_another_domain_ends_no_disk_of_one_that_is_only_being_made() {
+    let rig = Rig::start();
+    rig.guest(7);
+    // Its areas are there before xenstored knows it, as while a toolstack builds it.
+    rig.dom0.write("/local/domain/5/name", "new").unwrap();
+    let areas = rig.toolstack_disk(5, xvd(0).0, "null:1G");
+    rig.wait_state(&areas.backend, 2);
+    rig.server().release(crate::rig::domid(7)).unwrap();
+    rig.list();
+    rig.list();
+    assert_eq!(rig.state(&areas.backend), Some(2));
+    let guest = rig.guest(5);
+    guest.connect(&rig, &areas);
+    rig.server().release(crate::rig::domid(5)).unwrap();
+    until("it is gone", || rig.list().is_empty());
+}
+
+#[test]
+fn a_daemon_that_ends_beside_hung_storage_ends_and_says_what_is_left() {
+    crate::log::keep();
+    let mut rig = Rig::start();
+    let guest = rig.guest(75);
+    let areas = rig.toolstack_disk(75, xvd(0).0, "null:1G");
+    guest.connect(&rig, &areas);
+    rig.plane().hangs = true;
+    rig.ring_stop();
+    until("its ring is being drained", || rig.plane().disconnects == 1);
+    rig.ring_stop();
+    assert_eq!(rig.join(), Ended::GaveUp);
+    let told = crate::log::lines(&["vbd/75/51712 (xvda)", "null:1G", "not answered by storage"]);
+    assert_eq!(told.len(), 1);
+    assert!(told[0].contains("31.5 s: a write of 4096 bytes at byte 8192"), "{told:?}");
+    assert_eq!(crate::log::lines(&["vbd/75/", "6 requests more"]).len(), 1);
+}
+
+#[test]
+fn a_daemon_that_ends_in_order_says_so() {
+    let mut rig = Rig::start();
+    let guest = rig.guest(5);
+    let areas = rig.toolstack_disk(5, xvd(0).0, "null:1G");
+    guest.connect(&rig, &areas);
+    rig.ring_stop();
+    assert_eq!(rig.join(), Ended::Drained);
 }

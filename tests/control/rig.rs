@@ -15,7 +15,8 @@ use polldisk::control::admin::protocol::{
 use polldisk::control::{self, Config, ControlError, Ended};
 use polldisk::metrics::new_latency_histogram;
 use polldisk::msg::{
-    self, Command, CommandReceiver, Event, EventSender, InFlight, Mapping, QueueKey, WorkerId,
+    self, Command, CommandReceiver, Event, EventSender, InFlight, InFlightRequest, Mapping,
+    QueueKey, WorkerId,
 };
 use polldisk::park::{self, Doorbell};
 use polldisk::sim::store::{Quota, StoreServer};
@@ -120,6 +121,8 @@ pub struct Plane {
     pub media: Vec<u64>,
     /// Answers to Connect and ReplaceImage are kept back.
     pub hold: bool,
+    /// Answers to Disconnect are kept back, as by storage that hangs.
+    pub hangs: bool,
     held: Vec<Event>,
 }
 
@@ -185,8 +188,21 @@ impl Rig {
     }
 
     /// Waits for the control loop to end by itself.
-    pub fn join(&mut self) {
-        self.control.take().unwrap().join().unwrap().unwrap();
+    pub fn join(&mut self) -> Ended {
+        self.control.take().unwrap().join().unwrap().unwrap()
+    }
+
+    /// Asks the control loop to end, and waits for nothing.
+    pub fn ring_stop(&self) {
+        self.stop.ring();
+    }
+
+    /// The queue of a guest's disk.
+    pub fn queue_of(&self, domid: u32) -> QueueKey {
+        let plane = self.plane();
+        let mut queues = plane.serving.iter();
+        let found = queues.find(|(_, (id, _))| u32::from(id.raw()) == domid);
+        *found.expect("the guest is served").0
     }
 
     /// Tries to run a second control loop in this thread.
@@ -272,7 +288,7 @@ impl Rig {
     pub fn release(&self) {
         let held = {
             let mut plane = self.plane();
-            plane.hold = false;
+            (plane.hold, plane.hangs) = (false, false);
             std::mem::take(&mut plane.held)
         };
         held.into_iter().for_each(|event| self.worker_events.send(event));
@@ -531,7 +547,12 @@ fn answer(worker: WorkerId, command: Command, plane: &mut Plane) -> Option<Event
         Command::Disconnect(key) => {
             plane.disconnects += 1;
             plane.serving.remove(&key);
-            Event::Disconnected(key)
+            let event = Event::Disconnected(key);
+            if plane.hangs {
+                plane.held.push(event);
+                return None;
+            }
+            event
         }
         Command::ReplaceImage(replace) => {
             plane.media.push(replace.rules.geometry.size.0);
@@ -550,7 +571,15 @@ fn answer(worker: WorkerId, command: Command, plane: &mut Plane) -> Option<Event
             });
             Event::Latency(key, latency)
         }
-        Command::TellInFlight(key) => Event::InFlight(key, InFlight::default()),
+        Command::TellInFlight(key) => {
+            let write = InFlightRequest {
+                operation: "write",
+                offset_bytes: 8192,
+                len_bytes: 4096,
+                age_ns: 31_500_000_000,
+            };
+            Event::InFlight(key, InFlight { count: 7, oldest: vec![write] })
+        }
         Command::Stop => return None,
     })
 }

@@ -6,6 +6,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -26,6 +27,7 @@ pub struct StoreServer {
     socket: PathBuf,
     commands: Sender<Command>,
     waker: Arc<Waker>,
+    requests: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -53,6 +55,7 @@ impl StoreServer {
         let mut listener = UnixListener::bind(socket)?;
         poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
         let (commands, inbox) = channel::bounded(COMMANDS);
+        let requests = Arc::default();
         let service = Service {
             poll,
             listener,
@@ -60,15 +63,21 @@ impl StoreServer {
             core: StoreCore::new(quota),
             peers: BTreeMap::new(),
             busy: BTreeSet::new(),
+            requests: Arc::clone(&requests),
         };
         let thread = std::thread::Builder::new().name("sim-xenstored".into());
         let thread = Some(thread.spawn(move || service.run())?);
-        Ok(StoreServer { socket: socket.to_owned(), commands, waker, thread })
+        Ok(StoreServer { socket: socket.to_owned(), commands, waker, requests, thread })
     }
 
     /// Where it listens.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Requests that all clients together have made so far.
+    pub fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
     }
 
     /// A new connection that is served as that domain's.
@@ -123,6 +132,7 @@ struct Service {
     peers: BTreeMap<ClientId, Peer>,
     /// Clients to look at without waiting for their stream to become ready (it is edge-triggered).
     busy: BTreeSet<ClientId>,
+    requests: Arc<AtomicU64>,
 }
 
 /// A client's stream, with what arrived and what waits to go out.
@@ -233,6 +243,7 @@ impl Service {
                 }
             };
             if let Some(request) = request {
+                self.requests.fetch_add(1, Ordering::Relaxed);
                 self.core.handle(id, request);
                 continue;
             }

@@ -137,6 +137,8 @@ impl Store for StoreClient {
 
     fn read_up_to_date(&self, path: &str, token: &str) -> io::Result<Box<str>> {
         let (parts, old) = ([plain(path)?, NUL], Some((path, token)));
+        // Some servers send answers before events that came first. After another round trip all are here.
+        self.scope.ask(Op::Read, &parts)?;
         boxed_text(&self.scope.connection.ask_without(old, Op::Read, 0, &parts)?)
     }
 

@@ -1,0 +1,243 @@
+//! Storage that takes its time to open: its own disk waits, and nobody else.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+
+use polldisk::control::admin::client::request;
+use polldisk::control::admin::protocol::{Attach, Insert, Request};
+use xenstore_rs::Xs;
+
+use crate::rig::{Areas, Rig, until, xvd};
+
+const XVDA: u32 = 51712;
+
+/// A file whose open by others waits until this is dropped: a write lease, as a file server holds one. The
+/// kernel breaks it after /proc/sys/fs/lease-break-time, 45 s.
+struct Lease {
+    file: File,
+    path: PathBuf,
+}
+
+impl Lease {
+    fn on(folder: &Path, name: &str) -> Lease {
+        let path = folder.join(name);
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        file.set_len(1 << 20).unwrap();
+        set_lease(&file, libc::F_WRLCK);
+        Lease { file, path }
+    }
+
+    fn target(&self) -> String {
+        format!("raw:{}", self.path.display())
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        set_lease(&self.file, libc::F_UNLCK);
+    }
+}
+
+#[allow(unsafe_code)]
+fn set_lease(file: &File, kind: libc::c_int) {
+    // The kernel tells the holder by SIGIO, which would end the test.
+    // SAFETY: no pointers.
+    unsafe {
+        libc::signal(libc::SIGIO, libc::SIG_IGN);
+        assert_eq!(libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind), 0);
+    }
+}
+
+#[test]
+fn an_open_that_hangs_costs_its_own_disk_only() {
+    let rig = Rig::start();
+    let guest = rig.guest(5);
+    let lease = Lease::on(rig.folder(), "hung.img");
+    let hung = rig.toolstack_disk(5, XVDA, &lease.target());
+    until("it is being opened", || rig.list().len() == 1);
+    // Others, the same guest's too, come and go meanwhile.
+    for round in 0..5 {
+        let areas = rig.toolstack_disk(5, xvd(1 + round).0, "null:1G");
+        guest.connect(&rig, &areas);
+        let other = rig.guest(6 + round);
+        rig.attach(6 + round, "xvda", "null:1G").unwrap();
+        other.connect(&rig, &Areas::new(6 + round, XVDA));
+    }
+    assert_eq!(rig.state(&hung.backend), Some(1));
+    drop(lease);
+    guest.connect(&rig, &hung);
+    assert_eq!(rig.node(&hung.backend, "sectors").as_deref(), Some("2048"));
+}
+
+#[test]
+fn an_open_that_takes_too_long_fails_with_a_reason_and_its_late_answer_changes_nothing() {
+    let rig = Rig::start();
+    let guest = rig.guest(5);
+    let lease = Lease::on(rig.folder(), "hung.img");
+    let areas = rig.toolstack_disk(5, XVDA, &lease.target());
+    rig.wait_state(&areas.backend, 6);
+    let error = rig.read(&areas.error).unwrap();
+    assert!(error.starts_with("110 ") && error.contains(&lease.target()), "{error}");
+    assert!(error.contains("within 8 s") && error.contains("storage answers"), "{error}");
+    drop(lease);
+    rig.list();
+    assert_eq!(rig.state(&areas.backend), Some(6));
+
+    // The toolstack may start it over.
+    rig.dom0.write(&format!("{}/state", areas.backend), "1").unwrap();
+    guest.connect(&rig, &areas);
+    assert_eq!(rig.read(&areas.error), None);
+}
+
+#[test]
+fn a_disk_that_is_removed_while_it_is_being_opened_is_gone_at_once() {
+    let rig = Rig::start();
+    let guest = rig.guest(5);
+    let leases: Vec<_> =
+        (0..3).map(|number| Lease::on(rig.folder(), &format!("hung-{number}.img"))).collect();
+    let areas: Vec<_> = (0..)
+        .zip(&leases)
+        .map(|(number, lease)| rig.toolstack_disk(5, xvd(number).0, &lease.target()))
+        .collect();
+    until("they are being opened", || rig.list().len() == 3);
+    rig.toolstack_removes(&areas[0], false);
+    rig.wait_state(&areas[0].backend, 6);
+    rig.toolstack_removes(&areas[1], true);
+    rig.wait_state(&areas[1].backend, 6);
+    rig.dom0.rm(&areas[2].backend).unwrap();
+    until("all are forgotten", || rig.list().is_empty());
+    assert_eq!(rig.read(&areas[2].backend), None, "it is not brought back");
+
+    // Another disk at the same place, while the first open still hangs.
+    rig.dom0.rm(&areas[0].backend).unwrap();
+    rig.dom0.rm(&areas[0].frontend).unwrap();
+    let again = rig.toolstack_disk(5, xvd(0).0, "null:1G");
+    guest.connect(&rig, &again);
+    drop(leases);
+    rig.list();
+    assert_eq!(rig.node(&again.backend, "sectors").as_deref(), Some("2097152"));
+}
+
+#[test]
+fn an_attach_whose_storage_hangs_is_told_and_leaves_nothing() {
+    let rig = Rig::start();
+    rig.guest(5);
+    let lease = Lease::on(rig.folder(), "hung.img");
+    let refusal = rig.attach(5, "xvda", &lease.target()).unwrap_err();
+    assert!(refusal.contains("within 8 s") && refusal.contains("hung.img"), "{refusal}");
+    let areas = Areas::new(5, XVDA);
+    assert_eq!((rig.read(&areas.backend), rig.read(&areas.frontend)), (None, None));
+    drop(lease);
+    assert_eq!(rig.list(), []);
+    rig.attach(5, "xvda", "null:1G").unwrap();
+}
+
+#[test]
+fn an_attach_goes_on_when_its_storage_answers_and_only_one_of_two_gets_the_place() {
+    let rig = Rig::start();
+    rig.guest(5);
+    let lease = Lease::on(rig.folder(), "slow.img");
+    let attach = |target: String| {
+        let (path, vdev) = (rig.admin_path(), "xvda".into());
+        let attach = Attach { domid: 5, vdev, target, ..Attach::default() };
+        std::thread::spawn(move || request(&path, &Request::Attach(attach)))
+    };
+    let slow = attach(lease.target());
+    rig.attach(5, "xvda", "null:1G").unwrap();
+    drop(lease);
+    let refusal = slow.join().unwrap().unwrap_err().to_string();
+    assert!(refusal.contains("has a disk xvda already"), "{refusal}");
+    assert_eq!(rig.list()[0].target, "null:1G");
+}
+
+/// How many times this process has a file open.
+fn open_files_of(path: &Path) -> usize {
+    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap();
+    descriptors
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
+        .filter(|target| target == path)
+        .count()
+}
+
+#[test]
+fn what_is_closed_is_closed_and_opened_once() {
+    let rig = Rig::start();
+    let guest = rig.guest(5);
+    let path = rig.folder().join("disk.iso");
+    File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    let target = format!("raw:{}", path.display());
+    // A raw file is open twice at most: as itself and, on tmpfs, once more for its mapping.
+    let once = |what: &str| {
+        let count = open_files_of(&path);
+        assert!((1..=2).contains(&count), "{what}: {count}");
+        count
+    };
+    rig.attach_cdrom(5, "xvda", &target).unwrap();
+    let count = once("attached");
+    guest.connect(&rig, &Areas::new(5, XVDA));
+    rig.insert(5, "xvda", &target).unwrap();
+    until("the medium before is closed", || open_files_of(&path) == count);
+    rig.eject(5, "xvda").unwrap();
+    until("it is closed", || open_files_of(&path) == 0);
+    rig.insert(5, "xvda", &target).unwrap();
+    once("inserted");
+    rig.detach(5, "xvda", true).unwrap();
+    until("it is closed", || open_files_of(&path) == 0);
+}
+
+#[test]
+fn a_medium_that_hangs_leaves_the_one_that_is_in_to_the_guest() {
+    let rig = Rig::start();
+    let guest = rig.guest(5);
+    rig.attach_cdrom(5, "xvda", "null:1G").unwrap();
+    let areas = Areas::new(5, XVDA);
+    guest.connect(&rig, &areas);
+    let lease = Lease::on(rig.folder(), "hung.iso");
+    let refusal = rig.insert(5, "xvda", &lease.target()).unwrap_err();
+    assert!(refusal.contains("within 8 s"), "{refusal}");
+    assert_eq!(rig.node(&areas.backend, "sectors").as_deref(), Some("2097152"));
+    assert!(rig.plane().media.is_empty());
+
+    // A toolstack that asks for it gets an empty drive and the reason, and then another medium.
+    rig.toolstack_sets_medium(&areas, &lease.target());
+    until("the drive is empty", || rig.plane().media == [0]);
+    until("the reason is told", || rig.read(&areas.error).is_some());
+    rig.toolstack_sets_medium(&areas, "null:2G");
+    until("another is in", || rig.plane().media == [0, 2 << 30]);
+    drop(lease);
+    rig.list();
+    assert_eq!(rig.list()[0].target, "null:2G");
+}
+
+#[test]
+fn one_medium_after_another_is_wanted_while_the_first_still_hangs() {
+    let rig = Rig::start();
+    let guest = rig.guest(5);
+    rig.attach_cdrom(5, "xvda", "").unwrap();
+    let areas = Areas::new(5, XVDA);
+    guest.connect(&rig, &areas);
+    let lease = Lease::on(rig.folder(), "hung.iso");
+    let inserting = std::thread::spawn({
+        let (path, insert) =
+            (rig.admin_path(), Insert { domid: 5, vdev: "xvda".into(), target: lease.target() });
+        move || request(&path, &Request::Insert(insert))
+    });
+    rig.insert(5, "xvda", "null:1G").unwrap();
+    drop(lease);
+    let first = inserting.join().unwrap();
+    // Whichever came last is in; none of them is lost on the way.
+    let target = rig.list()[0].target.clone();
+    assert!(first.is_ok() && (target == "null:1G" || target.contains("hung.iso")), "{target}");
+}
+
+#[test]
+fn the_daemon_ends_although_an_open_hangs() {
+    let mut rig = Rig::start();
+    rig.guest(5);
+    let lease = Lease::on(rig.folder(), "hung.img");
+    rig.toolstack_disk(5, XVDA, &lease.target());
+    until("it is being opened", || rig.list().len() == 1);
+    rig.stop();
+    drop(lease);
+}
