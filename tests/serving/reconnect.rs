@@ -97,8 +97,7 @@ fn domains_that_come_and_go_leave_nothing_behind() {
                 drop(device);
             }
             drop(guest);
-            rig.detach_by_force(domid);
-            until("the disk is forgotten", || rig.disk(domid).is_none());
+            until("the disk is gone with it", || rig.disk(domid).is_none());
         };
         (1..3).for_each(visit);
         let before = Usage::settled();

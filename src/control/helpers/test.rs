@@ -98,7 +98,7 @@ fn storage_that_hangs_keeps_a_few_threads_and_leaves_the_others_to_everybody_els
     let state = rig.helpers.pool.state();
     let folder = Place::Folder(rig.folder.path().join("hung"));
     assert_eq!(state.running.get(&folder), Some(&limits::HELPERS_PER_FOLDER));
-    assert!(state.threads <= limits::HELPERS_PER_FOLDER + 2);
+    assert!(state.threads < asked.len() / 2, "{state:?}");
     drop(state);
 
     // Those that nobody waits for any more, and that have not begun, never do.
