@@ -1,30 +1,33 @@
 //! One disk: its machine, and what carries the machine's effects out.
 
 mod medium;
+mod storage;
 
 use std::collections::VecDeque;
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::area::{self, Area, Description, Failure, Hotplug, NodeValue, Standing, Written};
+use super::area::{self, Area, Description, Failure, NodeValue, Standing, Written};
 use super::connection::{Connection, News};
 use super::drive::Drive;
 use super::frontend;
 use super::guests::{Guests, Pace, guest_log};
-use super::helpers::{Asker, Helpers, OpenBacking, OpenId};
+use super::helpers::{Helpers, OpenBacking};
 use super::key::DiskKey;
 use super::machine::{Effect, Input, Link, Machine};
 use super::workers::Workers;
-use crate::backing::{Access, Backing, BackingError, Geometry, Image, Spec};
+use crate::backing::{Backing, Geometry, Image};
 use crate::blkif::features::{DiskOffer, Offer};
 use crate::blkif::request::DiskRules;
 use crate::limits;
 use crate::msg::StorageFailure;
 use crate::units::DomId;
 use crate::xen::keys::{self, XenbusState};
-use crate::xen::vdev::Vdev;
 use crate::xen::{Store, if_there};
 use xenstore_rs::Xs;
+
+use storage::Opening;
+pub use storage::{access, too_slow};
 
 /// What a disk needs of its surroundings.
 #[derive(Debug)]
@@ -74,13 +77,6 @@ pub struct Disk {
     looks: Pace,
     forgotten: bool,
     since: Instant,
-}
-
-/// An open that is waited for.
-#[derive(Clone, Copy, Debug)]
-struct Opening {
-    id: OpenId,
-    until: Instant,
 }
 
 /// What was written to `params`, as far as we know.
@@ -228,9 +224,11 @@ impl Disk {
             self.step(Input::Backend(state), around);
         } else if online != self.machine.online() {
             self.step(Input::Online(online), around);
-        } else if state != self.machine.backend() {
-            // Our last write was refused, such as by a xenstored that had gone away.
-            self.step(Input::Backend(state), around);
+        } else if state != self.machine.backend()
+            // Our last write failed, such as by a xenstored that had gone away.
+            && self.set_state(self.machine.backend(), around)? == Written::Gone
+        {
+            self.step(Input::Gone, around);
         }
         if hotplug_done && !self.forgotten && self.backing.is_some() && !self.machine.is_ready() {
             self.step(Input::Ready, around);
@@ -352,144 +350,6 @@ impl Disk {
                     "xenstore refused what was to be written: {error}");
             }
         }
-    }
-
-    /// Begins to open its storage; what follows at once.
-    fn open<S: Store>(&mut self, around: &mut Surroundings<'_, S>) -> Vec<Input> {
-        self.shut(around);
-        match self.begin_to_open(around) {
-            Ok(None) => Vec::new(),
-            Ok(Some(backing)) => self.take_backing(Ok(backing), around),
-            Err(failure) => self.take_backing(Err(failure), around),
-        }
-    }
-
-    /// Its storage, where it is open already or there is none; else a helper opens it.
-    fn begin_to_open<S: Store>(
-        &mut self,
-        around: &mut Surroundings<'_, S>,
-    ) -> Result<Option<OpenBacking>, Failure> {
-        self.description = None;
-        let description = Description::read(around.store, self.area.path(), &self.key)
-            .map_err(|error| Failure::of(&error))?;
-        let target = self.description.insert(description).target.clone();
-        self.begin_to_open_target(&target, around)
-    }
-
-    fn begin_to_open_target<S: Store>(
-        &mut self,
-        target: &str,
-        around: &mut Surroundings<'_, S>,
-    ) -> Result<Option<OpenBacking>, Failure> {
-        match self.prepared.take() {
-            Some((prepared, backing)) if prepared == target => return Ok(Some(backing)),
-            _ if target.is_empty() => return Ok(Some(around.helpers.empty())),
-            _ => {}
-        }
-        let spec = target.parse::<Spec>().map_err(|error| Failure::of(&error))?;
-        let id = around.helpers.open(spec, self.access(), Asker::Disk(self.key.clone()));
-        let until = around.now + Duration::from_secs(limits::OPEN_SECONDS);
-        self.opening = Some(Opening { id, until });
-        Ok(None)
-    }
-
-    /// How it wants to use its storage.
-    pub fn access(&self) -> Access {
-        let description = self.description.as_ref();
-        access(
-            &self.key,
-            description.is_none_or(|description| description.read_only),
-            description.is_some_and(|description| description.shareable),
-        )
-    }
-
-    /// Until when the open that is under way is waited for.
-    pub fn open_until(&self) -> Option<Instant> {
-        self.opening.map(|opening| opening.until)
-    }
-
-    /// Acts on the answer to an open; one that is not waited for any more is dropped.
-    pub fn take_answer<S: Store>(
-        &mut self,
-        id: OpenId,
-        result: Result<OpenBacking, BackingError>,
-        around: &mut Surroundings<'_, S>,
-    ) {
-        if self.opening.take_if(|opening| opening.id == id).is_some() {
-            self.take_opened(result.map_err(|error| Failure::of(&error)), around);
-        }
-    }
-
-    /// Gives up an open that takes too long.
-    pub fn give_up_opening<S: Store>(&mut self, around: &mut Surroundings<'_, S>) {
-        let now = around.now;
-        let Some(Opening { id, .. }) = self.opening.take_if(|opening| opening.until <= now) else {
-            return;
-        };
-        around.helpers.abandon(id);
-        let target = match self.machine.is_opening() {
-            true => self.description.as_ref().map_or("", |description| &description.target),
-            false => self.drive.wanted(),
-        };
-        self.take_opened(Err(too_slow(target)), around);
-    }
-
-    fn take_opened<S: Store>(
-        &mut self,
-        result: Result<OpenBacking, Failure>,
-        around: &mut Surroundings<'_, S>,
-    ) {
-        if self.machine.is_opening() {
-            let inputs = self.take_backing(result, around);
-            self.run(inputs.into(), around);
-        } else if self.drive.stop_opening().is_some() {
-            self.take_medium(result, around);
-        }
-        self.move_medium(around);
-    }
-
-    /// Takes its storage, or the reason why there is none; what the machine has to hear of it.
-    fn take_backing<S: Store>(
-        &mut self,
-        result: Result<OpenBacking, Failure>,
-        around: &mut Surroundings<'_, S>,
-    ) -> Vec<Input> {
-        let hotplug = self.description.as_ref().map(Description::hotplug);
-        let backing = match result {
-            Ok(backing) => backing,
-            Err(failure) => {
-                tracing::error!(disk = %self.key, "cannot be opened: {}", failure.text);
-                self.failure = failure;
-                return match hotplug {
-                    Some(Hotplug::Ours) => vec![Input::OpenFailedScript],
-                    _ => vec![Input::OpenFailed],
-                };
-            }
-        };
-        let target = self.description.as_ref().map_or("", |description| &description.target);
-        self.drive = Drive::with(target);
-        self.backing = Some(backing);
-        if std::mem::take(&mut self.rewritten)
-            && let Err(error) = self.look_at_medium(Params::Written, around)
-        {
-            tracing::error!(disk = %self.key, "its params cannot be read: {error}");
-        }
-        let done = || matches!(self.area.standing(around.store), Ok(Some(it)) if it.hotplug_done);
-        match hotplug == Some(Hotplug::None) || done() {
-            true => vec![Input::Opened, Input::Ready],
-            false => vec![Input::Opened],
-        }
-    }
-
-    /// Lets its storage go, and an open that is under way.
-    fn shut<S: Store>(&mut self, around: &mut Surroundings<'_, S>) {
-        if let Some(Opening { id, .. }) = self.opening.take() {
-            around.helpers.abandon(id);
-        }
-        self.backing = None;
-        self.drive = Drive::default();
-        self.rewritten = false;
-        self.ignored.clear();
     }
 
     /// What the frontend reads before it chooses its rings; nothing where no storage is open.
@@ -705,23 +565,6 @@ impl Disk {
 /// What a disk whose storage is full tells.
 const NO_SPACE: &str =
     "no space is left on its storage, and writes fail until there is; reads go on";
-
-/// How a disk wants to use its storage.
-pub fn access(key: &DiskKey, read_only: bool, shareable: bool) -> Access {
-    let user = format!("disk {} of domain {}", Vdev::from(key.vbd), key.domid);
-    Access { read_only, shareable, user }
-}
-
-/// Why an open is not waited for any longer.
-pub fn too_slow(target: &str) -> Failure {
-    Failure {
-        errno: libc::ETIMEDOUT,
-        text: format!(
-            "{target}: it could not be opened within {} s; see whether its storage answers (a hung              server or automount, a lease), and then attach the disk again",
-            limits::OPEN_SECONDS
-        ),
-    }
-}
 
 /// The token of the watch on all backend areas of a type.
 pub fn backend_token(kind: &str) -> String {

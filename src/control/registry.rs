@@ -7,6 +7,8 @@
 //! costs little and holds up nobody, and a thousand disks that connect together cost each its own
 //! reads: directories are listed only when they change. A third watch tells of domains that end.
 
+mod requests;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
@@ -14,23 +16,23 @@ use std::time::{Duration, Instant};
 
 use xenstore_rs::Xs;
 
-use super::admin::protocol::{Attach, Detach};
 use super::area::{Area, Standing};
-use super::attach::{self, AttachError};
+use super::attach::AttachError;
 use super::disk::{self, Disk, FRONTEND_TOKEN, Params, Surroundings};
 use super::guests::Guests;
 use super::helpers::{Answer, Asker, Helpers, OpenBacking, OpenId};
 use super::key::DiskKey;
 use super::machine::Input;
 use super::workers::Workers;
-use crate::backing::{BackingError, Spec};
 use crate::blkif::features::Offer;
-use crate::limits;
 use crate::msg::{CommandSender, Event, InFlight, QueueKey};
 use crate::park::Doorbell;
 use crate::units::{DomId, VbdId};
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::{Store, WatchEvent, if_there};
+
+use requests::Asked;
+pub use requests::Begun;
 
 /// Paths of watches that fire when a domain begins or ends (`docs/misc/xenstore.txt`), and their tokens.
 const DOMAINS: [&str; 2] = ["@introduceDomain", "@releaseDomain"];
@@ -55,39 +57,6 @@ pub struct Registry<S> {
     instance: String,
     disks_taken_on: u64,
     stopping: bool,
-}
-
-/// Something that the admin asked for and that storage is being opened for.
-#[derive(Debug)]
-struct Asked {
-    what: Wanted,
-    until: Instant,
-}
-
-#[derive(Debug)]
-enum Wanted {
-    /// A disk to be made.
-    Attach(DiskKey, Attach),
-    /// This medium in the drive of a disk.
-    Insert(DiskKey, String),
-}
-
-impl Wanted {
-    fn target(&self) -> &str {
-        match self {
-            Wanted::Attach(_, attach) => &attach.target,
-            Wanted::Insert(_, target) => target,
-        }
-    }
-}
-
-/// A request of the admin that has been begun.
-#[derive(Debug)]
-pub enum Begun {
-    /// [`Registry::outcome`] will tell of it.
-    Opening(OpenId),
-    /// What is about this disk goes on by itself.
-    Disk(DiskKey),
 }
 
 /// What has to be looked at.
@@ -588,160 +557,6 @@ impl<S: Store> Registry<S> {
         let workers = &mut self.workers;
         let connections = self.disks.values().filter_map(Disk::connection);
         connections.map(|connection| connection.ask_in_flight(workers)).sum()
-    }
-
-    /// Begins to make a disk for a running guest. Its storage is opened first, so that the guest sees
-    /// nothing of what can't be.
-    pub fn attach(&mut self, attach: Attach, now: Instant) -> Result<Begun, AttachError> {
-        let key = attach::name(&self.kinds[0], attach.domid, &attach.vdev)?;
-        attach::check(&self.store, &key, &attach)?;
-        self.check_free(&key)?;
-        if attach.target.is_empty() {
-            return self.make(key, &attach, None, now).map(Begun::Disk);
-        }
-        let access = disk::access(&key, attach.is_read_only(), false);
-        let spec = attach.target.parse::<Spec>()?;
-        let id = self.helpers.open(spec, access, Asker::Admin);
-        self.wait_for_storage(id, Wanted::Attach(key, attach), now);
-        Ok(Begun::Opening(id))
-    }
-
-    fn wait_for_storage(&mut self, id: OpenId, what: Wanted, now: Instant) {
-        let until = now + Duration::from_secs(limits::OPEN_SECONDS);
-        self.asked.insert(id, Asked { what, until });
-    }
-
-    /// Goes on with what the admin asked for, once storage is open.
-    fn go_on(
-        &mut self,
-        what: Wanted,
-        result: Result<OpenBacking, BackingError>,
-        now: Instant,
-    ) -> Result<DiskKey, AttachError> {
-        let backing = result?;
-        match what {
-            Wanted::Attach(key, attach) => {
-                self.check_free(&key)?;
-                self.make(key, &attach, Some(backing), now)
-            }
-            Wanted::Insert(key, target) => {
-                let disk = self.drive(&key)?;
-                disk.check_medium(&backing).map_err(|it| AttachError::Failed(it.text))?;
-                self.set_medium(key, &target, Some(backing), now)
-            }
-        }
-    }
-
-    /// Nothing is served there. A disk whose areas are gone already may still have requests in flight.
-    fn check_free(&self, key: &DiskKey) -> Result<(), AttachError> {
-        if self.stopping {
-            return Err(AttachError::Ending);
-        }
-        for kind in &self.kinds {
-            if let Some(disk) = self.disks.get(&DiskKey { kind: kind.clone(), ..key.clone() }) {
-                let (domid, vdev) = (key.domid, key.vbd.into());
-                return match disk.is_leaving() {
-                    true => Err(AttachError::Draining(domid, vdev)),
-                    false => Err(AttachError::Taken(domid, vdev)),
-                };
-            }
-        }
-        Ok(())
-    }
-
-    fn make(
-        &mut self,
-        key: DiskKey,
-        attach: &Attach,
-        backing: Option<OpenBacking>,
-        now: Instant,
-    ) -> Result<DiskKey, AttachError> {
-        attach::make(&self.store, self.own, &self.kinds, &key, attach)?;
-        let prepared = backing.map(|backing| (attach.target.clone(), backing));
-        self.consider(&key, prepared, now)?;
-        // What we wrote ourselves is no change.
-        if let Some(disk) = self.disks.get(&key) {
-            disk.target(&self.store)?;
-        }
-        let failure = self.disk(&key).map(|disk| disk.failure().to_owned()).unwrap_or_default();
-        if failure.is_empty() {
-            return Ok(key);
-        }
-        if let Some(disk) = self.disk(&key) {
-            disk.ask_to_close(&self.store, true)?;
-        }
-        Err(AttachError::Failed(failure))
-    }
-
-    /// Has a disk closed and destroyed; it is done once the disk is no more.
-    pub fn detach(&mut self, detach: &Detach) -> Result<DiskKey, AttachError> {
-        let key = self.find(detach.domid, &detach.vdev)?;
-        if let Some(disk) = self.disk(&key) {
-            disk.ask_to_close(&self.store, detach.force)?;
-        }
-        Ok(key)
-    }
-
-    /// Has a drive change its medium, for none where `target` is empty; it is done once the disk's
-    /// medium is settled. A medium that can't be opened does not cost the guest the one that it has,
-    /// unless it has the same one for writing, which nobody can open beside it.
-    pub fn change_medium(
-        &mut self,
-        domid: u32,
-        vdev: &str,
-        target: &str,
-        now: Instant,
-    ) -> Result<Begun, AttachError> {
-        let key = self.find(domid, vdev)?;
-        let disk = self.drive(&key)?;
-        if target.is_empty() || disk.writes_to_medium(target) {
-            return self.set_medium(key, target, None, now).map(Begun::Disk);
-        }
-        let access = disk.access();
-        let id = self.helpers.open(target.parse()?, access, Asker::Admin);
-        self.wait_for_storage(id, Wanted::Insert(key, target.to_owned()), now);
-        Ok(Begun::Opening(id))
-    }
-
-    fn set_medium(
-        &mut self,
-        key: DiskKey,
-        target: &str,
-        prepared: Option<OpenBacking>,
-        now: Instant,
-    ) -> Result<DiskKey, AttachError> {
-        self.with_disk(&key, now, |disk, around| disk.change_medium(target, prepared, around))
-            .unwrap_or(Ok(()))?;
-        Ok(key)
-    }
-
-    /// A disk that is a drive and in use.
-    fn drive(&self, key: &DiskKey) -> Result<&Disk, AttachError> {
-        let disk = self.disk(key).ok_or(AttachError::NoDisk(key.domid, key.vbd.into()))?;
-        match disk.description().filter(|_| disk.backing().is_some()) {
-            None if disk.machine().is_opening() => {
-                Err(AttachError::Opening(key.domid, key.vbd.into()))
-            }
-            None => Err(AttachError::Failed(disk.failure().to_owned())),
-            Some(description) if !description.is_drive() => {
-                Err(AttachError::NoDrive(key.domid, key.vbd.into()))
-            }
-            Some(_) => Ok(disk),
-        }
-    }
-
-    /// What became of something that storage was opened for; `None` where that is not known yet.
-    pub fn outcome(&mut self, id: OpenId) -> Option<Result<DiskKey, AttachError>> {
-        self.outcomes.remove(&id)
-    }
-
-    /// Which disk a domid and a vdev name, of whatever backend type.
-    fn find(&self, domid: u32, vdev: &str) -> Result<DiskKey, AttachError> {
-        let named = attach::name(&self.kinds[0], domid, vdev)?;
-        let mut keys =
-            self.kinds.iter().map(|kind| DiskKey { kind: kind.clone(), ..named.clone() });
-        keys.find(|key| self.disks.contains_key(key))
-            .ok_or(AttachError::NoDisk(named.domid, named.vbd.into()))
     }
 
     /// Ends every disk: what polldisk attached is removed, the toolstack's disks keep their state
