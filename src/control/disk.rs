@@ -63,8 +63,8 @@ pub struct Disk {
     opening: Option<Opening>,
     /// Storage that was opened before it was asked for, and its target.
     prepared: Option<(String, OpenBacking)>,
-    /// `params` was written while it was being opened.
-    rewritten: bool,
+    /// What came of `params` while its storage was being opened.
+    params_event: Option<Params>,
     /// The logical block size that the connected frontend was told; it asks only once.
     told_sector_bytes: Option<u32>,
     connection: Option<Connection>,
@@ -80,7 +80,7 @@ pub struct Disk {
 }
 
 /// What was written to `params`, as far as we know.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Params {
     /// Perhaps nothing: the value tells.
     Perhaps,
@@ -112,7 +112,7 @@ impl Disk {
             drive: Drive::default(),
             opening: None,
             prepared,
-            rewritten: false,
+            params_event: None,
             told_sector_bytes: None,
             connection: None,
             failure: Failure::default(),

@@ -83,13 +83,7 @@ impl Ends {
     fn add(&mut self, more: Ends) {
         self.backend |= more.backend;
         self.frontend |= more.frontend;
-        more.params.into_iter().for_each(|params| self.params(params));
-    }
-
-    fn params(&mut self, params: Params) {
-        if self.params != Some(Params::Written) {
-            self.params = Some(params);
-        }
+        self.params = self.params.max(more.params);
     }
 }
 
@@ -219,7 +213,11 @@ impl<S: Store> Registry<S> {
                 self.due.disks.entry(key).or_default().backend = true;
             }
             Some(Place::Node(key, node)) if node == keys::PARAMS => {
-                self.due.disks.entry(key).or_default().params(Params::Written);
+                self.due
+                    .disks
+                    .entry(key)
+                    .or_default()
+                    .add(Ends { params: Some(Params::Written), ..Ends::default() });
             }
             _ => {}
         }
@@ -228,8 +226,7 @@ impl<S: Store> Registry<S> {
     /// Anything of the backend area may have changed.
     fn look_at(&mut self, key: DiskKey) {
         let ends = self.due.disks.entry(key).or_default();
-        ends.backend = true;
-        ends.params(Params::Perhaps);
+        ends.add(Ends { backend: true, params: Some(Params::Perhaps), frontend: false });
     }
 
     /// What `<kind>[/<domid>[/<vbd>[/<node>]]]` names.

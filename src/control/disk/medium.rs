@@ -22,7 +22,7 @@ impl Disk {
     ) -> io::Result<()> {
         if self.machine.is_opening() && self.backing.is_none() {
             // What is being opened may be what was there before.
-            self.rewritten |= params == Params::Written;
+            self.params_event = self.params_event.max(Some(params));
             return Ok(());
         }
         let is_open = self.backing.is_some()

@@ -7,7 +7,7 @@ use super::super::drive::Drive;
 use super::super::helpers::{Asker, OpenBacking, OpenId};
 use super::super::key::DiskKey;
 use super::super::machine::Input;
-use super::{Disk, Params, Surroundings};
+use super::{Disk, Surroundings};
 use crate::backing::{Access, BackingError, Spec};
 use crate::limits;
 use crate::xen::Store;
@@ -138,8 +138,8 @@ impl Disk {
         let target = self.description.as_ref().map_or("", |description| &description.target);
         self.drive = Drive::with(target);
         self.backing = Some(backing);
-        if std::mem::take(&mut self.rewritten)
-            && let Err(error) = self.look_at_medium(Params::Written, around)
+        if let Some(params) = self.params_event.take()
+            && let Err(error) = self.look_at_medium(params, around)
         {
             tracing::error!(disk = %self.key, "its params cannot be read: {error}");
         }
@@ -157,7 +157,7 @@ impl Disk {
         }
         self.backing = None;
         self.drive = Drive::default();
-        self.rewritten = false;
+        self.params_event = None;
         self.ignored.clear();
     }
 }
@@ -173,7 +173,8 @@ pub fn too_slow(target: &str) -> Failure {
     Failure {
         errno: libc::ETIMEDOUT,
         text: format!(
-            "{target}: it could not be opened within {} s; see whether its storage answers (a hung              server or automount, a lease), and then attach the disk again",
+            "{target}: it could not be opened within {} s; see whether its storage answers (a hung \
+             server or automount, a lease), and then attach the disk again",
             limits::OPEN_SECONDS
         ),
     }
