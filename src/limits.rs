@@ -167,6 +167,20 @@ pub const GUEST_LOG_LINES: u32 = 20;
 /// The period of `GUEST_LOG_LINES`.
 pub const GUEST_LOG_SECONDS: u64 = 30;
 
+/// Log lines on their way to standard error. More than these are lost where it takes none: a minute's
+/// lines of a host where a hundred guests do their worst.
+pub const LOG_LINES_QUEUED: usize = 4096;
+
+/// Bytes of one log line: room for two of the longest names of files. All queued lines together are 32 MiB
+/// at most.
+pub const LOG_LINE_MAX: usize = 8 * 1024;
+
+/// Milliseconds that the program waits at its end for its last lines to be written.
+pub const LOG_END_MS: u64 = 1000;
+
+/// Milliseconds until a line is tried again that a non-blocking standard error did not take.
+pub const LOG_RETRY_MS: u64 = 10;
+
 /// Watch events taken before the disks they are about are looked at, so that a guest that makes
 /// events without end does not keep control from everybody else.
 pub const WATCH_EVENTS_PER_PASS: usize = 1024;

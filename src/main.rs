@@ -5,6 +5,7 @@ mod cli;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use polldisk::output;
 
 /// A Xen PV block backend in user space: serves guests' virtual disks from files and block devices.
 ///
@@ -28,7 +29,12 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    output::tell_panics();
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(error) => return output::usage(&error),
+    };
+    let result = match command {
         Command::Serve(serve) => serve.run(),
         Command::Demo(demo) => demo.run(),
         Command::Attach(attach) => attach.run(),
@@ -37,12 +43,10 @@ fn main() -> ExitCode {
         Command::Eject(eject) => eject.run(),
         Command::List(list) => list.run(),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("polldisk: {error}");
-            error.chain().skip(1).for_each(|cause| eprintln!("  because: {cause}"));
-            ExitCode::FAILURE
-        }
+    if let Err(error) = &result {
+        output::say(format_args!("polldisk: {error}"));
+        error.chain().skip(1).for_each(|cause| output::say(format_args!("  because: {cause}")));
     }
+    output::finish_queue();
+    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

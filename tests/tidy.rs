@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("units", &[]),
     ("limits", &[]),
+    ("text", &[]),
+    ("output", &["limits", "text"]),
     ("park", &[]),
     ("metrics", &[]),
     ("budget", &[]),
-    ("config", &["backing", "blkif", "limits"]),
-    ("backing", &["units"]),
+    ("config", &["backing", "blkif", "limits", "text"]),
+    ("backing", &["text", "units"]),
     ("xen", &["limits", "park", "units"]),
     ("msg", &["backing", "blkif", "budget", "limits", "metrics", "park", "units"]),
     ("blkif", &["backing", "limits", "units", "xen"]),
@@ -25,7 +27,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("worker", &["backing", "engine", "limits", "metrics", "msg", "park", "queue", "units", "xen"]),
     (
         "control",
-        &["backing", "blkif", "budget", "limits", "metrics", "msg", "park", "units", "xen"],
+        &["backing", "blkif", "budget", "limits", "metrics", "msg", "park", "text", "units", "xen"],
     ),
     ("sim", &["blkif", "limits", "msg", "park", "units", "xen"]),
 ];

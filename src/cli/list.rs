@@ -7,6 +7,7 @@ use anyhow::bail;
 use clap::Args;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{DiskReport, Reply, Request};
+use polldisk::output;
 
 use super::admin::Daemon;
 use super::rates::{DiskRates, duration, rates, table, workers};
@@ -32,9 +33,9 @@ impl List {
         };
         let disks = observe(&self.daemon.admin, interval)?;
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&disks)?);
+            output::print(serde_json::to_string_pretty(&disks)?)?;
         } else {
-            println!("{}", disk_table(&disks));
+            output::print(disk_table(&disks))?;
         }
         Ok(())
     }

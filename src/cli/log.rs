@@ -1,26 +1,53 @@
 //! Where log lines go: standard error, which systemd passes to the journal.
 
+use std::fmt;
 use std::io::IsTerminal;
 use std::os::fd::{AsFd, AsRawFd};
 
 use anyhow::Context;
+use polldisk::output::{self, QueuedLines};
+use polldisk::text::printable;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::fmt::format::{Writer, debug_fn};
 
 /// Starts logging at `filter`. Under systemd the journal adds the time, so lines carry none.
 pub fn start(filter: &str) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(filter).with_context(|| {
         format!("--log {filter}: give error, warn, info, debug or trace, or module=level pairs")
     })?;
+    output::start_queue().context("cannot start the thread of the log")?;
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
+        .with_writer(QueuedLines::default)
+        .with_ansi(is_colourful())
+        .log_internal_errors(false)
+        .fmt_fields(debug_fn(write_field).delimited(" "));
     if is_journal() {
         lines.without_time().init()
     } else {
         lines.init()
     }
     Ok(())
+}
+
+/// The message as it is, anything else with its name; all of it on the line that it belongs to.
+fn write_field(
+    line: &mut Writer<'_>,
+    field: &tracing::field::Field,
+    value: &dyn fmt::Debug,
+) -> fmt::Result {
+    let text = format!("{value:?}");
+    match field.name() {
+        "message" => write!(line, "{}", printable(&text)),
+        name => write!(line, "{name}={}", printable(&text)),
+    }
+}
+
+/// Colours are for terminals, unless the user wants none (<https://no-color.org>).
+fn is_colourful() -> bool {
+    let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    std::io::stderr().is_terminal() && !unwanted
 }
 
 /// Whether standard error is the journal: systemd says which stream that is in JOURNAL_STREAM.

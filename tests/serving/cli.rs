@@ -101,6 +101,45 @@ fn wipe(path: &Path) {
     assert!(status.unwrap().success());
 }
 
+/// Commands that print, with the status of each that could.
+const PRINTING: [(&[&str], i32); 5] = [
+    (&["demo", "--seconds", "0.1", "--size", "32M"], 0),
+    (&["--help"], 0),
+    (&["serve", "--help"], 0),
+    (&["list", "--admin", "/nonexistent"], 1),
+    (&["frobnicate"], 2),
+];
+
+fn full() -> Stdio {
+    File::options().write(true).open("/dev/full").unwrap().into()
+}
+
+#[test]
+fn a_reader_that_has_ended_ends_no_command_by_a_panic() {
+    for (arguments, status) in PRINTING {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_polldisk"));
+        command.args(arguments).stderr(writer.try_clone().unwrap()).stdout(writer);
+        assert_eq!(command.status().unwrap().code(), Some(status), "{arguments:?}");
+    }
+}
+
+#[test]
+fn a_full_standard_output_is_an_error_that_is_said_once() {
+    for (arguments, _) in PRINTING {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_polldisk"));
+        let output = command.args(arguments).stdout(full()).output().unwrap();
+        assert!(matches!(output.status.code(), Some(1 | 2)), "{arguments:?}: {output:?}");
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!said.contains("panicked"), "{arguments:?}: {said}");
+        assert!(said.matches("No space left").count() <= 1, "{arguments:?}: {said}");
+        let mut mute = Command::new(env!("CARGO_BIN_EXE_polldisk"));
+        let status = mute.args(arguments).stdout(full()).stderr(full()).status().unwrap();
+        assert_eq!(status.code(), output.status.code(), "{arguments:?}");
+    }
+}
+
 #[test]
 fn serve_without_xen_names_cause_and_mend() {
     if Path::new("/dev/xen").exists() {
