@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use polldisk::output;
+use polldisk::text::printable;
 
 /// A Xen PV block backend in user space: serves guests' virtual disks from files and block devices.
 ///
@@ -44,8 +45,11 @@ fn main() -> ExitCode {
         Command::List(list) => list.run(),
     };
     if let Err(error) = &result {
-        output::say(format_args!("polldisk: {error}"));
-        error.chain().skip(1).for_each(|cause| output::say(format_args!("  because: {cause}")));
+        let mut lead = "polldisk:";
+        for cause in error.chain() {
+            output::say(format_args!("{lead} {}", printable(&cause.to_string())));
+            lead = "  because:";
+        }
     }
     output::finish_queue();
     if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }

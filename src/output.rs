@@ -39,9 +39,10 @@ fn taken(written: io::Result<()>) -> Result<(), PrintError> {
     }
 }
 
-/// Says a line on standard error, if that takes it; through the queue where there is one.
+/// Says a line on standard error, if that takes it; through the queue where there is one. What others
+/// wrote has to be made [`printable`] before.
 pub fn say(line: impl Display) {
-    let line = format!("{}\n", printable(&line.to_string()));
+    let line = format!("{line}\n");
     match QUEUE.get() {
         Some(queue) => queue.put(line.into_bytes()),
         None => {
@@ -59,7 +60,7 @@ pub fn usage(error: &clap::Error) -> ExitCode {
     match printed {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            say(with_causes(&error));
+            say(printable(&with_causes(&error)));
             ExitCode::FAILURE
         }
     }
@@ -80,7 +81,7 @@ fn tell_panic(info: &PanicHookInfo<'_>) {
     let thread = std::thread::current();
     let name = thread.name().unwrap_or("unnamed");
     let place = info.location().map(ToString::to_string).unwrap_or_default();
-    let message = info.payload_as_str().unwrap_or("no message");
+    let message = printable(info.payload_as_str().unwrap_or("no message"));
     say(format_args!("thread {name} panicked: {message} ({place})"));
     let backtrace = std::backtrace::Backtrace::capture();
     if backtrace.status() == std::backtrace::BacktraceStatus::Captured {

@@ -157,6 +157,18 @@ fn unsafe_code_stands_only_where_it_is_named() {
     }
 }
 
+/// `println!` and its relatives panic where standard output or standard error takes nothing:
+/// `polldisk::output` does not.
+#[test]
+fn nothing_is_printed_in_a_way_that_can_panic() {
+    for path in rust_files("src").into_iter().chain(rust_files("tools")) {
+        let name = relative(&path);
+        let may_print = is_test(&path) || name.split('/').any(|part| part == "tests");
+        let prints = ["print!(", "println!("].iter().any(|print| code_of(&path).contains(print));
+        assert!(may_print || !prints, "{name} prints by a macro: use polldisk::output");
+    }
+}
+
 #[test]
 fn no_file_outgrows_its_purpose() {
     for path in rust_files("src").into_iter().chain(rust_files("tools")) {
