@@ -147,7 +147,7 @@ impl ServeOptions {
             poll: check_poll(self.poll_us)?,
             offer,
             backend_types,
-            admin: self.admin.unwrap_or_else(|| ADMIN_SOCKET.into()),
+            admin: check_admin(self.admin)?,
             log: self.log.unwrap_or_else(|| "info".to_owned()),
         })
     }
@@ -287,6 +287,19 @@ fn check_poll(poll_us: Option<u64>) -> Result<Duration, ConfigError> {
     Ok(Duration::from_micros(poll_us))
 }
 
+fn check_admin(path: Option<PathBuf>) -> Result<PathBuf, ConfigError> {
+    let path = path.unwrap_or_else(|| ADMIN_SOCKET.into());
+    let bytes = path.as_os_str().as_encoded_bytes();
+    if bytes.is_empty() || bytes.contains(&0) || bytes.ends_with(b"/") {
+        return Err(ConfigError {
+            option: format!("--admin \"{}\"", path.display()),
+            what: "a socket can't have this path".to_owned(),
+            mend: format!("give a path such as {ADMIN_SOCKET}"),
+        });
+    }
+    Ok(path)
+}
+
 fn check_backend_type(name: &str) -> Result<(), ConfigError> {
     let plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
     if name.is_empty() || !plain || name.len() > 32 {
@@ -332,7 +345,7 @@ mod test {
 
     #[test]
     fn bad_options_are_named_with_what_would_be_right() {
-        let cases: [(ServeOptions, &str); 11] = [
+        let cases: [(ServeOptions, &str); 14] = [
             (options(|options| options.workers = Some(0)), "--workers 0: "),
             (options(|options| options.cores = Some("4-2".to_owned())), "--cores 4-2: "),
             (options(|options| options.cores = Some("x".to_owned())), "--cores x: "),
@@ -347,6 +360,9 @@ mod test {
                 "--max-indirect-segments 1025: ",
             ),
             (options(|options| options.backend_type = vec!["a/b".to_owned()]), "--backend-type"),
+            (options(|options| options.admin = Some("".into())), "--admin \"\": "),
+            (options(|options| options.admin = Some("/run/".into())), "--admin \"/run/\": "),
+            (options(|options| options.admin = Some("/a\0b".into())), "--admin "),
         ];
         for (options, start) in cases {
             let error = options.check(&[0, 1]).unwrap_err().to_string();

@@ -138,6 +138,18 @@ pub const ADMIN_REPLY_MAX: u64 = 256 << 20;
 /// Connections to the admin socket at a time.
 pub const ADMIN_CLIENTS_MAX: usize = 32;
 
+/// Bytes of a socket's path: `sun_path` of Linux's `struct sockaddr_un`, less the NUL at its end.
+pub const SOCKET_PATH_MAX: usize = 107;
+
+/// Seconds that a daemon waits for another one to have found its place for the admin socket, which
+/// takes milliseconds.
+pub const ADMIN_LOCK_SECONDS: u64 = 5;
+
+/// Seconds that a command waits for the daemon's answer. The daemon's own patience with guests and
+/// storage ends before.
+pub const ADMIN_REPLY_SECONDS: u64 = 60;
+const _: () = assert!(DETACH_SECONDS + MEDIUM_SECONDS < ADMIN_REPLY_SECONDS);
+
 /// Ports written to `/dev/xen/evtchn` by one call: the kernel takes a page of them.
 pub const PORTS_PER_UNMASK: usize = 1024;
 
