@@ -9,7 +9,8 @@ use super::key::DiskKey;
 use crate::backing::{Discard, Geometry, Image};
 use crate::blkif::features::{self, DiskOffer};
 use crate::limits;
-use crate::units::{DomId, parse_decimal};
+use crate::text::{excerpt, printable};
+use crate::units::DomId;
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::{Nodes, Store, if_there};
 
@@ -53,6 +54,16 @@ pub enum AreaError {
     /// A node is missing.
     #[error("{0} is missing from the backend area; the toolstack has to write it")]
     Missing(&'static str),
+    /// A node holds something else than it should.
+    #[error("{node} = \"{value}\" can't be read; it has to be {wanted}")]
+    Invalid {
+        /// Which node.
+        node: &'static str,
+        /// An excerpt of what it holds.
+        value: String,
+        /// What would be right.
+        wanted: &'static str,
+    },
     /// The area names another frontend than its own path does.
     #[error("{node} is \"{value}\" and not \"{wanted}\"; an area is for its own path's frontend")]
     Stranger {
@@ -96,15 +107,14 @@ impl Description {
         let failed = |node| move |source| AreaError::Store { node, source };
         let mut ahead = ReadAhead::new(store, area, &NODES).map_err(failed(keys::FRONTEND_ID))?;
         let mut text = |node: &'static str| ahead.take_if_there(node).map_err(failed(node));
-        let is = |node, value: Option<Box<str>>, wanted: String| match value {
-            Some(value) if *value == *wanted => Ok(()),
-            Some(value) => Err(AreaError::Stranger { node, value: value.into(), wanted }),
-            None => Err(AreaError::Missing(node)),
-        };
-        is(keys::FRONTEND_ID, text(keys::FRONTEND_ID)?, key.domid.to_string())?;
-        is(keys::FRONTEND, text(keys::FRONTEND)?, key.frontend_area())?;
-        let cdrom = text(keys::DEVICE_TYPE)?.is_some_and(|kind| &*kind == "cdrom");
-        let removable = text(keys::REMOVABLE)?.is_some_and(|flag| &*flag == "1");
+        let id = text(keys::FRONTEND_ID)?.ok_or(AreaError::Missing(keys::FRONTEND_ID))?;
+        let is_own = keys::number(&id) == Some(u64::from(key.domid.raw()));
+        check_owner(keys::FRONTEND_ID, is_own, &id, key.domid)?;
+        let frontend = text(keys::FRONTEND)?.ok_or(AreaError::Missing(keys::FRONTEND))?;
+        let is_own = keys::word(&frontend) == key.frontend_area();
+        check_owner(keys::FRONTEND, is_own, &frontend, key.frontend_area())?;
+        let cdrom = text(keys::DEVICE_TYPE)?.is_some_and(|kind| keys::word(&kind) == "cdrom");
+        let removable = flag(keys::REMOVABLE, text(keys::REMOVABLE)?, false)?;
         let target = match text(keys::PARAMS)? {
             Some(params) => target_of(&params).to_owned(),
             None if cdrom || removable => String::new(),
@@ -119,8 +129,8 @@ impl Description {
             read_only: cdrom || !mode.contains('w'),
             cdrom,
             removable,
-            discard_enable: text(keys::DISCARD_ENABLE)?.is_none_or(|flag| &*flag != "0"),
-            script: text(keys::SCRIPT)?.map(String::from),
+            discard_enable: flag(keys::DISCARD_ENABLE, text(keys::DISCARD_ENABLE)?, true)?,
+            script: text(keys::SCRIPT)?.map(|script| keys::word(&script).to_owned()),
             attached: text(keys::ATTACHED)?.is_some(),
         })
     }
@@ -151,6 +161,28 @@ impl Description {
             | flag(self.removable, keys::VDISK_REMOVABLE)
             | flag(self.read_only, keys::VDISK_READONLY)
     }
+}
+
+/// What a node of the toolstack says, yes or no; `missing` where there is none.
+fn flag(node: &'static str, text: Option<Box<str>>, missing: bool) -> Result<bool, AreaError> {
+    let Some(text) = text else { return Ok(missing) };
+    keys::flag(&text).ok_or_else(|| {
+        let value = excerpt(&text);
+        AreaError::Invalid { node, value, wanted: "a number, 0 for no and 1 for yes" }
+    })
+}
+
+fn check_owner(
+    node: &'static str,
+    is_own: bool,
+    value: &str,
+    wanted: impl ToString,
+) -> Result<(), AreaError> {
+    if is_own {
+        return Ok(());
+    }
+    let value = printable(value).into_owned();
+    Err(AreaError::Stranger { node, value, wanted: wanted.to_string() })
 }
 
 /// The target that `params` names. libxl writes raw contents as `aio:/path` where it does not know
@@ -236,7 +268,8 @@ pub struct Standing {
 }
 
 impl Standing {
-    /// Reads the area; `None` where the whole of it is gone.
+    /// Reads the area; `None` where the whole of it is gone. An error is `InvalidData` where `online` says
+    /// neither yes nor no.
     pub fn read(store: &impl Nodes, area: &str) -> io::Result<Option<Standing>> {
         const NODES: [&str; 3] = [keys::STATE, keys::ONLINE, keys::HOTPLUG_STATUS];
         let mut ahead = ReadAhead::new(store, area, &NODES)?;
@@ -245,13 +278,13 @@ impl Standing {
             None if exists(store, area)? => XenbusState::Unknown,
             None => return Ok(None),
         };
-        let online = ahead.take_if_there(keys::ONLINE)?;
-        let online = online.and_then(|text| parse_decimal::<u64>(&text));
+        let online = flag(keys::ONLINE, ahead.take_if_there(keys::ONLINE)?, false)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         let hotplug = ahead.take_if_there(keys::HOTPLUG_STATUS)?;
         Ok(Some(Standing {
             state,
-            online: online.is_some_and(|online| online != 0),
-            hotplug_done: hotplug.as_deref() == Some("connected"),
+            online,
+            hotplug_done: hotplug.is_some_and(|status| keys::word(&status) == "connected"),
         }))
     }
 }

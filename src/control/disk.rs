@@ -84,7 +84,8 @@ impl Disk {
             told_sector_bytes: None,
             connection: None,
             failure: Failure::default(),
-            error_written: false,
+            // What was wrong with its area before, or a daemon before this one, may have left one.
+            error_written: true,
             ignored: String::new(),
             forgotten: false,
             log: LogBudget::new(Instant::now()),
@@ -148,6 +149,11 @@ impl Disk {
     /// Why it failed last, or does not do what it should; empty where there is no such thing.
     pub fn failure(&self) -> &str {
         if self.failure.text.is_empty() { &self.ignored } else { &self.failure.text }
+    }
+
+    /// Others have written its `error` node, which goes once the disk works.
+    pub fn expect_error_node(&mut self) {
+        self.error_written = true;
     }
 
     /// Whether it is done with.

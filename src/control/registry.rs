@@ -14,7 +14,7 @@ use rustc_hash::FxHashMap;
 use xenstore_rs::Xs;
 
 use super::admin::protocol::{Attach, Detach};
-use super::area::Standing;
+use super::area::{self, Failure, Standing};
 use super::attach::{self, AttachError};
 use super::disk::{Disk, FRONTEND_TOKEN, Surroundings};
 use super::key::DiskKey;
@@ -252,6 +252,19 @@ impl<S: Store> Registry<S> {
         };
         if let Err(error) = result {
             tracing::error!(disk = %key, "cannot be looked at: {error}");
+            if error.kind() == io::ErrorKind::InvalidData {
+                self.tell_unreadable(key, &Failure::of(&error));
+            }
+        }
+    }
+
+    /// Tells the toolstack that it wrote something into a disk's area that can't be read.
+    fn tell_unreadable(&mut self, key: &DiskKey, failure: &Failure) {
+        if let Err(error) = area::write_error(&self.store, self.own, key, failure) {
+            tracing::error!(disk = %key, "its error node can't be written: {error}");
+        }
+        if let Some(disk) = self.disks.get_mut(key) {
+            disk.expect_error_node();
         }
     }
 
@@ -443,7 +456,8 @@ impl<S: Store> Registry<S> {
 fn own_domid(store: &impl Xs) -> io::Result<DomId> {
     match if_there(store.read(keys::OWN_DOMID))? {
         Some(text) => {
-            text.parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+            let own = keys::word(&text).parse();
+            own.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
         }
         None => Ok(DomId::DOM0),
     }
