@@ -6,6 +6,8 @@ mod drives;
 mod numbers;
 #[path = "control/rig.rs"]
 mod rig;
+#[path = "control/shown.rs"]
+mod shown;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

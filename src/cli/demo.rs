@@ -352,7 +352,7 @@ fn costs(
         .collect()
 }
 
-fn cost_table(disks: &[DiskCost]) -> comfy_table::Table {
+fn cost_table(disks: &[DiskCost]) -> String {
     let header = ["DISK", "IOPS", "MB/s", "P50", "P99", "P99.9", "CPU/IO", "WORKER"];
     let rows = disks.iter().map(|DiskCost { rates, cpu_ns_per_io }| {
         vec![

@@ -304,7 +304,7 @@ pub fn remove(store: &impl Xs, path: &str) -> io::Result<()> {
 pub struct Failure {
     /// A positive errno, which Linux's xenbus puts first.
     pub errno: i32,
-    /// The cause and the mend.
+    /// The cause and the mend, on one line.
     pub text: String,
 }
 
@@ -318,7 +318,7 @@ impl Failure {
             if !text.is_empty() {
                 text.push_str(": ");
             }
-            text.push_str(&cause.to_string());
+            text.push_str(&printable(&cause.to_string()));
             if let Some(system) = cause.downcast_ref::<io::Error>() {
                 errno = system.raw_os_error().unwrap_or(errno);
             }
