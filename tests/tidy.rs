@@ -15,7 +15,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("metrics", &[]),
     ("budget", &[]),
     ("config", &["backing", "blkif", "limits", "text"]),
-    ("backing", &["text", "units"]),
+    ("backing", &["units"]),
     ("xen", &["limits", "park", "units"]),
     ("msg", &["backing", "blkif", "budget", "limits", "metrics", "park", "units"]),
     ("blkif", &["backing", "limits", "units", "xen"]),
