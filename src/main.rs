@@ -54,3 +54,25 @@ fn main() -> ExitCode {
     output::finish_queue();
     if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
+
+#[cfg(test)]
+mod test {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn help_says_what_was_written() {
+        let mut cli = Cli::command();
+        cli.build();
+        for command in cli.get_subcommands_mut() {
+            let words = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
+            let page = words(command.render_long_help().to_string());
+            for argument in command.get_arguments() {
+                let help = argument.get_long_help().or(argument.get_help());
+                let help = words(help.map(ToString::to_string).unwrap_or_default());
+                assert!(page.contains(&help), "{} --help lacks \"{help}\"", command.get_name());
+            }
+        }
+    }
+}
