@@ -12,6 +12,7 @@ use serde::Deserialize;
 use crate::backing::DataPath;
 use crate::blkif::features::Offer;
 use crate::limits;
+use crate::text::ranges;
 
 /// Where `polldisk serve` listens for `attach`, `detach` and `list` unless told otherwise.
 pub const ADMIN_SOCKET: &str = "/run/polldisk/admin.sock";
@@ -229,7 +230,7 @@ fn place_workers(
         return Err(ConfigError {
             option: format!("--cores {list}"),
             what: format!("core {missing} is not there for this process"),
-            mend: format!("choose from {available:?}"),
+            mend: format!("choose from {}", ranges(available)),
         });
     }
     let count = workers.unwrap_or(cores.len());
