@@ -3,6 +3,8 @@
 //! An option on the command line goes before the same one in the file, which goes before the
 //! default. Every error names the option and what would be right.
 
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -103,11 +105,12 @@ impl ServeOptions {
             what,
             mend: mend.to_owned(),
         };
-        let text = std::fs::read_to_string(path)
+        let text = read_bounded(path)
             .map_err(|error| fail(error.to_string(), "name a readable TOML file"))?;
         toml::from_str(&text).map_err(|error| {
+            let line = text.get(..error.span().unwrap_or_default().start).map_or(1, line_of_end);
             let known = "the keys are the long options without their dashes";
-            fail(error.to_string().trim_end().to_owned(), known)
+            fail(format!("line {line}: {}", error.message()), known)
         })
     }
 
@@ -187,6 +190,22 @@ impl ServeOptions {
             ..Offer::default()
         })
     }
+}
+
+/// A text file, which no configuration makes long.
+fn read_bounded(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(limits::CONFIG_BYTES_MAX + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > limits::CONFIG_BYTES_MAX {
+        let long = format!("it has more than {} bytes", limits::CONFIG_BYTES_MAX);
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, long));
+    }
+    Ok(text)
+}
+
+/// The number of the line in which a text ends, from 1.
+fn line_of_end(text: &str) -> usize {
+    1 + text.matches('\n').count()
 }
 
 /// Checks a number against the bounds of its option.
@@ -411,5 +430,31 @@ mod test {
         std::fs::write(&path, "worker = 3\n").unwrap();
         let error = ServeOptions::from_file(&path).unwrap_err().to_string();
         assert!(error.contains("unknown field `worker`"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_is_no_configuration_is_told_on_one_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("polldisk.toml");
+        let refusal = |contents: &[u8]| {
+            std::fs::write(&path, contents).unwrap();
+            ServeOptions::from_file(&path).unwrap_err().to_string()
+        };
+        for (contents, told) in [
+            (&b"workers = 1\nwrokers = 2\n"[..], "line 2: unknown field `wrokers`"),
+            (b"\n\nworkers = \"many\"", "line 3: "),
+            (b"\xff\xfe\x00", "TOML"),
+            (b"workers", "line 1: "),
+            (&[b' '; 1 << 20], "more than 65536 bytes"),
+        ] {
+            let refusal = refusal(contents);
+            assert!(refusal.contains(told) && !refusal.contains('\n'), "{refusal}");
+            assert!(refusal.contains(path.to_str().unwrap()), "{refusal}");
+        }
+        for endless in ["/dev/zero", "/"] {
+            assert!(ServeOptions::from_file(Path::new(endless)).is_err());
+        }
+        std::fs::write(&path, "").unwrap();
+        assert!(ServeOptions::from_file(&path).is_ok());
     }
 }

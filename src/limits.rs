@@ -179,6 +179,9 @@ pub const GUEST_LOG_LINES: u32 = 20;
 /// The period of `GUEST_LOG_LINES`.
 pub const GUEST_LOG_SECONDS: u64 = 30;
 
+/// Bytes of a configuration file: there are ten keys.
+pub const CONFIG_BYTES_MAX: u64 = 64 * 1024;
+
 /// Log lines on their way to standard error. More than these are lost where it takes none: a minute's
 /// lines of a host where a hundred guests do their worst.
 pub const LOG_LINES_QUEUED: usize = 4096;

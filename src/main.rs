@@ -45,14 +45,20 @@ fn main() -> ExitCode {
         Command::List(list) => list.run(),
     };
     if let Err(error) = &result {
-        let mut lead = "polldisk:";
-        for cause in error.chain() {
-            output::say(format_args!("{lead} {}", printable(&cause.to_string())));
-            lead = "  because:";
-        }
+        tell(error);
     }
     output::finish_queue();
     if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Says an error and what caused it, a line each. Some errors repeat their cause; that is said once.
+fn tell(error: &anyhow::Error) {
+    let mut causes: Vec<String> = error.chain().map(ToString::to_string).collect();
+    causes.dedup();
+    for (index, cause) in causes.iter().enumerate() {
+        let lead = if index == 0 { "polldisk:" } else { "  because:" };
+        output::say(format_args!("{lead} {}", printable(cause)));
+    }
 }
 
 #[cfg(test)]
