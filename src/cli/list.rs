@@ -24,7 +24,7 @@ pub struct List {
     ///
     /// Workers read their clock once for all requests of a pass over their rings, so what is answered in
     /// the pass that took it has no latency that could be told: it is shown as "<1 us".
-    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0, allow_negative_numbers = true)]
     interval: f64,
     #[command(flatten)]
     daemon: Daemon,

@@ -79,7 +79,7 @@ fn tell(config: &Config) {
         queues,
         segments = indirect_segments,
         admin = %config.admin.display(),
-        "serving"
+        "starting"
     );
 }
 

@@ -153,6 +153,7 @@ fn serve_without_xen_names_cause_and_mend() {
 
 #[test]
 fn bad_options_are_named_with_what_would_be_right() {
+    let long = "x".repeat(70_000);
     for (arguments, parts) in [
         (&["serve", "--workers", "0"][..], &["--workers 0", "give 1 to"][..]),
         (&["serve", "--workers", "many"], &["--workers <N>", "many"]),
@@ -194,6 +195,8 @@ fn bad_options_are_named_with_what_would_be_right() {
         (&["insert", "--domid", "5", "--vdev", "xvda"], &["--target"]),
         (&["eject", "--domid", "5"], &["--vdev"]),
         (&["list", "--jsno"], &["--jsno", "--json"]),
+        (&["list", "--interval", "-1"], &["--interval -1", "0 or more"]),
+        (&["attach", "--domid", "5", "--vdev", "xvda", "--target", &long], &["too long"]),
     ] {
         is_refused(arguments, parts);
     }

@@ -30,6 +30,9 @@ pub enum RequestError {
         /// The system's error.
         source: io::Error,
     },
+    /// No daemon reads so long a request.
+    #[error("the request is too long; give a target of at most 4096 bytes")]
+    TooLong,
     /// The daemon hangs.
     #[error(
         "polldisk at {} has not answered in {} s; see its log",
@@ -57,8 +60,14 @@ pub fn request(path: &Path, request: &Request) -> Result<Reply, RequestError> {
             _ => RequestError::NoDaemon { path, source },
         }
     };
+    let mut line =
+        serde_json::to_vec(request).map_err(|error| RequestError::NoAnswer(error.into()))?;
+    if line.len() > limits::ADMIN_LINE_MAX {
+        return Err(RequestError::TooLong);
+    }
+    line.push(b'\n');
     let mut stream = connect(path, patience).map_err(failed)?;
-    let reply = ask(&mut stream, request).map_err(|error| match error.kind() {
+    let reply = ask(&mut stream, line).map_err(|error| match error.kind() {
         io::ErrorKind::WouldBlock => RequestError::Silent(path.to_owned()),
         _ => RequestError::NoAnswer(error),
     })?;
@@ -89,9 +98,7 @@ fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     }
 }
 
-fn ask(stream: &mut UnixStream, request: &Request) -> io::Result<Reply> {
-    let mut line = serde_json::to_vec(request)?;
-    line.push(b'\n');
+fn ask(stream: &mut UnixStream, mut line: Vec<u8>) -> io::Result<Reply> {
     match stream.write_all(&line) {
         // Whoever turns us away says why before it has read anything.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(error),

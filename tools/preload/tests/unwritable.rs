@@ -113,7 +113,7 @@ fn polldisk_logs_from_its_start_to_its_end() {
     assert!(serve_with(writer.into()).success());
     let log = log.join().unwrap().unwrap();
     let lines: Vec<&str> = log.lines().collect();
-    assert!(lines.first().is_some_and(|line| line.contains("serving")), "{log}");
+    assert!(lines.first().is_some_and(|line| line.contains("starting")), "{log}");
     assert!(lines.last().is_some_and(|line| line.contains("ended")), "{log}");
     // Rust's own form of its structures is for nobody who reads a log.
     assert!(!log.contains(['{', '[']), "{log}");
