@@ -101,6 +101,21 @@ fn wipe(path: &Path) {
     assert!(status.unwrap().success());
 }
 
+#[test]
+fn what_was_typed_moves_no_cursor_when_it_is_quoted() {
+    for arguments in [
+        &["list", "--admin", "/tmp/\u{1b}[2J/no\tsuch"][..],
+        &["serve", "--cores", "\u{1b}[2J"],
+        &["serve", "--log", "\u{1b}[2J"],
+        &["serve", "--config", "/tmp/\u{1b}[2J"],
+        &["demo", "--overwrite", "--target", "raw:/tmp/\u{1b}[2J"],
+    ] {
+        let said = refusal(arguments);
+        assert!(said.contains("\\u{1b}[2J"), "{arguments:?}: {said:?}");
+        assert!(!said.contains(|c: char| c.is_control() && c != '\n'), "{arguments:?}: {said:?}");
+    }
+}
+
 /// Commands that print, with the status of each that could.
 const PRINTING: [(&[&str], i32); 5] = [
     (&["demo", "--seconds", "0.1", "--size", "32M"], 0),

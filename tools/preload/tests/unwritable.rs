@@ -4,7 +4,7 @@ mod rig;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::process::{Child, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
 
 use polldisk::control::admin::client::request;
@@ -20,14 +20,21 @@ const VBD: VbdId = VbdId(51712);
 /// What a pipe holds that nobody reads: Linux's default.
 const PIPE_BYTES: usize = 64 * 1024;
 
-/// A guest that comes and goes, which makes log lines, then SIGTERM. How polldisk ended.
 fn serve_with(stderr: Stdio) -> ExitStatus {
+    serve(|mut command| {
+        command.stderr(stderr);
+        command
+    })
+}
+
+/// A guest that comes and goes, which makes log lines, then SIGTERM. How polldisk ended.
+fn serve(set_up: impl FnOnce(Command) -> Command) -> ExitStatus {
     let stand_in = StandIn::start_temporary().unwrap();
     let guest = Arc::new(stand_in.create_domain(rig::domid(GUEST), 512).unwrap());
     let admin = stand_in.folder().join("admin.sock");
     let mut command = rig::on(&stand_in, false, rig::polldisk().as_os_str());
     command.args(["serve", "--log", "debug", "--admin"]).arg(&admin);
-    let mut daemon = Daemon(command.stdin(Stdio::null()).stderr(stderr).spawn().unwrap());
+    let mut daemon = Daemon(set_up(command).stdin(Stdio::null()).spawn().unwrap());
     rig::until("polldisk answers", || {
         daemon.assert_running();
         request(&admin, &Request::List).is_ok()
@@ -65,7 +72,7 @@ impl Daemon {
     /// Sends SIGTERM and waits for the end.
     fn end(mut self) -> ExitStatus {
         let pid = self.0.id().to_string();
-        assert!(std::process::Command::new("kill").arg(pid).status().unwrap().success());
+        assert!(Command::new("kill").arg(pid).status().unwrap().success());
         let mut status = None;
         rig::until("polldisk has ended", || {
             status = self.0.try_wait().unwrap();
@@ -94,6 +101,17 @@ fn polldisk_serves_on_where_the_reader_of_its_log_has_ended() {
     let (reader, writer) = io::pipe().unwrap();
     drop(reader);
     assert!(serve_with(writer.into()).success());
+}
+
+#[test]
+fn polldisk_serves_on_without_a_standard_error() {
+    let status = serve(|command| {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "exec \"$0\" \"$@\" 2>&-"]);
+        shell.arg(command.get_program()).args(command.get_args());
+        shell
+    });
+    assert!(status.success());
 }
 
 #[test]
