@@ -5,7 +5,7 @@
 //! It ends a command that prints, without a word, since whoever read it has what it wanted.
 //! `println!` and its relatives panic there and are not used.
 
-use std::fmt::{self, Display};
+use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -67,7 +67,7 @@ pub fn usage(error: &clap::Error) -> ExitCode {
 }
 
 /// An error and all that caused it, on one line.
-pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
@@ -140,12 +140,6 @@ enum Entry {
     Line(Vec<u8>),
     /// All before it was taken care of.
     End(Sender<()>),
-}
-
-impl fmt::Debug for Queue {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Queue").field("lost", &self.lost).finish_non_exhaustive()
-    }
 }
 
 impl Queue {

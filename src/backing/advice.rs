@@ -75,7 +75,7 @@ pub(super) fn on_open(path: &Path, error: &io::Error) -> Advice {
         }
         libc::EIO => advice(
             "the storage answers with an error",
-            "see the kernel's log (dmesg) for what ails the device",
+            "see the kernel's log (dmesg) for the device's errors",
         ),
         libc::ESTALE | libc::ENOTCONN | libc::EHOSTDOWN | libc::ETIMEDOUT => advice(
             "the server of its filesystem does not answer for it",

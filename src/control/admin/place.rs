@@ -80,10 +80,10 @@ fn make_folder(path: &Path) -> io::Result<PathBuf> {
     Ok(folder.to_owned())
 }
 
-/// Keeps other daemons from looking for a place in this folder; `None` where its filesystem has no
-/// locks.
+/// Keeps other daemons from looking for a place in this folder; `None` where the folder can't be read, or
+/// its filesystem has no locks.
 fn lock(folder: &Path) -> io::Result<Option<File>> {
-    let file = File::open(folder)?;
+    let Ok(file) = File::open(folder) else { return Ok(None) };
     let until = Instant::now() + Duration::from_secs(limits::ADMIN_LOCK_SECONDS);
     loop {
         match file.try_lock() {
