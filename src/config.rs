@@ -3,6 +3,8 @@
 //! An option on the command line goes before the same one in the file, which goes before the
 //! default. Every error names the option and what would be right.
 
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,6 +14,7 @@ use serde::Deserialize;
 use crate::backing::DataPath;
 use crate::blkif::features::Offer;
 use crate::limits;
+use crate::text::ranges;
 
 /// Where `polldisk serve` listens for `attach`, `detach` and `list` unless told otherwise.
 pub const ADMIN_SOCKET: &str = "/run/polldisk/admin.sock";
@@ -102,11 +105,12 @@ impl ServeOptions {
             what,
             mend: mend.to_owned(),
         };
-        let text = std::fs::read_to_string(path)
+        let text = read_bounded(path)
             .map_err(|error| fail(error.to_string(), "name a readable TOML file"))?;
         toml::from_str(&text).map_err(|error| {
+            let line = text.get(..error.span().unwrap_or_default().start).map_or(1, line_of_end);
             let known = "the keys are the long options without their dashes";
-            fail(error.to_string().trim_end().to_owned(), known)
+            fail(format!("line {line}: {}", error.message()), known)
         })
     }
 
@@ -147,7 +151,7 @@ impl ServeOptions {
             poll: check_poll(self.poll_us)?,
             offer,
             backend_types,
-            admin: self.admin.unwrap_or_else(|| ADMIN_SOCKET.into()),
+            admin: check_admin(self.admin)?,
             log: self.log.unwrap_or_else(|| "info".to_owned()),
         })
     }
@@ -186,6 +190,22 @@ impl ServeOptions {
             ..Offer::default()
         })
     }
+}
+
+/// A text file, which no configuration makes long.
+fn read_bounded(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(limits::CONFIG_BYTES_MAX + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > limits::CONFIG_BYTES_MAX {
+        let long = format!("it has more than {} bytes", limits::CONFIG_BYTES_MAX);
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, long));
+    }
+    Ok(text)
+}
+
+/// The number of the line in which a text ends, from 1.
+fn line_of_end(text: &str) -> usize {
+    1 + text.matches('\n').count()
 }
 
 /// Checks a number against the bounds of its option.
@@ -229,7 +249,7 @@ fn place_workers(
         return Err(ConfigError {
             option: format!("--cores {list}"),
             what: format!("core {missing} is not there for this process"),
-            mend: format!("choose from {available:?}"),
+            mend: format!("choose from {}", ranges(available)),
         });
     }
     let count = workers.unwrap_or(cores.len());
@@ -287,6 +307,19 @@ fn check_poll(poll_us: Option<u64>) -> Result<Duration, ConfigError> {
     Ok(Duration::from_micros(poll_us))
 }
 
+fn check_admin(path: Option<PathBuf>) -> Result<PathBuf, ConfigError> {
+    let path = path.unwrap_or_else(|| ADMIN_SOCKET.into());
+    let bytes = path.as_os_str().as_encoded_bytes();
+    if bytes.is_empty() || bytes.contains(&0) || bytes.ends_with(b"/") {
+        return Err(ConfigError {
+            option: format!("--admin \"{}\"", path.display()),
+            what: "a socket can't have this path".to_owned(),
+            mend: format!("give a path such as {ADMIN_SOCKET}"),
+        });
+    }
+    Ok(path)
+}
+
 fn check_backend_type(name: &str) -> Result<(), ConfigError> {
     let plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
     if name.is_empty() || !plain || name.len() > 32 {
@@ -332,7 +365,7 @@ mod test {
 
     #[test]
     fn bad_options_are_named_with_what_would_be_right() {
-        let cases: [(ServeOptions, &str); 11] = [
+        let cases: [(ServeOptions, &str); 14] = [
             (options(|options| options.workers = Some(0)), "--workers 0: "),
             (options(|options| options.cores = Some("4-2".to_owned())), "--cores 4-2: "),
             (options(|options| options.cores = Some("x".to_owned())), "--cores x: "),
@@ -347,6 +380,9 @@ mod test {
                 "--max-indirect-segments 1025: ",
             ),
             (options(|options| options.backend_type = vec!["a/b".to_owned()]), "--backend-type"),
+            (options(|options| options.admin = Some("".into())), "--admin \"\": "),
+            (options(|options| options.admin = Some("/run/".into())), "--admin \"/run/\": "),
+            (options(|options| options.admin = Some("/a\0b".into())), "--admin "),
         ];
         for (options, start) in cases {
             let error = options.check(&[0, 1]).unwrap_err().to_string();
@@ -394,5 +430,31 @@ mod test {
         std::fs::write(&path, "worker = 3\n").unwrap();
         let error = ServeOptions::from_file(&path).unwrap_err().to_string();
         assert!(error.contains("unknown field `worker`"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_is_no_configuration_is_told_on_one_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("polldisk.toml");
+        let refusal = |contents: &[u8]| {
+            std::fs::write(&path, contents).unwrap();
+            ServeOptions::from_file(&path).unwrap_err().to_string()
+        };
+        for (contents, told) in [
+            (&b"workers = 1\nwrokers = 2\n"[..], "line 2: unknown field `wrokers`"),
+            (b"\n\nworkers = \"many\"", "line 3: "),
+            (b"\xff\xfe\x00", "TOML"),
+            (b"workers", "line 1: "),
+            (&[b' '; 1 << 20], "more than 65536 bytes"),
+        ] {
+            let refusal = refusal(contents);
+            assert!(refusal.contains(told) && !refusal.contains('\n'), "{refusal}");
+            assert!(refusal.contains(path.to_str().unwrap()), "{refusal}");
+        }
+        for endless in ["/dev/zero", "/"] {
+            assert!(ServeOptions::from_file(Path::new(endless)).is_err());
+        }
+        std::fs::write(&path, "").unwrap();
+        assert!(ServeOptions::from_file(&path).is_ok());
     }
 }

@@ -17,7 +17,8 @@
 //! # Who may import whom
 //!
 //! ```text
-//! units limits park metrics budget
+//! units limits text park metrics budget
+//!   └─ output                                  (the binary and tools)
 //!   └─ backing ─ msg
 //!   └─ xen (traits, shm, keys, store) ─ blkif ─┐
 //!         └─ engine ───────────────────────────┴─ queue ─ worker
@@ -43,9 +44,11 @@ pub mod engine;
 pub mod limits;
 pub mod metrics;
 pub mod msg;
+pub mod output;
 pub mod park;
 pub mod queue;
 pub mod sim;
+pub mod text;
 pub mod units;
 pub mod worker;
 pub mod xen;

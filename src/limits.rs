@@ -138,6 +138,18 @@ pub const ADMIN_REPLY_MAX: u64 = 256 << 20;
 /// Connections to the admin socket at a time.
 pub const ADMIN_CLIENTS_MAX: usize = 32;
 
+/// Bytes of a socket's path: `sun_path` of Linux's `struct sockaddr_un`, less the NUL at its end.
+pub const SOCKET_PATH_MAX: usize = 107;
+
+/// Seconds that a daemon waits for another one to have found its place for the admin socket, which
+/// takes milliseconds.
+pub const ADMIN_LOCK_SECONDS: u64 = 5;
+
+/// Seconds that a command waits for the daemon's answer. The daemon's own patience with guests and
+/// storage ends before.
+pub const ADMIN_REPLY_SECONDS: u64 = 60;
+const _: () = assert!(DETACH_SECONDS + MEDIUM_SECONDS < ADMIN_REPLY_SECONDS);
+
 /// Ports written to `/dev/xen/evtchn` by one call: the kernel takes a page of them.
 pub const PORTS_PER_UNMASK: usize = 1024;
 
@@ -179,6 +191,23 @@ pub const DOMAIN_LOOKS_BURST: u32 = 1024;
 
 /// And then so many a second, which takes a few per cent of a core.
 pub const DOMAIN_LOOKS_PER_SECOND: u32 = 200;
+
+/// Bytes of a configuration file: there are ten keys.
+pub const CONFIG_BYTES_MAX: u64 = 64 * 1024;
+
+/// Log lines on their way to standard error. More than these are lost where it takes none: a minute's
+/// lines of a host where a hundred guests do their worst.
+pub const LOG_LINES_QUEUED: usize = 4096;
+
+/// Bytes of one log line: room for two of the longest names of files. All queued lines together are 32 MiB
+/// at most.
+pub const LOG_LINE_MAX: usize = 8 * 1024;
+
+/// Milliseconds that the program waits at its end for its last lines to be written.
+pub const LOG_END_MS: u64 = 1000;
+
+/// Milliseconds until a line is tried again that a non-blocking standard error did not take.
+pub const LOG_RETRY_MS: u64 = 10;
 
 /// Watch events taken before the disks they are about are looked at, so that a guest that makes
 /// events without end does not keep control from everybody else.

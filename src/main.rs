@@ -5,6 +5,8 @@ mod cli;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use polldisk::output;
+use polldisk::text::printable;
 
 /// A Xen PV block backend in user space: serves guests' virtual disks from files and block devices.
 ///
@@ -28,7 +30,12 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+    output::tell_panics();
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(error) => return output::usage(&error),
+    };
+    let result = match command {
         Command::Serve(serve) => serve.run(),
         Command::Demo(demo) => demo.run(),
         Command::Attach(attach) => attach.run(),
@@ -37,12 +44,41 @@ fn main() -> ExitCode {
         Command::Eject(eject) => eject.run(),
         Command::List(list) => list.run(),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("polldisk: {error}");
-            error.chain().skip(1).for_each(|cause| eprintln!("  because: {cause}"));
-            ExitCode::FAILURE
+    if let Err(error) = &result {
+        tell(error);
+    }
+    output::finish_queue();
+    if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Says an error and what caused it, a line each. Some errors repeat their cause; that is said once.
+fn tell(error: &anyhow::Error) {
+    let mut causes: Vec<String> = error.chain().map(ToString::to_string).collect();
+    causes.dedup();
+    for (index, cause) in causes.iter().enumerate() {
+        let lead = if index == 0 { "polldisk:" } else { "  because:" };
+        output::say(format_args!("{lead} {}", printable(cause)));
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn help_says_what_was_written() {
+        let mut cli = Cli::command();
+        cli.build();
+        for command in cli.get_subcommands_mut() {
+            let words = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
+            let page = words(command.render_long_help().to_string());
+            for argument in command.get_arguments() {
+                let help = argument.get_long_help().or(argument.get_help());
+                let help = words(help.map(ToString::to_string).unwrap_or_default());
+                assert!(page.contains(&help), "{} --help lacks \"{help}\"", command.get_name());
+            }
         }
     }
 }

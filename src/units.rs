@@ -119,7 +119,8 @@ pub struct BadNumber {
     pub wanted: &'static str,
 }
 
-/// Parses decimal digits only: no sign, no blanks, no other radix, as xenstore's numbers are.
+/// Parses decimal digits only: no sign, no blanks, no other radix, as in xenstore's paths and messages.
+/// What its nodes hold is read by [`crate::xen::keys::number`].
 pub fn parse_decimal<T: FromStr>(text: &str) -> Option<T> {
     let plain = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     plain.then(|| text.parse().ok()).flatten()
@@ -185,7 +186,7 @@ mod test {
     use super::*;
 
     #[test]
-    fn numbers_from_xenstore_are_plain_decimals_in_range() {
+    fn numbers_are_plain_decimals_in_range() {
         assert_eq!("4294967295".parse(), Ok(GrantRef(u32::MAX)));
         for text in ["", "-1", "+1", " 1", "1 ", "0x10", "4294967296", "1e3"] {
             assert!(text.parse::<GrantRef>().is_err(), "{text:?}");

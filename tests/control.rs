@@ -8,10 +8,14 @@ mod endings;
 mod log;
 #[path = "control/noise.rs"]
 mod noise;
+#[path = "control/numbers.rs"]
+mod numbers;
 #[path = "control/opening.rs"]
 mod opening;
 #[path = "control/rig.rs"]
 mod rig;
+#[path = "control/shown.rs"]
+mod shown;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -290,7 +294,7 @@ fn a_guest_that_toggles_its_state_leaks_nothing() {
 fn what_a_guest_leaves_in_its_area_is_no_state() {
     let rig = Rig::start();
     let (guest, areas) = connected(&rig, 5);
-    for text in ["", "four", "4 ", "99999999999999999999"] {
+    for text in ["", "four", "4 4", "99999999999999999999"] {
         guest.set(&areas, "state", text);
         rig.wait_state(&areas.backend, 6);
         guest.set_state(&areas, 1);

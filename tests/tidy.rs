@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("units", &[]),
     ("limits", &[]),
+    ("text", &[]),
+    ("output", &["limits", "text"]),
     ("park", &[]),
     ("metrics", &[]),
     ("budget", &[]),
-    ("config", &["backing", "blkif", "limits"]),
+    ("config", &["backing", "blkif", "limits", "text"]),
     ("backing", &["units"]),
     ("xen", &["limits", "park", "units"]),
     ("msg", &["backing", "blkif", "budget", "limits", "metrics", "park", "units"]),
@@ -25,7 +27,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("worker", &["backing", "engine", "limits", "metrics", "msg", "park", "queue", "units", "xen"]),
     (
         "control",
-        &["backing", "blkif", "budget", "limits", "metrics", "msg", "park", "units", "xen"],
+        &["backing", "blkif", "budget", "limits", "metrics", "msg", "park", "text", "units", "xen"],
     ),
     ("sim", &["blkif", "limits", "msg", "park", "units", "xen"]),
 ];
@@ -152,6 +154,18 @@ fn unsafe_code_stands_only_where_it_is_named() {
         let code = code_of(&path);
         let unsafe_code = code.contains("unsafe {") || code.contains("unsafe fn");
         assert!(named || is_test(&path) || !unsafe_code, "{name} holds unsafe code");
+    }
+}
+
+/// `println!` and its relatives panic where standard output or standard error takes nothing:
+/// `polldisk::output` does not.
+#[test]
+fn nothing_is_printed_in_a_way_that_can_panic() {
+    for path in rust_files("src").into_iter().chain(rust_files("tools")) {
+        let name = relative(&path);
+        let may_print = is_test(&path) || name.split('/').any(|part| part == "tests");
+        let prints = ["print!(", "println!("].iter().any(|print| code_of(&path).contains(print));
+        assert!(may_print || !prints, "{name} prints by a macro: use polldisk::output");
     }
 }
 

@@ -3,6 +3,7 @@
 //! Control opens images; workers only use them. The format always comes from the host's
 //! configuration and is never guessed from bytes that a guest can write (XSA-48).
 
+mod advice;
 mod blocks;
 mod mapped;
 mod null;

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use super::advice::{self, Advice};
 use super::{BackingError, BlockLocks, Discard, Geometry, MappedFile};
 use crate::units::{Bytes, SECTOR_BYTES};
 
@@ -58,7 +59,10 @@ impl RawImage {
             .write(!read_only)
             .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
             .open(path)
-            .map_err(|error| open_error(&fail, error))?;
+            .map_err(|error| {
+                let Advice { what, mend } = advice::on_open(path, &error);
+                fail(what, mend, Some(error))
+            })?;
         leave_access_time(&file);
         let metadata =
             file.metadata().map_err(|error| fail("can't be examined", "check it", Some(error)))?;
@@ -75,8 +79,8 @@ impl RawImage {
         let sector = u64::from(shape.sector_bytes);
         let size = Bytes(shape.size / sector * sector);
         if size.0 == 0 {
-            let mend = format!("make it at least {sector} bytes long (truncate -s)");
-            return Err(fail("it holds no whole sector", &mend, None));
+            let Advice { what, mend } = advice::empty(kind.is_block_device());
+            return Err(fail(what, mend, None));
         }
         let is_in_memory = kind.is_file() && is_tmpfs(&file);
         Ok(RawImage {
@@ -190,30 +194,8 @@ impl DeviceHandle {
 type Fail<'a> = &'a dyn Fn(&str, &str, Option<io::Error>) -> BackingError;
 
 fn not_storage(fail: Fail<'_>) -> BackingError {
-    fail("it is neither a file nor a block device", "name a regular file or a block device", None)
-}
-
-fn open_error(fail: Fail<'_>, error: io::Error) -> BackingError {
-    let (what, mend) = match error.raw_os_error() {
-        Some(libc::ENOENT) => ("it does not exist", "create it or correct the path"),
-        Some(libc::EACCES | libc::EPERM) => {
-            ("no permission to open it", "run polldisk as a user who may, usually root")
-        }
-        Some(libc::EINVAL) => (
-            "its filesystem refuses O_DIRECT",
-            "put the image on a filesystem with direct I/O (ext4, xfs, btrfs, tmpfs of Linux 6.6)",
-        ),
-        Some(libc::EROFS) => {
-            ("it lies on a read-only filesystem", "attach the disk read-only (mode r)")
-        }
-        Some(libc::EISDIR) => ("it is a directory", "name a regular file or a block device"),
-        Some(libc::EBUSY) => ("somebody else holds it exclusively", "unmount or release it first"),
-        Some(libc::ENXIO | libc::ENODEV | libc::ENOMEDIUM) => {
-            ("there is no such device behind it", "check the device")
-        }
-        _ => ("it can't be opened", "check the path and the device"),
-    };
-    fail(what, mend, Some(error))
+    let Advice { what, mend } = advice::NOT_STORAGE;
+    fail(what, mend, None)
 }
 
 struct Shape {

@@ -23,6 +23,7 @@ use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Attach, DiskReport, Request};
 use polldisk::control::{ControlError, Ended};
 use polldisk::msg::event_channel;
+use polldisk::output;
 use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::load::{Load, Report};
 use polldisk::sim::blkfront::xenbus::Wanted;
@@ -232,19 +233,23 @@ impl Demo {
     }
 
     fn judge(&self, report: Report, disks: &[DiskCost], plan: &Plan) -> anyhow::Result<()> {
-        println!("{}", cost_table(disks));
-        println!();
-        if !plan.keeps_data() {
-            println!("null keeps no data: nothing was compared");
-        }
-        println!("verified {} blocks, {} mismatches", report.verified, report.mismatches);
+        let kept = match plan.keeps_data() {
+            true => "",
+            false => "null keeps no data: nothing was compared\n",
+        };
+        let printed = output::print(format_args!(
+            "{}\n\n{kept}verified {} blocks, {} mismatches",
+            cost_table(disks),
+            report.verified,
+            report.mismatches
+        ));
         if report.mismatches > 0 {
             bail!("data was not what it must be");
         }
         if report.errors > 0 {
             bail!("{} requests were answered with an error", report.errors);
         }
-        Ok(())
+        Ok(printed?)
     }
 }
 
@@ -347,7 +352,7 @@ fn costs(
         .collect()
 }
 
-fn cost_table(disks: &[DiskCost]) -> comfy_table::Table {
+fn cost_table(disks: &[DiskCost]) -> String {
     let header = ["DISK", "IOPS", "MB/s", "P50", "P99", "P99.9", "CPU/IO", "WORKER"];
     let rows = disks.iter().map(|DiskCost { rates, cpu_ns_per_io }| {
         vec![

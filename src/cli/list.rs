@@ -1,5 +1,6 @@
 //! `polldisk list`: every disk, what it does and how fast.
 
+use std::borrow::Cow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -7,9 +8,11 @@ use anyhow::bail;
 use clap::Args;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{DiskReport, Reply, Request};
+use polldisk::output;
+use polldisk::text::printable;
 
 use super::admin::Daemon;
-use super::rates::{DiskRates, duration, rates, table, workers};
+use super::rates::{DiskRates, duration, rates, shorten, table, workers};
 
 /// Show every disk: state, backing, worker, IOPS and latency percentiles
 #[derive(Args, Debug)]
@@ -18,7 +21,10 @@ pub struct List {
     #[arg(long)]
     json: bool,
     /// Seconds over which rates and percentiles are taken; 0: since each disk connected
-    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
+    ///
+    /// Workers read their clock once for all requests of a pass over their rings, so what is answered in
+    /// the pass that took it has no latency that could be told: it is shown as "<1 us".
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0, allow_negative_numbers = true)]
     interval: f64,
     #[command(flatten)]
     daemon: Daemon,
@@ -32,9 +38,9 @@ impl List {
         };
         let disks = observe(&self.daemon.admin, interval)?;
         if self.json {
-            println!("{}", serde_json::to_string_pretty(&disks)?);
+            output::print(serde_json::to_string_pretty(&disks)?)?;
         } else {
-            println!("{}", disk_table(&disks));
+            output::print(page(&disks, columns()))?;
         }
         Ok(())
     }
@@ -59,27 +65,61 @@ pub fn list(admin: &Path) -> anyhow::Result<Vec<DiskReport>> {
     }
 }
 
-fn disk_table(disks: &[DiskRates]) -> comfy_table::Table {
+/// The columns of the terminal that is printed to; `None` where it is none.
+fn columns() -> Option<usize> {
+    let (_, columns) = console::Term::stdout().size_checked()?;
+    Some(columns.into())
+}
+
+/// All that is printed: a table, in which targets are shortened until it fits `columns`, and below it
+/// why disks failed.
+fn page(disks: &[DiskRates], columns: Option<usize>) -> String {
+    let widest = disks.iter().map(|disk| console::measure_text_width(&target(disk))).max();
+    let widest = widest.unwrap_or(0);
+    let mut page = disk_table(disks, widest);
+    let excess = width(&page).saturating_sub(columns.unwrap_or(usize::MAX));
+    if excess > 0 {
+        page = disk_table(disks, widest.saturating_sub(excess).max(TARGET_COLUMNS_MIN));
+    }
+    let failing = disks.iter().map(|rates| &rates.disk).filter(|disk| !disk.failure.is_empty());
+    let failures = failing
+        .map(|disk| format!("\n{} {}: {}", disk.domid, disk.vdev, printable(&disk.failure)))
+        .collect::<String>();
+    match failures.as_str() {
+        "" => page,
+        failures => format!("{page}\n{failures}"),
+    }
+}
+
+/// However narrow a terminal is, so much of a target is shown.
+const TARGET_COLUMNS_MIN: usize = 16;
+
+fn width(table: &str) -> usize {
+    table.lines().map(console::measure_text_width).max().unwrap_or(0)
+}
+
+fn target(rates: &DiskRates) -> Cow<'_, str> {
+    printable(&rates.disk.target)
+}
+
+fn disk_table(disks: &[DiskRates], target_columns: usize) -> String {
     let header = [
         "DOMID", "VDEV", "STATE", "TARGET", "MODE", "SIZE", "WORKER", "IOPS", "MB/s", "P50", "P99",
         "P99.9",
     ];
-    table(&header, disks.iter().map(row))
+    table(&header, disks.iter().map(|disk| row(disk, target_columns)))
 }
 
-fn row(rates: &DiskRates) -> Vec<String> {
+fn row(rates: &DiskRates, target_columns: usize) -> Vec<String> {
     let disk = &rates.disk;
     vec![
         disk.domid.to_string(),
         disk.vdev.clone(),
-        if disk.failure.is_empty() {
-            disk.state.clone()
-        } else {
-            format!("{} ({})", disk.state, disk.failure)
-        },
-        disk.target.clone(),
+        disk.state.clone(),
+        shorten(&target(rates), target_columns),
         if disk.read_only { "r" } else { "w" }.to_owned(),
         match disk.backing.as_str() {
+            "" => "-".to_owned(),
             "empty" => "empty".to_owned(),
             _ => polldisk::units::Bytes(disk.sectors.saturating_mul(512)).to_string(),
         },
@@ -90,4 +130,47 @@ fn row(rates: &DiskRates) -> Vec<String> {
         duration(rates.p99_ns),
         duration(rates.p999_ns),
     ]
+}
+
+#[cfg(test)]
+mod test {
+    use super::super::rates::test::report;
+    use super::*;
+
+    fn disk(domid: u32, target: &str, failure: &str) -> DiskRates {
+        let mut disk = report(1000, 5, &[(1, 5)]);
+        (disk.domid, disk.target, disk.failure) = (domid, target.into(), failure.into());
+        rates(&[], vec![disk], Duration::ZERO).remove(0)
+    }
+
+    #[test]
+    fn targets_are_shortened_until_the_table_fits_the_terminal() {
+        let long = format!("raw:/srv/{}/guest.img", "x".repeat(200));
+        let disks = [disk(5, &long, ""), disk(6, "null:8G", "")];
+        assert!(page(&disks, None).contains(&long));
+        for columns in [100, 120, 200] {
+            let page = page(&disks, Some(columns));
+            assert_eq!(width(&page), columns, "{page}");
+            assert!(
+                page.contains("raw:") && page.contains("...") && page.contains("t.img"),
+                "{page}"
+            );
+        }
+        // What is too narrow for a table gets one all the same.
+        for columns in [0, 1, 40] {
+            assert!(page(&disks, Some(columns)).contains("guest.img"));
+        }
+        assert!(page(&disks, Some(1000)).contains(&long));
+        assert_eq!(page(&[], Some(80)).lines().count(), 1);
+    }
+
+    #[test]
+    fn failures_stand_below_the_table_a_line_each() {
+        let disks =
+            [disk(5, "null:8G", ""), disk(6, "raw:/a\nb", "it\nfailed"), disk(7, "", "so did it")];
+        let page = page(&disks, Some(80));
+        let lines: Vec<&str> = page.lines().collect();
+        assert_eq!(lines[4..], ["", "6 xvda: it\\nfailed", "7 xvda: so did it"], "{page}");
+        assert!(lines[..4].iter().all(|line| !line.contains("failed")), "{page}");
+    }
 }

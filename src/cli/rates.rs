@@ -84,13 +84,13 @@ fn latency_between(before: Option<&DiskReport>, after: &DiskReport) -> Histogram
 }
 
 /// A table for people: the first column to the left, numbers to the right.
-pub fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Table {
+pub fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(NOTHING).set_header(header).add_rows(rows);
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    table
+    table.trim_fmt()
 }
 
 /// The worker of each ring of a disk.
@@ -99,11 +99,40 @@ pub fn workers(disk: &DiskReport) -> String {
     if workers.is_empty() { "-".to_owned() } else { workers.join(",") }
 }
 
-/// Nanoseconds as people read them.
+/// A text of at most so many columns: its middle makes room, since both ends of a path tell more.
+pub fn shorten(text: &str, columns: usize) -> String {
+    const GAP: &str = "...";
+    if console::measure_text_width(text) <= columns {
+        return text.to_owned();
+    }
+    let room = columns.saturating_sub(GAP.len());
+    let head = take(text.chars(), room / 3);
+    let tail = take(text.chars().rev(), room - room / 3);
+    let tail: String = tail.chars().rev().collect();
+    format!("{head}{GAP}{tail}")
+}
+
+/// The first characters, as many as fill at most so many columns.
+fn take(chars: impl Iterator<Item = char>, columns: usize) -> String {
+    let mut used = 0;
+    chars
+        .take_while(|c| {
+            used += console::measure_text_width(c.encode_utf8(&mut [0; 4]));
+            used <= columns
+        })
+        .collect()
+}
+
+/// Latencies below are told as one: workers read their clock once for all requests of a pass, and what
+/// is answered in the pass that took it is recorded as 1 ns.
+const TOLD_NS_MIN: u64 = 1000;
+
+/// A latency as people read it; 0: there was none.
 pub fn duration(ns: u64) -> String {
     match ns {
         0 => "-".to_owned(),
-        1..10_000 => format!("{ns} ns"),
+        1..TOLD_NS_MIN => "<1 us".to_owned(),
+        TOLD_NS_MIN..10_000 => format!("{:.1} us", ns as f64 / 1e3),
         10_000..10_000_000 => format!("{:.0} us", ns as f64 / 1e3),
         10_000_000..10_000_000_000 => format!("{:.0} ms", ns as f64 / 1e6),
         _ => format!("{:.0} s", ns as f64 / 1e9),
@@ -111,11 +140,12 @@ pub fn duration(ns: u64) -> String {
 }
 
 #[cfg(test)]
-mod test {
+pub mod test {
     use super::*;
     use polldisk::metrics::Counts;
 
-    fn report(uptime_ms: u64, reads: u64, latency: &[(u64, u64)]) -> DiskReport {
+    /// A disk with so many reads.
+    pub fn report(uptime_ms: u64, reads: u64, latency: &[(u64, u64)]) -> DiskReport {
         DiskReport {
             domid: 1,
             vdev: "xvda".to_owned(),
@@ -137,6 +167,35 @@ mod test {
             latency: latency.to_vec(),
             uptime_ms,
         }
+    }
+
+    #[test]
+    fn latencies_too_short_for_the_workers_clock_are_not_told_to_the_nanosecond() {
+        for (ns, text) in [
+            (0, "-"),
+            (1, "<1 us"),
+            (999, "<1 us"),
+            (1_000, "1.0 us"),
+            (9_940, "9.9 us"),
+            (10_000, "10 us"),
+            (25_000_000, "25 ms"),
+            (12_000_000_000, "12 s"),
+        ] {
+            assert_eq!(duration(ns), text);
+        }
+    }
+
+    #[test]
+    fn the_middle_of_a_text_makes_room() {
+        assert_eq!(shorten("raw:/a", 6), "raw:/a");
+        assert_eq!(shorten("raw:/srv/guest.img", 15), "raw:...uest.img");
+        assert_eq!(shorten("raw:/srv/guest.img", 3), "...");
+        assert_eq!(shorten("raw:/srv/guest.img", 0), "...");
+        // Each takes two columns.
+        assert_eq!(
+            shorten("\u{65e5}".repeat(10).as_str(), 12),
+            "\u{65e5}...\u{65e5}\u{65e5}\u{65e5}"
+        );
     }
 
     #[test]

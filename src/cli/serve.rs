@@ -4,10 +4,12 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use polldisk::blkif::features::Offer;
 use polldisk::config::{Config, ServeOptions};
 use polldisk::control::{self, Ended};
 use polldisk::msg::event_channel;
 use polldisk::park::Doorbell;
+use polldisk::text::ranges;
 use polldisk::worker::{WorkerThread, spawn_all};
 use polldisk::xen::linux::LinuxXen;
 
@@ -47,16 +49,7 @@ impl Serve {
 fn serve(xen: &LinuxXen, config: &Config) -> anyhow::Result<()> {
     let (reports, events) = event_channel().context("cannot make the workers' channel")?;
     let (workers, threads) = spawn_all(xen, &config.workers, config.poll, &reports)?;
-    tracing::info!(
-        version = env!("CARGO_PKG_VERSION"),
-        workers = workers.len(),
-        cores = ?config.workers.iter().flatten().collect::<Vec<_>>(),
-        poll_us = config.poll.as_micros(),
-        backend_types = ?config.backend_types,
-        features = ?config.offer,
-        admin = %config.admin.display(),
-        "serving"
-    );
+    tell(config);
     let control_config = control::Config {
         backend_types: config.backend_types.clone(),
         admin_path: Some(config.admin.clone()),
@@ -71,6 +64,26 @@ fn serve(xen: &LinuxXen, config: &Config) -> anyhow::Result<()> {
     }
     tracing::info!("ended");
     Ok(())
+}
+
+/// Logs what it runs with.
+fn tell(config: &Config) {
+    let cores: Vec<usize> = config.workers.iter().copied().flatten().collect();
+    let cores = if cores.is_empty() { "any".to_owned() } else { ranges(&cores) };
+    let Offer { data_path, flush: _, ring_page_order, queues, indirect_segments } = config.offer;
+    tracing::info!(
+        version = %env!("CARGO_PKG_VERSION"),
+        workers = config.workers.len(),
+        cores = %cores,
+        poll_us = config.poll.as_micros(),
+        backend_types = %config.backend_types.join(","),
+        data_path = %data_path,
+        ring_pages = 1u32 << ring_page_order,
+        queues,
+        segments = indirect_segments,
+        admin = %config.admin.display(),
+        "starting"
+    );
 }
 
 /// The cores that this process may use.

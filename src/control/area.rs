@@ -9,7 +9,7 @@ use super::key::DiskKey;
 use crate::backing::{Discard, Geometry, Image};
 use crate::blkif::features::{self, DiskOffer};
 use crate::limits;
-use crate::units::parse_decimal;
+use crate::text::{excerpt, printable};
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::{Nodes, Store, if_there};
 
@@ -55,6 +55,16 @@ pub enum AreaError {
     /// A node is missing.
     #[error("{0} is missing from the backend area; the toolstack has to write it")]
     Missing(&'static str),
+    /// A node holds something else than it should.
+    #[error("{node} = \"{value}\" can't be read; it has to be {wanted}")]
+    Invalid {
+        /// Which node.
+        node: &'static str,
+        /// An excerpt of what it holds.
+        value: String,
+        /// What would be right.
+        wanted: &'static str,
+    },
     /// The area names another frontend than its own path does.
     #[error("{node} is \"{value}\" and not \"{wanted}\"; an area is for its own path's frontend")]
     Stranger {
@@ -98,15 +108,14 @@ impl Description {
         let failed = |node| move |source| AreaError::Store { node, source };
         let mut ahead = ReadAhead::new(store, area, &NODES).map_err(failed(keys::FRONTEND_ID))?;
         let mut text = |node: &'static str| ahead.take_if_there(node).map_err(failed(node));
-        let is = |node, value: Option<Box<str>>, wanted: String| match value {
-            Some(value) if *value == *wanted => Ok(()),
-            Some(value) => Err(AreaError::Stranger { node, value: value.into(), wanted }),
-            None => Err(AreaError::Missing(node)),
-        };
-        is(keys::FRONTEND_ID, text(keys::FRONTEND_ID)?, key.domid.to_string())?;
-        is(keys::FRONTEND, text(keys::FRONTEND)?, key.frontend_area())?;
-        let cdrom = text(keys::DEVICE_TYPE)?.is_some_and(|kind| &*kind == "cdrom");
-        let removable = text(keys::REMOVABLE)?.is_some_and(|flag| &*flag == "1");
+        let id = text(keys::FRONTEND_ID)?.ok_or(AreaError::Missing(keys::FRONTEND_ID))?;
+        let is_own = keys::number(&id) == Some(u64::from(key.domid.raw()));
+        check_owner(keys::FRONTEND_ID, is_own, &id, key.domid)?;
+        let frontend = text(keys::FRONTEND)?.ok_or(AreaError::Missing(keys::FRONTEND))?;
+        let is_own = keys::word(&frontend) == key.frontend_area();
+        check_owner(keys::FRONTEND, is_own, &frontend, key.frontend_area())?;
+        let cdrom = text(keys::DEVICE_TYPE)?.is_some_and(|kind| keys::word(&kind) == "cdrom");
+        let removable = flag(keys::REMOVABLE, text(keys::REMOVABLE)?, false)?;
         let target = match text(keys::PARAMS)? {
             Some(params) => target_of(&params).to_owned(),
             None if cdrom || removable => String::new(),
@@ -122,8 +131,8 @@ impl Description {
             shareable: mode.contains('!'),
             cdrom,
             removable,
-            discard_enable: text(keys::DISCARD_ENABLE)?.is_none_or(|flag| &*flag != "0"),
-            script: text(keys::SCRIPT)?.map(String::from),
+            discard_enable: flag(keys::DISCARD_ENABLE, text(keys::DISCARD_ENABLE)?, true)?,
+            script: text(keys::SCRIPT)?.map(|script| keys::word(&script).to_owned()),
             attached: text(keys::ATTACHED)?.is_some(),
         })
     }
@@ -154,6 +163,28 @@ impl Description {
             | flag(self.removable, keys::VDISK_REMOVABLE)
             | flag(self.read_only, keys::VDISK_READONLY)
     }
+}
+
+/// What a node of the toolstack says, yes or no; `missing` where there is none.
+fn flag(node: &'static str, text: Option<Box<str>>, missing: bool) -> Result<bool, AreaError> {
+    let Some(text) = text else { return Ok(missing) };
+    keys::flag(&text).ok_or_else(|| {
+        let value = excerpt(&text);
+        AreaError::Invalid { node, value, wanted: "a number, 0 for no and 1 for yes" }
+    })
+}
+
+fn check_owner(
+    node: &'static str,
+    is_own: bool,
+    value: &str,
+    wanted: impl ToString,
+) -> Result<(), AreaError> {
+    if is_own {
+        return Ok(());
+    }
+    let value = printable(value).into_owned();
+    Err(AreaError::Stranger { node, value, wanted: wanted.to_string() })
 }
 
 /// The target that `params` names. libxl writes raw contents as `aio:/path` where it does not know
@@ -274,14 +305,14 @@ impl Area {
         }
     }
 
-    /// Writes nodes and moves `state` from `expected` to `new`, all or nothing: the toolstack's Closing
-    /// must not be overwritten.
+    /// Writes nodes, moves `state` from `expected` to `new` and removes what is `stale`, all or nothing:
+    /// the toolstack's Closing must not be overwritten.
     pub fn switch_state<S: Store>(
         &self,
         store: &S,
-        expected: XenbusState,
-        new: XenbusState,
+        [expected, new]: [XenbusState; 2],
         nodes: &[NodeValue],
+        stale: Option<&str>,
     ) -> io::Result<Written> {
         let written = [nodes, &[(keys::STATE, new.number().to_string())]].concat();
         store.atomically(|span| {
@@ -294,6 +325,7 @@ impl Area {
             if state_of(state.as_deref()) != expected {
                 return Ok(Written::Overtaken);
             }
+            stale.map_or(Ok(()), |stale| remove(span, stale))?;
             span.write_all(&self.path, &written)?;
             Ok(Written::Done)
         })
@@ -339,6 +371,8 @@ pub struct Standing {
 impl Standing {
     /// Reads an area and the mark in it; `None` where the whole of it is gone.
     ///
+    /// An error is `InvalidData` where `online` says neither yes nor no.
+    ///
     /// The mark is read last. An area's own mark never comes back once the area was removed, so with
     /// it all of the rest was read of that area.
     fn read_marked(
@@ -354,11 +388,12 @@ impl Standing {
         if state.is_none() && mark.is_none() && !exists(store, area)? {
             return Ok(None);
         }
-        let online = online.and_then(|text| parse_decimal::<u64>(&text));
+        let online = flag(keys::ONLINE, online, false)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         let standing = Standing {
             state: state_of(state.as_deref()),
-            online: online.is_some_and(|online| online != 0),
-            hotplug_done: hotplug.as_deref() == Some("connected"),
+            online,
+            hotplug_done: hotplug.is_some_and(|status| keys::word(&status) == "connected"),
         };
         Ok(Some((standing, mark)))
     }
@@ -379,7 +414,7 @@ pub fn remove(store: &impl Xs, path: &str) -> io::Result<()> {
 pub struct Failure {
     /// A positive errno, which Linux's xenbus puts first.
     pub errno: i32,
-    /// The cause and the mend.
+    /// The cause and the mend, on one line.
     pub text: String,
 }
 
@@ -393,7 +428,7 @@ impl Failure {
             if !text.is_empty() {
                 text.push_str(": ");
             }
-            text.push_str(&cause.to_string());
+            text.push_str(&printable(&cause.to_string()));
             if let Some(system) = cause.downcast_ref::<io::Error>() {
                 errno = system.raw_os_error().unwrap_or(errno);
             }

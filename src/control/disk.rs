@@ -70,6 +70,8 @@ pub struct Disk {
     connection: Option<Connection>,
     failure: Failure,
     error_written: bool,
+    /// Its area held something that can't be read when it was looked at last.
+    is_unreadable: bool,
     /// Why what `params` names now is not served; empty where it is.
     ignored: String,
     /// Writes fail for want of space.
@@ -116,7 +118,9 @@ impl Disk {
             told_sector_bytes: None,
             connection: None,
             failure: Failure::default(),
-            error_written: false,
+            // What was wrong with its area before, or a daemon before this one, may have left one.
+            error_written: true,
+            is_unreadable: false,
             ignored: String::new(),
             is_full: false,
             looks: Pace::default(),
@@ -187,6 +191,17 @@ impl Disk {
         }
     }
 
+    /// Tells that its area holds something that can't be read, until it can.
+    pub fn tell_unreadable<S: Store>(
+        &mut self,
+        failure: &Failure,
+        around: &mut Surroundings<'_, S>,
+    ) -> io::Result<()> {
+        self.is_unreadable = true;
+        self.failure.clone_from(failure);
+        self.write_error(around).map(drop)
+    }
+
     /// Whether it is done with.
     pub fn is_forgotten(&self) -> bool {
         self.forgotten
@@ -217,6 +232,9 @@ impl Disk {
             self.step(Input::Gone, around);
             return Ok(());
         };
+        if std::mem::take(&mut self.is_unreadable) {
+            self.clear_error(around)?;
+        }
         let Standing { state, online, hotplug_done } = standing;
         if state != self.stored {
             self.stored = state;
@@ -378,12 +396,19 @@ impl Disk {
 
     /// A disk that works has no error.
     fn clear_error<S: Store>(&mut self, around: &Surroundings<'_, S>) -> io::Result<()> {
-        if std::mem::take(&mut self.error_written) {
-            self.failure = Failure::default();
-            let error = self.key.error_area(around.own);
+        if let Some(error) = self.stale_error(around.own) {
             self.area.change(around.store, |span| area::remove(span, &error))?;
         }
         Ok(())
+    }
+
+    /// The `error` node, where one has to go now that the disk works.
+    fn stale_error(&mut self, own: DomId) -> Option<String> {
+        let is_there = std::mem::take(&mut self.error_written);
+        is_there.then(|| {
+            self.failure = Failure::default();
+            self.key.error_area(own)
+        })
     }
 
     /// Writes a state together with what the frontend reads when it sees it. Connected is written
@@ -394,19 +419,17 @@ impl Disk {
         state: XenbusState,
         around: &mut Surroundings<'_, S>,
     ) -> io::Result<Written> {
-        let nodes = match state {
-            XenbusState::InitWait => self.features(around),
-            XenbusState::Connected => {
-                self.clear_error(around)?;
-                self.shape()
-            }
-            _ => Vec::new(),
+        let (nodes, stale) = match state {
+            XenbusState::InitWait => (self.features(around), None),
+            XenbusState::Connected => (self.shape(), self.stale_error(around.own)),
+            _ => (Vec::new(), None),
         };
         if state == self.stored && state != XenbusState::Connected {
             return self.area.write(around.store, &nodes);
         }
         guest_log!(around, self.key.domid, info, disk = %self.key, "{state}");
-        let written = self.area.switch_state(around.store, self.stored, state, &nodes)?;
+        let states = [self.stored, state];
+        let written = self.area.switch_state(around.store, states, &nodes, stale.as_deref())?;
         if written == Written::Done {
             self.stored = state;
         }

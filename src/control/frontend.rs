@@ -1,5 +1,5 @@
 //! What a frontend published, read and judged. Everything here was written by the guest: numbers
-//! are plain decimals in range or the frontend is refused, and nothing is sized by them before.
+//! are in range or the frontend is refused, and nothing is sized by them before.
 
 use std::io;
 
@@ -9,7 +9,8 @@ use super::ahead::ReadAhead;
 use crate::backing::DataPath;
 use crate::blkif::features::Offer;
 use crate::msg::{Mapping, Protocol};
-use crate::units::{GrantRef, Port, parse_decimal};
+use crate::text::excerpt;
+use crate::units::{GrantRef, Port};
 use crate::xen::Nodes;
 use crate::xen::keys::{self, XenbusState};
 
@@ -96,7 +97,7 @@ pub fn glance(store: &impl Nodes, area: &str, served: Option<&Published>) -> io:
     let (state, first_ref, port) = (next()?, next()?, next()?);
     let state = state.map_or(XenbusState::Unknown, |text| XenbusState::from_text(&text));
     let is = |text: Option<Box<str>>, number: u32| {
-        text.is_some_and(|text| parse_decimal(&text) == Some(number))
+        text.is_some_and(|text| keys::number(&text) == Some(number))
     };
     let same = is(first_ref, ring.refs[0].0) && is(port, ring.port.0);
     let rings_may_be_new = match state {
@@ -136,8 +137,9 @@ pub fn read(store: &impl Nodes, area: &str, offer: &Offer) -> Result<Published, 
         (0..queues).map(|queue| nodes.ring(&folder(queue), order)).collect::<Result<_, _>>()?;
     let first_nodes =
         [ring_ref(&folder(0), order, 0), format!("{}{}", folder(0), keys::EVENT_CHANNEL)];
+    // A guest that says neither has its data copied: that is right for any.
     let keeps_grants =
-        nodes.text(keys::FEATURE_PERSISTENT)?.is_some_and(|text| text.as_ref() == "1");
+        nodes.text(keys::FEATURE_PERSISTENT)?.and_then(|text| keys::flag(&text)) == Some(true);
     let mapping = match offer.data_path {
         DataPath::Auto | DataPath::Map if keeps_grants => Mapping::Kept,
         DataPath::Map => Mapping::PerRequest,
@@ -155,6 +157,8 @@ impl<S: Nodes> Claims<'_, S> {
     fn text(&mut self, node: &str) -> Result<Option<Box<str>>, FrontendFault> {
         match self.ahead.take(node) {
             Ok(text) => Ok(Some(text)),
+            // No text at all is told like other nonsense, with a sign in its place.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(Some("\u{fffd}".into())),
             Err(error) if is_unreadable(&error) => Ok(None),
             Err(source) => Err(FrontendFault::Store { node: node.to_owned(), source }),
         }
@@ -167,7 +171,7 @@ impl<S: Nodes> Claims<'_, S> {
         wanted: &str,
     ) -> Result<Option<u64>, FrontendFault> {
         let Some(text) = self.text(node)? else { return Ok(None) };
-        match parse_decimal(&text).filter(|number| range.contains(number)) {
+        match keys::number(&text).filter(|number| range.contains(number)) {
             Some(number) => Ok(Some(number)),
             None => Err(FrontendFault::Invalid {
                 node: node.to_owned(),
@@ -204,7 +208,7 @@ impl<S: Nodes> Claims<'_, S> {
         let Some(text) = self.text(keys::PROTOCOL)? else { return Ok(UNSAID) };
         PROTOCOLS
             .iter()
-            .find_map(|(name, protocol)| (*name == &*text).then_some(*protocol))
+            .find_map(|(name, protocol)| (*name == keys::word(&text)).then_some(*protocol))
             .ok_or_else(|| FrontendFault::Invalid {
                 node: keys::PROTOCOL.to_owned(),
                 value: excerpt(&text),
@@ -240,13 +244,6 @@ const UNSAID: Protocol = Protocol::X86_64;
 fn is_unreadable(error: &io::Error) -> bool {
     use io::ErrorKind::{InvalidData, NotFound, PermissionDenied};
     matches!(error.kind(), NotFound | InvalidData | PermissionDenied)
-}
-
-/// The beginning of a guest's text, without anything that a log could choke on.
-fn excerpt(text: &str) -> String {
-    const SHOWN: usize = 32;
-    let shown: String = text.chars().take(SHOWN).flat_map(char::escape_default).collect();
-    if text.chars().nth(SHOWN).is_some() { shown + "..." } else { shown }
 }
 
 #[cfg(test)]

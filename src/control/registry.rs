@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use xenstore_rs::Xs;
 
-use super::area::{Area, Standing};
+use super::area::{self, Area, Failure, Standing};
 use super::attach::AttachError;
 use super::disk::{self, Disk, FRONTEND_TOKEN, Params, Surroundings};
 use super::guests::Guests;
@@ -386,8 +386,23 @@ impl<S: Store> Registry<S> {
         };
         if let Err(error) = result {
             tracing::error!(disk = %key, "cannot be looked at: {error}");
+            if error.kind() == io::ErrorKind::InvalidData {
+                self.tell_unreadable(key, &Failure::of(&error), now);
+            }
         }
         true
+    }
+
+    /// Tells the toolstack that it wrote something into a disk's area that can't be read.
+    fn tell_unreadable(&mut self, key: &DiskKey, failure: &Failure, now: Instant) {
+        let told = self.with_disk(key, now, |disk, around| disk.tell_unreadable(failure, around));
+        let told = told.unwrap_or_else(|| {
+            let node = format!("{}/error", key.error_area(self.own));
+            self.store.write(&node, &area::error_line(failure))
+        });
+        if let Err(error) = told {
+            tracing::error!(disk = %key, "its error node can't be written: {error}");
+        }
     }
 
     /// Takes a disk on if the toolstack has made one (Initialising and online), or if it waits for
@@ -595,7 +610,8 @@ fn tell_in_flight(disk: &Disk, queue: QueueKey, in_flight: &InFlight) {
 fn own_domid(store: &impl Xs) -> io::Result<DomId> {
     match if_there(store.read(keys::OWN_DOMID))? {
         Some(text) => {
-            text.parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+            let own = keys::word(&text).parse();
+            own.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
         }
         None => Ok(DomId::DOM0),
     }

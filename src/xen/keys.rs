@@ -2,8 +2,9 @@
 //! `public/io/xenbus.h` and libxl write them.
 
 use std::fmt;
+use std::str::FromStr;
 
-use crate::units::{DomId, VbdId};
+use crate::units::{DomId, VbdId, parse_decimal};
 
 /// How far one end of a device has got: `enum xenbus_state` of Xen's `public/io/xenbus.h`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -50,10 +51,8 @@ impl XenbusState {
 
     /// What the text of a `state` node means; anything but a state's number is `Unknown`.
     pub fn from_text(text: &str) -> XenbusState {
-        match text.as_bytes() {
-            [digit @ b'0'..=b'8'] => XenbusState::ALL[usize::from(digit - b'0')],
-            _ => XenbusState::Unknown,
-        }
+        let state = number(text).and_then(|number: usize| XenbusState::ALL.get(number));
+        state.copied().unwrap_or(XenbusState::Unknown)
     }
 }
 
@@ -61,6 +60,27 @@ impl fmt::Display for XenbusState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(self, f)
     }
+}
+
+/// What a node says, without the blanks, line break or NUL that the writer may have left around it.
+/// Linux (`xenbus_scanf`) and QEMU (`xs_node_scanf`) read with sscanf, which passes over them.
+pub fn word(text: &str) -> &str {
+    const BLANKS: [char; 6] = [' ', '\t', '\n', '\x0b', '\x0c', '\r'];
+    text.trim_start_matches(BLANKS).trim_end_matches(|c| BLANKS.contains(&c) || c == '\0')
+}
+
+/// The number that a node says: decimal digits, a `+` before them at most, as QEMU reads it, with
+/// blanks around them. In range of its type or `None`: no wrapping, and no part of a longer text. There
+/// sscanf would take `-1` for 4294967295 and `12abc` for 12, which is not what anybody meant.
+pub fn number<T: FromStr>(text: &str) -> Option<T> {
+    let word = word(text);
+    parse_decimal(word.strip_prefix('+').unwrap_or(word))
+}
+
+/// Whether a node says yes: any number but 0, as `xenbus_read_unsigned` is used. `None` where it says no
+/// number.
+pub fn flag(text: &str) -> Option<bool> {
+    number::<u64>(text).map(|number| number != 0)
 }
 
 /// The number of the domain that reads it, relative to its own directory.
@@ -187,14 +207,68 @@ pub fn error_area(own: DomId, kind: &str, domid: DomId, vbd: VbdId) -> String {
 
 #[cfg(test)]
 mod test {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
-    fn a_state_is_one_digit_and_anything_else_is_unknown() {
+    fn numbers_are_read_as_sscanf_reads_them_where_that_is_one_way_only() {
+        for text in ["8", " 8", "8\n", "\t 8 \r\n", "+8", "008", "8\0", "8\n\0", "\x0b8\x0c"] {
+            assert_eq!(number(text), Some(8), "{text:?}");
+        }
+        for text in [
+            "",
+            " ",
+            "\0",
+            "+",
+            "-8",
+            "--8",
+            "+-8",
+            "+ 8",
+            "8 9",
+            "8x",
+            "x8",
+            "0x8",
+            "8.0",
+            "1e3",
+            "8\0\n8",
+            "\u{a0}8",
+            "\u{664}",
+            "99999999999999999999",
+        ] {
+            assert_eq!(number::<u64>(text), None, "{text:?}");
+        }
+        assert_eq!((number("255"), number::<u8>("256")), (Some(255), None));
+        assert_eq!([flag("0\n"), flag(" 2"), flag("yes")], [Some(false), Some(true), None]);
+    }
+
+    proptest! {
+        #[test]
+        fn blanks_change_no_number(
+            value: u64, before in "[ \t\n\r\x0b\x0c]{0,4}", after in "[ \t\n\r\x0b\x0c]{0,4}\0{0,2}"
+        ) {
+            prop_assert_eq!(number(&format!("{before}{value}{after}")), Some(value));
+            prop_assert_eq!(number(&format!("{before}+{value}{after}")), Some(value));
+            prop_assert_eq!(number::<u64>(&format!("{before}-{value}{after}")), None);
+        }
+
+        #[test]
+        fn what_is_read_is_all_that_is_there(text in "\\PC{0,6}|[-+ 0-9\\n]{0,8}") {
+            if let Some(value) = number::<u64>(&text) {
+                let digits: String = text.chars().filter(char::is_ascii_digit).collect();
+                prop_assert_eq!(digits.parse::<u64>(), Ok(value));
+                prop_assert!(text.chars().all(|c| c.is_ascii_digit() || " +\n".contains(c)));
+            }
+        }
+    }
+
+    #[test]
+    fn a_state_is_its_number_and_anything_else_is_unknown() {
         for state in XenbusState::ALL {
             assert_eq!(XenbusState::from_text(&state.number().to_string()), state);
+            assert_eq!(XenbusState::from_text(&format!(" 0{}\n", state.number())), state);
         }
-        for text in ["", "9", "44", " 4", "4 ", "-1", "Connected", "\u{664}"] {
+        for text in ["", " ", "9", "44", "4 4", "4x", "-1", "260", "Connected", "\u{664}"] {
             assert_eq!(XenbusState::from_text(text), XenbusState::Unknown, "{text:?}");
         }
     }

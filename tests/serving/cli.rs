@@ -102,6 +102,60 @@ fn wipe(path: &Path) {
 }
 
 #[test]
+fn what_was_typed_moves_no_cursor_when_it_is_quoted() {
+    for arguments in [
+        &["list", "--admin", "/tmp/\u{1b}[2J/no\tsuch"][..],
+        &["serve", "--cores", "\u{1b}[2J"],
+        &["serve", "--log", "\u{1b}[2J"],
+        &["serve", "--config", "/tmp/\u{1b}[2J"],
+        &["demo", "--overwrite", "--target", "raw:/tmp/\u{1b}[2J"],
+    ] {
+        let said = refusal(arguments);
+        assert!(said.contains("\\u{1b}[2J"), "{arguments:?}: {said:?}");
+        assert!(!said.contains(|c: char| c.is_control() && c != '\n'), "{arguments:?}: {said:?}");
+    }
+}
+
+/// Commands that print, with the status of each that could.
+const PRINTING: [(&[&str], i32); 5] = [
+    (&["demo", "--seconds", "0.1", "--size", "32M"], 0),
+    (&["--help"], 0),
+    (&["serve", "--help"], 0),
+    (&["list", "--admin", "/nonexistent"], 1),
+    (&["frobnicate"], 2),
+];
+
+fn full() -> Stdio {
+    File::options().write(true).open("/dev/full").unwrap().into()
+}
+
+#[test]
+fn a_reader_that_has_ended_ends_no_command_by_a_panic() {
+    for (arguments, status) in PRINTING {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_polldisk"));
+        command.args(arguments).stderr(writer.try_clone().unwrap()).stdout(writer);
+        assert_eq!(command.status().unwrap().code(), Some(status), "{arguments:?}");
+    }
+}
+
+#[test]
+fn a_full_standard_output_is_an_error_that_is_said_once() {
+    for (arguments, _) in PRINTING {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_polldisk"));
+        let output = command.args(arguments).stdout(full()).output().unwrap();
+        assert!(matches!(output.status.code(), Some(1 | 2)), "{arguments:?}: {output:?}");
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!said.contains("panicked"), "{arguments:?}: {said}");
+        assert!(said.matches("No space left").count() <= 1, "{arguments:?}: {said}");
+        let mut mute = Command::new(env!("CARGO_BIN_EXE_polldisk"));
+        let status = mute.args(arguments).stdout(full()).stderr(full()).status().unwrap();
+        assert_eq!(status.code(), output.status.code(), "{arguments:?}");
+    }
+}
+
+#[test]
 fn serve_without_xen_names_cause_and_mend() {
     if Path::new("/dev/xen").exists() {
         eprintln!("skipped: this is a Xen host");
@@ -114,6 +168,7 @@ fn serve_without_xen_names_cause_and_mend() {
 
 #[test]
 fn bad_options_are_named_with_what_would_be_right() {
+    let long = "x".repeat(70_000);
     for (arguments, parts) in [
         (&["serve", "--workers", "0"][..], &["--workers 0", "give 1 to"][..]),
         (&["serve", "--workers", "many"], &["--workers <N>", "many"]),
@@ -155,6 +210,8 @@ fn bad_options_are_named_with_what_would_be_right() {
         (&["insert", "--domid", "5", "--vdev", "xvda"], &["--target"]),
         (&["eject", "--domid", "5"], &["--vdev"]),
         (&["list", "--jsno"], &["--jsno", "--json"]),
+        (&["list", "--interval", "-1"], &["--interval -1", "0 or more"]),
+        (&["attach", "--domid", "5", "--vdev", "xvda", "--target", &long], &["too long"]),
     ] {
         is_refused(arguments, parts);
     }

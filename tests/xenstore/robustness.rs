@@ -6,9 +6,9 @@ use std::thread;
 
 use polldisk::limits::XENSTORE_PAYLOAD_MAX;
 use polldisk::sim::store::{Quota, StoreServer};
-use polldisk::xen::Store;
 use polldisk::xen::store::StoreClient;
 use polldisk::xen::store::wire::Op;
+use polldisk::xen::{Nodes, Store};
 use xenstore_rs::{Xs, XsTransaction};
 
 use crate::{Bench, Raw, errno, message};
@@ -30,6 +30,20 @@ fn values_that_are_not_text_are_an_error_and_nothing_worse() {
     assert_eq!(errno(store.write("/x", &"v".repeat(XENSTORE_PAYLOAD_MAX))), libc::E2BIG);
     store.write("/x", "\u{e4}").unwrap();
     assert_eq!(&*store.read("/x").unwrap(), "\u{e4}");
+}
+
+#[test]
+fn a_value_ends_at_its_trailing_nul_as_c_programs_write_it() {
+    let bench = Bench::new();
+    let store = bench.dom0();
+    let mut raw = bench.raw_dom0();
+    raw.ask(Op::Write, b"/area/one\x001\0");
+    raw.ask(Op::Write, b"/area/none\0\0\0");
+    assert_eq!(&*store.read("/area/one").unwrap(), "1");
+    assert_eq!(&*store.transaction().unwrap().read("/area/one").unwrap(), "1");
+    let together = store.read_all("/area", &["one", "none"]).unwrap();
+    let together: Vec<_> = together.into_iter().map(Result::unwrap).collect();
+    assert_eq!(together, ["1".into(), "".into()]);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::protocol::{Reply, Request};
 use crate::limits;
@@ -29,6 +30,16 @@ pub enum RequestError {
         /// The system's error.
         source: io::Error,
     },
+    /// No daemon reads so long a request.
+    #[error("the request is too long; give a target of at most 4096 bytes")]
+    TooLong,
+    /// The daemon hangs.
+    #[error(
+        "polldisk at {} has not answered in {} s; see its log",
+        .0.display(),
+        limits::ADMIN_REPLY_SECONDS
+    )]
+    Silent(PathBuf),
     /// The daemon went away, or is another version that speaks otherwise.
     #[error("polldisk gave no usable answer; see its log")]
     NoAnswer(#[source] io::Error),
@@ -37,26 +48,62 @@ pub enum RequestError {
     Refused(String),
 }
 
-/// Asks the daemon at `path` and waits for its reply, which is never [`Reply::Error`].
+/// Asks the daemon at `path` and waits for its reply, which is never [`Reply::Error`], for
+/// `limits::ADMIN_REPLY_SECONDS`.
 pub fn request(path: &Path, request: &Request) -> Result<Reply, RequestError> {
-    let mut stream = UnixStream::connect(path).map_err(|source| {
+    let patience = Duration::from_secs(limits::ADMIN_REPLY_SECONDS);
+    let failed = |source: io::Error| {
         let path = path.to_owned();
         match source.kind() {
             io::ErrorKind::PermissionDenied => RequestError::NoPermission { path, source },
+            io::ErrorKind::WouldBlock => RequestError::Silent(path),
             _ => RequestError::NoDaemon { path, source },
         }
+    };
+    let mut line =
+        serde_json::to_vec(request).map_err(|error| RequestError::NoAnswer(error.into()))?;
+    if line.len() > limits::ADMIN_LINE_MAX {
+        return Err(RequestError::TooLong);
+    }
+    line.push(b'\n');
+    let mut stream = connect(path, patience).map_err(failed)?;
+    let reply = ask(&mut stream, line).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => RequestError::Silent(path.to_owned()),
+        _ => RequestError::NoAnswer(error),
     })?;
-    match ask(&mut stream, request).map_err(RequestError::NoAnswer)? {
+    match reply {
         Reply::Error { message } => Err(RequestError::Refused(message)),
         reply => Ok(reply),
     }
 }
 
-fn ask(stream: &mut UnixStream, request: &Request) -> io::Result<Reply> {
-    let mut line = serde_json::to_vec(request)?;
-    line.push(b'\n');
-    stream.write_all(&line)?;
-    line.clear();
+/// Connects, also to a daemon that is busy; whatever takes longer than `patience` is `WouldBlock`.
+fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let until = Instant::now() + patience;
+    loop {
+        // Unlike the standard library's, this one does not wait for ever for a daemon that hangs.
+        match mio::net::UnixStream::connect(path) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) => return Err(error),
+            Ok(stream) => {
+                let stream = UnixStream::from(stream);
+                stream.set_nonblocking(false)?;
+                stream.set_read_timeout(Some(patience))?;
+                stream.set_write_timeout(Some(patience))?;
+                return Ok(stream);
+            }
+        }
+    }
+}
+
+fn ask(stream: &mut UnixStream, mut line: Vec<u8>) -> io::Result<Reply> {
+    match stream.write_all(&line) {
+        // Whoever turns us away says why before it has read anything.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(error),
+        _ => line.clear(),
+    }
     BufReader::new(stream.take(limits::ADMIN_REPLY_MAX)).read_until(b'\n', &mut line)?;
     Ok(serde_json::from_slice(&line)?)
 }

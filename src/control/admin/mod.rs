@@ -5,6 +5,7 @@
 //! again whenever something happened; control goes on meanwhile.
 
 pub mod client;
+mod place;
 pub mod protocol;
 mod server;
 
@@ -28,7 +29,7 @@ use crate::xen::vdev::Vdev;
 use protocol::{DiskReport, Eject, Insert, Reply, Request};
 use server::Server;
 
-pub use server::BindError;
+pub use place::BindError;
 pub(super) use server::FIRST_CLIENT;
 
 /// The admin socket and what is being waited for.

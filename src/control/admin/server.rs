@@ -1,13 +1,13 @@
 //! The answering side of the admin socket: bounded lines of bounded clients, never waited for.
 
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use mio::net::{UnixListener, UnixStream};
 use mio::{Interest, Registry as Polled, Token};
 use rustc_hash::FxHashMap;
 
+use super::place::{self, BindError, Place};
 use super::protocol::{Reply, Request};
 use crate::limits;
 
@@ -15,7 +15,8 @@ use crate::limits;
 /// used once.
 #[derive(Debug)]
 pub struct Server {
-    path: PathBuf,
+    /// Given up before the listener is, so that it is never taken for a dead daemon's.
+    _place: Place,
     listener: UnixListener,
     clients: FxHashMap<Token, Client>,
     next_token: usize,
@@ -23,25 +24,6 @@ pub struct Server {
 
 /// The first token of a client; lower ones are for others.
 pub const FIRST_CLIENT: usize = 1 << 16;
-
-/// Why there is no admin socket.
-#[derive(Debug, thiserror::Error)]
-pub enum BindError {
-    /// Somebody answers there.
-    #[error("another polldisk answers at {}; stop it, or use another --admin path", .0.display())]
-    InUse(PathBuf),
-    /// It can't be made.
-    #[error(
-        "cannot make the admin socket {}; make its folder writable, or use another --admin path",
-        path.display()
-    )]
-    Failed {
-        /// The socket.
-        path: PathBuf,
-        /// The system's error.
-        source: io::Error,
-    },
-}
 
 #[derive(Debug)]
 struct Client {
@@ -57,26 +39,12 @@ struct Client {
 impl Server {
     /// Listens at `path`, for its owner only. A socket that a dead daemon left is replaced.
     pub fn bind(path: &Path, polled: &Polled, token: Token) -> Result<Server, BindError> {
-        if std::os::unix::net::UnixStream::connect(path).is_ok() {
-            return Err(BindError::InUse(path.to_owned()));
-        }
-        let listen = || {
-            if let Some(folder) = path.parent() {
-                std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-            }
-            match std::fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
-            }
-            let mut listener = UnixListener::bind(path)?;
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-            polled.register(&mut listener, token, Interest::READABLE)?;
-            Ok(listener)
-        };
-        let listener =
-            listen().map_err(|source| BindError::Failed { path: path.to_owned(), source })?;
+        let (mut listener, place) = place::listen(path)?;
+        polled
+            .register(&mut listener, token, Interest::READABLE)
+            .map_err(|source| BindError::Failed { path: path.to_owned(), source })?;
         let clients = FxHashMap::default();
-        Ok(Server { path: path.to_owned(), listener, clients, next_token: FIRST_CLIENT })
+        Ok(Server { _place: place, listener, clients, next_token: FIRST_CLIENT })
     }
 
     /// Takes new clients in; those over the limit are turned away.
@@ -98,6 +66,10 @@ impl Server {
     fn admit(&mut self, mut stream: UnixStream, polled: &Polled) {
         if self.clients.len() == limits::ADMIN_CLIENTS_MAX {
             tracing::warn!("an admin client too many was turned away");
+            let message = "too many commands at once; try again".to_owned();
+            let reply = serde_json::to_vec(&Reply::Error { message }).unwrap_or_default();
+            // One that takes no answer is turned away without.
+            let _ = stream.write(&[&reply[..], b"\n"].concat());
             return;
         }
         let token = Token(self.next_token);
@@ -137,13 +109,6 @@ impl Server {
             Err(error) => tracing::error!("a reply can't be written as JSON: {error}"),
         }
         client.waiting = false;
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Whoever comes next replaces one that stays behind.
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 

@@ -163,7 +163,9 @@ fn nonsense_is_refused_by_name() {
         ("multi-queue-num-queues", "0", "multi-queue-num-queues"),
         ("multi-queue-num-queues", "5", "multi-queue-num-queues"),
         ("protocol", "foo", "protocol = \"foo\""),
-        ("protocol", "x86_64-abi ", "protocol"),
+        ("protocol", "x86_64-abi x", "protocol"),
+        ("ring-ref", "8 9", "ring-ref = \"8 9\""),
+        ("event-channel", "15abc", "event-channel = \"15abc\""),
     ] {
         let good = [("ring-ref", "8"), ("event-channel", "15"), (node, value)];
         let refusal = Area::new(&good).refusal(wide());

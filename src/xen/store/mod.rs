@@ -32,8 +32,10 @@ use wire::{Inbox, Op};
 
 /// A connection to xenstore, for one thread. Clones share it.
 ///
+/// A value ends before NULs at its end, which C programs leave there and do not see.
+///
 /// Errors: what xenstored refuses carries its errno (`raw_os_error`); a value that is not UTF-8 or
-/// holds a NUL is `InvalidData`, one with a NUL to be sent `InvalidInput`; once the connection is
+/// holds a NUL elsewhere is `InvalidData`, one with a NUL to be sent `InvalidInput`; once the connection is
 /// lost, everything is `NotConnected`.
 #[derive(Clone, Debug)]
 pub struct StoreClient {
@@ -163,7 +165,7 @@ macro_rules! delegate_nodes {
             }
 
             fn read(&self, path: &str) -> io::Result<Box<str>> {
-                boxed_text(&self.scope.ask(Op::Read, &[plain(path)?, NUL])?)
+                value(&self.scope.ask(Op::Read, &[plain(path)?, NUL])?)
             }
 
             fn write(&self, path: &str, data: &str) -> io::Result<()> {
@@ -230,7 +232,7 @@ impl Scope {
     fn read_all(&self, area: &str, nodes: &[&str]) -> io::Result<Vec<io::Result<Box<str>>>> {
         let payload = |node: &&str| Ok([plain(area)?, b"/", plain(node)?, NUL].concat());
         let answers = self.ask_all(Op::Read, nodes.iter().map(payload))?;
-        Ok(answers.into_iter().map(|answer| boxed_text(&answer?)).collect())
+        Ok(answers.into_iter().map(|answer| value(&answer?)).collect())
     }
 
     /// Each payload's answer. An error means that not all were asked for.
@@ -591,6 +593,12 @@ fn text(bytes: &[u8]) -> io::Result<String> {
             format!("not text: \"{}\"", bytes.escape_ascii()),
         )),
     }
+}
+
+/// What a node holds.
+fn value(bytes: &[u8]) -> io::Result<Box<str>> {
+    let end = bytes.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+    boxed_text(&bytes[..end])
 }
 
 fn boxed_text(bytes: &[u8]) -> io::Result<Box<str>> {

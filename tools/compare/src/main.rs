@@ -13,6 +13,7 @@ use compare::report::{Report, ScenarioReport};
 use compare::run::{Bench, Extent};
 use compare::scenario::Scenario;
 use compare::{plot, verdict, wakeup};
+use polldisk::output;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 /// Measure polldisk beside QEMU and fio, and judge its targets
@@ -55,11 +56,11 @@ fn main() -> ExitCode {
     match compare(&Arguments::parse()) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => {
-            eprintln!("compare: not every target is met");
+            output::say(format_args!("compare: not every target is met"));
             ExitCode::FAILURE
         }
         Err(error) => {
-            eprintln!("compare: {error:#}");
+            output::say(format_args!("compare: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -70,7 +71,7 @@ fn compare(arguments: &Arguments) -> Result<bool> {
     let scenarios = Scenario::read_all(Path::new("perf/scenarios"))?;
     if arguments.list {
         for Scenario { name, about, .. } in scenarios {
-            println!("{name:<24} {about}");
+            output::print(format_args!("{name:<24} {about}"))?;
         }
         return Ok(true);
     }
@@ -87,8 +88,8 @@ fn compare(arguments: &Arguments) -> Result<bool> {
     let plots = plot::draw_all(&report, &out)?;
     std::fs::write(out.join("report.md"), report.markdown(&plots))?;
     std::fs::write(out.join("results.json"), serde_json::to_string_pretty(&report)? + "\n")?;
-    println!("\n{}", report.verdicts());
-    println!("{} has all of it", out.join("report.md").display());
+    output::print(format_args!("\n{}", report.verdicts()))?;
+    output::print(format_args!("{} has all of it", out.join("report.md").display()))?;
     Ok(report.all_met())
 }
 
@@ -128,7 +129,7 @@ fn measure(
     let others = [find(Kind::Qemu, QEMU), find(Kind::Fio, FIO)];
     for error in others.iter().filter_map(|found| found.as_ref().err()) {
         if error.to_string() != "not needed" {
-            eprintln!("compare: {error:#}");
+            output::say(format_args!("compare: {error:#}"));
         }
     }
     let machine = Machine::look(&others.iter().flatten().collect::<Vec<_>>());

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
+use polldisk::output;
 
 /// A program that can be run.
 #[derive(Clone, Debug)]
@@ -66,7 +67,7 @@ impl Program {
     pub fn unpacked(wanted: Wanted, cache: &Path) -> Result<Program> {
         let root = cache.join(wanted.package);
         if !root.exists() {
-            eprintln!("compare: getting {} for {}", wanted.package, root.display());
+            output::say(format_args!("compare: getting {} for {}", wanted.package, root.display()));
             unpack(wanted.package, &root).with_context(|| {
                 let Wanted { file, package, variable } = wanted;
                 format!(

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use polldisk::output;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -228,7 +229,11 @@ impl<'a> Bench<'a> {
                 self.check_interrupted()?;
                 match turn {
                     Ok(sample) => {
-                        eprintln!("{round}: {}: {}", entry.contender, summary(&sample));
+                        output::say(format_args!(
+                            "{round}: {}: {}",
+                            entry.contender,
+                            summary(&sample)
+                        ));
                         entry.samples.push(sample);
                     }
                     Err(error) => leave_out(entry, &round, &error, contents),
@@ -404,7 +409,7 @@ fn program(found: &Result<Program>) -> Result<&Program> {
 
 /// Takes no further turns.
 fn leave_out(entry: &mut Entry, what: &str, error: &anyhow::Error, contents: &Contents) {
-    eprintln!("{what}: {}: left out: {error:#}", entry.contender);
+    output::say(format_args!("{what}: {}: left out: {error:#}", entry.contender));
     entry.failed = Some(without_folder(&format!("{error:#}"), contents));
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use polldisk::output;
 use serde::Serialize;
 
 use crate::contender::Contents;
@@ -56,7 +57,9 @@ impl Place {
         };
         if filesystem != expected {
             let folder = folder.display();
-            eprintln!("compare: {folder} is {filesystem}, not {expected}: so are its figures");
+            output::say(format_args!(
+                "compare: {folder} is {filesystem}, not {expected}: so are its figures"
+            ));
         }
         Ok(Some(Place { backing, folder: folder.to_owned(), filesystem }))
     }
@@ -76,7 +79,7 @@ impl Image {
             _ => TMPFS_BYTES,
         };
         let folder = place.folder.display();
-        eprintln!("compare: filling a file of {} MiB in {folder}", bytes >> 20);
+        output::say(format_args!("compare: filling a file of {} MiB in {folder}", bytes >> 20));
         let file = tempfile::Builder::new()
             .prefix("polldisk-compare-")
             .suffix(".img")

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
+use polldisk::output;
 
 use crate::qemu;
 
@@ -115,7 +116,10 @@ pub fn ensure_programs_built(machine: &Path) -> Result<PathBuf> {
 fn ensure_cached(recipe: &Recipe, folder: PathBuf, base: Option<&Path>) -> Result<PathBuf> {
     check_host_programs()?;
     if !folder.exists() {
-        eprintln!("lab: building images, some minutes, once for {}", folder.display());
+        output::say(format_args!(
+            "lab: building images, some minutes, once for {}",
+            folder.display()
+        ));
         build(recipe, &folder, base).context("cannot build the lab's images")?;
     }
     Ok(folder)

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use polldisk::output;
 
 use crate::agent::Agent;
 use crate::backend::{Backend, Daemon, Storage};
@@ -59,7 +60,7 @@ impl Lab {
     /// Runs one scenario on a machine of its own.
     pub fn run(scenario: &Scenario, options: &Options) -> Result<Report> {
         let start = Instant::now();
-        println!("{}: on {}", scenario.name, options.backend.name());
+        tell(format_args!("{}: on {}", scenario.name, options.backend.name()));
         let logs = options.logs.join(scenario.name);
         drop(fs::remove_dir_all(&logs));
         fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
@@ -84,7 +85,7 @@ impl Lab {
         } else {
             fs::remove_dir_all(&logs)?;
         }
-        println!("{}", report.summary());
+        tell(report.summary());
         Ok(report)
     }
 
@@ -143,7 +144,7 @@ impl Lab {
             seconds: start.elapsed().as_secs_f64(),
             figures: std::mem::take(&mut self.figures),
         };
-        println!("{}: {}", self.name, step.line());
+        tell(format_args!("{}: {}", self.name, step.line()));
         self.steps.push(step);
     }
 
@@ -183,4 +184,9 @@ pub(crate) fn on_machine<T>(
         lab.save_evidence(logs);
     }
     result.map(|value| (lab.steps, value))
+}
+
+/// Tells of progress, whose loss does not end a run.
+fn tell(line: impl std::fmt::Display) {
+    let _ = output::print(line);
 }

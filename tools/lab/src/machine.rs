@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use polldisk::output;
 use tempfile::TempDir;
 
 use crate::agent::Agent;
@@ -112,7 +113,7 @@ pub fn shell(kernel: Kernel, binaries: &[Binary]) -> Result<()> {
     let run = tempfile::Builder::new().prefix("lab-").tempdir()?;
     let payload = write_payload(run.path(), binaries)?;
     let arguments = qemu::arguments(&payload, run.path(), Console::Terminal, Idle::Passes);
-    println!("lab: dom0's shell follows; `poweroff` or Ctrl-A X ends it");
+    output::print("lab: dom0's shell follows; `poweroff` or Ctrl-A X ends it")?;
     let status = emulator(&image, &arguments)
         .status()
         .with_context(|| format!("cannot run {}", qemu::PROGRAM))?;

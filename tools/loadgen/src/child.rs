@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use polldisk::output;
 use polldisk::sim::XENSTORE_SOCKET;
 
 use crate::sys;
@@ -126,7 +127,7 @@ fn keep_lines(stream: impl Read, output: &Mutex<VecDeque<String>>, verbose: bool
         let Ok(line) = line else { return };
         let line = String::from_utf8_lossy(&line).into_owned();
         if verbose {
-            eprintln!("backend: {line}");
+            output::say(format_args!("backend: {line}"));
         }
         let mut lines = output.lock().unwrap_or_else(PoisonError::into_inner);
         if lines.len() == LINES_KEPT {

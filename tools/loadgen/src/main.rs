@@ -9,12 +9,13 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use loadgen::options::Options;
 use loadgen::report::Report;
+use polldisk::output;
 
 fn main() -> ExitCode {
     match measure(Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("blkload: {error:#}");
+            output::say(format_args!("blkload: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -45,13 +46,13 @@ fn measure(options: Options) -> anyhow::Result<()> {
 fn print(report: &Report, json: Option<&Path>) -> anyhow::Result<()> {
     let text = || serde_json::to_string_pretty(report).map(|text| text + "\n");
     match json {
-        Some(path) if path == Path::new("-") => print!("{}", text()?),
+        Some(path) if path == Path::new("-") => output::print(text()?.trim_end())?,
         Some(path) => {
-            println!("{report}");
+            output::print(report)?;
             std::fs::write(path, text()?)
                 .with_context(|| format!("--json: cannot write {}", path.display()))?;
         }
-        None => println!("{report}"),
+        None => output::print(report)?,
     }
     Ok(())
 }

@@ -20,6 +20,11 @@ use polldisk::xen::vdev::Vdev;
 
 use crate::load::Wait;
 
+/// clap takes a plain `{n}` for a line break. An escape that sets no style, which clap leaves out where
+/// there is no terminal, keeps it apart.
+const TARGET_HELP: &str = "What holds a disk, as the backend's toolstack writes it to params; \
+                           {\u{1b}[0mn} is the disk's number from 1";
+
 /// Measure a Xen block backend: its throughput, its latency and its CPU time
 ///
 /// blkload is the frontend. On a stand-in for Xen of its own it makes domains with disks, starts
@@ -88,9 +93,8 @@ pub struct Options {
     /// The first domain's number
     #[arg(long, value_name = "N", default_value = "1", help_heading = "Disks")]
     pub domid: DomId,
-    /// What holds a disk, as the backend's toolstack writes it to params; {n} is the disk's number
-    /// from 1
-    #[arg(long, value_name = "TEXT", help_heading = "Disks")]
+    /// As [`TARGET_HELP`] says.
+    #[arg(long, value_name = "TEXT", help = TARGET_HELP, help_heading = "Disks")]
     pub target: Option<String>,
     /// Leave it to the backend to make the disks' areas in xenstore, as QEMU does for its -device
     /// xen-disk
@@ -367,6 +371,20 @@ mod test {
     fn plan(line: &str) -> anyhow::Result<Plan> {
         let words = std::iter::once("blkload").chain(line.split_whitespace());
         Options::try_parse_from(words)?.check(&[0, 1, 2])
+    }
+
+    #[test]
+    fn help_says_what_was_written() {
+        use clap::CommandFactory;
+        let mut command = Options::command();
+        let words = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let page = words(command.render_long_help().to_string());
+        assert!(page.contains("{n} is the disk's number"), "{page}");
+        for argument in command.get_arguments() {
+            let help = argument.get_long_help().or(argument.get_help());
+            let help = words(help.map(ToString::to_string).unwrap_or_default());
+            assert!(page.contains(&help), "--help lacks \"{help}\"");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use polldisk::output;
 use polldisk::sim::blkfront::device::Options as RingOptions;
 use polldisk::sim::{SimXen, StandIn, XENSTORE_SOCKET};
 use polldisk::units::DomId;
@@ -65,7 +66,9 @@ fn on_stand_in(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> 
     let (connect, (measured, negotiated)) = measured?;
     let mapped: usize = kernels.iter().filter_map(Kernel::mapped).sum();
     if mapped > 0 {
-        eprintln!("the backend still has {mapped} pages mapped although its disks are closed");
+        output::say(format_args!(
+            "the backend still has {mapped} pages mapped although its disks are closed"
+        ));
     }
     let kind = server.kind();
     server.end()?;
@@ -87,11 +90,11 @@ fn domains(plan: &Plan, stand_in: &StandIn) -> anyhow::Result<Vec<SimKernel>> {
 
 fn announce(stand_in: &StandIn) {
     let folder = stand_in.folder();
-    eprintln!(
+    output::say(format_args!(
         "waiting for a backend with POLLDISK_STAND_IN={} XENSTORED_PATH={}",
         folder.display(),
         folder.join(XENSTORE_SOCKET).display()
-    );
+    ));
 }
 
 fn on_xen(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> {
@@ -175,7 +178,7 @@ fn drive<K: Kernel>(
     let measured = measure(plan, connected, server, interrupted)?;
     for (_, disk) in disks {
         if let Err(error) = disk.close() {
-            eprintln!("{error:#}");
+            output::say(format_args!("{error:#}"));
         }
     }
     Ok((measured, negotiated))
@@ -184,7 +187,7 @@ fn drive<K: Kernel>(
 /// Says where the backend offers less than was asked for.
 fn tell_differences(wanted: &RingOptions, queues: usize, agreed: &Negotiated) {
     let tell = |what: &str, wanted: &dyn std::fmt::Display, got: &dyn std::fmt::Display| {
-        eprintln!("the backend does not offer {what} {wanted}: it is {got}");
+        output::say(format_args!("the backend does not offer {what} {wanted}: it is {got}"));
     };
     if queues != agreed.queues {
         tell("--queues", &queues, &agreed.queues);
@@ -196,7 +199,7 @@ fn tell_differences(wanted: &RingOptions, queues: usize, agreed: &Negotiated) {
         tell("--depth", &wanted.buffers, &agreed.depth);
     }
     if wanted.persistent && !agreed.persistent {
-        eprintln!("the backend does not offer persistent grants");
+        output::say(format_args!("the backend does not offer persistent grants"));
     }
 }
 
@@ -245,7 +248,7 @@ impl Server {
         if let Server::Child { backend, .. } = self
             && !backend.end()?
         {
-            eprintln!("the backend did not end after SIGTERM and was killed");
+            output::say(format_args!("the backend did not end after SIGTERM and was killed"));
         }
         Ok(())
     }

@@ -17,6 +17,7 @@ use lab::image::{self, Kernel};
 use lab::lab::{Lab, Options};
 use lab::machine::Binary;
 use lab::scenario::{self, SCENARIOS, Scenario};
+use polldisk::output;
 
 /// Runs scenarios under real Xen in an emulator.
 ///
@@ -106,7 +107,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
     }
     if arguments.list {
         for Scenario { name, about, .. } in SCENARIOS {
-            println!("{name:<12} {about}");
+            output::print(format_args!("{name:<12} {about}"))?;
         }
         return Ok(());
     }
@@ -158,8 +159,8 @@ fn compare(arguments: CompareArguments) -> Result<()> {
     let out = arguments.out.unwrap_or_else(|| target_folder().join("compare/xen"));
     let comparison = compare::run(&options)?;
     comparison.write(&out)?;
-    println!("\n{}\n{}", comparison.table(), comparison.verdicts());
-    println!("{} has all of it", out.join("report.md").display());
+    output::print(format_args!("\n{}\n{}", comparison.table(), comparison.verdicts()))?;
+    output::print(format_args!("{} has all of it", out.join("report.md").display()))?;
     ensure!(comparison.is_met(), "not every target is met");
     Ok(())
 }
@@ -185,7 +186,7 @@ fn run_all(
     let work = || {
         while let Some(scenario) = scenarios.get(next.fetch_add(1, Ordering::Relaxed)) {
             if let Err(error) = run(scenario) {
-                eprintln!("{error:#}");
+                output::say(format_args!("{error:#}"));
                 failures.lock().expect("no job panics with it").push(scenario.name);
             }
         }

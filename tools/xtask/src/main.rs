@@ -7,6 +7,7 @@ mod lab;
 use std::process::ExitCode;
 
 use clap::Parser;
+use polldisk::output;
 
 /// What developers and CI run in this repository.
 #[derive(Debug, Parser)]
@@ -26,7 +27,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("xtask: {error:#}");
+            output::say(format_args!("xtask: {error:#}"));
             ExitCode::FAILURE
         }
     }

@@ -6,6 +6,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser};
+use polldisk::output;
 use polldisk::sim::{StandIn, XENSTORE_SOCKET};
 use signal_hook::consts::{SIGINT, SIGTERM};
 
@@ -45,7 +46,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("stand-in: {error:#}");
+            output::say(format_args!("stand-in: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -59,7 +60,7 @@ impl Serve {
         let _stand_in = StandIn::start(&self.folder).with_context(|| {
             format!("cannot serve in {folder}: a stand-in may be running there already")
         })?;
-        println!("serving in {folder}");
+        output::print(format_args!("serving in {folder}"))?;
         signals.forever().next();
         Ok(())
     }

@@ -1,0 +1,275 @@
+//! What is wrong with storage that can't be used, and what an admin can do about it. The system's
+//! errors have several causes each, and the advice has to fit the one at hand.
+
+use std::fs::Metadata;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, major, minor};
+
+/// A cause and its remedy, as a `BackingError` tells them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Advice {
+    pub what: &'static str,
+    pub mend: &'static str,
+}
+
+const fn advice(what: &'static str, mend: &'static str) -> Advice {
+    Advice { what, mend }
+}
+
+/// Neither a file nor a block device.
+pub(super) const NOT_STORAGE: Advice =
+    advice("it is neither a file nor a block device", "name a regular file or a block device");
+
+/// A file or device without a single sector.
+pub(super) fn empty(is_device: bool) -> Advice {
+    let what = "it holds no whole sector";
+    match is_device {
+        true => {
+            advice(what, "set the device up first (losetup, a medium in the drive, its volume)")
+        }
+        false => advice(what, "give it the size of the disk (truncate -s SIZE)"),
+    }
+}
+
+/// Why `path` could not be opened with O_DIRECT.
+pub(super) fn on_open(path: &Path, error: &io::Error) -> Advice {
+    let metadata = std::fs::metadata(path).ok();
+    match error.raw_os_error().unwrap_or(0) {
+        libc::ENOENT => missing(path),
+        libc::ENOTDIR => advice("a part of its path is no folder", "correct the path"),
+        libc::ELOOP => advice("its symbolic links lead in a circle", "correct the path"),
+        libc::ENAMETOOLONG => advice("its path is too long", "use a shorter path"),
+        libc::EISDIR => advice("it is a directory", "name a regular file or a block device"),
+        libc::EACCES => forbidden(metadata.as_ref()),
+        libc::EPERM => not_permitted(path),
+        libc::EROFS if is_block_device(metadata.as_ref()) => READ_ONLY_DEVICE,
+        libc::EROFS => {
+            advice("it lies on a read-only filesystem", "attach the disk read-only (mode r)")
+        }
+        libc::EINVAL if metadata.as_ref().is_some_and(Metadata::is_dir) => {
+            advice("it is a directory", "name a regular file or a block device")
+        }
+        libc::EINVAL => advice(
+            "its filesystem refuses O_DIRECT",
+            "put the image on a filesystem with direct I/O (ext4, xfs, btrfs, tmpfs of Linux 6.6)",
+        ),
+        libc::ETXTBSY => advice(
+            "the host uses it as swap space or runs it as a program",
+            "end that first (swapoff), or name another file",
+        ),
+        libc::EBUSY => advice("somebody else holds it exclusively", "unmount or release it first"),
+        libc::EMFILE => advice(
+            "polldisk has as many files open as it may",
+            "raise its limit (ulimit -n, or LimitNOFILE= under systemd)",
+        ),
+        libc::ENFILE => advice(
+            "the host has as many files open as it may",
+            "raise the limit (sysctl fs.file-max)",
+        ),
+        libc::ENOMEM => advice("the host has no memory left", "free some"),
+        libc::EFBIG | libc::EOVERFLOW => {
+            advice("it is larger than its filesystem can open", "use another filesystem")
+        }
+        libc::EIO => advice(
+            "the storage answers with an error",
+            "see the kernel's log (dmesg) for the device's errors",
+        ),
+        libc::ESTALE | libc::ENOTCONN | libc::EHOSTDOWN | libc::ETIMEDOUT => advice(
+            "the server of its filesystem does not answer for it",
+            "see whether the server runs, and mount the filesystem again",
+        ),
+        libc::ENXIO if !is_block_device(metadata.as_ref()) => NOT_STORAGE,
+        libc::ENOMEDIUM => advice("there is no medium in the drive", "insert one"),
+        libc::ENXIO | libc::ENODEV => {
+            advice("there is no such device behind it", "check the device")
+        }
+        _ => advice("it can't be opened", "check the path and the device"),
+    }
+}
+
+const READ_ONLY_DEVICE: Advice = advice(
+    "the device is read-only",
+    "attach the disk read-only (mode r), or make the device writable (blockdev --setrw)",
+);
+
+fn is_block_device(metadata: Option<&Metadata>) -> bool {
+    metadata.is_some_and(|metadata| metadata.file_type().is_block_device())
+}
+
+fn is_read_only_device(metadata: &Metadata) -> bool {
+    let (major, minor) = (major(metadata.rdev()), minor(metadata.rdev()));
+    std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro"))
+        .is_ok_and(|text| metadata.file_type().is_block_device() && text.trim() == "1")
+}
+
+fn missing(path: &Path) -> Advice {
+    match path.is_symlink() {
+        true => advice(
+            "it is a symbolic link to something that does not exist",
+            "create that or correct the link",
+        ),
+        false => advice("it does not exist", "create it or correct the path"),
+    }
+}
+
+/// EACCES: the permissions of the file or a folder above say no. Root meets that where others decide.
+fn forbidden(metadata: Option<&Metadata>) -> Advice {
+    match is_root() {
+        false => advice("no permission to open it", "run polldisk as a user who may, usually root"),
+        true if metadata.is_some_and(is_read_only_device) => READ_ONLY_DEVICE,
+        true => advice(
+            "not even root may open it",
+            "see whether its server squashes root (NFS), its FUSE mount allows root, or SELinux or \
+             AppArmor says no (dmesg)",
+        ),
+    }
+}
+
+/// EPERM: something other than permissions says no.
+fn not_permitted(path: &Path) -> Advice {
+    match protection(path) {
+        protected if protected.contains(StatxAttributes::IMMUTABLE) => advice(
+            "it is immutable",
+            "attach the disk read-only (mode r), or let it be changed (chattr -i)",
+        ),
+        protected if protected.contains(StatxAttributes::APPEND) => advice(
+            "it may only be appended to",
+            "attach the disk read-only (mode r), or let it be changed (chattr -a)",
+        ),
+        _ if is_root() => advice(
+            "the host does not let this process open it",
+            "see the rules for devices of its container or service (DeviceAllow= under systemd)",
+        ),
+        _ => advice("it may not be opened", "run polldisk as a user who may, usually root"),
+    }
+}
+
+/// The flags that chattr sets; none where the filesystem has no such thing.
+fn protection(path: &Path) -> StatxAttributes {
+    rustix::fs::statx(CWD, path, AtFlags::empty(), StatxFlags::empty())
+        .map_or(StatxAttributes::empty(), |stat| stat.stx_attributes)
+}
+
+/// Whether this process is root: its own folder is its effective user's.
+fn is_root() -> bool {
+    std::fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
+}
+
+#[cfg(test)]
+mod test {
+    use std::fs::File;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+    use crate::backing::RawImage;
+
+    fn refusal(path: &Path) -> String {
+        RawImage::open(path, false).unwrap_err().to_string()
+    }
+
+    fn is_told(path: &Path, parts: &[&str]) {
+        let refusal = refusal(path);
+        assert!(parts.iter().all(|part| refusal.contains(part)), "{refusal}");
+    }
+
+    #[test]
+    fn an_immutable_file_is_not_a_matter_of_who_runs_polldisk() {
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = folder.path().join("disk.img");
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let chattr = |flag| Command::new("chattr").arg(flag).arg(&path).status();
+        for (set, clear, what) in [("+i", "-i", "immutable"), ("+a", "-a", "appended")] {
+            if !chattr(set).is_ok_and(|status| status.success()) {
+                return eprintln!("skipped: chattr {set} is for root, on filesystems that have it");
+            }
+            let refusal = refusal(&path);
+            assert!(chattr(clear).unwrap().success());
+            assert!(
+                refusal.contains(what) && refusal.contains(&format!("chattr {clear}")),
+                "{refusal}"
+            );
+            assert!(!refusal.contains("run polldisk as"), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn a_program_that_runs_is_told_as_busy() {
+        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = folder.path().join("sleep");
+        std::fs::copy("/bin/sleep", &path).unwrap();
+        let mut running = loop {
+            match Command::new(&path).arg("600").stdin(Stdio::null()).spawn() {
+                // Another test has just forked, with what copied it still open.
+                Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => {}
+                started => break started.unwrap(),
+            }
+        };
+        let refusal = refusal(&path);
+        running.kill().unwrap();
+        running.wait().unwrap();
+        assert!(refusal.contains("runs it as a program"), "{refusal}");
+    }
+
+    #[test]
+    fn paths_that_lead_nowhere_are_told_apart() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        File::create(at("file")).unwrap();
+        std::os::unix::fs::symlink(at("none"), at("dangling")).unwrap();
+        std::os::unix::fs::symlink(at("circle"), at("circle")).unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
+        is_told(&at("none"), &["does not exist"]);
+        is_told(&at("dangling"), &["symbolic link", "does not exist"]);
+        is_told(&at("circle"), &["circle"]);
+        is_told(&at("file/disk.img"), &["no folder"]);
+        is_told(&at(&"x".repeat(300)), &["too long"]);
+        is_told(&at("socket"), &["neither a file nor a block device"]);
+        is_told(&at("file"), &["no whole sector", "truncate"]);
+    }
+
+    #[test]
+    fn an_empty_device_is_not_to_be_truncated() {
+        assert!(!empty(true).mend.contains("truncate"));
+        let Some(device) = empty_loop_device() else {
+            return eprintln!("skipped: there is no loop device without a file");
+        };
+        let refusal = refusal(&device);
+        assert!(refusal.contains("losetup") && !refusal.contains("truncate"), "{refusal}");
+    }
+
+    fn empty_loop_device() -> Option<std::path::PathBuf> {
+        let loops = (0..8).map(|n| Path::new("/dev").join(format!("loop{n}")));
+        loops.into_iter().find(|device| {
+            let name = device.file_name().unwrap().to_str().unwrap();
+            let size = std::fs::read_to_string(format!("/sys/block/{name}/size"));
+            size.is_ok_and(|size| size.trim() == "0") && File::open(device).is_ok()
+        })
+    }
+
+    #[test]
+    fn each_error_has_advice_of_its_own() {
+        let told = |errno| on_open(Path::new("/nonexistent"), &io::Error::from_raw_os_error(errno));
+        let other = told(0);
+        for errno in [
+            libc::EMFILE,
+            libc::ENFILE,
+            libc::ENOMEM,
+            libc::EIO,
+            libc::ESTALE,
+            libc::EOVERFLOW,
+            libc::EBUSY,
+            libc::EROFS,
+            libc::ENOMEDIUM,
+            libc::EACCES,
+            libc::EPERM,
+        ] {
+            assert_ne!(told(errno), other, "{errno}");
+        }
+        assert!(told(libc::EMFILE).mend.contains("ulimit -n"));
+        assert_ne!(told(libc::EMFILE), told(libc::ENFILE));
+        assert_ne!(told(libc::EACCES), told(libc::EPERM));
+    }
+}

@@ -1,0 +1,138 @@
+//! polldisk with a standard error that takes nothing: it serves on, and ends when it is told to.
+
+mod rig;
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+
+use polldisk::control::admin::client::request;
+use polldisk::control::admin::protocol::{Attach, Detach, Request};
+use polldisk::sim::blkfront::device::Options;
+use polldisk::sim::blkfront::xenbus::Xenbus;
+use polldisk::sim::{Domain, StandIn};
+use polldisk::units::VbdId;
+
+const GUEST: u32 = 5;
+const VBD: VbdId = VbdId(51712);
+
+/// What a pipe holds that nobody reads: Linux's default.
+const PIPE_BYTES: usize = 64 * 1024;
+
+fn serve_with(stderr: Stdio) -> ExitStatus {
+    serve(|mut command| {
+        command.stderr(stderr);
+        command
+    })
+}
+
+/// A guest that comes and goes, which makes log lines, then SIGTERM. How polldisk ended.
+fn serve(set_up: impl FnOnce(Command) -> Command) -> ExitStatus {
+    let stand_in = StandIn::start_temporary().unwrap();
+    let guest = Arc::new(stand_in.create_domain(rig::domid(GUEST), 512).unwrap());
+    let admin = stand_in.folder().join("admin.sock");
+    let mut command = rig::on(&stand_in, false, rig::polldisk().as_os_str());
+    command.args(["serve", "--log", "debug", "--admin"]).arg(&admin);
+    let mut daemon = Daemon(set_up(command).stdin(Stdio::null()).spawn().unwrap());
+    rig::until("polldisk answers", || {
+        daemon.assert_running();
+        request(&admin, &Request::List).is_ok()
+    });
+    for _ in 0..20 {
+        let attach = Attach {
+            domid: GUEST,
+            vdev: "xvda".into(),
+            target: "null:1G".into(),
+            ..Attach::default()
+        };
+        request(&admin, &Request::Attach(attach)).unwrap();
+        connect_and_close(&guest);
+        let detach = Detach { domid: GUEST, vdev: "xvda".into(), force: false };
+        request(&admin, &Request::Detach(detach)).unwrap();
+        daemon.assert_running();
+    }
+    daemon.end()
+}
+
+fn connect_and_close(guest: &Arc<Domain>) {
+    let xenbus = Xenbus::open(guest, VBD).unwrap();
+    let (device, _) = xenbus.connect(guest, Options::default()).unwrap();
+    xenbus.close(device).unwrap();
+}
+
+/// polldisk in a process of its own, ended with this.
+struct Daemon(Child);
+
+impl Daemon {
+    fn assert_running(&mut self) {
+        assert_eq!(self.0.try_wait().unwrap(), None, "it has ended");
+    }
+
+    /// Sends SIGTERM and waits for the end.
+    fn end(mut self) -> ExitStatus {
+        let pid = self.0.id().to_string();
+        assert!(Command::new("kill").arg(pid).status().unwrap().success());
+        let mut status = None;
+        rig::until("polldisk has ended", || {
+            status = self.0.try_wait().unwrap();
+            status.is_some()
+        });
+        status.unwrap()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn polldisk_serves_on_where_its_log_lies_on_a_full_filesystem() {
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    assert!(serve_with(full.into()).success());
+}
+
+#[test]
+fn polldisk_serves_on_where_the_reader_of_its_log_has_ended() {
+    let (reader, writer) = io::pipe().unwrap();
+    drop(reader);
+    assert!(serve_with(writer.into()).success());
+}
+
+#[test]
+fn polldisk_serves_on_without_a_standard_error() {
+    let status = serve(|command| {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "exec \"$0\" \"$@\" 2>&-"]);
+        shell.arg(command.get_program()).args(command.get_args());
+        shell
+    });
+    assert!(status.success());
+}
+
+#[test]
+fn polldisk_serves_on_where_nobody_reads_its_log() {
+    let (_reader, mut writer) = io::pipe().unwrap();
+    writer.write_all(&[b'x'; PIPE_BYTES]).unwrap();
+    assert!(serve_with(writer.into()).success());
+}
+
+#[test]
+fn polldisk_logs_from_its_start_to_its_end() {
+    let (mut reader, writer) = io::pipe().unwrap();
+    let log = std::thread::spawn(move || {
+        let mut log = String::new();
+        reader.read_to_string(&mut log).map(|_| log)
+    });
+    assert!(serve_with(writer.into()).success());
+    let log = log.join().unwrap().unwrap();
+    let lines: Vec<&str> = log.lines().collect();
+    assert!(lines.first().is_some_and(|line| line.contains("starting")), "{log}");
+    assert!(lines.last().is_some_and(|line| line.contains("ended")), "{log}");
+    // Rust's own form of its structures is for nobody who reads a log.
+    assert!(!log.contains(['{', '[']), "{log}");
+}
