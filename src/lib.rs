@@ -17,7 +17,7 @@
 //! # Who may import whom
 //!
 //! ```text
-//! units limits park metrics budget
+//! units limits park metrics budget pool
 //!   └─ backing ─ msg
 //!   └─ xen (traits, shm, keys, store) ─ blkif ─┐
 //!         └─ engine ───────────────────────────┴─ queue ─ worker
@@ -44,6 +44,7 @@ pub mod limits;
 pub mod metrics;
 pub mod msg;
 pub mod park;
+pub mod pool;
 pub mod queue;
 pub mod sim;
 pub mod units;

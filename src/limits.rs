@@ -104,17 +104,36 @@ pub const QUEUES_PER_DISK_MAX: u16 = 256;
 /// Event channels fetched by one read.
 pub const PORTS_PER_READ: usize = 256;
 
-/// Requests for parts of blocks that one worker has under way (`emulate-512`); each has memory of
-/// its own, made when it is first needed. Others wait in their rings.
-pub const EMULATED_PER_WORKER: usize = 64;
+/// Requests for parts of blocks that one queue can always have under way (`emulate-512`), whatever the
+/// others do. Each has memory of its own, made when it is first needed.
+pub const EMULATED_PER_QUEUE: usize = 2;
+
+/// ... and how many more all queues of a worker have together.
+pub const EMULATED_COMMON: usize = 64;
 
 /// Pages of that memory: what one direct request and the rest of its blocks take, and some more.
 pub const EMULATED_PAGES: u32 = 16;
 const _: () = assert!(EMULATED_PAGES as usize > SEGMENTS_PER_REQUEST);
 
-/// Entries of a worker's io_uring. Deep enough for tens of busy one-page rings; more requests
-/// wait in their rings.
+/// Entries of a worker's io_uring: what is handed to the kernel by one call at most. More of a pass
+/// goes by several.
 pub const URING_ENTRIES: u32 = 1024;
+
+/// Results that the kernel has room for, and threads that it may start for what waits inside of it: the
+/// common requests in flight of a worker and the guaranteed ones of over 400 queues. Beyond that
+/// results are kept in a list of the kernel's.
+pub const URING_COMPLETIONS: u32 = 1 << 14;
+const _: () = assert!(URING_COMPLETIONS <= 1 << 16, "the kernel's own limit");
+
+/// Discards of files that one queue has in the kernel at a time: each takes a thread there, and more
+/// make no storage faster.
+pub const FILE_DISCARDS_PER_QUEUE: usize = 4;
+
+/// Discards of block devices that one queue has at a time, each in a thread of ours.
+pub const DEVICE_DISCARDS_PER_QUEUE: usize = 1;
+
+/// Seconds that such a thread waits for another discard: a guest's `fstrim` sends them one after the other.
+pub const DISCARD_THREAD_IDLE_SECONDS: u64 = 10;
 
 /// Ranges of memory that one worker registers with its io_uring: as many as a kernel's table can have
 /// (`IORING_MAX_REG_BUFFERS`). Pages of others are looked up with each operation.

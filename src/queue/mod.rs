@@ -467,13 +467,13 @@ impl Queue {
     ) {
         loop {
             match self.submit_step(&mut io.engine, slot_index) {
-                Ok(Submitted::UnderWay) => return,
-                Ok(Submitted::Done(Completion { result, .. })) => {
+                Submitted::Started | Submitted::Parked => return,
+                Submitted::Done(Completion { result, .. }) => {
                     if !self.finish_step(io, slot_index, result, now_ns) {
                         return;
                     }
                 }
-                Err(_) => return self.refused.push(slot_index),
+                Submitted::Full(_) => return self.refused.push(slot_index),
             }
         }
     }
@@ -483,7 +483,7 @@ impl Queue {
         &mut self,
         engine: &mut E,
         slot_index: u32,
-    ) -> Result<Submitted, Ticket> {
+    ) -> Submitted {
         let slot = self.slots.get_mut(slot_index);
         let ticket = Ticket::new(self.index, slot_index);
         let offset = slot.offset_bytes();
