@@ -1,6 +1,6 @@
 //! How many pages of one domain are kept mapped, whatever disks and workers it has.
 //!
-//! A [`GrantBudget`] is a domain's, and each of its queues takes a [`Share`] of it before it maps.
+//! A [`GrantBudget`] is a domain's, and each of its queues takes a [`GrantShare`] of it before it maps.
 //! Nobody waits: where nothing is left, the data is copied.
 
 use std::sync::Arc;
@@ -27,15 +27,15 @@ impl GrantBudget {
 /// What one queue has taken of its domain's budget. All of it goes back on drop, so that a queue
 /// whose worker dies takes nothing along.
 #[derive(Debug)]
-pub struct Share {
+pub struct GrantShare {
     budget: Arc<GrantBudget>,
     taken: usize,
 }
 
-impl Share {
+impl GrantShare {
     /// Nothing of `budget` yet.
-    pub fn of(budget: Arc<GrantBudget>) -> Share {
-        Share { budget, taken: 0 }
+    pub fn of(budget: Arc<GrantBudget>) -> GrantShare {
+        GrantShare { budget, taken: 0 }
     }
 
     /// Pages taken.
@@ -89,7 +89,7 @@ impl Share {
     }
 }
 
-impl Drop for Share {
+impl Drop for GrantShare {
     fn drop(&mut self) {
         self.give_back(self.taken);
     }
@@ -102,7 +102,7 @@ mod test {
     #[test]
     fn a_share_gets_what_is_left_and_its_drop_gives_it_back() {
         let budget = Arc::new(GrantBudget::new(10));
-        let (mut one, mut other) = (Share::of(budget.clone()), Share::of(budget.clone()));
+        let (mut one, mut other) = (GrantShare::of(budget.clone()), GrantShare::of(budget.clone()));
         assert_eq!((one.take(7), other.take(7)), (7, 3));
         assert!(!other.take_all(1));
         one.give_back(2);
@@ -119,7 +119,7 @@ mod test {
         let budget = Arc::new(GrantBudget::new(100));
         std::thread::scope(|scope| {
             for thread in 0..4 {
-                let mut share = Share::of(budget.clone());
+                let mut share = GrantShare::of(budget.clone());
                 scope.spawn(move || {
                     for round in 0..10_000 {
                         let taken = share.take((thread * 31 + round) % 60);

@@ -17,9 +17,20 @@ pub const INDIRECT_SEGMENTS_MAX: u16 = 1024;
 /// blkback's figure, 1 MiB of data.
 pub const INDIRECT_SEGMENTS_DEFAULT: u16 = 256;
 
-/// Indirect requests in flight on one worker. Each keeps a table of its segments; further ones
-/// wait in their rings.
-pub const INDIRECT_REQUESTS_PER_WORKER: usize = 512;
+/// Tables for the segments of indirect requests that one queue can always have, whatever the others do:
+/// with those at work there is always a next one for storage.
+pub const TABLES_PER_QUEUE: usize = 4;
+
+/// ... and how many more all queues of a worker have together: 12 MiB for requests of 256 segments.
+/// Further indirect requests wait in their rings; direct ones need no table.
+pub const TABLES_COMMON: usize = 512;
+
+/// Requests that one queue can always have in flight, whatever the others do: a full one-page ring.
+pub const REQUESTS_PER_QUEUE: usize = 32;
+
+/// ... and how many more all queues of a worker have together: two of the largest rings. Deeper queues
+/// make no storage faster.
+pub const REQUESTS_COMMON: usize = 2048;
 
 /// Largest `ring-page-order` accepted anywhere: 32 pages, what FreeBSD's backend also takes.
 pub const RING_PAGE_ORDER_MAX: u32 = 5;
@@ -206,6 +217,16 @@ pub const LATENCY_SECONDS: u64 = 2;
 /// by then is not going to.
 pub const DRAIN_SECONDS: u64 = 30;
 
+/// Nanoseconds between two reports of a queue's that storage is full or has room again, so that a guest
+/// that fills and empties it can't flood control.
+pub const SPACE_REPORT_NS: u64 = 1_000_000_000;
+
+/// Milliseconds after which a worker that sleeps offers control again what it had no room for.
+pub const OUTBOX_RETRY_MS: u64 = 10;
+
+/// Seconds that a worker which ends offers control what it has to tell. Control may have ended too.
+pub const FAREWELL_SECONDS: u64 = 1;
+
 /// Requests of a queue that are told one by one where the daemon ends without them.
 pub const IN_FLIGHT_TOLD: usize = 4;
 
@@ -221,8 +242,9 @@ const _: () = assert!(PERSISTENT_GRANTS_PER_QUEUE >= INDIRECT_SEGMENTS_MAX as us
 const _: () = assert!(SEGMENTS_MAPPED_MIN <= SEGMENTS_PER_REQUEST);
 const _: () = assert!(XENSTORE_ABS_PATH_MAX < XENSTORE_PAYLOAD_MAX);
 
-/// Bounce pages of one worker: several one-page rings full of largest requests that are copied.
-pub const BOUNCE_PAGES_PER_WORKER: usize = 2048;
+/// Bounce pages that all queues of a worker have together: several one-page rings full of largest
+/// requests that are copied. Each queue can have its own beside them, for its largest request.
+pub const BOUNCE_PAGES_COMMON: usize = 2048;
 
 /// References of one queue that may fail to map before its data is only copied: a sound frontend
 /// has none.
@@ -239,13 +261,17 @@ pub const EVENT_CHECK_NS: u64 = 20_000;
 /// ... and never more often than once in this many passes, however slow a pass is.
 pub const EVENT_CHECK_PASSES: u32 = 16;
 
-const _: () = assert!(BOUNCE_PAGES_PER_WORKER >= 2 * 32 * SEGMENTS_PER_REQUEST);
+/// ... but however few passes there were, they ask at least this often.
+pub const EVENT_CHECK_MAX_NS: u64 = 100_000;
+
+const _: () = assert!(BOUNCE_PAGES_COMMON >= 2 * 32 * SEGMENTS_PER_REQUEST);
 const _: () = assert!(SIM_PORTS_PER_HANDLE.is_multiple_of(64));
 
 const _: () = assert!(XENSTORE_REL_PATH_MAX < XENSTORE_ABS_PATH_MAX);
 const _: () = assert!(XENSTORE_DIRECTORY_MAX >= 32752 * 6);
 const _: () = assert!(ERROR_TEXT_MAX + XENSTORE_REL_PATH_MAX < XENSTORE_PAYLOAD_MAX);
-const _: () = assert!(BOUNCE_PAGES_PER_WORKER >= INDIRECT_SEGMENTS_MAX as usize);
+const _: () = assert!(BOUNCE_PAGES_COMMON >= INDIRECT_SEGMENTS_MAX as usize);
+const _: () = assert!(REQUESTS_COMMON + 400 * REQUESTS_PER_QUEUE < URING_COMPLETIONS as usize);
 const _: () = assert!(
     INDIRECT_SEGMENTS_MAX as usize <= INDIRECT_PAGES_PER_REQUEST * SEGMENTS_PER_INDIRECT_PAGE
 );
@@ -254,3 +280,20 @@ const _: () = assert!(QUEUES_PER_DISK_MAX as usize == WORKERS_MAX);
 const _: () = assert!(RING_PAGE_ORDER_DEFAULT <= RING_PAGE_ORDER_MAX);
 const _: () =
     assert!(URING_ENTRIES as usize * SEGMENTS_PER_REQUEST >= INDIRECT_SEGMENTS_MAX as usize);
+
+/// What a queue's turn in a pass may cost where others have work too, in sixteenths of a page that the
+/// worker itself moves, which takes it about 20 ns each. So a turn lasts some microseconds, however much
+/// the guest asks for, and nobody waits for long behind anybody.
+pub const TURN_EFFORT: u32 = 256;
+
+/// ... and where no other has: still so little that one that wakes up does not wait for long.
+pub const TURN_EFFORT_ALONE: u32 = 32 * TURN_EFFORT;
+
+/// Of the effort a request costs this,
+pub const REQUEST_EFFORT: u32 = 8;
+
+/// ... each of its segments this, for the kernel has to look at it,
+pub const SEGMENT_EFFORT: u32 = 1;
+
+/// ... and each page that the worker copies.
+pub const MOVED_PAGE_EFFORT: u32 = 16;

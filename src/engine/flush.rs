@@ -7,12 +7,15 @@
 
 use std::os::fd::RawFd;
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use super::{Completion, IoOp, Job, Submitted, Ticket};
 
+/// Files that a worker flushes at a time, and flushes of one, that need no further memory.
+const USUAL: usize = 16;
+
 /// Flushes of a worker's files.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Flushes {
     /// Files with a flush running. Their queues keep them open meanwhile.
     files: FxHashMap<RawFd, File>,
@@ -23,7 +26,7 @@ pub struct Flushes {
     tickets: usize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct File {
     /// Answered by the one that runs.
     running: Vec<Ticket>,
@@ -31,7 +34,23 @@ struct File {
     waiting: Vec<Ticket>,
 }
 
+impl File {
+    fn new() -> File {
+        File { running: Vec::with_capacity(USUAL), waiting: Vec::with_capacity(USUAL) }
+    }
+}
+
 impl Flushes {
+    /// None yet.
+    pub fn new() -> Flushes {
+        Flushes {
+            files: FxHashMap::with_capacity_and_hasher(USUAL, FxBuildHasher),
+            spare: (0..USUAL).map(|_| File::new()).collect(),
+            owed: Vec::new(),
+            tickets: 0,
+        }
+    }
+
     /// Takes a flush; `below` starts one.
     pub fn submit(
         &mut self,
@@ -48,7 +67,7 @@ impl Flushes {
         if let Submitted::Full(_) = started {
             return Submitted::Full(ticket);
         }
-        let mut flushed = self.spare.pop().unwrap_or_default();
+        let mut flushed = self.spare.pop().unwrap_or_else(File::new);
         flushed.running.push(ticket);
         self.files.insert(file, flushed);
         self.tickets += 1;
@@ -136,7 +155,7 @@ mod test {
 
     #[test]
     fn flushes_that_come_while_one_runs_are_all_answered_by_the_next() {
-        let (mut flushes, mut started, mut done) = (Flushes::default(), Vec::new(), Vec::new());
+        let (mut flushes, mut started, mut done) = (Flushes::new(), Vec::new(), Vec::new());
         for slot in 0..4 {
             let submitted = flushes.submit(7, Ticket::new(1, slot), asked(&mut started));
             assert_eq!(submitted == Submitted::Started, slot == 0);
@@ -157,7 +176,7 @@ mod test {
 
     #[test]
     fn a_flush_that_finds_no_room_is_given_back_and_one_that_is_owed_is_tried_again() {
-        let (mut flushes, mut started, mut done) = (Flushes::default(), Vec::new(), Vec::new());
+        let (mut flushes, mut started, mut done) = (Flushes::new(), Vec::new(), Vec::new());
         let full = flushes.submit(7, Ticket::new(1, 0), |_, ticket| Submitted::Full(ticket));
         assert_eq!((full, flushes.tickets()), (Submitted::Full(Ticket::new(1, 0)), 0));
         for slot in 0..2 {

@@ -22,8 +22,6 @@ pub struct Transport {
     flushes: Flushes,
     discards: FileDiscards,
     offload: Offload,
-    /// Reused for results.
-    raw: Vec<Completion>,
 }
 
 /// An open file or device. The queue of each ticket keeps it open until that is back.
@@ -48,8 +46,8 @@ impl Transport {
     pub fn new() -> io::Result<Transport> {
         let uring = Uring::new()?;
         let offload = Offload::new(uring.bell().clone());
-        let (flushes, raw) = Default::default();
-        Ok(Transport { uring, flushes, discards: FileDiscards::new(), offload, raw })
+        let (flushes, discards) = (Flushes::new(), FileDiscards::new());
+        Ok(Transport { uring, flushes, discards, offload })
     }
 
     /// Takes one operation.
@@ -112,19 +110,24 @@ impl Transport {
     /// Makes of the results of jobs, which stand in `done` from `first` on, those of the operations
     /// that they were for.
     fn finish_jobs(&mut self, done: &mut Vec<Completion>, first: usize) {
-        let Transport { uring, flushes, discards, raw, .. } = self;
-        raw.extend(done.drain(first..));
-        for Completion { ticket, result } in raw.drain(..) {
-            let below = |file, operation: &IoOp<'_>, ticket| uring.submit(file, operation, ticket);
-            match ticket.job() {
+        let Transport { uring, flushes, discards, .. } = self;
+        let mut at = first;
+        while let Some(job) = done.get(at).map(|completion| completion.ticket.job()) {
+            match job {
                 Some(Job::Flush(file)) => {
-                    let file = file.cast_signed();
+                    let (file, result) = (file.cast_signed(), done.swap_remove(at).result);
                     flushes.finish(file, result, done, |operation, ticket| {
                         uring.submit(file, operation, ticket)
                     });
                 }
-                Some(Job::Discard(index)) => done.push(discards.finish(index, result, below)),
-                Some(Job::Emulated(_)) | None => done.push(Completion { ticket, result }),
+                Some(Job::Discard(index)) => {
+                    let result = done.swap_remove(at).result;
+                    done.push(discards.finish(index, result, |file, operation, ticket| {
+                        uring.submit(file, operation, ticket)
+                    }));
+                }
+                // What is pushed at the end is such, too.
+                Some(Job::Emulated(_)) | None => at += 1,
             }
         }
     }

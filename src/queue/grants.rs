@@ -8,7 +8,7 @@ use std::io;
 use rustc_hash::FxBuildHasher;
 use slab::Slab;
 
-use crate::budget::Share;
+use crate::budget::GrantShare;
 use crate::engine::RegisterBuffers;
 use crate::limits::{
     GRANTS_PER_MAP_BATCH, MAP_REFUSALS_MAX, PERSISTENT_GRANTS_PER_QUEUE, PERSISTENT_IDLE_SWEEPS,
@@ -33,7 +33,7 @@ pub struct PersistentGrants {
     batches: Slab<Batch>,
     refusals: u32,
     /// As many pages as are mapped, between two calls.
-    share: Share,
+    share: GrantShare,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -83,7 +83,7 @@ impl<G: Grants, E: RegisterBuffers> Mapper<'_, G, E> {
 
 impl PersistentGrants {
     /// None mapped yet.
-    pub fn new(share: Share) -> PersistentGrants {
+    pub fn new(share: GrantShare) -> PersistentGrants {
         let (pages, batches) = Default::default();
         PersistentGrants { pages, batches, refusals: 0, share }
     }

@@ -10,7 +10,7 @@
 
 use super::slots::Slot;
 use crate::blkif::request::{Kind, Segment};
-use crate::budget::Share;
+use crate::budget::GrantShare;
 use crate::limits::{
     GRANTS_PER_MAP_BATCH, MAP_REFUSALS_MAX, PERSISTENT_GRANTS_PER_QUEUE, SEGMENTS_MAPPED_MIN,
 };
@@ -21,13 +21,13 @@ use crate::xen::{Grants, PageAccess};
 #[derive(Debug)]
 pub struct TransientGrants {
     /// As many pages as are mapped.
-    share: Share,
+    share: GrantShare,
     refusals: u32,
 }
 
 impl TransientGrants {
     /// None mapped yet.
-    pub fn new(share: Share) -> TransientGrants {
+    pub fn new(share: GrantShare) -> TransientGrants {
         TransientGrants { share, refusals: 0 }
     }
 
