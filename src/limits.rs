@@ -49,9 +49,23 @@ pub const PERSISTENT_GRANTS_PER_QUEUE: usize = 1056;
 /// Pages that all queues of one domain keep mapped: those of sixteen full queues. However many disks
 /// a guest has, it takes at most a quarter of the mappings that a process can have
 /// (`vm.max_map_count`, 65530), even where each page is one of its own; and an eighth of what Xen
-/// lets dom0 map (1024 frames of its maptrack, 256 entries each, two for each page where dom0 is a PV
-/// domain). So one guest does not keep the others from mapping (XSA-300).
+/// lets dom0 map ([`PAGES_MAPPED_MAX`]). So one guest does not keep the others from mapping (XSA-300).
 pub const PERSISTENT_GRANTS_PER_DOMAIN: usize = 16 * PERSISTENT_GRANTS_PER_QUEUE;
+
+/// Rings that there is a reserve for, whatever guests have mapped: four rings each of a thousand disks.
+pub const RINGS_RESERVED: usize = 4096;
+
+/// Mappings of the process (`vm.max_map_count`) that are none of guests' data: one for each ring, and
+/// 4096 for its own stacks, libraries and memory, and for files of tmpfs that are its disks.
+pub const MAPPINGS_RESERVED: usize = RINGS_RESERVED + 4096;
+
+/// Pages that Xen lets dom0 map: 1024 frames of its maptrack (`gnttab_max_maptrack_frames`), 256 entries
+/// each, two for each page where dom0 is a PV domain.
+pub const PAGES_MAPPED_MAX: usize = 1024 * 256 / 2;
+
+/// Of these, those for guests' data: the reserved rings have four pages each.
+pub const PAGES_FOR_DATA: usize = PAGES_MAPPED_MAX - 4 * RINGS_RESERVED;
+const _: () = assert!(PAGES_FOR_DATA > 4 * PERSISTENT_GRANTS_PER_DOMAIN);
 
 /// Least segments of a request whose pages are mapped for its time only. Such a mapping takes four
 /// system calls and a flush of the TLB, a copy one system call for all requests of a pass: a page

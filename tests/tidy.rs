@@ -11,7 +11,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("limits", &[]),
     ("park", &[]),
     ("metrics", &[]),
-    ("budget", &[]),
+    ("budget", &["limits"]),
     ("pool", &[]),
     ("config", &["backing", "blkif", "limits"]),
     ("backing", &["units"]),

@@ -28,7 +28,10 @@ impl Queue {
     /// the ring behind it.
     pub(super) fn take_indirect<G, E>(&mut self, io: &mut Resources<G, E>, head: IndirectHead) {
         match io.tables.take(&mut self.tables) {
-            Some(table) => io.scratch.indirect.push(Indirect { head, table, failed: false }),
+            Some(table) => {
+                self.spend_on_request(head.segment_count());
+                io.scratch.indirect.push(Indirect { head, table, failed: false });
+            }
             None => self.parked = Some(head),
         }
     }
@@ -116,7 +119,6 @@ impl Queue {
             Ok(request) => {
                 let (index, slot) = self.slots.take();
                 slot.begin(request, count, Some(table), io.now_ns);
-                self.spend_on_request(count);
                 io.scratch.fresh.push(index);
             }
             Err(fault) => {

@@ -575,13 +575,10 @@ impl Queue {
     /// Tries again what waits, in order, as far as there is room now.
     #[cold]
     fn retry<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
-        for _ in 0..self.refused.len() {
-            let Some(slot) = self.refused.pop_front() else { break };
-            let waiting = self.refused.len();
+        while let Some(slot) = self.refused.pop_front() {
+            let others = self.refused.len();
             self.submit(io, slot);
-            if self.refused.len() > waiting {
-                // It stays the first one.
-                self.refused.rotate_right(1);
+            if stays_first(&mut self.refused, others) {
                 break;
             }
         }
@@ -618,9 +615,12 @@ impl Queue {
         if !self.copied_out.is_empty() {
             self.copy_reads_out(io);
         }
-        for _ in 0..self.interrupted.len() {
-            let Some(slot) = self.interrupted.pop_front_if(|_| self.effort > 0) else { break };
+        while let Some(slot) = self.interrupted.pop_front() {
+            let others = self.interrupted.len();
             self.submit(io, slot);
+            if stays_first(&mut self.interrupted, others) {
+                break;
+            }
         }
         if !self.fetched.is_empty() {
             self.fetch(io);
@@ -634,14 +634,14 @@ impl Queue {
         slot_index: u32,
     ) {
         loop {
+            if self.moves_data && self.effort == 0 {
+                return self.interrupted.push_back(slot_index);
+            }
             match self.submit_step(&mut io.engine, slot_index) {
                 Submitted::Started | Submitted::Parked => return,
                 Submitted::Done(Completion { result, .. }) => {
                     if !self.finish_step(io, slot_index, result) {
                         return;
-                    }
-                    if self.effort == 0 {
-                        return self.interrupted.push_back(slot_index);
                     }
                 }
                 Submitted::Full(_) => return self.refused.push_back(slot_index),
@@ -763,6 +763,15 @@ impl Queue {
         self.latency.record(io.now_ns.saturating_sub(taken_ns));
         self.count(io, &request, status);
     }
+}
+
+/// Where one that was taken off a list is at its end again, beside so many others, it stays the first.
+fn stays_first(list: &mut VecDeque<u32>, others: usize) -> bool {
+    let is_back = list.len() > others;
+    if is_back {
+        list.rotate_right(1);
+    }
+    is_back
 }
 
 /// Pages that the data of the largest request can be in.

@@ -33,7 +33,7 @@ impl TransientGrants {
 
     /// Pages mapped.
     pub fn count(&self) -> usize {
-        self.share.taken()
+        self.share.pages()
     }
 
     /// Maps all pages of a request and points its segments at them; or none, and its data has to be
@@ -53,7 +53,7 @@ impl TransientGrants {
             || self.count() + count > PERSISTENT_GRANTS_PER_QUEUE
             || self.refusals >= MAP_REFUSALS_MAX
             || !segments.iter().all(is_aligned)
-            || !self.share.take_all(count)
+            || !self.share.take_all(count, mappings(count))
         {
             return;
         }
@@ -91,6 +91,13 @@ impl TransientGrants {
                 tracing::warn!(%error, "unmapping a request's pages failed");
             }
         }
-        self.share.give_back(slot.segments().len());
+        let count = slot.segments().len();
+        self.share.give_back(count);
+        self.share.give_back_mappings(mappings(count));
     }
+}
+
+/// How many mappings so many pages are in.
+fn mappings(pages: usize) -> usize {
+    pages.div_ceil(GRANTS_PER_MAP_BATCH)
 }
