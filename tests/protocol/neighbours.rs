@@ -162,7 +162,7 @@ fn a_pass_copies_no_more_for_one_than_a_turn_allows_where_another_is_busy_too() 
     let engine = HostEngine::new().unwrap();
     let mut bench = Bench::on(stand_in.platform(), engine, stand_in);
     let budget = || std::sync::Arc::new(polldisk::budget::GrantBudget::new(4096));
-    let greedy = bench.guest_with(Shape::copied(32).indirect(PAGES, 0), null(true), budget());
+    let greedy = bench.guest_with(Shape::copied(8).indirect(PAGES, 0), null(true), budget());
     let victim = bench.guest_with(Shape::copied(8), null(true), budget());
     let turn = u64::from(TURN_EFFORT / MOVED_PAGE_EFFORT);
     let mut answered = 0;
@@ -172,7 +172,7 @@ fn a_pass_copies_no_more_for_one_than_a_turn_allows_where_another_is_busy_too() 
         bench.pass();
         for _ in 0..1000 {
             bench.answers(greedy);
-            bench.ask(greedy, operation, 32, PAGES);
+            bench.ask(greedy, operation, 8, PAGES);
             answered += bench.answers(victim);
             bench.ask(victim, operation, 8, 1);
             let before = bench.counters[greedy].read().grants_copied;
