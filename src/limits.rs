@@ -300,7 +300,11 @@ const _: () =
 /// the guest asks for, and nobody waits for long behind anybody.
 pub const TURN_EFFORT: u32 = 256;
 
-/// ... and where no other has: still so little that one that wakes up does not wait for long.
+/// ... for one that has had more than its share, while those who have not are about to come back,
+pub const TURN_EFFORT_AHEAD: u32 = TURN_EFFORT / 4;
+const _: () = assert!(TURN_EFFORT_AHEAD >= MOVED_PAGE_EFFORT);
+
+/// ... and where no other has work: still so little that one that wakes up does not wait for long.
 pub const TURN_EFFORT_ALONE: u32 = 32 * TURN_EFFORT;
 
 /// Of the effort a request costs this,

@@ -379,8 +379,8 @@ impl Queue {
     }
 
     /// A turn: takes requests off the ring and gets them under way, after what is left of the turn
-    /// before, until `effort` is spent. `true`: [`Queue::finish_pass`] has to follow, because some were
-    /// taken, or some that had waited are done.
+    /// before, until `effort` is spent. `true`: [`Queue::finish_pass`] has to follow, because something
+    /// was done, or what had waited is done.
     #[inline]
     pub fn take<G: Grants, E: Engine<Target = Image>>(
         &mut self,
@@ -391,33 +391,33 @@ impl Queue {
         if self.has_unfinished() {
             self.go_on(io);
         }
-        let taken = self.take_requests(io)?;
-        Ok(taken > 0 || self.ring.unpublished() > 0 || !self.copied_out.is_empty())
+        self.take_requests(io)?;
+        Ok(self.effort < effort || self.ring.unpublished() > 0 || !self.copied_out.is_empty())
     }
 
     #[inline]
     fn take_requests<G: Grants, E: Engine<Target = Image>>(
         &mut self,
         io: &mut Resources<G, E>,
-    ) -> Result<u32, RingFault> {
+    ) -> Result<(), RingFault> {
         let freed = io.freed;
         if let Some(since) = self.waits_since {
             if since == freed {
-                return Ok(0);
+                return Ok(());
             }
             self.waits_since = None;
             self.retry(io);
         }
         if self.has_waiting() {
             self.waits_since = Some(freed);
-            return Ok(0);
+            return Ok(());
         }
         if self.barrier != Barrier::None {
             self.try_barrier(io);
-            return Ok(0);
+            return Ok(());
         }
         if self.stopped || self.before_pause == Some(0) {
-            return Ok(0);
+            return Ok(());
         }
         let mut waiting = self.ring.requests().inspect_err(|_| self.stopped = true)?;
         if let Some(left) = &mut self.before_pause {
@@ -426,7 +426,7 @@ impl Queue {
             waiting = *left;
         }
         if waiting == 0 {
-            return Ok(0);
+            return Ok(());
         }
         let room = REQUESTS_PER_PASS.min(io.requests.available(&self.requests));
         let count = waiting.min(u32::try_from(room).unwrap_or(0));
@@ -437,7 +437,7 @@ impl Queue {
         if room == 0 || self.has_waiting() {
             self.waits_since = Some(freed);
         }
-        Ok(taken)
+        Ok(())
     }
 
     /// Takes at most `count` requests, which there are; says how many.
@@ -513,13 +513,13 @@ impl Queue {
         match self.rules.check_direct(raw, slot.inline_segments_mut()) {
             Ok((request, count)) => {
                 slot.begin(request, count, None, io.now_ns);
+                let is_mapped = locate_mapped(self.mapped.kept(), slot, self.memory_alignment);
+                self.spend_on_request(count);
                 if request.is_barrier() {
                     self.barrier = Barrier::Waits(index);
-                } else if locate_mapped(self.mapped.kept(), slot, self.memory_alignment) {
-                    self.spend_on_request(count);
+                } else if is_mapped {
                     self.submit(io, index);
                 } else {
-                    self.spend_on_request(count);
                     io.scratch.fresh.push(index);
                 }
             }

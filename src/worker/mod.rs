@@ -24,7 +24,8 @@ use crate::backing::Image;
 use crate::engine::{Completion, Engine};
 use crate::limits::{
     COMMANDS_PER_PASS, EVENT_CHECK_MAX_NS, EVENT_CHECK_NS, EVENT_CHECK_PASSES, OUTBOX_RETRY_MS,
-    PERSISTENT_SWEEP_SECONDS, PORTS_PER_READ, QUEUES_PER_WORKER, TURN_EFFORT, TURN_EFFORT_ALONE,
+    PERSISTENT_SWEEP_SECONDS, PORTS_PER_READ, QUEUES_PER_WORKER, TURN_EFFORT, TURN_EFFORT_AHEAD,
+    TURN_EFFORT_ALONE,
 };
 use crate::msg::{Command, CommandReceiver, Connect, Event, Outbox, QueueKey, ReplaceImage};
 use crate::park::{self, Patience, Pause};
@@ -496,7 +497,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             }
         }
         if !worked && let Some((_, index)) = put_off {
-            worked = self.take_turn(index, TURN_EFFORT, now_ns);
+            worked = self.take_turn(index, TURN_EFFORT_AHEAD, now_ns);
             self.charge(index, &mut since_ns, &clock_ns);
         }
         worked
