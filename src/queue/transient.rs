@@ -88,7 +88,9 @@ impl TransientGrants {
     fn unmap<G: Grants>(&mut self, grants: &mut G, slot: &mut Slot) {
         for pages in slot.mapped.drain(..) {
             if let Err(error) = grants.unmap(pages) {
-                tracing::warn!(%error, "unmapping a request's pages failed");
+                // That is a host's fault, and no more of this queue are mapped that could share it.
+                self.refusals = MAP_REFUSALS_MAX;
+                tracing::warn!(%error, "unmapping a request's pages failed: the others are copied");
             }
         }
         let count = slot.segments().len();

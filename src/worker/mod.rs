@@ -83,6 +83,8 @@ pub struct Worker<P: Platform, E> {
 struct Served {
     queue: Queue,
     polled: bool,
+    /// It is one of those that wait.
+    waits: bool,
     /// No event has come since its port was unmasked, as a port is when it is bound.
     unmasked: bool,
     last_work_ns: u64,
@@ -441,7 +443,10 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     fn look_at_waiting(&mut self, now_ns: u64) {
         self.freed = self.resources.freed;
         let mut waiting = std::mem::take(&mut self.waiting);
-        waiting.drain(..).for_each(|index| self.poll_queue(index, now_ns));
+        for index in waiting.drain(..) {
+            self.queues[index].waits = false;
+            self.poll_queue(index, now_ns);
+        }
         self.waiting = waiting;
     }
 
@@ -587,7 +592,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 return true;
             }
             served.polled = false;
-            if served.queue.waits() {
+            if served.queue.waits() && !std::mem::replace(&mut served.waits, true) {
                 waiting.push(*index);
             }
             if !std::mem::replace(&mut served.unmasked, true) {
@@ -608,6 +613,7 @@ impl Served {
         Served {
             queue,
             polled: false,
+            waits: false,
             unmasked: true,
             last_work_ns: now_ns,
             used: TimeUsed::default(),

@@ -11,6 +11,7 @@ mod daemon;
 mod draw;
 mod exhaustion;
 mod failures;
+mod fairness;
 mod frozen;
 mod guest;
 mod media;

@@ -7,6 +7,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use polldisk::backing::{Image, NullImage};
@@ -30,6 +31,9 @@ use polldisk::xen::shm::{GuestBuf, Registration};
 /// Passes until everything that can happen has happened.
 const PASSES_MAX: usize = 100_000;
 
+/// What it costs to submit an operation, where there is a clock.
+const SUBMIT_NS: u64 = 300;
+
 /// Bytes of every disk.
 const DISK: Bytes = Bytes(1 << 30);
 
@@ -48,6 +52,8 @@ pub struct Script {
     pub parks_flushes: bool,
     /// The host fails with its next operation, or panics.
     pub fails: Option<Failure>,
+    /// Moves with each operation, by what it costs to submit.
+    pub clock: Option<Arc<AtomicU64>>,
     /// The engine is no more.
     pub is_dropped: bool,
     /// Operations taken and not completed, in order.
@@ -104,6 +110,9 @@ impl Engine for Scripted {
             }
             IoOp::Flush | IoOp::Discard { .. } => 0,
         };
+        if let Some(clock) = &script.clock {
+            clock.fetch_add(SUBMIT_NS, Ordering::Relaxed);
+        }
         script.taken.push(Taken { ticket, bytes });
         match operation {
             IoOp::Flush if script.parks_flushes => Submitted::Parked,
