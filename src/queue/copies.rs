@@ -6,10 +6,18 @@ use crate::xen::abi::GNTST_GENERAL_ERROR;
 use crate::xen::{GrantCopy, Grants};
 
 /// Copies to do, and the slot or head that each is for.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct CopyBatch {
     copies: Vec<GrantCopy>,
     owners: Vec<u32>,
+}
+
+impl Default for CopyBatch {
+    /// None, and room for what one system call does.
+    fn default() -> CopyBatch {
+        let room = SEGMENTS_PER_COPY_BATCH;
+        CopyBatch { copies: Vec::with_capacity(room), owners: Vec::with_capacity(room) }
+    }
 }
 
 impl CopyBatch {

@@ -24,8 +24,8 @@ use crate::backing::Image;
 use crate::engine::{Completion, Engine};
 use crate::limits::{
     COMMANDS_PER_PASS, EVENT_CHECK_MAX_NS, EVENT_CHECK_NS, EVENT_CHECK_PASSES, OUTBOX_RETRY_MS,
-    PERSISTENT_SWEEP_SECONDS, PORTS_PER_READ, QUEUES_PER_WORKER, TURN_EFFORT, TURN_EFFORT_AHEAD,
-    TURN_EFFORT_ALONE,
+    PERSISTENT_SWEEP_SECONDS, PORTS_PER_READ, QUEUES_PER_WORKER, REQUESTS_COMMON, TURN_EFFORT,
+    TURN_EFFORT_AHEAD, TURN_EFFORT_ALONE,
 };
 use crate::msg::{Command, CommandReceiver, Connect, Event, Outbox, QueueKey, ReplaceImage};
 use crate::park::{self, Patience, Pause};
@@ -102,7 +102,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     /// the calling thread from now on.
     pub fn new(setup: Setup<P>, engine: E) -> Result<Worker<P, E>, PlatformError> {
         let (events, grants) = (setup.platform.open_events()?, setup.platform.open_grants()?);
-        let (polled, waiting, draining, unmask, done) = Default::default();
+        let (polled, waiting, draining, unmask) = Default::default();
         Ok(Worker {
             events,
             resources: Resources::new(grants, engine, Outbox::new(setup.reports)),
@@ -115,7 +115,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             draining,
             turns: Turns::default(),
             unmask,
-            done,
+            done: Vec::with_capacity(REQUESTS_COMMON),
             commands: setup.commands,
             patience: Patience::new(setup.poll),
             last_work_ns: 0,
