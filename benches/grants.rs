@@ -9,7 +9,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use polldisk::budget::{GrantBudget, Share};
+use polldisk::budget::{GrantBudget, GrantShare};
 use polldisk::engine::host::HostEngine;
 use polldisk::limits::{
     GRANTS_PER_MAP_BATCH, PERSISTENT_GRANTS_PER_DOMAIN, PERSISTENT_GRANTS_PER_QUEUE,
@@ -43,7 +43,7 @@ impl Rig {
         let grant = |gfn| domain.grant(Gfn(gfn), DomId::DOM0, PageAccess::ReadWrite).unwrap();
         let budget = Arc::new(GrantBudget::new(PERSISTENT_GRANTS_PER_DOMAIN));
         Rig {
-            persistent: PersistentGrants::new(Share::of(budget)),
+            persistent: PersistentGrants::new(GrantShare::of(budget)),
             grants: stand_in.platform().open_grants().unwrap(),
             engine: HostEngine::new().unwrap(),
             domid,

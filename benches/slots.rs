@@ -7,6 +7,7 @@ use std::hint::black_box;
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use polldisk::blkif::op;
 use polldisk::blkif::request::{Kind, Request, Segment};
+use polldisk::pool::Share;
 use polldisk::queue::LargeTables;
 use polldisk::queue::slots::{Advance, Slots};
 use polldisk::xen::shm::{GuestBuf, LocalPages, PAGE_LEN};
@@ -20,6 +21,7 @@ const SEGMENT: Segment = Segment { gref: 8, offset: 0, len: 4096 };
 struct Rig {
     slots: Slots,
     tables: LargeTables,
+    share: Share,
     page: GuestBuf,
     in_flight: Vec<u32>,
     _memory: LocalPages,
@@ -31,6 +33,7 @@ impl Rig {
         Rig {
             slots: Slots::new(REQUESTS),
             tables: LargeTables::default(),
+            share: Share::default(),
             page: memory.page(0),
             in_flight: Vec::new(),
             _memory: memory,
@@ -46,7 +49,7 @@ impl Rig {
     }
 
     fn begin_indirect(&mut self, count: usize) {
-        let mut table = self.tables.take();
+        let mut table = self.tables.take(&mut self.share).unwrap();
         table.segments_mut(count).fill(SEGMENT);
         let (index, slot) = self.slots.take();
         slot.begin(request(count), count, Some(table), 0);
@@ -66,12 +69,14 @@ impl Rig {
     fn finish(&mut self) {
         for index in self.in_flight.drain(..) {
             let slot = self.slots.get_mut(index);
-            slot.with_buffers(|buffers| {
+            slot.with_buffers(usize::MAX, |buffers| {
                 black_box(buffers);
             });
             let moved = i32::try_from(slot.request.len_bytes).unwrap();
             assert_eq!(slot.advance(black_box(moved)), Advance::Done);
-            self.slots.give_back(index, &mut self.tables);
+            if let Some(table) = self.slots.give_back(index) {
+                self.tables.give_back(table, &mut self.share);
+            }
         }
     }
 }

@@ -17,7 +17,7 @@
 //! # Who may import whom
 //!
 //! ```text
-//! units limits text park metrics budget
+//! units limits text park metrics budget pool
 //!   └─ output                                  (the binary and tools)
 //!   └─ backing ─ msg
 //!   └─ xen (traits, shm, keys, store) ─ blkif ─┐
@@ -46,6 +46,7 @@ pub mod metrics;
 pub mod msg;
 pub mod output;
 pub mod park;
+pub mod pool;
 pub mod queue;
 pub mod sim;
 pub mod text;

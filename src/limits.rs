@@ -17,9 +17,20 @@ pub const INDIRECT_SEGMENTS_MAX: u16 = 1024;
 /// blkback's figure, 1 MiB of data.
 pub const INDIRECT_SEGMENTS_DEFAULT: u16 = 256;
 
-/// Indirect requests in flight on one worker. Each keeps a table of its segments; further ones
-/// wait in their rings.
-pub const INDIRECT_REQUESTS_PER_WORKER: usize = 512;
+/// Tables for the segments of indirect requests that one queue can always have, whatever the others do:
+/// with those at work there is always a next one for storage.
+pub const TABLES_PER_QUEUE: usize = 4;
+
+/// ... and how many more all queues of a worker have together: 12 MiB for requests of 256 segments.
+/// Further indirect requests wait in their rings; direct ones need no table.
+pub const TABLES_COMMON: usize = 512;
+
+/// Requests that one queue can always have in flight, whatever the others do: a full one-page ring.
+pub const REQUESTS_PER_QUEUE: usize = 32;
+
+/// ... and how many more all queues of a worker have together: two of the largest rings. Deeper queues
+/// make no storage faster.
+pub const REQUESTS_COMMON: usize = 2048;
 
 /// Largest `ring-page-order` accepted anywhere: 32 pages, what FreeBSD's backend also takes.
 pub const RING_PAGE_ORDER_MAX: u32 = 5;
@@ -38,9 +49,23 @@ pub const PERSISTENT_GRANTS_PER_QUEUE: usize = 1056;
 /// Pages that all queues of one domain keep mapped: those of sixteen full queues. However many disks
 /// a guest has, it takes at most a quarter of the mappings that a process can have
 /// (`vm.max_map_count`, 65530), even where each page is one of its own; and an eighth of what Xen
-/// lets dom0 map (1024 frames of its maptrack, 256 entries each, two for each page where dom0 is a PV
-/// domain). So one guest does not keep the others from mapping (XSA-300).
+/// lets dom0 map ([`PAGES_MAPPED_MAX`]). So one guest does not keep the others from mapping (XSA-300).
 pub const PERSISTENT_GRANTS_PER_DOMAIN: usize = 16 * PERSISTENT_GRANTS_PER_QUEUE;
+
+/// Rings that there is a reserve for, whatever guests have mapped: four rings each of a thousand disks.
+pub const RINGS_RESERVED: usize = 4096;
+
+/// Mappings of the process (`vm.max_map_count`) that are none of guests' data: one for each ring, and
+/// 4096 for its own stacks, libraries and memory, and for files of tmpfs that are its disks.
+pub const MAPPINGS_RESERVED: usize = RINGS_RESERVED + 4096;
+
+/// Pages that Xen lets dom0 map: 1024 frames of its maptrack (`gnttab_max_maptrack_frames`), 256 entries
+/// each, two for each page where dom0 is a PV domain.
+pub const PAGES_MAPPED_MAX: usize = 1024 * 256 / 2;
+
+/// Of these, those for guests' data: the reserved rings have four pages each.
+pub const PAGES_FOR_DATA: usize = PAGES_MAPPED_MAX - 4 * RINGS_RESERVED;
+const _: () = assert!(PAGES_FOR_DATA > 4 * PERSISTENT_GRANTS_PER_DOMAIN);
 
 /// Least segments of a request whose pages are mapped for its time only. Such a mapping takes four
 /// system calls and a flush of the TLB, a copy one system call for all requests of a pass: a page
@@ -104,17 +129,36 @@ pub const QUEUES_PER_DISK_MAX: u16 = 256;
 /// Event channels fetched by one read.
 pub const PORTS_PER_READ: usize = 256;
 
-/// Requests for parts of blocks that one worker has under way (`emulate-512`); each has memory of
-/// its own, made when it is first needed. Others wait in their rings.
-pub const EMULATED_PER_WORKER: usize = 64;
+/// Requests for parts of blocks that one queue can always have under way (`emulate-512`), whatever the
+/// others do. Each has memory of its own, made when it is first needed.
+pub const EMULATED_PER_QUEUE: usize = 2;
+
+/// ... and how many more all queues of a worker have together.
+pub const EMULATED_COMMON: usize = 64;
 
 /// Pages of that memory: what one direct request and the rest of its blocks take, and some more.
 pub const EMULATED_PAGES: u32 = 16;
 const _: () = assert!(EMULATED_PAGES as usize > SEGMENTS_PER_REQUEST);
 
-/// Entries of a worker's io_uring. Deep enough for tens of busy one-page rings; more requests
-/// wait in their rings.
+/// Entries of a worker's io_uring: what is handed to the kernel by one call at most. More of a pass
+/// goes by several.
 pub const URING_ENTRIES: u32 = 1024;
+
+/// Results that the kernel has room for, and threads that it may start for what waits inside of it: the
+/// common requests in flight of a worker and the guaranteed ones of over 400 queues. Beyond that
+/// results are kept in a list of the kernel's.
+pub const URING_COMPLETIONS: u32 = 1 << 14;
+const _: () = assert!(URING_COMPLETIONS <= 1 << 16, "the kernel's own limit");
+
+/// Discards of files that one queue has in the kernel at a time: each takes a thread there, and more
+/// make no storage faster.
+pub const FILE_DISCARDS_PER_QUEUE: usize = 4;
+
+/// Discards of block devices that one queue has at a time, each in a thread of ours.
+pub const DEVICE_DISCARDS_PER_QUEUE: usize = 1;
+
+/// Seconds that such a thread waits for another discard: a guest's `fstrim` sends them one after the other.
+pub const DISCARD_THREAD_IDLE_SECONDS: u64 = 10;
 
 /// Ranges of memory that one worker registers with its io_uring: as many as a kernel's table can have
 /// (`IORING_MAX_REG_BUFFERS`). Pages of others are looked up with each operation.
@@ -247,6 +291,16 @@ pub const OPEN_SECONDS: u64 = 8;
 /// that fails at once, and is closed at once) takes four.
 pub const INPUTS_PER_STEP: usize = 16;
 
+/// Nanoseconds between two reports of a queue's that storage is full or has room again, so that a guest
+/// that fills and empties it can't flood control.
+pub const SPACE_REPORT_NS: u64 = 1_000_000_000;
+
+/// Milliseconds after which a worker that sleeps offers control again what it had no room for.
+pub const OUTBOX_RETRY_MS: u64 = 10;
+
+/// Seconds that a worker which ends offers control what it has to tell. Control may have ended too.
+pub const FAREWELL_SECONDS: u64 = 1;
+
 /// Requests of a queue that are told one by one where the daemon ends without them.
 pub const IN_FLIGHT_TOLD: usize = 4;
 
@@ -264,8 +318,9 @@ const _: () = assert!(PERSISTENT_GRANTS_PER_QUEUE >= INDIRECT_SEGMENTS_MAX as us
 const _: () = assert!(SEGMENTS_MAPPED_MIN <= SEGMENTS_PER_REQUEST);
 const _: () = assert!(XENSTORE_ABS_PATH_MAX < XENSTORE_PAYLOAD_MAX);
 
-/// Bounce pages of one worker: several one-page rings full of largest requests that are copied.
-pub const BOUNCE_PAGES_PER_WORKER: usize = 2048;
+/// Bounce pages that all queues of a worker have together: several one-page rings full of largest
+/// requests that are copied. Each queue can have its own beside them, for its largest request.
+pub const BOUNCE_PAGES_COMMON: usize = 2048;
 
 /// References of one queue that may fail to map before its data is only copied: a sound frontend
 /// has none.
@@ -282,13 +337,17 @@ pub const EVENT_CHECK_NS: u64 = 20_000;
 /// ... and never more often than once in this many passes, however slow a pass is.
 pub const EVENT_CHECK_PASSES: u32 = 16;
 
-const _: () = assert!(BOUNCE_PAGES_PER_WORKER >= 2 * 32 * SEGMENTS_PER_REQUEST);
+/// ... but however few passes there were, they ask at least this often.
+pub const EVENT_CHECK_MAX_NS: u64 = 100_000;
+
+const _: () = assert!(BOUNCE_PAGES_COMMON >= 2 * 32 * SEGMENTS_PER_REQUEST);
 const _: () = assert!(SIM_PORTS_PER_HANDLE.is_multiple_of(64));
 
 const _: () = assert!(XENSTORE_REL_PATH_MAX < XENSTORE_ABS_PATH_MAX);
 const _: () = assert!(XENSTORE_DIRECTORY_MAX >= 32752 * 6);
 const _: () = assert!(ERROR_TEXT_MAX + XENSTORE_REL_PATH_MAX < XENSTORE_PAYLOAD_MAX);
-const _: () = assert!(BOUNCE_PAGES_PER_WORKER >= INDIRECT_SEGMENTS_MAX as usize);
+const _: () = assert!(BOUNCE_PAGES_COMMON >= INDIRECT_SEGMENTS_MAX as usize);
+const _: () = assert!(REQUESTS_COMMON + 400 * REQUESTS_PER_QUEUE < URING_COMPLETIONS as usize);
 const _: () = assert!(
     INDIRECT_SEGMENTS_MAX as usize <= INDIRECT_PAGES_PER_REQUEST * SEGMENTS_PER_INDIRECT_PAGE
 );
@@ -297,3 +356,24 @@ const _: () = assert!(QUEUES_PER_DISK_MAX as usize == WORKERS_MAX);
 const _: () = assert!(RING_PAGE_ORDER_DEFAULT <= RING_PAGE_ORDER_MAX);
 const _: () =
     assert!(URING_ENTRIES as usize * SEGMENTS_PER_REQUEST >= INDIRECT_SEGMENTS_MAX as usize);
+
+/// What a queue's turn in a pass may cost where others have work too, in sixteenths of a page that the
+/// worker itself moves, which takes it about 20 ns each. So a turn lasts some microseconds, however much
+/// the guest asks for, and nobody waits for long behind anybody.
+pub const TURN_EFFORT: u32 = 256;
+
+/// ... for one that has had more than its share, while those who have not are about to come back,
+pub const TURN_EFFORT_AHEAD: u32 = TURN_EFFORT / 4;
+const _: () = assert!(TURN_EFFORT_AHEAD >= MOVED_PAGE_EFFORT);
+
+/// ... and where no other has work: still so little that one that wakes up does not wait for long.
+pub const TURN_EFFORT_ALONE: u32 = 32 * TURN_EFFORT;
+
+/// Of the effort a request costs this,
+pub const REQUEST_EFFORT: u32 = 8;
+
+/// ... each of its segments this, for the kernel has to look at it,
+pub const SEGMENT_EFFORT: u32 = 1;
+
+/// ... and each page that the worker copies.
+pub const MOVED_PAGE_EFFORT: u32 = 16;

@@ -1,8 +1,10 @@
 //! All that crosses between the control thread and the workers: plain data, no Xen descriptor and
 //! no guest mapping. A command carries numbers and an opened image; an event carries results.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use hdrhistogram::Histogram;
@@ -191,6 +193,14 @@ pub struct EventSender {
     bell: Doorbell,
 }
 
+/// The way of one worker to control, which never waits: what control has no room for is kept and offered
+/// again.
+#[derive(Debug)]
+pub struct Outbox {
+    sender: EventSender,
+    kept: VecDeque<Event>,
+}
+
 /// Control's end of the channel from all workers.
 #[derive(Debug)]
 pub struct EventReceiver {
@@ -247,11 +257,88 @@ impl CommandSender {
 }
 
 impl EventSender {
-    /// Sends; waits only where control is thousands of events behind. Where control has ended
-    /// there is nobody left to tell.
+    /// Sends, or gives back what control has no room for now. Where control has ended there is nobody
+    /// left to tell.
+    fn try_send(&self, event: Event) -> Result<(), Event> {
+        match self.events.try_send(event) {
+            Ok(()) => {
+                self.bell.ring();
+                Ok(())
+            }
+            Err(TrySendError::Full(event)) => Err(event),
+            Err(TrySendError::Disconnected(_)) => Ok(()),
+        }
+    }
+
+    /// Sends, for who may wait for a while where control is thousands of events behind, as with the last
+    /// words of a thread. Where control has ended there is nobody left to tell.
     pub fn send(&self, event: Event) {
-        if self.events.send(event).is_ok() {
+        let patience = Duration::from_secs(limits::FAREWELL_SECONDS);
+        if self.events.send_timeout(event, patience).is_ok() {
             self.bell.ring();
         }
+    }
+}
+
+impl Outbox {
+    /// Nothing kept yet.
+    pub fn new(sender: EventSender) -> Outbox {
+        Outbox { sender, kept: VecDeque::new() }
+    }
+
+    /// Tells control as soon as it has room, in order. What is kept is bounded: by answers to commands,
+    /// and of what guests can cause by a few for each queue and second.
+    pub fn send(&mut self, event: Event) {
+        self.kept.push_back(event);
+        self.offer();
+    }
+
+    /// Offers control again what it had no room for.
+    pub fn offer(&mut self) {
+        while let Some(event) = self.kept.pop_front() {
+            if let Err(event) = self.sender.try_send(event) {
+                return self.kept.push_front(event);
+            }
+        }
+    }
+
+    /// Whether control has been told everything.
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.kept.is_empty()
+    }
+
+    /// Tells what is left, where nobody will offer it again.
+    pub fn close(&mut self) {
+        while let Some(event) = self.kept.pop_front() {
+            self.sender.send(event);
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn an_outbox_never_waits_and_tells_everything_in_order() {
+        let (sender, receiver) = event_channel().unwrap();
+        let mut outbox = Outbox::new(sender);
+        let key = |link| QueueKey { link: LinkId(link), queue: QueueId(0) };
+        let count = limits::WORKER_EVENTS as u64 + 3;
+        (0..count).for_each(|link| outbox.send(Event::Connected(key(link))));
+        assert!(!outbox.is_empty(), "control has no room for all");
+        let mut told = 0;
+        while told < count {
+            outbox.offer();
+            for event in receiver.events.try_iter() {
+                assert!(matches!(event, Event::Connected(queue) if queue == key(told)));
+                told += 1;
+            }
+        }
+        assert!(outbox.is_empty());
+        drop(receiver);
+        outbox.send(Event::Connected(key(0)));
+        assert!(outbox.is_empty(), "there is nobody left to tell");
     }
 }

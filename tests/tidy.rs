@@ -13,16 +13,20 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("output", &["limits", "text"]),
     ("park", &[]),
     ("metrics", &[]),
-    ("budget", &[]),
+    ("budget", &["limits"]),
+    ("pool", &[]),
     ("config", &["backing", "blkif", "limits", "text"]),
     ("backing", &["units"]),
     ("xen", &["limits", "park", "units"]),
     ("msg", &["backing", "blkif", "budget", "limits", "metrics", "park", "units"]),
     ("blkif", &["backing", "limits", "units", "xen"]),
-    ("engine", &["backing", "limits", "park", "xen"]),
+    ("engine", &["backing", "limits", "park", "pool", "xen"]),
     (
         "queue",
-        &["backing", "blkif", "budget", "engine", "limits", "metrics", "msg", "units", "xen"],
+        &[
+            "backing", "blkif", "budget", "engine", "limits", "metrics", "msg", "pool", "units",
+            "xen",
+        ],
     ),
     ("worker", &["backing", "engine", "limits", "metrics", "msg", "park", "queue", "units", "xen"]),
     (

@@ -4,11 +4,12 @@
 //! else may write that block, whichever queue or worker it is for. Writers of whole blocks need not
 //! mind each other: a guest that has two writes to one place in flight may get either.
 //!
-//! Nobody waits with a block in hand: what can't be had now is asked for again later, and each
-//! operation asks for one thing. So there is no deadlock.
+//! Nobody waits with a block in hand, and each operation asks for one thing, so there is no deadlock.
+//! Who can't have one now leaves a [`Waker`], which is woken when any is given back.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
 
 use slab::Slab;
 
@@ -25,6 +26,8 @@ struct Held {
     owned: Slab<u64>,
     /// Blocks that are being written as a whole.
     shared: Slab<Range<u64>>,
+    /// Workers that found a block taken: each once.
+    waiting: Vec<Waker>,
 }
 
 /// Leave to write some blocks; given back when it is dropped.
@@ -52,26 +55,43 @@ impl BlockLocks {
         self.block_bytes
     }
 
-    /// Leave to write a part of one block; `None` while anybody writes there.
-    pub fn try_own(self: &Arc<Self>, block: u64) -> Option<BlockLock> {
+    /// Leave to write a part of one block; `None` while anybody writes there, and then `waker` is woken
+    /// when it is worth another try.
+    pub fn try_own(self: &Arc<Self>, block: u64, waker: &Waker) -> Option<BlockLock> {
         let mut held = self.held();
         let taken = held.owned.iter().any(|(_, owned)| *owned == block)
             || held.shared.iter().any(|(_, shared)| shared.contains(&block));
-        let key = (!taken).then(|| Key::Owned(held.owned.insert(block)))?;
+        if taken {
+            held.wait(waker);
+            return None;
+        }
+        let key = Key::Owned(held.owned.insert(block));
         Some(BlockLock { locks: self.clone(), key })
     }
 
-    /// Leave to write all of these blocks; `None` while somebody writes a part of one.
-    pub fn try_share(self: &Arc<Self>, blocks: Range<u64>) -> Option<BlockLock> {
+    /// Leave to write all of these blocks; `None` while somebody writes a part of one, as for
+    /// [`BlockLocks::try_own`].
+    pub fn try_share(self: &Arc<Self>, blocks: Range<u64>, waker: &Waker) -> Option<BlockLock> {
         let mut held = self.held();
-        let taken = held.owned.iter().any(|(_, owned)| blocks.contains(owned));
-        let key = (!taken).then(|| Key::Shared(held.shared.insert(blocks)))?;
+        if held.owned.iter().any(|(_, owned)| blocks.contains(owned)) {
+            held.wait(waker);
+            return None;
+        }
+        let key = Key::Shared(held.shared.insert(blocks));
         Some(BlockLock { locks: self.clone(), key })
     }
 
     /// The lists are whole whatever happened to who held them last.
     fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Held {
+    fn wait(&mut self, waker: &Waker) {
+        if !self.waiting.iter().any(|waiting| waiting.will_wake(waker)) {
+            self.waiting.push(waker.clone());
+        }
     }
 }
 
@@ -82,37 +102,77 @@ impl Drop for BlockLock {
             Key::Owned(index) => drop(held.owned.remove(index)),
             Key::Shared(index) => drop(held.shared.remove(index)),
         }
+        let waiting = std::mem::take(&mut held.waiting);
+        drop(held);
+        waiting.into_iter().for_each(Waker::wake);
     }
 }
 
 #[cfg(test)]
 mod test {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Wake;
+
     use super::*;
+
+    fn own(locks: &Arc<BlockLocks>, block: u64) -> Option<BlockLock> {
+        locks.try_own(block, Waker::noop())
+    }
+
+    fn share(locks: &Arc<BlockLocks>, blocks: Range<u64>) -> Option<BlockLock> {
+        locks.try_share(blocks, Waker::noop())
+    }
 
     #[test]
     fn a_part_of_a_block_is_written_alone() {
         let locks = BlockLocks::new(4096);
-        let owned = locks.try_own(7).unwrap();
-        assert!(locks.try_own(7).is_none());
+        let owned = own(&locks, 7).unwrap();
+        assert!(own(&locks, 7).is_none());
         for (blocks, free) in [(0..7, true), (0..8, false), (7..9, false), (8..20, true)] {
-            assert_eq!(locks.try_share(blocks.clone()).is_some(), free, "{blocks:?}");
+            assert_eq!(share(&locks, blocks.clone()).is_some(), free, "{blocks:?}");
         }
-        let other = locks.try_own(8).unwrap();
+        let other = own(&locks, 8).unwrap();
         drop(owned);
-        assert!(locks.try_share(0..8).is_some() && locks.try_share(0..9).is_none());
+        assert!(share(&locks, 0..8).is_some() && share(&locks, 0..9).is_none());
         drop(other);
-        assert!(locks.try_share(0..9).is_some());
+        assert!(share(&locks, 0..9).is_some());
     }
 
     #[test]
     fn writers_of_whole_blocks_do_not_mind_each_other() {
         let locks = BlockLocks::new(4096);
-        let writers = [locks.try_share(0..8).unwrap(), locks.try_share(4..5).unwrap()];
-        assert!(locks.try_own(4).is_none() && locks.try_own(8).is_some());
+        let writers = [share(&locks, 0..8).unwrap(), share(&locks, 4..5).unwrap()];
+        assert!(own(&locks, 4).is_none() && own(&locks, 8).is_some());
         let [long, short] = writers;
         drop(long);
-        assert!(locks.try_own(3).is_some() && locks.try_own(4).is_none());
+        assert!(own(&locks, 3).is_some() && own(&locks, 4).is_none());
         drop(short);
-        assert!(locks.try_own(4).is_some());
+        assert!(own(&locks, 4).is_some());
+    }
+
+    /// Counts how often it is woken.
+    #[derive(Default)]
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn who_found_a_block_taken_is_woken_once_when_it_is_given_back() {
+        let locks = BlockLocks::new(4096);
+        let workers: [Arc<Woken>; 2] = Default::default();
+        let wakers = workers.each_ref().map(|worker| Waker::from(Arc::clone(worker)));
+        let woken = || workers.each_ref().map(|worker| worker.0.load(Ordering::Relaxed));
+        let owned = locks.try_own(7, &wakers[0]).unwrap();
+        assert!((0..3).all(|_| locks.try_own(7, &wakers[0]).is_none()));
+        assert!((0..3).all(|_| locks.try_share(0..9, &wakers[1]).is_none()));
+        assert_eq!(woken(), [0, 0]);
+        drop(owned);
+        assert_eq!(woken(), [1, 1]);
+        drop(locks.try_share(0..9, &wakers[1]));
+        assert_eq!(woken(), [1, 1], "nobody waits any more");
     }
 }

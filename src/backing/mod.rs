@@ -89,6 +89,15 @@ impl Image {
         }
     }
 
+    /// Whether a worker moves its data itself, as a part of submitting.
+    pub fn is_moved_by_worker(&self) -> bool {
+        match self {
+            Image::Raw(image) => image.is_in_memory(),
+            Image::Null(image) => image.read_zeroes(),
+            Image::Empty => false,
+        }
+    }
+
     /// Whether a read leaves nothing in its buffers of what was there before.
     pub fn fills_reads(&self) -> bool {
         match self {

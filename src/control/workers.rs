@@ -8,7 +8,7 @@ use rustc_hash::FxHashMap;
 
 use super::key::DiskKey;
 use super::placement::Placement;
-use crate::budget::GrantBudget;
+use crate::budget::{GrantBudget, HostBudget};
 use crate::limits;
 use crate::msg::{Command, CommandSender, LinkId, Refused, WorkerGone, WorkerId};
 use crate::units::DomId;
@@ -19,6 +19,8 @@ pub struct Workers {
     workers: Vec<Worker>,
     placement: Placement,
     owners: FxHashMap<LinkId, DiskKey>,
+    /// What all domains may map together.
+    host: Arc<HostBudget>,
     /// Of domains that have queues.
     budgets: FxHashMap<DomId, Weak<GrantBudget>>,
     next_link: u64,
@@ -64,7 +66,8 @@ impl Workers {
         let worker = |sender| Worker { sender, backlog: VecDeque::new() };
         let workers = senders.into_iter().map(worker).collect();
         let (owners, budgets) = Default::default();
-        Workers { workers, placement, owners, budgets, next_link: 0 }
+        let host = Arc::new(HostBudget::of_this_host());
+        Workers { workers, placement, owners, host, budgets, next_link: 0 }
     }
 
     /// A name for a new link of this disk.
@@ -91,7 +94,8 @@ impl Workers {
             return budget;
         }
         self.budgets.retain(|_, budget| budget.strong_count() > 0);
-        let budget = Arc::new(GrantBudget::new(limits::PERSISTENT_GRANTS_PER_DOMAIN));
+        let (host, pages) = (Arc::clone(&self.host), limits::PERSISTENT_GRANTS_PER_DOMAIN);
+        let budget = Arc::new(GrantBudget::within(host, pages));
         self.budgets.insert(domid, Arc::downgrade(&budget));
         budget
     }

@@ -6,33 +6,116 @@
 //! odd buffers is copied together. A write of a part of a block reads the block, changes it and
 //! writes it back, alone on that block ([`BlockLocks`]); it is one block at a time, so a crash in
 //! between leaves each block as before or after, as on a drive that does this itself.
+//!
+//! The memory is a worker's, a part of it guaranteed to each queue. What finds none, or finds its block
+//! taken, is parked: it goes on when something was given back, by this worker or, of blocks, another.
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Wake, Waker};
 
 use slab::Slab;
 
-use super::{Completion, IoOp, Ticket, bytes};
+use super::transport::Target;
+use super::{Completion, IoOp, Submitted, Ticket, bytes};
 use crate::backing::{BlockLock, BlockLocks};
-use crate::limits::{EMULATED_PAGES, EMULATED_PER_WORKER};
+use crate::limits::{EMULATED_COMMON, EMULATED_PAGES, EMULATED_PER_QUEUE};
+use crate::park::Doorbell;
+use crate::pool::{Lanes, Pool};
 use crate::xen::shm::{GuestBuf, LocalPages, PAGE_BYTES, PAGE_LEN};
 
 /// Bytes of a piece at most: whole blocks, which are at most a page.
 const PIECE_BYTES: u32 = EMULATED_PAGES * PAGE_LEN;
 
 /// Operations on parts of blocks, of one worker.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Emulation {
     jobs: Slab<Job>,
+    /// Of the memory for pieces, with what waits for some or for a block.
+    lanes: Lanes<Parked>,
     idle: Vec<Memory>,
-    lent: usize,
     /// Jobs whose second operation found no room below.
-    waiting: Vec<usize>,
-    /// Done without any operation.
-    immediate: Vec<Completion>,
+    owed: Vec<u32>,
+    /// Something was given back, or is to be tried again.
+    retry: bool,
+    /// What of other workers is given back.
+    others: Arc<Others>,
+    waker: Waker,
     /// Reused lists: the buffers of an operation below, and results from there.
     parts: Vec<GuestBuf>,
     raw: Vec<Completion>,
+}
+
+/// Tells of blocks that another worker has given back.
+#[derive(Debug)]
+struct Others {
+    gave_back: AtomicBool,
+    bell: Doorbell,
+}
+
+impl Wake for Others {
+    fn wake(self: Arc<Self>) {
+        self.gave_back.store(true, Ordering::Release);
+        self.bell.ring();
+    }
+}
+
+/// An operation that has to wait.
+#[derive(Debug)]
+struct Parked {
+    locks: Arc<BlockLocks>,
+    target: Target,
+    operation: Kept,
+    ticket: Ticket,
+}
+
+/// An operation with its buffers; of a transfer only its beginning, for the queue asks for the rest.
+#[derive(Debug)]
+enum Kept {
+    Read { offset: u64, buffers: Vec<GuestBuf> },
+    Write { offset: u64, buffers: Vec<GuestBuf> },
+    Discard { offset: u64, len: u64, secure: bool },
+    Flush,
+}
+
+impl Kept {
+    fn of(operation: &IoOp<'_>) -> Kept {
+        let beginning = |buffers: &[GuestBuf]| {
+            let mut kept = Vec::new();
+            cut(buffers, PIECE_BYTES, &mut kept);
+            kept
+        };
+        match *operation {
+            IoOp::Read { offset, buffers } => Kept::Read { offset, buffers: beginning(buffers) },
+            IoOp::Write { offset, buffers } => Kept::Write { offset, buffers: beginning(buffers) },
+            IoOp::Discard { offset, len, secure } => Kept::Discard { offset, len, secure },
+            IoOp::Flush => Kept::Flush,
+        }
+    }
+
+    fn operation(&self) -> IoOp<'_> {
+        match *self {
+            Kept::Read { offset, ref buffers } => IoOp::Read { offset, buffers },
+            Kept::Write { offset, ref buffers } => IoOp::Write { offset, buffers },
+            Kept::Discard { offset, len, secure } => IoOp::Discard { offset, len, secure },
+            Kept::Flush => IoOp::Flush,
+        }
+    }
+}
+
+/// What became of an operation.
+enum Begun {
+    /// It did, or was done, or found no room below.
+    Submitted(Submitted),
+    /// It has to wait for memory or a block.
+    Waits(Ticket),
+}
+
+impl From<Submitted> for Begun {
+    fn from(submitted: Submitted) -> Begun {
+        Begun::Submitted(submitted)
+    }
 }
 
 /// An operation below on behalf of one from above.
@@ -79,26 +162,63 @@ struct Memory {
 }
 
 impl Emulation {
-    /// Takes an operation for `file`, whose blocks `locks` are; `below` takes operations on whole
-    /// blocks of it. `Err`: there is no room now, or somebody writes to a part of the same block.
+    /// Nothing under way; `bell` wakes the worker.
+    pub fn new(bell: Doorbell) -> Emulation {
+        let others = Arc::new(Others { gave_back: AtomicBool::new(false), bell });
+        let (idle, owed, parts, raw) = Default::default();
+        Emulation {
+            jobs: Slab::new(),
+            lanes: Lanes::new(Pool::new(EMULATED_PER_QUEUE, EMULATED_COMMON)),
+            idle,
+            owed,
+            retry: false,
+            waker: Waker::from(Arc::clone(&others)),
+            others,
+            parts,
+            raw,
+        }
+    }
+
+    /// Takes an operation for `target`, whose blocks `locks` are; `below` takes operations on whole
+    /// blocks of it.
     pub fn submit(
         &mut self,
         locks: &Arc<BlockLocks>,
-        file: RawFd,
+        target: &Target,
         operation: &IoOp<'_>,
         ticket: Ticket,
-        mut below: impl FnMut(&IoOp<'_>, Ticket) -> Result<(), Ticket>,
-    ) -> Result<(), Ticket> {
+        below: impl FnMut(&Target, &IoOp<'_>, Ticket) -> Submitted,
+    ) -> Submitted {
+        match self.begin(locks, target, operation, ticket, below) {
+            Begun::Submitted(submitted) => submitted,
+            Begun::Waits(ticket) => {
+                let (locks, target) = (locks.clone(), target.clone());
+                let (queue, operation) = (ticket.queue(), Kept::of(operation));
+                self.lanes.park(queue, Parked { locks, target, operation, ticket });
+                Submitted::Parked
+            }
+        }
+    }
+
+    fn begin(
+        &mut self,
+        locks: &Arc<BlockLocks>,
+        target: &Target,
+        operation: &IoOp<'_>,
+        ticket: Ticket,
+        mut below: impl FnMut(&Target, &IoOp<'_>, Ticket) -> Submitted,
+    ) -> Begun {
+        let mut below = |operation: &IoOp<'_>, ticket| below(target, operation, ticket);
         match *operation {
-            IoOp::Flush => below(operation, ticket),
+            IoOp::Flush => below(operation, ticket).into(),
             IoOp::Discard { offset, len, secure } => {
-                self.discard(locks, file, (offset, len, secure), ticket, below)
+                self.discard(locks, target.file, (offset, len, secure), ticket, below)
             }
             IoOp::Read { offset, buffers } => {
-                self.read(locks, file, offset, buffers, ticket, below)
+                self.read(locks, target.file, offset, buffers, ticket, below)
             }
             IoOp::Write { offset, buffers } => {
-                self.write(locks, file, offset, buffers, ticket, below)
+                self.write(locks, target.file, offset, buffers, ticket, below)
             }
         }
     }
@@ -110,23 +230,23 @@ impl Emulation {
         offset: u64,
         buffers: &[GuestBuf],
         ticket: Ticket,
-        mut below: impl FnMut(&IoOp<'_>, Ticket) -> Result<(), Ticket>,
-    ) -> Result<(), Ticket> {
+        mut below: impl FnMut(&IoOp<'_>, Ticket) -> Submitted,
+    ) -> Begun {
         let block = locks.block_bytes();
         let (skip, total) = (rest(offset, block), bytes(buffers));
         let straight = if skip == 0 { straight_bytes(buffers, block) } else { 0 };
         if straight == total || straight >= PIECE_BYTES {
             cut(buffers, straight, &mut self.parts);
-            return below(&IoOp::Read { offset, buffers: &self.parts }, ticket);
+            return below(&IoOp::Read { offset, buffers: &self.parts }, ticket).into();
         }
         let len = total.min(PIECE_BYTES - skip);
         let span = (skip + len).next_multiple_of(block);
-        let Some(piece) = self.piece(offset, span, skip, len, buffers) else { return Err(ticket) };
+        let Some(piece) = self.piece(&ticket, offset, span, skip, len, buffers) else {
+            return Begun::Waits(ticket);
+        };
         let offset = piece.start;
-        self.begin(
-            Job { ticket, file, work: Work::Read, piece: Some(piece), _lock: None },
-            |parts, ticket| below(&IoOp::Read { offset, buffers: parts }, ticket),
-        )
+        let job = Job { ticket, file, work: Work::Read, piece: Some(piece), _lock: None };
+        self.start(job, |parts, ticket| below(&IoOp::Read { offset, buffers: parts }, ticket))
     }
 
     fn write(
@@ -136,37 +256,50 @@ impl Emulation {
         offset: u64,
         buffers: &[GuestBuf],
         ticket: Ticket,
-        mut below: impl FnMut(&IoOp<'_>, Ticket) -> Result<(), Ticket>,
-    ) -> Result<(), Ticket> {
+        mut below: impl FnMut(&IoOp<'_>, Ticket) -> Submitted,
+    ) -> Begun {
         let block = locks.block_bytes();
         let (first, skip, total) = (offset / u64::from(block), rest(offset, block), bytes(buffers));
         if skip > 0 || total < block {
-            let Some(lock) = locks.try_own(first) else { return Err(ticket) };
+            // Before the lock, whose return would wake others for nothing.
+            if !self.lanes.has_room(ticket.queue()) {
+                return Begun::Waits(ticket);
+            }
+            let Some(lock) = locks.try_own(first, &self.waker) else {
+                return Begun::Waits(ticket);
+            };
             let len = total.min(block - skip);
-            let Some(piece) = self.piece(offset, block, skip, len, buffers) else {
-                return Err(ticket);
+            let Some(piece) = self.piece(&ticket, offset, block, skip, len, buffers) else {
+                return Begun::Waits(ticket);
             };
             let offset = piece.start;
             let job =
                 Job { ticket, file, work: Work::Modify, piece: Some(piece), _lock: Some(lock) };
             return self
-                .begin(job, |parts, ticket| below(&IoOp::Read { offset, buffers: parts }, ticket));
+                .start(job, |parts, ticket| below(&IoOp::Read { offset, buffers: parts }, ticket));
         }
         let whole = total / block * block;
         let straight = straight_bytes(buffers, block);
         let goes_straight = straight == whole || straight >= PIECE_BYTES;
         let len = if goes_straight { straight } else { whole.min(PIECE_BYTES) };
+        if !goes_straight && !self.lanes.has_room(ticket.queue()) {
+            return Begun::Waits(ticket);
+        }
         let blocks = first..first + u64::from(len / block);
-        let Some(lock) = locks.try_share(blocks) else { return Err(ticket) };
+        let Some(lock) = locks.try_share(blocks, &self.waker) else {
+            return Begun::Waits(ticket);
+        };
         let (work, piece) = if goes_straight {
             cut(buffers, len, &mut self.parts);
             (Work::Straight, None)
         } else {
-            let Some(piece) = self.piece(offset, len, 0, len, buffers) else { return Err(ticket) };
+            let Some(piece) = self.piece(&ticket, offset, len, 0, len, buffers) else {
+                return Begun::Waits(ticket);
+            };
             piece.fill();
             (Work::Write, Some(piece))
         };
-        self.begin(Job { ticket, file, work, piece, _lock: Some(lock) }, |parts, ticket| {
+        self.start(Job { ticket, file, work, piece, _lock: Some(lock) }, |parts, ticket| {
             below(&IoOp::Write { offset, buffers: parts }, ticket)
         })
     }
@@ -178,34 +311,35 @@ impl Emulation {
         file: RawFd,
         (offset, len, secure): (u64, u64, bool),
         ticket: Ticket,
-        mut below: impl FnMut(&IoOp<'_>, Ticket) -> Result<(), Ticket>,
-    ) -> Result<(), Ticket> {
+        mut below: impl FnMut(&IoOp<'_>, Ticket) -> Submitted,
+    ) -> Begun {
         let block = u64::from(locks.block_bytes());
         let (first, end) = (offset.div_ceil(block), (offset + len) / block);
         if first >= end {
-            self.immediate.push(Completion { ticket, result: 0 });
-            return Ok(());
+            return Submitted::Done(Completion { ticket, result: 0 }).into();
         }
-        let Some(lock) = locks.try_share(first..end) else { return Err(ticket) };
+        let Some(lock) = locks.try_share(first..end, &self.waker) else {
+            return Begun::Waits(ticket);
+        };
         let (offset, len) = (first * block, (end - first) * block);
         let job = Job { ticket, file, work: Work::Straight, piece: None, _lock: Some(lock) };
-        self.begin(job, |_, ticket| below(&IoOp::Discard { offset, len, secure }, ticket))
+        self.start(job, |_, ticket| below(&IoOp::Discard { offset, len, secure }, ticket))
     }
 
     /// Memory for the blocks around `offset`, which stands `skip` bytes into them, listed in
     /// `parts`, and a note of the first `len` bytes of `buffers`.
     fn piece(
         &mut self,
+        ticket: &Ticket,
         offset: u64,
         span: u32,
         skip: u32,
         len: u32,
         buffers: &[GuestBuf],
     ) -> Option<Piece> {
-        if self.lent == EMULATED_PER_WORKER {
+        if !self.lanes.take(ticket.queue()) {
             return None;
         }
-        self.lent += 1;
         let mut memory = self.idle.pop().unwrap_or_else(|| Memory {
             pages: LocalPages::new(EMULATED_PAGES as usize),
             buffers: Vec::new(),
@@ -217,59 +351,64 @@ impl Emulation {
     }
 
     /// Has `below` start a job on the buffers in `parts`.
-    fn begin(
-        &mut self,
-        job: Job,
-        below: impl FnOnce(&[GuestBuf], Ticket) -> Result<(), Ticket>,
-    ) -> Result<(), Ticket> {
+    fn start(&mut self, job: Job, below: impl FnOnce(&[GuestBuf], Ticket) -> Submitted) -> Begun {
+        let queue = job.ticket.queue();
         let index = self.jobs.insert(job);
-        match below(&self.parts, Ticket::of_job(index)) {
-            Ok(()) => Ok(()),
-            Err(_) => Err(self.end(index)),
-        }
+        let number = u32::try_from(index).expect("bounded by the requests in flight");
+        let submitted = match below(&self.parts, job_ticket(queue, number)) {
+            Submitted::Full(_) => Submitted::Full(self.end(number)),
+            Submitted::Done(Completion { result, .. }) => {
+                unreachable!("storage does nothing at once, and did {result}")
+            }
+            submitted => submitted,
+        };
+        submitted.into()
     }
 
     /// Forgets a job and gives back what it had; returns the ticket it was for.
-    fn end(&mut self, index: usize) -> Ticket {
-        let Job { ticket, piece, .. } = self.jobs.remove(index);
+    fn end(&mut self, number: u32) -> Ticket {
+        let Job { ticket, piece, .. } = self.jobs.remove(number as usize);
         if let Some(piece) = piece {
-            self.lent -= 1;
+            self.lanes.give_back(ticket.queue());
             self.idle.push(piece.memory);
         }
+        self.retry = true;
         ticket
     }
 
-    /// Makes of the results from below, which stand in `done` from `first` on, those for above.
-    /// `below` takes what follows from them.
+    /// Makes of the results from below, which stand in `done` from `first` on, those for above, and
+    /// goes on with what waits. `below` takes what follows from them.
     pub fn complete(
         &mut self,
         done: &mut Vec<Completion>,
         first: usize,
-        mut below: impl FnMut(RawFd, &IoOp<'_>, Ticket) -> Result<(), Ticket>,
+        mut below: impl FnMut(&Target, &IoOp<'_>, Ticket) -> Submitted,
     ) {
         let mut raw = std::mem::take(&mut self.raw);
         raw.extend(done.drain(first..));
         for Completion { ticket, result } in raw.drain(..) {
-            let Some(index) = ticket.job() else {
+            let Some(super::Job::Emulated(number)) = ticket.job() else {
                 done.push(Completion { ticket, result });
                 continue;
             };
-            if let Some(result) = self.advance(index, result, &mut below) {
-                done.push(Completion { ticket: self.end(index), result });
+            if let Some(result) = self.advance(number, result, &mut below) {
+                done.push(Completion { ticket: self.end(number), result });
             }
         }
         self.raw = raw;
-        done.append(&mut self.immediate);
+        if self.is_ready() {
+            self.go_on(done, below);
+        }
     }
 
     /// Takes the result of a job's operation: the job's own, unless another operation follows.
     fn advance(
         &mut self,
-        index: usize,
+        number: u32,
         result: i32,
-        below: impl FnMut(RawFd, &IoOp<'_>, Ticket) -> Result<(), Ticket>,
+        below: impl FnMut(&Target, &IoOp<'_>, Ticket) -> Submitted,
     ) -> Option<i32> {
-        let job = &mut self.jobs[index];
+        let job = &mut self.jobs[number as usize];
         let (Ok(moved), Some(piece)) = (u32::try_from(result), &mut job.piece) else {
             return Some(result);
         };
@@ -286,7 +425,7 @@ impl Emulation {
             Work::Modify => {
                 piece.fill();
                 job.work = Work::Write;
-                self.write_back(index, below);
+                self.write_back(number, below);
                 None
             }
         }
@@ -295,43 +434,77 @@ impl Emulation {
     /// Has `below` write a changed block, now or when it has room.
     fn write_back(
         &mut self,
-        index: usize,
-        mut below: impl FnMut(RawFd, &IoOp<'_>, Ticket) -> Result<(), Ticket>,
+        number: u32,
+        mut below: impl FnMut(&Target, &IoOp<'_>, Ticket) -> Submitted,
     ) {
-        let job = &self.jobs[index];
+        let job = &self.jobs[number as usize];
         let Some(piece) = &job.piece else { return };
         piece.list(&mut self.parts);
         let write = IoOp::Write { offset: piece.start, buffers: &self.parts };
-        if below(job.file, &write, Ticket::of_job(index)).is_err() {
-            self.waiting.push(index);
+        let target = Target { file: job.file, device: None };
+        let ticket = job_ticket(job.ticket.queue(), number);
+        if let Submitted::Full(_) = below(&target, &write, ticket) {
+            self.owed.push(number);
         }
     }
 
-    /// Tries again what found no room below.
-    pub fn retry(&mut self, mut below: impl FnMut(RawFd, &IoOp<'_>, Ticket) -> Result<(), Ticket>) {
-        let mut again = std::mem::take(&mut self.waiting);
-        for index in again.drain(..) {
-            self.write_back(index, &mut below);
+    /// Tries again what found no room below, and begins what waited for what was given back.
+    fn go_on(
+        &mut self,
+        done: &mut Vec<Completion>,
+        mut below: impl FnMut(&Target, &IoOp<'_>, Ticket) -> Submitted,
+    ) {
+        // Whoever gives back from here on says so again.
+        self.others.gave_back.swap(false, Ordering::AcqRel);
+        self.retry = false;
+        for _ in 0..self.owed.len() {
+            let number = self.owed.remove(0);
+            self.write_back(number, &mut below);
         }
-        again.append(&mut self.waiting);
-        self.waiting = again;
+        for queue in self.lanes.waiting() {
+            while let Some(parked) = self.lanes.next_of(queue) {
+                let Parked { locks, target, operation, ticket } = parked;
+                let begun = self.begin(&locks, &target, &operation.operation(), ticket, &mut below);
+                let ticket = match begun {
+                    Begun::Submitted(Submitted::Started | Submitted::Parked) => continue,
+                    Begun::Submitted(Submitted::Done(completion)) => {
+                        done.push(completion);
+                        continue;
+                    }
+                    Begun::Submitted(Submitted::Full(ticket)) => {
+                        self.retry = true;
+                        ticket
+                    }
+                    Begun::Waits(ticket) => ticket,
+                };
+                self.lanes.put_back(queue, Parked { locks, target, operation, ticket });
+                break;
+            }
+        }
     }
 
     /// Whether there is nothing to complete or to try again.
     #[inline]
     pub fn is_idle(&self) -> bool {
-        self.jobs.is_empty() && self.immediate.is_empty()
+        self.jobs.is_empty() && self.lanes.parked() == 0
     }
 
     /// Whether something is to be done at once, without an event from below.
     pub fn is_ready(&self) -> bool {
-        !self.waiting.is_empty() || !self.immediate.is_empty()
+        let waits = self.lanes.parked() > 0;
+        !self.owed.is_empty()
+            || (waits && (self.retry || self.others.gave_back.load(Ordering::Acquire)))
     }
 
     /// Operations of which nothing is below.
     pub fn held_back(&self) -> usize {
-        self.waiting.len() + self.immediate.len()
+        self.owed.len() + self.lanes.parked()
     }
+}
+
+/// The ticket of a job's operation below.
+fn job_ticket(queue: usize, number: u32) -> Ticket {
+    Ticket::of_job(queue, super::Job::Emulated(number))
 }
 
 impl Piece {

@@ -5,8 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use super::emulate::Emulation;
 use super::memory::MemoryFiles;
-use super::offload::Offload;
-use super::uring::Uring;
+use super::transport::{Target, Transport};
 use super::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket, bytes};
 use crate::backing::{Image, NullImage, RawImage};
 use crate::xen::shm::{GuestBuf, Registration};
@@ -14,8 +13,7 @@ use crate::xen::shm::{GuestBuf, Registration};
 /// Serves every kind of [`Image`].
 #[derive(Debug)]
 pub struct HostEngine {
-    uring: Uring,
-    offload: Offload,
+    transport: Transport,
     emulation: Emulation,
     memory_files: MemoryFiles,
 }
@@ -23,62 +21,52 @@ pub struct HostEngine {
 impl HostEngine {
     /// Sets up an io_uring for the calling thread, which must be the one that uses it.
     pub fn new() -> io::Result<HostEngine> {
-        let uring = Uring::new()?;
-        let offload = Offload::new(uring.bell().clone());
-        let emulation = Emulation::default();
-        Ok(HostEngine { uring, offload, emulation, memory_files: MemoryFiles::new() })
+        let transport = Transport::new()?;
+        let emulation = Emulation::new(transport.uring.bell().clone());
+        Ok(HostEngine { transport, emulation, memory_files: MemoryFiles::new() })
     }
 
     #[inline(always)]
-    fn submit_raw(
-        &mut self,
-        image: &RawImage,
-        operation: &IoOp<'_>,
-        ticket: Ticket,
-    ) -> Result<Submitted, Ticket> {
+    fn submit_raw(&mut self, image: &RawImage, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
         if image.is_in_memory()
             && let Some(result) = self.memory_files.run(image.raw_fd(), image.mapping(), operation)
         {
-            return Ok(Submitted::Done(Completion { ticket, result }));
+            return Submitted::Done(Completion { ticket, result });
         }
-        let taken = match (image.emulation(), operation) {
-            (None, IoOp::Read { .. } | IoOp::Write { .. } | IoOp::Flush) => {
-                self.uring.submit(image.raw_fd(), operation, ticket)
+        match (image.emulation(), operation) {
+            (None, IoOp::Read { .. } | IoOp::Write { .. }) => {
+                self.transport.uring.submit(image.raw_fd(), operation, ticket)
             }
+            (None, IoOp::Flush) => self.transport.flush(image.raw_fd(), ticket),
             _ => self.submit_specially(image, operation, ticket),
-        };
-        taken.map(|()| Submitted::UnderWay)
+        }
     }
 
-    /// What io_uring can't do by itself: smaller blocks than the storage has, and discards of devices.
+    /// Discards, and everything for guests that see smaller blocks than the storage has.
     #[cold]
     fn submit_specially(
         &mut self,
         image: &RawImage,
         operation: &IoOp<'_>,
         ticket: Ticket,
-    ) -> Result<(), Ticket> {
-        let (uring, offload) = (&mut self.uring, &mut self.offload);
-        let mut below = |operation: &IoOp<'_>, ticket| match operation {
-            IoOp::Discard { offset, len, secure } if image.is_device() => {
-                offload.discard(image, *offset, *len, *secure, ticket)
-            }
-            _ => uring.submit(image.raw_fd(), operation, ticket),
-        };
+    ) -> Submitted {
+        let (transport, target) = (&mut self.transport, Target::of(image));
+        let mut below =
+            |to: &Target, operation: &IoOp<'_>, ticket| transport.submit(to, operation, ticket);
         match image.emulation() {
-            None => below(operation, ticket),
-            Some(locks) => self.emulation.submit(locks, image.raw_fd(), operation, ticket, below),
+            None => below(&target, operation, ticket),
+            Some(locks) => self.emulation.submit(locks, &target, operation, ticket, below),
         }
     }
 }
 
 impl RegisterBuffers for HostEngine {
     fn register(&mut self, memory: GuestBuf) -> io::Result<Registration> {
-        self.uring.register(memory)
+        self.transport.uring.register(memory)
     }
 
     fn unregister(&mut self, registration: Registration) {
-        self.uring.unregister(registration);
+        self.transport.uring.unregister(registration);
     }
 }
 
@@ -86,12 +74,7 @@ impl Engine for HostEngine {
     type Target = Image;
 
     #[inline(always)]
-    fn submit(
-        &mut self,
-        target: &Image,
-        operation: &IoOp<'_>,
-        ticket: Ticket,
-    ) -> Result<Submitted, Ticket> {
+    fn submit(&mut self, target: &Image, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
         let result = match target {
             Image::Raw(image) => return self.submit_raw(image, operation, ticket),
             Image::Null(image) => null(image, operation),
@@ -100,44 +83,40 @@ impl Engine for HostEngine {
                 _ => -libc::ENOMEDIUM,
             },
         };
-        Ok(Submitted::Done(Completion { ticket, result }))
+        Submitted::Done(Completion { ticket, result })
     }
 
     #[inline]
     fn kick(&mut self) -> io::Result<()> {
-        if self.emulation.is_ready() {
-            self.emulation
-                .retry(|file, operation, ticket| self.uring.submit(file, operation, ticket));
-        }
-        self.uring.kick()
+        self.transport.kick()
     }
 
     #[inline]
     fn reap(&mut self, done: &mut Vec<Completion>) {
         let first = done.len();
-        self.uring.reap(done);
-        self.offload.reap(done);
+        self.transport.reap(done);
         if !self.emulation.is_idle() {
-            self.emulation.complete(done, first, |file, operation, ticket| {
-                self.uring.submit(file, operation, ticket)
+            let transport = &mut self.transport;
+            self.emulation.complete(done, first, |to, operation, ticket| {
+                transport.submit(to, operation, ticket)
             });
         }
     }
 
     fn in_flight(&self) -> usize {
-        self.uring.in_flight() + self.offload.in_flight() + self.emulation.held_back()
+        self.transport.in_flight() + self.emulation.held_back()
     }
 
     fn arm(&mut self) -> io::Result<bool> {
-        Ok(self.uring.arm()? || self.offload.has_completed() || self.emulation.is_ready())
+        Ok(self.transport.arm()? || self.emulation.is_ready())
     }
 
     fn disarm(&mut self, signalled: bool) {
-        self.uring.disarm(signalled);
+        self.transport.disarm(signalled);
     }
 
     fn completion_fd(&self) -> BorrowedFd<'_> {
-        self.uring.completion_fd()
+        self.transport.completion_fd()
     }
 }
 

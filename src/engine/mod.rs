@@ -3,12 +3,19 @@
 //! A queue hands an operation and a [`Ticket`] to the engine and gets the ticket back with the
 //! result, once. The engine knows neither rings nor grants; its buffers are [`GuestBuf`]s, which
 //! the queue keeps mapped until the ticket is back.
+//!
+//! The host's engine has layers: emulated sectors ([`emulate`]) over what can't be done at once in any
+//! number ([`transport`]: flushes, discards) over io_uring. What a layer keeps until its turn comes is
+//! *parked*: nothing of it is asked for again, and it holds up nothing else.
 
+mod discard;
 mod emulate;
+mod flush;
 mod guarded;
 pub mod host;
 mod memory;
 mod offload;
+mod transport;
 mod uring;
 mod vectors;
 
@@ -33,15 +40,10 @@ pub trait Engine: RegisterBuffers {
     /// What operations go to.
     type Target;
 
-    /// Takes one operation, or does it at once. What it takes is under way at the latest after the
-    /// next [`Engine::kick`]. `Err` gives the ticket back: the engine is full, try again after a
-    /// [`Engine::reap`].
-    fn submit(
-        &mut self,
-        target: &Self::Target,
-        operation: &IoOp<'_>,
-        ticket: Ticket,
-    ) -> Result<Submitted, Ticket>;
+    /// Takes one operation, or does it at once, or has no room for it now. Its buffers stay mapped and
+    /// its target open until the ticket is back. What it starts is under way at the latest after the
+    /// next [`Engine::kick`].
+    fn submit(&mut self, target: &Self::Target, operation: &IoOp<'_>, ticket: Ticket) -> Submitted;
 
     /// Starts everything taken that is not under way: at most one system call. An error means that
     /// nothing was lost and the next call tries again.
@@ -108,9 +110,22 @@ fn bytes(buffers: &[GuestBuf]) -> u32 {
 #[must_use = "the operation would never be answered"]
 pub struct Ticket(u64);
 
-/// Set in tickets of an engine's own jobs: a queue's number has 16 bits of the upper half.
+/// Set in tickets of an engine's own jobs, above the queue's number, which has 16 bits.
 const JOB: u64 = 1 << 63;
+/// Where the kind of a job stands.
+const KIND: u32 = 56;
 const _: () = assert!(QUEUES_PER_WORKER <= 1 << 16);
+
+/// What an engine does on behalf of operations that were submitted to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Job {
+    /// Of the emulation: one step of an operation on parts of blocks.
+    Emulated(u32),
+    /// A flush, for all that waited for it.
+    Flush(u32),
+    /// A discard of a file's blocks.
+    Discard(u32),
+}
 
 impl Ticket {
     /// The ticket of a slot of a queue of this worker.
@@ -122,7 +137,7 @@ impl Ticket {
     /// Which queue of the worker.
     #[inline]
     pub fn queue(&self) -> usize {
-        (self.0 >> 32) as usize
+        (self.0 >> 32) as usize & (QUEUES_PER_WORKER - 1)
     }
 
     /// Which slot of the queue.
@@ -132,16 +147,28 @@ impl Ticket {
         self.0 as u32
     }
 
-    /// The ticket of a job that an engine does for itself; no queue has such a number.
-    #[inline]
-    fn of_job(index: usize) -> Ticket {
-        Ticket(JOB | index as u64)
+    /// The ticket of a job that an engine does for itself, on behalf of a queue.
+    fn of_job(queue: usize, job: Job) -> Ticket {
+        let (kind, number) = match job {
+            Job::Emulated(number) => (0, number),
+            Job::Flush(number) => (1, number),
+            Job::Discard(number) => (2, number),
+        };
+        Ticket(JOB | kind << KIND | (queue as u64) << 32 | u64::from(number))
     }
 
     /// Which job, for a ticket of [`Ticket::of_job`].
     #[inline]
-    fn job(&self) -> Option<usize> {
-        (self.0 & JOB != 0).then_some((self.0 & !JOB) as usize)
+    fn job(&self) -> Option<Job> {
+        if self.0 & JOB == 0 {
+            return None;
+        }
+        let number = self.slot();
+        Some(match (self.0 & !JOB) >> KIND {
+            0 => Job::Emulated(number),
+            1 => Job::Flush(number),
+            _ => Job::Discard(number),
+        })
     }
 
     /// As `user_data`; [`Ticket::from_user_data`] leads back.
@@ -159,11 +186,17 @@ impl Ticket {
 
 /// What became of an operation that was submitted.
 #[derive(Debug, PartialEq, Eq)]
+#[must_use = "the ticket may be inside"]
 pub enum Submitted {
-    /// [`Engine::reap`] will tell its result.
-    UnderWay,
+    /// It is under way: [`Engine::reap`] will tell its result.
+    Started,
     /// It is done already.
     Done(Completion),
+    /// There is no room for it now. Come again when something was reaped: there is something in flight.
+    Full(Ticket),
+    /// The engine keeps it and starts it by itself once what it waits for is there; then
+    /// [`Engine::reap`] will tell its result.
+    Parked,
 }
 
 /// A completed operation.

@@ -1,105 +1,258 @@
-//! Operations that the kernel has no asynchronous form of, done by a thread beside the worker.
+//! Operations that the kernel has no asynchronous form of, done by threads beside the worker.
 //!
-//! Discards of block devices are `ioctl`s that may take long. They are rare, so one thread does
-//! them in order; it starts with the first.
+//! Discards of block devices are `ioctl`s that may take long, or for ever. Each queue has one at a
+//! time, in a thread that has nothing else to do meanwhile, so a device that hangs holds up nobody
+//! else's. Threads start on demand, and end when they have had nothing to do for a while.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
 
-use super::{Completion, Ticket};
+use super::{Completion, Submitted, Ticket};
 use crate::backing::DeviceHandle;
-use crate::backing::RawImage;
+use crate::limits::{DEVICE_DISCARDS_PER_QUEUE, DISCARD_THREAD_IDLE_SECONDS};
 use crate::park::Doorbell;
+use crate::pool::{Lanes, Pool};
+
+/// A discard of a device, to be done by any thread.
+pub type Job = Box<dyn FnOnce() -> io::Result<()> + Send>;
 
 /// The worker's end.
 #[derive(Debug)]
 pub struct Offload {
-    bell: Doorbell,
-    running: Option<Running>,
-    in_flight: usize,
-}
-
-/// The channels to and from the thread, which ends when they close. What is in them is bounded by
-/// the rings' entries.
-#[derive(Debug)]
-struct Running {
-    jobs: Sender<Job>,
+    lanes: Lanes<Task>,
+    shared: Arc<Shared>,
     results: Receiver<Completion>,
+    /// Handed to threads and not yet reaped.
+    begun: usize,
 }
 
-#[derive(Debug)]
-struct Job {
-    device: Arc<DeviceHandle>,
-    offset: u64,
-    len: u64,
-    secure: bool,
+/// A job and where its result goes.
+struct Task {
+    job: Job,
     ticket: Ticket,
+}
+
+/// What the worker and the threads share. It is locked for moments only, and only for discards.
+#[derive(Debug)]
+struct Shared {
+    hand_over: Mutex<HandOver>,
+    has_task: Condvar,
+    results: Sender<Completion>,
+    bell: Doorbell,
+}
+
+/// Tasks on their way to threads: bounded by the queues, of which each has one at a time.
+#[derive(Debug, Default)]
+struct HandOver {
+    tasks: VecDeque<Task>,
+    /// Threads that wait for a task.
+    idle: usize,
+    threads: usize,
+    closed: bool,
+}
+
+impl std::fmt::Debug for Task {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Task").field("ticket", &self.ticket).finish_non_exhaustive()
+    }
 }
 
 impl Offload {
     /// No thread yet; `bell` is rung for each completion.
     pub fn new(bell: Doorbell) -> Offload {
-        Offload { bell, running: None, in_flight: 0 }
+        let (sender, results) = unbounded();
+        let (hand_over, has_task) = Default::default();
+        let shared = Arc::new(Shared { hand_over, has_task, results: sender, bell });
+        let lanes = Lanes::new(Pool::new(DEVICE_DISCARDS_PER_QUEUE, 0));
+        Offload { lanes, shared, results, begun: 0 }
     }
 
     /// Takes a discard of a block device.
     pub fn discard(
         &mut self,
-        image: &RawImage,
-        offset: u64,
-        len: u64,
+        device: Arc<DeviceHandle>,
+        (offset, len): (u64, u64),
         secure: bool,
         ticket: Ticket,
-    ) -> Result<(), Ticket> {
-        let Some(running) = self.running() else { return Err(ticket) };
-        let job = Job { device: image.device_handle(), offset, len, secure, ticket };
-        running.jobs.send(job).map_err(|refused| refused.0.ticket)?;
-        self.in_flight += 1;
-        Ok(())
+    ) -> Submitted {
+        self.submit(Box::new(move || device.discard(offset, len, secure)), ticket)
     }
 
-    fn running(&mut self) -> Option<&Running> {
-        if self.running.is_none() {
-            let (jobs, waiting) = unbounded::<Job>();
-            let (done, results) = unbounded();
-            let bell = self.bell.clone();
-            let body = move || {
-                for Job { device, offset, len, secure, ticket } in waiting {
-                    let result = match device.discard(offset, len, secure) {
-                        Ok(()) => 0,
-                        Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
-                    };
-                    if done.send(Completion { ticket, result }).is_err() {
-                        return;
-                    }
-                    bell.ring();
-                }
-            };
-            std::thread::Builder::new().name("discard".to_owned()).spawn(body).ok()?;
-            self.running = Some(Running { jobs, results });
+    fn submit(&mut self, job: Job, ticket: Ticket) -> Submitted {
+        let queue = ticket.queue();
+        if !self.lanes.take(queue) {
+            self.lanes.park(queue, Task { job, ticket });
+            return Submitted::Parked;
         }
-        self.running.as_ref()
+        self.begin(Task { job, ticket });
+        Submitted::Started
     }
 
-    /// Appends what has completed.
-    #[inline]
-    pub fn reap(&mut self, done: &mut Vec<Completion>) {
-        if self.in_flight == 0 {
+    /// Hands over a task that a place was taken for.
+    fn begin(&mut self, task: Task) {
+        self.begun += 1;
+        let mut hand_over = self.shared.lock();
+        hand_over.tasks.push_back(task);
+        if hand_over.idle >= hand_over.tasks.len() {
+            self.shared.has_task.notify_one();
             return;
         }
-        let before = done.len();
-        done.extend(self.running.iter().flat_map(|running| running.results.try_iter()));
-        self.in_flight -= done.len() - before;
+        let shared = Arc::clone(&self.shared);
+        let thread = std::thread::Builder::new().name("discard".to_owned());
+        match thread.spawn(move || shared.work()) {
+            Ok(_) => hand_over.threads += 1,
+            // Some thread will come to it.
+            Err(_) if hand_over.threads > 0 => {}
+            Err(error) => {
+                let tasks = std::mem::take(&mut hand_over.tasks);
+                drop(hand_over);
+                tasks
+                    .into_iter()
+                    .for_each(|task| self.shared.finish(task.ticket, Err(error_like(&error))));
+            }
+        }
+    }
+
+    /// Appends what has completed, and begins what waited for it.
+    #[inline]
+    pub fn reap(&mut self, done: &mut Vec<Completion>) {
+        if self.begun > 0 {
+            self.take_results(done);
+        }
+    }
+
+    #[cold]
+    fn take_results(&mut self, done: &mut Vec<Completion>) {
+        while let Ok(completion) = self.results.try_recv() {
+            self.begun -= 1;
+            let queue = completion.ticket.queue();
+            self.lanes.give_back(queue);
+            done.push(completion);
+            if let Some(task) = self.lanes.next_of(queue) {
+                assert!(self.lanes.take(queue), "it was given back just now");
+                self.begin(task);
+            }
+        }
     }
 
     /// Whether something waits to be reaped.
     pub fn has_completed(&self) -> bool {
-        self.running.as_ref().is_some_and(|running| !running.results.is_empty())
+        !self.results.is_empty()
     }
 
     /// Operations taken and not yet reaped.
     pub fn in_flight(&self) -> usize {
-        self.in_flight
+        self.begun + self.lanes.parked()
+    }
+}
+
+/// Threads end with what they do, one that hangs with the process.
+impl Drop for Offload {
+    fn drop(&mut self) {
+        self.shared.lock().closed = true;
+        self.shared.has_task.notify_all();
+    }
+}
+
+impl Shared {
+    /// Does tasks until there were none for a while.
+    fn work(&self) {
+        while let Some(Task { job, ticket }) = self.next() {
+            self.finish(ticket, job());
+        }
+    }
+
+    fn next(&self) -> Option<Task> {
+        let mut hand_over = self.lock();
+        loop {
+            if hand_over.closed {
+                return None;
+            }
+            if let Some(task) = hand_over.tasks.pop_front() {
+                return Some(task);
+            }
+            hand_over.idle += 1;
+            let wait = Duration::from_secs(DISCARD_THREAD_IDLE_SECONDS);
+            let (woken, waited) =
+                self.has_task.wait_timeout(hand_over, wait).unwrap_or_else(PoisonError::into_inner);
+            hand_over = woken;
+            hand_over.idle -= 1;
+            // What came at the last moment is still taken.
+            if waited.timed_out() && hand_over.tasks.is_empty() {
+                hand_over.threads -= 1;
+                return None;
+            }
+        }
+    }
+
+    fn finish(&self, ticket: Ticket, result: io::Result<()>) {
+        let result = match result {
+            Ok(()) => 0,
+            Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
+        };
+        // Where the worker has ended nobody waits for it.
+        let _ = self.results.send(Completion { ticket, result });
+        self.bell.ring();
+    }
+
+    /// What is in it is whole whatever happened to who locked it last.
+    fn lock(&self) -> MutexGuard<'_, HandOver> {
+        self.hand_over.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn error_like(error: &io::Error) -> io::Error {
+    io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(libc::EAGAIN))
+}
+
+#[cfg(test)]
+mod test {
+    use std::os::fd::AsFd;
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::park;
+
+    const HANG: Duration = Duration::from_secs(60);
+
+    /// Waits for `count` completions.
+    fn reap(offload: &mut Offload, count: usize) -> Vec<(usize, u32, i32)> {
+        let mut done = Vec::new();
+        while done.len() < count {
+            assert!(park::sleep(&[offload.shared.bell.clone().as_fd()], Some(HANG))[0], "a hang");
+            offload.shared.bell.silence();
+            offload.reap(&mut done);
+        }
+        let told = |done: Completion| (done.ticket.queue(), done.ticket.slot(), done.result);
+        done.into_iter().map(told).collect()
+    }
+
+    #[test]
+    fn a_device_that_hangs_holds_up_no_other_queues_discards() {
+        let mut offload = Offload::new(Doorbell::new().unwrap());
+        let (release, hung) = mpsc::channel::<()>();
+        let hang = move || hung.recv().map_err(io::Error::other);
+        assert_eq!(offload.submit(Box::new(hang), Ticket::new(0, 0)), Submitted::Started);
+        for slot in 1..4 {
+            let submitted = offload.submit(Box::new(|| Ok(())), Ticket::new(0, slot));
+            assert_eq!(submitted, Submitted::Parked, "one of a queue at a time");
+        }
+        for queue in 1..20 {
+            let enospc = || Err(io::Error::from_raw_os_error(libc::ENOSPC));
+            let submitted = offload.submit(Box::new(enospc), Ticket::new(queue, 7));
+            assert_eq!(submitted, Submitted::Started);
+            let expected = [(queue as usize, 7, -libc::ENOSPC)];
+            assert_eq!(reap(&mut offload, 1), expected);
+        }
+        let threads = offload.shared.lock().threads;
+        assert!(threads < 20, "a thread does one discard after the other: {threads}");
+        assert_eq!(offload.in_flight(), 4);
+        release.send(()).unwrap();
+        assert_eq!(reap(&mut offload, 4), [0, 1, 2, 3].map(|slot| (0, slot, 0)));
+        assert_eq!(offload.in_flight(), 0);
     }
 }

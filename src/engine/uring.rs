@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use io_uring::{IoUring, opcode, squeue, types};
 
 use super::vectors::{append, vector};
-use super::{Completion, IoOp, Ticket};
+use super::{Completion, IoOp, Submitted, Ticket};
 use crate::limits;
 use crate::park::Doorbell;
 use crate::xen::shm::{GuestBuf, Registration, full_fence};
@@ -67,6 +67,7 @@ impl Uring {
             Vec::with_capacity(limits::URING_ENTRIES as usize * limits::SEGMENTS_PER_REQUEST);
         let completed = Doorbell::new()?;
         ring.submitter().register_eventfd(completed.as_fd().as_raw_fd())?;
+        allow_kernel_threads(&ring);
         let free = table(&ring);
         let mut uring = Uring { ring, completed, in_flight: 0, head_start: NONE, vectors, free };
         uring.disarm(false);
@@ -80,11 +81,11 @@ impl Uring {
             .setup_single_issuer()
             .setup_defer_taskrun()
             .setup_taskrun_flag()
-            .setup_cqsize(4 * limits::URING_ENTRIES)
+            .setup_cqsize(limits::URING_COMPLETIONS)
             .build(limits::URING_ENTRIES);
         match newest {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::builder()
-                .setup_cqsize(4 * limits::URING_ENTRIES)
+                .setup_cqsize(limits::URING_COMPLETIONS)
                 .build(limits::URING_ENTRIES),
             other => other,
         }
@@ -125,28 +126,14 @@ impl Uring {
     /// [`HEAD_START`] operations go to the kernel at once, and [`HEAD_START_GROWTH`] times as many in
     /// each step after that.
     #[inline]
-    pub fn submit(
-        &mut self,
-        file: RawFd,
-        operation: &IoOp<'_>,
-        ticket: Ticket,
-    ) -> Result<(), Ticket> {
-        if self.in_flight >= 4 * limits::URING_ENTRIES as usize {
-            return Err(ticket);
+    pub fn submit(&mut self, file: RawFd, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
+        let user_data = ticket.into_user_data();
+        let taken = self.push(file, operation, user_data)
+            || (self.enter().is_ok() && self.push(file, operation, user_data));
+        if !taken {
+            return Submitted::Full(Ticket::from_user_data(user_data));
         }
-        let mut submission = self.ring.submission();
-        if submission.is_full() {
-            return Err(ticket);
-        }
-        let Some(entry) = entry(&mut self.vectors, types::Fd(file), operation) else {
-            return Err(ticket);
-        };
-        let entry = entry.user_data(ticket.into_user_data());
-        // SAFETY: the buffers stay mapped until the ticket is back (GuestBuf's contract); the
-        // vectors stay in place until kick; the file is open until then (the queue holds it).
-        unsafe { submission.push(&entry) }.expect("checked above that there is room");
-        let waiting = submission.len();
-        drop(submission);
+        let waiting = self.ring.submission().len();
         if self.in_flight == 0 {
             self.head_start = HEAD_START;
         }
@@ -156,7 +143,23 @@ impl Uring {
             // What the kernel refuses now, it is asked again at the pass's end, where errors count.
             let _ = self.enter();
         }
-        Ok(())
+        Submitted::Started
+    }
+
+    /// Puts an operation where the kernel takes it; `false`: there is no room before it has taken what
+    /// is there.
+    #[inline(always)]
+    fn push(&mut self, file: RawFd, operation: &IoOp<'_>, user_data: u64) -> bool {
+        let mut submission = self.ring.submission();
+        if submission.is_full() {
+            return false;
+        }
+        let Some(entry) = entry(&mut self.vectors, types::Fd(file), operation) else {
+            return false;
+        };
+        // SAFETY: the buffers stay mapped until the ticket is back (GuestBuf's contract); the
+        // vectors stay in place until kick; the file is open until then (the queue holds it).
+        unsafe { submission.push(&entry.user_data(user_data)) }.is_ok()
     }
 
     /// Submits what was taken, and lets the kernel finish completions that wait for this thread.
@@ -166,11 +169,12 @@ impl Uring {
     }
 
     fn enter(&mut self) -> io::Result<()> {
-        let (waiting, taskrun) = {
+        // More completions than the ring has room for are kept by the kernel until it is entered.
+        let (waiting, has_more) = {
             let submission = self.ring.submission();
-            (submission.len(), submission.taskrun())
+            (submission.len(), submission.taskrun() || submission.cq_overflow())
         };
-        if waiting == 0 && !taskrun {
+        if waiting == 0 && !has_more {
             return Ok(());
         }
         let to_submit = u32::try_from(waiting).expect("at most the ring's entries");
@@ -241,6 +245,20 @@ impl Uring {
     /// Readable when something has completed since [`Uring::arm`].
     pub fn completion_fd(&self) -> BorrowedFd<'_> {
         self.completed.as_fd()
+    }
+}
+
+/// Lets the kernel start a thread for each operation that has to wait in one: writes to a frozen or hung
+/// filesystem do, flushes and discards always, and of its own accord it has only four a core for all.
+fn allow_kernel_threads(ring: &IoUring) {
+    // The second number is for files that never end, such as sockets; 0 leaves it as it is.
+    let mut threads = [limits::URING_COMPLETIONS, 0];
+    if let Err(error) = ring.submitter().register_iowq_max_workers(&mut threads) {
+        tracing::info!(
+            %error,
+            "io_uring has few threads here (Linux 5.15 lets their number be set): beside storage that \
+             hangs, flushes and discards of other disks may have to wait"
+        );
     }
 }
 

@@ -1,33 +1,44 @@
-//! A worker's bounce memory: where data is that grant copy brings and takes.
+//! Bounce memory: where data is that grant copy brings and takes.
+//!
+//! A worker has some for all of its queues, which storage knows beforehand. What finds none there goes to
+//! the queue's own, which has room for its largest request: so whatever the others hold, a queue with
+//! nothing bounced can always bounce one.
 
-use crate::limits::BOUNCE_PAGES_PER_WORKER;
 use crate::xen::shm::{GuestBuf, LocalPages, PAGE_BYTES, Registration};
-
-const WORDS: usize = BOUNCE_PAGES_PER_WORKER / 64;
-const _: () = assert!(BOUNCE_PAGES_PER_WORKER.is_multiple_of(64));
 
 /// Bounce memory in pages, handed out in runs; allocated when first needed.
 #[derive(Debug)]
 pub struct BouncePool {
     memory: Option<LocalPages>,
     registration: Option<Registration>,
+    pages: usize,
     /// A bit for each page that can be had.
-    free: [u64; WORDS],
+    free: Box<[u64]>,
     free_count: usize,
 }
 
-impl Default for BouncePool {
-    fn default() -> Self {
-        BouncePool {
-            memory: None,
-            registration: None,
-            free: [u64::MAX; WORDS],
-            free_count: BOUNCE_PAGES_PER_WORKER,
-        }
-    }
+/// Which memory of those that a request's data can be in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// The worker's.
+    Common,
+    /// The queue's own.
+    Own,
 }
 
 impl BouncePool {
+    /// For so many pages.
+    pub fn new(pages: usize) -> BouncePool {
+        let bits = |word: usize| u64::MAX >> (64 - (pages - word * 64).min(64));
+        let free = (0..pages.div_ceil(64)).map(bits).collect();
+        BouncePool { memory: None, registration: None, pages, free, free_count: pages }
+    }
+
+    /// Pages that it has in all.
+    pub fn pages(&self) -> usize {
+        self.pages
+    }
+
     /// Pages that can be had now.
     #[inline]
     pub fn free(&self) -> usize {
@@ -39,8 +50,8 @@ impl BouncePool {
         if self.memory.is_some() {
             return None;
         }
-        let memory = self.memory.insert(LocalPages::new(BOUNCE_PAGES_PER_WORKER));
-        Some(memory.run(0, BOUNCE_PAGES_PER_WORKER))
+        let memory = self.memory.insert(LocalPages::new(self.pages));
+        Some(memory.run(0, self.pages))
     }
 
     /// As which the engine knows all of it.
@@ -74,7 +85,7 @@ impl BouncePool {
     /// The first run of `count` free pages.
     fn find_run(&self, count: usize) -> Option<usize> {
         let mut first = self.next(0, true);
-        while first + count <= BOUNCE_PAGES_PER_WORKER {
+        while first + count <= self.pages {
             let end = self.next(first, false);
             if end - first >= count {
                 return Some(first);
@@ -88,7 +99,7 @@ impl BouncePool {
     #[inline]
     fn next(&self, from: usize, free: bool) -> usize {
         let mut at = from;
-        while at < BOUNCE_PAGES_PER_WORKER {
+        while at < self.pages {
             let word = if free { self.free[at / 64] } else { !self.free[at / 64] };
             let rest = word >> (at % 64);
             if rest != 0 {
@@ -96,7 +107,7 @@ impl BouncePool {
             }
             at = (at / 64 + 1) * 64;
         }
-        BOUNCE_PAGES_PER_WORKER
+        self.pages
     }
 
     /// Marks pages that are all of the other kind.
@@ -117,9 +128,12 @@ impl BouncePool {
 mod test {
     use super::*;
 
+    /// No multiple of the bits of a word.
+    const PAGES: usize = 2010;
+
     #[test]
     fn runs_are_contiguous_and_pages_come_back() {
-        let mut pool = BouncePool::default();
+        let mut pool = BouncePool::new(PAGES);
         let whole = pool.allocate().unwrap();
         assert!(pool.allocate().is_none());
         let runs = [1, 63, 1, 64, 65, 300].map(|count| (count, pool.take(count).unwrap()));
@@ -129,7 +143,7 @@ mod test {
             // SAFETY: nothing is accessed.
             at = at.map_addr(|addr| addr.saturating_add(count * PAGE_BYTES));
         }
-        assert_eq!(pool.free(), BOUNCE_PAGES_PER_WORKER - 494);
+        assert_eq!(pool.free(), PAGES - 494);
         pool.give_back(runs[3].1);
         assert_eq!(pool.take(64).unwrap().address(), runs[3].1.address(), "the first that fits");
         // Parts of single pages, as buffers are: their pages come back whole.
@@ -139,12 +153,12 @@ mod test {
 
     #[test]
     fn memory_in_pieces_has_no_long_run() {
-        let mut pool = BouncePool::default();
+        let mut pool = BouncePool::new(PAGES);
         pool.allocate();
-        let pages: Vec<_> = (0..BOUNCE_PAGES_PER_WORKER).map(|_| pool.take(1).unwrap()).collect();
+        let pages: Vec<_> = (0..PAGES).map(|_| pool.take(1).unwrap()).collect();
         assert!(pool.take(1).is_none());
         pages.iter().step_by(2).for_each(|page| pool.give_back(*page));
-        assert_eq!(pool.free(), BOUNCE_PAGES_PER_WORKER / 2);
+        assert_eq!(pool.free(), PAGES / 2);
         assert!(pool.take(2).is_none());
         pool.give_back(pages[1001]);
         assert_eq!(pool.take(3).unwrap().address(), pages[1000].address());
@@ -153,7 +167,7 @@ mod test {
     #[test]
     #[should_panic(expected = "each page has one user")]
     fn a_page_comes_back_once() {
-        let mut pool = BouncePool::default();
+        let mut pool = BouncePool::new(PAGES);
         pool.allocate();
         let page = pool.take(1).unwrap();
         pool.give_back(page);

@@ -8,7 +8,7 @@ use std::io;
 use rustc_hash::FxBuildHasher;
 use slab::Slab;
 
-use crate::budget::Share;
+use crate::budget::GrantShare;
 use crate::engine::RegisterBuffers;
 use crate::limits::{
     GRANTS_PER_MAP_BATCH, MAP_REFUSALS_MAX, PERSISTENT_GRANTS_PER_QUEUE, PERSISTENT_IDLE_SWEEPS,
@@ -33,7 +33,7 @@ pub struct PersistentGrants {
     batches: Slab<Batch>,
     refusals: u32,
     /// As many pages as are mapped, between two calls.
-    share: Share,
+    share: GrantShare,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -83,7 +83,7 @@ impl<G: Grants, E: RegisterBuffers> Mapper<'_, G, E> {
 
 impl PersistentGrants {
     /// None mapped yet.
-    pub fn new(share: Share) -> PersistentGrants {
+    pub fn new(share: GrantShare) -> PersistentGrants {
         let (pages, batches) = Default::default();
         PersistentGrants { pages, batches, refusals: 0, share }
     }
@@ -121,14 +121,14 @@ impl PersistentGrants {
         wanted.truncate(self.room());
         wanted.truncate(self.share.take(wanted.len()));
         for batch in wanted.chunks(GRANTS_PER_MAP_BATCH) {
-            if self.refusals >= MAP_REFUSALS_MAX {
+            if self.refusals >= MAP_REFUSALS_MAX || self.share.left_mappings() == 0 {
                 break;
             }
             if self.map_batch(mapper, domid, batch).is_err() {
                 self.map_singly(mapper, domid, batch);
             }
         }
-        self.share.give_back(self.share.taken() - self.pages.len());
+        self.share.give_back(self.share.pages() - self.pages.len());
     }
 
     /// Pages that can be mapped beside those that are.
@@ -206,7 +206,7 @@ impl PersistentGrants {
         batch: &[GrantRef],
     ) {
         for gref in batch {
-            if self.refusals >= MAP_REFUSALS_MAX {
+            if self.refusals >= MAP_REFUSALS_MAX || self.share.left_mappings() == 0 {
                 return;
             }
             if self.map_batch(mapper, domid, std::slice::from_ref(gref)).is_err() {
@@ -221,7 +221,10 @@ impl PersistentGrants {
         domid: DomId,
         refs: &[GrantRef],
     ) -> io::Result<()> {
-        let pages = mapper.map(domid, refs)?;
+        if !self.share.take_mappings(1) {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
+        let pages = mapper.map(domid, refs).inspect_err(|_| self.share.give_back_mappings(1))?;
         let entry = self.batches.vacant_entry();
         for (index, gref) in refs.iter().enumerate() {
             let page = MappedPage { buffer: pages.page(index), batch: entry.key() };
@@ -249,6 +252,7 @@ impl PersistentGrants {
         }
         mapper.unmap(batch.pages);
         self.share.give_back(batch.refs.len());
+        self.share.give_back_mappings(1);
     }
 
     /// Unmaps everything; no request may be in flight.

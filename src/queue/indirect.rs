@@ -5,7 +5,7 @@
 //! grants stay mapped like its data pages, within the same bound; others are read by one grant copy
 //! for all requests of the pass.
 
-use super::locate::copy_all;
+use super::slots::LargeTable;
 use super::{Mapped, Queue, Resources, Scratch};
 use crate::blkif::Status;
 use crate::blkif::codec::{RawResponse, RawSegment, SEGMENT_BYTES};
@@ -14,39 +14,60 @@ use crate::engine::RegisterBuffers;
 use crate::units::GrantRef;
 use crate::xen::{CopyDirection, GrantCopy, Grants};
 
+/// An indirect request whose segments are still to be read, and the table for them.
+#[derive(Debug)]
+pub struct Indirect {
+    head: IndirectHead,
+    table: Box<LargeTable>,
+    /// Its segments can't be read.
+    failed: bool,
+}
+
 impl Queue {
+    /// Begins an indirect request. Where there is no table for it, it waits in [`Queue::parked`], and
+    /// the ring behind it.
+    pub(super) fn take_indirect<G, E>(&mut self, io: &mut Resources<G, E>, head: IndirectHead) {
+        match io.tables.take(&mut self.tables) {
+            Some(table) => {
+                self.spend_on_request(head.segment_count());
+                io.scratch.indirect.push(Indirect { head, table, failed: false });
+            }
+            None => self.parked = Some(head),
+        }
+    }
+
     /// Reads and checks the segments of the indirect requests just taken. The good ones become
     /// fresh requests; the others are answered.
     pub(super) fn read_indirect<G: Grants, E: RegisterBuffers>(
         &mut self,
         io: &mut Resources<G, E>,
-        now_ns: u64,
     ) {
         self.map_segment_pages(io);
         self.copy_segments(io);
-        let heads = std::mem::take(&mut io.scratch.heads);
+        let mut indirect = std::mem::take(&mut io.scratch.indirect);
+        io.scratch.copies.failed().for_each(|index| indirect[index as usize].failed = true);
+        io.scratch.copies.clear();
         let mut at = 0;
-        for (index, head) in heads.iter().enumerate() {
+        for Indirect { head, table, failed } in indirect.drain(..) {
             let end = at + head.segment_count() * SEGMENT_BYTES;
-            if has_failed(&io.scratch, index) {
+            if failed {
                 self.counters.errors.add(1);
                 let response = RawResponse::new(head.id(), head.operation(), Status::Error);
                 self.ring.answer(&response);
+                io.tables.give_back(table, &mut self.tables);
+                io.freed += 1;
             } else {
-                self.begin_indirect(io, head, at..end, now_ns);
+                self.begin_indirect(io, &head, table, at..end);
             }
             at = end;
         }
-        io.scratch.heads = heads;
-        io.scratch.heads.clear();
-        io.scratch.copies.clear();
-        io.scratch.owners.clear();
+        io.scratch.indirect = indirect;
     }
 
     fn map_segment_pages<G: Grants, E: RegisterBuffers>(&mut self, io: &mut Resources<G, E>) {
         if let Mapped::Kept(_) = self.mapped {
-            let Scratch { heads, wanted, .. } = &mut io.scratch;
-            let pages = heads.iter().flat_map(IndirectHead::pages);
+            let Scratch { indirect, wanted, .. } = &mut io.scratch;
+            let pages = indirect.iter().flat_map(|indirect| indirect.head.pages());
             wanted.extend(pages.map(|(gref, _)| GrantRef(gref)));
             self.map_wanted(io);
         }
@@ -55,61 +76,56 @@ impl Queue {
     /// Copies the segments of all heads, one after the other, into `segment_bytes`. The copies that
     /// needed the hypervisor stay listed, with their status and the index of their head.
     fn copy_segments<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
-        let Scratch { heads, segment_bytes, copies, owners, .. } = &mut io.scratch;
-        let total: usize = heads.iter().map(IndirectHead::segment_count).sum();
+        let Scratch { indirect, segment_bytes, copies, .. } = &mut io.scratch;
+        let total: usize = indirect.iter().map(|indirect| indirect.head.segment_count()).sum();
         segment_bytes.clear();
         segment_bytes.resize(total * SEGMENT_BYTES, 0);
         let mut rest = &mut segment_bytes[..];
-        for (owner, head) in (0u32..).zip(&*heads) {
+        for (owner, Indirect { head, .. }) in (0u32..).zip(&*indirect) {
             for (gref, count) in head.pages() {
                 let (bytes, after) = rest.split_at_mut(count * SEGMENT_BYTES);
                 rest = after;
                 match self.mapped.kept().and_then(|persistent| persistent.page(gref)) {
                     Some(page) => page.copy_to(bytes),
                     None => {
-                        copies.push(GrantCopy {
+                        let copy = GrantCopy {
                             gref: GrantRef(gref),
                             offset: 0,
                             len: u16::try_from(bytes.len()).expect("at most a page"),
                             local: bytes.as_mut_ptr(),
                             direction: CopyDirection::FromGuest,
                             status: 0,
-                        });
-                        owners.push(owner);
+                        };
+                        copies.push(owner, copy);
                     }
                 }
             }
         }
-        copy_all(&mut io.grants, self.frontend, copies);
-        self.counters.grants_copied.add(copies.len() as u64);
+        let copied = copies.run(&mut io.grants, self.frontend);
+        self.counters.grants_copied.add(copied as u64);
     }
 
     fn begin_indirect<G, E>(
         &mut self,
         io: &mut Resources<G, E>,
         head: &IndirectHead,
+        mut table: Box<LargeTable>,
         bytes: std::ops::Range<usize>,
-        now_ns: u64,
     ) {
         let words = io.scratch.segment_bytes[bytes].as_chunks::<SEGMENT_BYTES>().0;
         let raw = words.iter().map(|word| RawSegment::from_word(u64::from_le_bytes(*word)));
         let count = head.segment_count();
-        let mut table = io.tables.take();
         match self.rules.check_indirect_segments(head, raw, table.segments_mut(count)) {
             Ok(request) => {
                 let (index, slot) = self.slots.take();
-                slot.begin(request, count, Some(table), now_ns);
+                slot.begin(request, count, Some(table), io.now_ns);
                 io.scratch.fresh.push(index);
             }
             Err(fault) => {
-                io.tables.give_back(table);
+                io.tables.give_back(table, &mut self.tables);
+                io.freed += 1;
                 self.refuse(head.id(), head.operation(), fault);
             }
         }
     }
-}
-
-fn has_failed(scratch: &Scratch, head: usize) -> bool {
-    let statuses = scratch.owners.iter().zip(&scratch.copies);
-    statuses.into_iter().any(|(owner, copy)| *owner as usize == head && copy.status != 0)
 }

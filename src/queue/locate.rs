@@ -1,20 +1,20 @@
 //! Where the data of each segment is: the guest's page where that is mapped, else bounce memory.
 
+use super::bounce::Whose;
 use super::grants::PersistentGrants;
 use super::slots::Slot;
 use super::{Mapped, Queue, Resources, Scratch};
 use crate::blkif::Status;
 use crate::blkif::request::{Kind, Segment};
 use crate::engine::{Engine, RegisterBuffers};
-use crate::limits::SEGMENTS_PER_COPY_BATCH;
-use crate::units::DomId;
-use crate::xen::abi::GNTST_GENERAL_ERROR;
+use crate::limits::MOVED_PAGE_EFFORT;
 use crate::xen::shm::GuestBuf;
 use crate::xen::{CopyDirection, GrantCopy, Grants};
 
 impl Queue {
     /// Gives every segment of the fresh requests its buffer, after mapping all that can be in one
-    /// go. A request for which there is not enough bounce memory is moved to the stalled ones.
+    /// go. A request for which there is not enough bounce memory is moved to the stalled ones, one
+    /// whose data is to be copied from the guest to those that are fetched.
     #[inline]
     pub(super) fn locate<G: Grants, E: Engine>(&mut self, io: &mut Resources<G, E>) {
         let Scratch { fresh, unmapped, .. } = &mut io.scratch;
@@ -77,23 +77,25 @@ impl Queue {
         self.counters.grants_mapped.set(transient.count() as u64);
     }
 
-    /// Gives bounce memory to requests of which anything is not mapped now either, and copies what
-    /// the guest writes.
+    /// Gives bounce memory to requests of which anything is not mapped now either.
     fn bounce_unmapped<G: Grants, E: Engine>(&mut self, io: &mut Resources<G, E>) {
         let unmapped = std::mem::take(&mut io.scratch.unmapped);
         for segments in unmapped.chunk_by(|one, next| one.0 == next.0) {
             if !self.point_at_kept(segments)
                 && let Some((slot, _)) = segments.first()
             {
-                self.bounce(io, *slot);
+                // What waits already is served first.
+                if !self.stalled.is_empty() || !self.bounce(io, *slot) {
+                    self.stalled.push_back(*slot);
+                }
             }
         }
         io.scratch.unmapped = unmapped;
         io.scratch.unmapped.clear();
-        if !self.stalled.is_empty() {
-            io.scratch.fresh.retain(|slot| !self.stalled.contains(slot));
-        }
-        self.copy(io);
+        let (slots, stalled) = (&mut self.slots, &self.stalled);
+        let goes_on =
+            |slot: &u32| !slots.get_mut(*slot).is_to_be_fetched() && !stalled.contains(slot);
+        io.scratch.fresh.retain(goes_on);
     }
 
     /// Points segments of one slot at their pages, now that more of them are mapped; `false`: not
@@ -107,8 +109,9 @@ impl Queue {
         })
     }
 
-    /// Brings all data of a slot to bounce memory: so it is one vector for storage.
-    fn bounce<G, E: Engine>(&mut self, io: &mut Resources<G, E>, index: u32) {
+    /// Finds bounce memory for all data of a slot: so it is one vector for storage, if there is a run of
+    /// pages. `false`: there is none now.
+    pub(super) fn bounce<G, E: Engine>(&mut self, io: &mut Resources<G, E>, index: u32) -> bool {
         if let Some(memory) = io.bounce.allocate() {
             match io.engine.register(memory) {
                 Ok(registration) => io.bounce.set_registration(registration),
@@ -120,49 +123,81 @@ impl Queue {
             }
         }
         let slot = self.slots.get_mut(index);
-        if !slot.bounce(&mut io.bounce) {
-            self.stalled.push(index);
-        } else if slot.request.kind == Kind::Read {
-            if !self.image.fills_reads() {
-                // It holds data of others.
-                slot.located().for_each(|(_, buffer)| buffer.zero());
-            }
-        } else {
-            for (segment, buffer) in slot.located() {
-                io.scratch.copies.push(grant_copy(segment, buffer, CopyDirection::FromGuest));
-                io.scratch.owners.push(index);
+        if !slot.bounce(&mut io.bounce, Whose::Common) {
+            self.bounce.allocate();
+            if !slot.bounce(&mut self.bounce, Whose::Own) {
+                return false;
             }
         }
+        if slot.request.kind != Kind::Read {
+            self.fetched.push_back(index);
+        } else if !self.image.fills_reads() {
+            // It holds data of others.
+            slot.zero();
+        }
+        true
     }
 
-    /// Does the copies listed; a slot with a failing one is marked failed.
-    fn copy<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
-        let Scratch { copies, owners, .. } = &mut io.scratch;
-        copy_all(&mut io.grants, self.frontend, copies);
-        self.counters.grants_copied.add(copies.len() as u64);
-        for (copy, owner) in copies.drain(..).zip(owners.drain(..)) {
-            if copy.status != 0 {
-                self.slots.get_mut(owner).failed = true;
+    /// Copies what is to be written from the guest to bounce memory, as much as this turn allows, and
+    /// gets what is there as a whole under way.
+    pub(super) fn fetch<G: Grants, E: Engine<Target = crate::backing::Image>>(
+        &mut self,
+        io: &mut Resources<G, E>,
+    ) {
+        let mut waiting = std::mem::take(&mut self.fetched);
+        self.copy(io, waiting.iter(), CopyDirection::FromGuest);
+        while let Some(slot) = waiting.pop_front_if(|slot| self.slots.get_mut(*slot).is_copied()) {
+            if self.slots.get_mut(slot).failed {
+                self.answer(io, slot, Status::Error);
+            } else {
+                self.submit(io, slot);
             }
         }
+        self.fetched = waiting;
     }
 
-    /// Brings the data of finished reads from bounce memory to the guest, and answers them.
-    pub(super) fn copy_reads_out<G: Grants, E>(&mut self, io: &mut Resources<G, E>, now_ns: u64) {
-        let Scratch { copies, owners, .. } = &mut io.scratch;
-        for slot in &self.copy_out {
-            for (segment, buffer) in self.slots.get_mut(*slot).located() {
-                copies.push(grant_copy(segment, buffer, CopyDirection::ToGuest));
-                owners.push(*slot);
-            }
-        }
-        self.copy(io);
-        while let Some(slot) = self.copy_out.pop() {
+    /// Brings the data of finished reads from bounce memory to the guest, as much as this turn allows,
+    /// and answers those that are there as a whole.
+    pub(super) fn copy_reads_out<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
+        let mut waiting = std::mem::take(&mut self.copied_out);
+        self.copy(io, waiting.iter(), CopyDirection::ToGuest);
+        while let Some(slot) = waiting.pop_front_if(|slot| self.slots.get_mut(*slot).is_copied()) {
             let failed = self.slots.get_mut(slot).failed;
-            let status = if failed { Status::Error } else { Status::Okay };
-            self.answer(io, slot, status, now_ns);
+            self.answer(io, slot, if failed { Status::Error } else { Status::Okay });
         }
+        self.copied_out = waiting;
     }
+
+    /// Copies segments of these slots, in order, as many as this turn allows; a slot with a failing one
+    /// is marked failed.
+    fn copy<'a, G: Grants, E>(
+        &mut self,
+        io: &mut Resources<G, E>,
+        slots: impl Iterator<Item = &'a u32>,
+        direction: CopyDirection,
+    ) {
+        let copies = &mut io.scratch.copies;
+        for index in slots {
+            let count = (self.effort / MOVED_PAGE_EFFORT) as usize;
+            if count == 0 {
+                break;
+            }
+            let segments = self.slots.get_mut(*index).take_uncopied(count);
+            self.effort -= segments_effort(segments.len());
+            for (segment, buffer) in segments {
+                copies.push(*index, grant_copy(segment, buffer, direction));
+            }
+        }
+        let copied = copies.run(&mut io.grants, self.frontend);
+        self.counters.grants_copied.add(copied as u64);
+        copies.failed().for_each(|slot| self.slots.get_mut(slot).failed = true);
+        copies.clear();
+    }
+}
+
+/// What copying so many segments costs; no more than a turn's effort, by which they were counted.
+fn segments_effort(count: usize) -> u32 {
+    u32::try_from(count).expect("at most a request's segments") * MOVED_PAGE_EFFORT
 }
 
 impl Mapped {
@@ -171,15 +206,6 @@ impl Mapped {
         match self {
             Mapped::Kept(persistent) => Some(persistent),
             Mapped::PerRequest(_) | Mapped::Nothing => None,
-        }
-    }
-}
-
-/// Does copies in batches; where a whole batch is refused, each of it has failed.
-pub(super) fn copy_all<G: Grants>(grants: &mut G, frontend: DomId, copies: &mut [GrantCopy]) {
-    for batch in copies.chunks_mut(SEGMENTS_PER_COPY_BATCH) {
-        if grants.copy(frontend, batch).is_err() {
-            batch.iter_mut().for_each(|copy| copy.status = GNTST_GENERAL_ERROR);
         }
     }
 }

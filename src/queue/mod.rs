@@ -6,40 +6,54 @@
 //! submits; [`Queue::complete`] takes the engine's results; [`Queue::finish_pass`] empties bounce
 //! memory by one grant copy, publishes what is left of the responses, and says whether to notify.
 //!
+//! What a pass does for a queue is bounded by the *effort* of its turn. What is left of copies and
+//! transfers goes on with the next turn.
+//!
+//! What finds nothing left of what the queues of a worker share *waits*, and the ring behind it: it is
+//! tried again only once something was given back ([`Resources::freed`]).
+//!
 //! The steady path neither allocates nor calls the system per request, with one exception that the
 //! admin has to choose: pages that are mapped for the time of a request ([`transient`]).
 //!
 //! [`grants`] and [`slots`] are public for `benches/` only.
 
 mod bounce;
+mod copies;
 pub mod grants;
 mod indirect;
 mod locate;
+mod report;
 pub mod slots;
 mod transient;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
-
-use hdrhistogram::Histogram;
 
 use crate::backing::Image;
 use crate::blkif::Status;
 use crate::blkif::codec::{Loaded, RawDirect, RawResponse};
 use crate::blkif::op;
-use crate::blkif::request::{DiskRules, IndirectHead, Kind, Request, RequestFault};
+use crate::blkif::request::{DiskRules, IndirectHead, Kind, RequestFault};
 use crate::blkif::ring::{BackRing, RingFault};
-use crate::budget::Share;
+use crate::budget::GrantShare;
 use crate::engine::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
-use crate::limits::{REQUESTS_PER_PASS, RESPONSES_HELD_BACK};
+use crate::limits::{
+    BOUNCE_PAGES_COMMON, MOVED_PAGE_EFFORT, REQUEST_EFFORT, REQUESTS_COMMON, REQUESTS_PER_PASS,
+    REQUESTS_PER_QUEUE, RESPONSES_HELD_BACK, SEGMENT_EFFORT, SEGMENTS_PER_REQUEST,
+};
 use crate::metrics::{LatencyLog, QueueCounters};
-use crate::msg::{Connect, Mapping, QueueKey};
+use crate::msg::{Connect, Mapping, Outbox, QueueKey};
+use crate::pool::{Pool, Share};
 use crate::units::{DomId, GrantRef, Port};
 use crate::xen::shm::SharedPage;
-use crate::xen::{Events, GrantCopy, Grants, PageAccess};
+use crate::xen::{Events, Grants, PageAccess};
 
 pub use bounce::BouncePool;
+use copies::CopyBatch;
 use grants::{Mapper, PersistentGrants};
+use indirect::Indirect;
 use locate::locate_mapped;
+use report::Reports;
 pub use slots::LargeTables;
 use slots::{Advance, Slots, Step};
 use transient::TransientGrants;
@@ -51,15 +65,38 @@ pub struct Resources<G, E> {
     pub grants: G,
     /// Storage.
     pub engine: E,
+    /// When the pass began, or its completions were looked at.
+    pub now_ns: u64,
+    /// Changes whenever something that a queue can wait for was given back.
+    pub freed: u64,
+    /// What control is told.
+    pub outbox: Outbox,
+    /// Requests in flight.
+    requests: Pool,
     /// Memory for data that is copied.
-    pub bounce: BouncePool,
+    bounce: BouncePool,
     /// Tables for indirect requests.
-    pub tables: LargeTables,
+    tables: LargeTables,
     /// Reused lists, so that a pass allocates nothing.
-    pub scratch: Scratch,
+    scratch: Scratch,
 }
 
 impl<G, E> Resources<G, E> {
+    /// All of it unused.
+    pub fn new(grants: G, engine: E, outbox: Outbox) -> Resources<G, E> {
+        Resources {
+            grants,
+            engine,
+            now_ns: 0,
+            freed: 0,
+            outbox,
+            requests: Pool::new(REQUESTS_PER_QUEUE, REQUESTS_COMMON),
+            bounce: BouncePool::new(BOUNCE_PAGES_COMMON),
+            tables: LargeTables::default(),
+            scratch: Scratch::default(),
+        }
+    }
+
     fn mapper(&mut self) -> Mapper<'_, G, E> {
         Mapper { grants: &mut self.grants, engine: &mut self.engine }
     }
@@ -73,16 +110,14 @@ pub struct Scratch {
     /// Slots of requests just taken.
     fresh: Vec<u32>,
     /// Indirect requests whose segments are still to be read.
-    heads: Vec<IndirectHead>,
+    indirect: Vec<Indirect>,
     /// Their segments as they were copied, one request after the other.
     segment_bytes: Vec<u8>,
     /// Segments whose page is not mapped: slot, index of the segment.
     unmapped: Vec<(u32, usize)>,
     /// References to map.
     wanted: Vec<GrantRef>,
-    /// Copies to do, and the slot or head of each.
-    copies: Vec<GrantCopy>,
-    owners: Vec<u32>,
+    copies: CopyBatch,
 }
 
 /// One connected ring.
@@ -96,13 +131,30 @@ pub struct Queue {
     rules: DiskRules,
     image: Arc<Image>,
     memory_alignment: u16,
+    /// The worker moves its data itself.
+    moves_data: bool,
     slots: Slots,
+    /// Of the worker's requests in flight and tables, what is this queue's.
+    requests: Share,
+    tables: Share,
+    /// For data that finds no place in the worker's.
+    bounce: BouncePool,
     /// Slots whose next step the engine had no room for.
-    refused: Vec<u32>,
+    refused: VecDeque<u32>,
     /// Slots that wait for bounce memory.
-    stalled: Vec<u32>,
-    /// Reads whose data waits in bounce memory for the end of the pass.
-    copy_out: Vec<u32>,
+    stalled: VecDeque<u32>,
+    /// An indirect request that waits for a table.
+    parked: Option<IndirectHead>,
+    /// Something waits that was last tried when so much had been given back.
+    waits_since: Option<u64>,
+    /// Writes whose data is being copied to bounce memory.
+    fetched: VecDeque<u32>,
+    /// Reads whose data is being copied from bounce memory to the guest.
+    copied_out: VecDeque<u32>,
+    /// Slots whose next step has to wait for the next turn.
+    interrupted: VecDeque<u32>,
+    /// What is left of the turn.
+    effort: u32,
     mapped: Mapped,
     counters: Arc<QueueCounters>,
     latency: LatencyLog,
@@ -113,7 +165,7 @@ pub struct Queue {
     stopped: bool,
     /// Takes so many requests more, and then none until its image is replaced.
     before_pause: Option<u32>,
-    storage_errors: u64,
+    reports: Reports,
 }
 
 /// What is mapped of the guest's data pages ([`Mapping`]).
@@ -163,20 +215,30 @@ impl Queue {
             }
         };
         let size = ring.size();
-        let share = Share::of(connect.budget);
+        let list = || VecDeque::with_capacity(size as usize);
+        let share = GrantShare::of(connect.budget);
         Ok(Queue {
             key: connect.key,
             index,
             frontend: connect.frontend,
             port,
             ring,
+            bounce: BouncePool::new(largest_request(&connect.rules)),
             rules: connect.rules,
             memory_alignment: connect.image.memory_alignment(),
+            moves_data: connect.image.is_moved_by_worker(),
             image: connect.image,
             slots: Slots::new(size),
-            refused: Vec::with_capacity(size as usize),
-            stalled: Vec::with_capacity(size as usize),
-            copy_out: Vec::with_capacity(size as usize),
+            requests: Share::default(),
+            tables: Share::default(),
+            refused: list(),
+            stalled: list(),
+            parked: None,
+            waits_since: None,
+            fetched: list(),
+            copied_out: list(),
+            interrupted: list(),
+            effort: 0,
             mapped: match connect.mapping {
                 Mapping::Kept => Mapped::Kept(PersistentGrants::new(share)),
                 Mapping::PerRequest => Mapped::PerRequest(TransientGrants::new(share)),
@@ -188,7 +250,7 @@ impl Queue {
             notify: false,
             stopped: false,
             before_pause: None,
-            storage_errors: 0,
+            reports: Reports::default(),
         })
     }
 
@@ -199,6 +261,7 @@ impl Queue {
         events: &mut V,
     ) {
         assert!(self.is_drained());
+        self.settle(io);
         if let Err(error) = events.unbind(self.port) {
             tracing::warn!(domid = %self.frontend, port = %self.port, %error, "unbinding failed");
         }
@@ -246,18 +309,60 @@ impl Queue {
     pub fn replace_image(&mut self, image: Arc<Image>, rules: DiskRules) {
         assert!(self.is_drained());
         self.memory_alignment = image.memory_alignment();
+        self.moves_data = image.is_moved_by_worker();
         self.image = image;
+        if largest_request(&rules) > self.bounce.pages() {
+            self.bounce = BouncePool::new(largest_request(&rules));
+        }
         self.rules = rules;
         self.before_pause = None;
     }
 
-    /// Asks the frontend for a notification, then looks again; `true`: there is work already.
-    pub fn arm(&mut self) -> bool {
-        let more = match self.before_pause {
-            None => !self.stopped && self.ring.arm(),
-            Some(left) => !self.stopped && left > 0,
-        };
-        self.has_waiting() || more
+    /// Whether there is something to do at once. If not, the frontend was asked for a notification, unless
+    /// its requests have to wait for something else; `freed` is [`Resources::freed`].
+    pub fn arm(&mut self, freed: u64) -> bool {
+        if self.has_unfinished() {
+            return true;
+        }
+        if let Some(since) = self.waits_since {
+            return since != freed;
+        }
+        match self.barrier {
+            // Their own completions bring the worker back.
+            Barrier::Waits(_) => self.ring.in_flight() == 1,
+            Barrier::Began(_) => false,
+            Barrier::None if self.stopped => false,
+            Barrier::None => self.before_pause.map_or_else(|| self.ring.arm(), |left| left > 0),
+        }
+    }
+
+    /// Whether data waits to be copied to the guest.
+    pub fn has_copies(&self) -> bool {
+        !self.copied_out.is_empty()
+    }
+
+    /// It has no turn in this pass.
+    pub fn put_off(&mut self) {
+        self.effort = 0;
+    }
+
+    /// What is left of the effort of its turn.
+    pub fn effort_left(&self) -> u32 {
+        self.effort
+    }
+
+    /// Whether it waits for something that others have.
+    pub fn waits(&self) -> bool {
+        self.waits_since.is_some()
+    }
+
+    /// Whether a turn would find anything to do.
+    pub fn has_work(&self, freed: u64) -> bool {
+        let takes = !self.stopped && self.barrier == Barrier::None && self.before_pause != Some(0);
+        let tries = self.waits_since.is_some_and(|since| since != freed);
+        let finds =
+            || self.waits_since.is_none() && takes && !matches!(self.ring.requests(), Ok(0));
+        self.has_unfinished() || tries || finds()
     }
 
     /// Asks the frontend for no notification any more, until [`Queue::arm`].
@@ -273,38 +378,46 @@ impl Queue {
         persistent.count() > 0
     }
 
-    /// Hands over the latencies recorded since the last time.
-    pub fn take_latency(&mut self) -> Histogram<u64> {
-        self.latency.take()
-    }
-
-    /// Takes requests off the ring and gets them under way. `true`: [`Queue::finish_pass`] has to
-    /// follow, because some were taken, or some that had waited are done.
+    /// A turn: takes requests off the ring and gets them under way, after what is left of the turn
+    /// before, until `effort` is spent. `true`: [`Queue::finish_pass`] has to follow, because something
+    /// was done, or what had waited is done.
     #[inline]
     pub fn take<G: Grants, E: Engine<Target = Image>>(
         &mut self,
         io: &mut Resources<G, E>,
-        now_ns: u64,
+        effort: u32,
     ) -> Result<bool, RingFault> {
-        let taken = self.take_requests(io, now_ns)?;
-        Ok(taken > 0 || self.ring.unpublished() > 0 || !self.copy_out.is_empty())
+        self.effort = effort;
+        if self.has_unfinished() {
+            self.go_on(io);
+        }
+        self.take_requests(io)?;
+        Ok(self.effort < effort || self.ring.unpublished() > 0 || !self.copied_out.is_empty())
     }
 
     #[inline]
     fn take_requests<G: Grants, E: Engine<Target = Image>>(
         &mut self,
         io: &mut Resources<G, E>,
-        now_ns: u64,
-    ) -> Result<u32, RingFault> {
+    ) -> Result<(), RingFault> {
+        let freed = io.freed;
+        if let Some(since) = self.waits_since {
+            if since == freed {
+                return Ok(());
+            }
+            self.waits_since = None;
+            self.retry(io);
+        }
         if self.has_waiting() {
-            self.retry(io, now_ns);
+            self.waits_since = Some(freed);
+            return Ok(());
         }
         if self.barrier != Barrier::None {
-            self.try_barrier(io, now_ns);
-            return Ok(0);
+            self.try_barrier(io);
+            return Ok(());
         }
-        if self.stopped || self.before_pause == Some(0) || self.has_waiting() {
-            return Ok(0);
+        if self.stopped || self.before_pause == Some(0) {
+            return Ok(());
         }
         let mut waiting = self.ring.requests().inspect_err(|_| self.stopped = true)?;
         if let Some(left) = &mut self.before_pause {
@@ -312,49 +425,78 @@ impl Queue {
             *left = waiting.min(*left);
             waiting = *left;
         }
-        // Any of them may be indirect.
-        let room = REQUESTS_PER_PASS.min(io.tables.free());
-        let count = waiting.min(u32::try_from(room).unwrap_or(0));
-        if count == 0 {
-            return Ok(0);
+        if waiting == 0 {
+            return Ok(());
         }
+        let room = REQUESTS_PER_PASS.min(io.requests.available(&self.requests));
+        let count = waiting.min(u32::try_from(room).unwrap_or(0));
+        let taken = self.take_some(io, count);
+        if let Some(left) = &mut self.before_pause {
+            *left -= taken;
+        }
+        if room == 0 || self.has_waiting() {
+            self.waits_since = Some(freed);
+        }
+        Ok(())
+    }
+
+    /// Takes at most `count` requests, which there are; says how many.
+    #[inline]
+    fn take_some<G: Grants, E: Engine<Target = Image>>(
+        &mut self,
+        io: &mut Resources<G, E>,
+        count: u32,
+    ) -> u32 {
         let mut taken = 0;
-        while taken < count && self.barrier == Barrier::None {
+        while taken < count && self.takes_more() {
             self.ring.prefetch();
-            self.take_one(io, now_ns);
+            self.take_one(io);
             taken += 1;
             if self.ring.unpublished() >= RESPONSES_HELD_BACK {
                 self.notify |= self.ring.publish();
             }
         }
-        if let Some(left) = &mut self.before_pause {
-            *left -= taken;
-        }
-        if !io.scratch.heads.is_empty() {
-            self.read_indirect(io, now_ns);
+        let had_room = io.requests.take(&mut self.requests, taken as usize);
+        assert!(had_room, "no more are taken than there is room for");
+        if !io.scratch.indirect.is_empty() {
+            self.read_indirect(io);
         }
         if !io.scratch.fresh.is_empty() {
-            self.start(io, now_ns);
+            self.start(io);
         }
-        Ok(taken)
+        taken
+    }
+
+    /// Whether the turn goes on with the next request.
+    #[inline]
+    fn takes_more(&self) -> bool {
+        self.barrier == Barrier::None && self.parked.is_none() && self.effort > 0
     }
 
     #[inline]
-    fn take_one<G: Grants, E: Engine<Target = Image>>(
-        &mut self,
-        io: &mut Resources<G, E>,
-        now_ns: u64,
-    ) {
+    fn spend(&mut self, effort: u32) {
+        self.effort = self.effort.saturating_sub(effort);
+    }
+
+    #[inline]
+    fn spend_on_request(&mut self, segments: usize) {
+        let segments = u32::try_from(segments).unwrap_or(u32::MAX);
+        self.spend(REQUEST_EFFORT + segments.saturating_mul(SEGMENT_EFFORT));
+    }
+
+    #[inline]
+    fn take_one<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
         match self.ring.take_into(&mut io.scratch.direct) {
-            Loaded::Direct => self.take_direct(io, now_ns),
+            Loaded::Direct => self.take_direct(io),
             Loaded::Indirect(raw) => match self.rules.check_indirect(&raw) {
-                Ok(head) => io.scratch.heads.push(head),
+                Ok(head) => self.take_indirect(io, head),
                 Err(fault) => self.refuse(raw.id, raw.operation, fault),
             },
             Loaded::Discard(raw) => match self.rules.check_discard(&raw) {
                 Ok(request) => {
                     let (index, slot) = self.slots.take();
-                    slot.begin(request, 0, None, now_ns);
+                    slot.begin(request, 0, None, io.now_ns);
+                    self.spend_on_request(0);
                     io.scratch.fresh.push(index);
                 }
                 Err(fault) => self.refuse(raw.id, op::DISCARD, fault),
@@ -365,27 +507,26 @@ impl Queue {
     /// Begins a direct request; where all its pages are mapped, which is the rule, it gets under
     /// way at once.
     #[inline]
-    fn take_direct<G: Grants, E: Engine<Target = Image>>(
-        &mut self,
-        io: &mut Resources<G, E>,
-        now_ns: u64,
-    ) {
+    fn take_direct<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
         let raw = &io.scratch.direct;
         let (index, slot) = self.slots.take();
         match self.rules.check_direct(raw, slot.inline_segments_mut()) {
             Ok((request, count)) => {
-                slot.begin(request, count, None, now_ns);
+                slot.begin(request, count, None, io.now_ns);
+                let is_mapped = locate_mapped(self.mapped.kept(), slot, self.memory_alignment);
+                self.spend_on_request(count);
                 if request.is_barrier() {
                     self.barrier = Barrier::Waits(index);
-                } else if locate_mapped(self.mapped.kept(), slot, self.memory_alignment) {
-                    self.submit(io, index, now_ns);
+                } else if is_mapped {
+                    self.submit(io, index);
                 } else {
                     io.scratch.fresh.push(index);
                 }
             }
             Err(fault) => {
                 let (id, operation) = (raw.id, raw.operation);
-                self.slots.give_back(index, &mut io.tables);
+                let none = self.slots.give_back(index);
+                assert!(none.is_none(), "a direct request has no table");
                 self.refuse(id, operation, fault);
             }
         }
@@ -393,68 +534,96 @@ impl Queue {
 
     /// Begins the barrier if nothing else is in flight any more.
     #[cold]
-    fn try_barrier<G: Grants, E: Engine<Target = Image>>(
-        &mut self,
-        io: &mut Resources<G, E>,
-        now_ns: u64,
-    ) {
+    fn try_barrier<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
         if let Barrier::Waits(slot) = self.barrier
             && self.ring.in_flight() == 1
         {
             self.barrier = Barrier::Began(slot);
             io.scratch.fresh.push(slot);
-            self.start(io, now_ns);
+            self.start(io);
         }
     }
 
     /// Answers a request that never gets a slot.
     #[cold]
     fn refuse(&mut self, id: u64, operation: u8, fault: RequestFault) {
+        self.spend(REQUEST_EFFORT);
         self.counters.errors.add(1);
         self.ring.answer(&RawResponse::new(id, operation, fault.status()));
     }
 
     /// Gets the fresh requests under way: finds their data, and submits them.
     #[inline]
-    fn start<G: Grants, E: Engine<Target = Image>>(
-        &mut self,
-        io: &mut Resources<G, E>,
-        now_ns: u64,
-    ) {
+    fn start<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
         self.locate(io);
         for at in 0..io.scratch.fresh.len() {
             let slot = io.scratch.fresh[at];
-            if self.slots.get_mut(slot).failed {
-                self.answer(io, slot, Status::Error, now_ns);
-            } else {
-                self.submit(io, slot, now_ns);
-            }
+            self.submit(io, slot);
         }
         io.scratch.fresh.clear();
+        if !self.fetched.is_empty() {
+            self.fetch(io);
+        }
     }
 
-    /// Whether requests that were taken wait for room in the engine or for bounce memory.
+    /// Whether requests that were taken wait for what others have.
     #[inline]
     fn has_waiting(&self) -> bool {
-        !self.refused.is_empty() || !self.stalled.is_empty()
+        !self.refused.is_empty() || !self.stalled.is_empty() || self.parked.is_some()
     }
 
+    /// Tries again what waits, in order, as far as there is room now.
     #[cold]
-    fn retry<G: Grants, E: Engine<Target = Image>>(
-        &mut self,
-        io: &mut Resources<G, E>,
-        now_ns: u64,
-    ) {
-        let mut again = std::mem::take(&mut self.refused);
-        for slot in again.drain(..) {
-            self.submit(io, slot, now_ns);
+    fn retry<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
+        while let Some(slot) = self.refused.pop_front() {
+            let others = self.refused.len();
+            self.submit(io, slot);
+            if stays_first(&mut self.refused, others) {
+                break;
+            }
         }
-        // The list goes on with its memory, for a pass allocates nothing.
-        again.append(&mut self.refused);
-        self.refused = again;
-        if !self.stalled.is_empty() {
-            io.scratch.fresh.append(&mut self.stalled);
-            self.start(io, now_ns);
+        while let Some(slot) = self.stalled.front().copied() {
+            if !self.bounce(io, slot) {
+                break;
+            }
+            self.stalled.pop_front();
+            if !self.slots.get_mut(slot).is_to_be_fetched() {
+                self.submit(io, slot);
+            }
+        }
+        if !self.fetched.is_empty() {
+            self.fetch(io);
+        }
+        if let Some(head) = self.parked.take() {
+            self.take_indirect(io, head);
+            if !io.scratch.indirect.is_empty() {
+                self.read_indirect(io);
+                self.start(io);
+            }
+        }
+    }
+
+    /// Whether the turn before has left anything.
+    #[inline]
+    fn has_unfinished(&self) -> bool {
+        !self.interrupted.is_empty() || !self.fetched.is_empty() || !self.copied_out.is_empty()
+    }
+
+    /// Goes on with what the turn before has left, what is nearest to its end first.
+    #[cold]
+    fn go_on<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
+        if !self.copied_out.is_empty() {
+            self.copy_reads_out(io);
+        }
+        while let Some(slot) = self.interrupted.pop_front() {
+            let others = self.interrupted.len();
+            self.submit(io, slot);
+            if stays_first(&mut self.interrupted, others) {
+                break;
+            }
+        }
+        if !self.fetched.is_empty() {
+            self.fetch(io);
         }
     }
 
@@ -463,17 +632,19 @@ impl Queue {
         &mut self,
         io: &mut Resources<G, E>,
         slot_index: u32,
-        now_ns: u64,
     ) {
         loop {
+            if self.moves_data && self.effort == 0 {
+                return self.interrupted.push_back(slot_index);
+            }
             match self.submit_step(&mut io.engine, slot_index) {
-                Ok(Submitted::UnderWay) => return,
-                Ok(Submitted::Done(Completion { result, .. })) => {
-                    if !self.finish_step(io, slot_index, result, now_ns) {
+                Submitted::Started | Submitted::Parked => return,
+                Submitted::Done(Completion { result, .. }) => {
+                    if !self.finish_step(io, slot_index, result) {
                         return;
                     }
                 }
-                Err(_) => return self.refused.push(slot_index),
+                Submitted::Full(_) => return self.refused.push_back(slot_index),
             }
         }
     }
@@ -483,7 +654,8 @@ impl Queue {
         &mut self,
         engine: &mut E,
         slot_index: u32,
-    ) -> Result<Submitted, Ticket> {
+    ) -> Submitted {
+        let count = if self.moves_data { self.pages_to_move(slot_index) } else { usize::MAX };
         let slot = self.slots.get_mut(slot_index);
         let ticket = Ticket::new(self.index, slot_index);
         let offset = slot.offset_bytes();
@@ -493,13 +665,22 @@ impl Queue {
                 let len = slot.request.len_bytes;
                 engine.submit(&self.image, &IoOp::Discard { offset, len, secure }, ticket)
             }
-            Step::Read => slot.with_buffers(|buffers| {
+            Step::Read => slot.with_buffers(count, |buffers| {
                 engine.submit(&self.image, &IoOp::Read { offset, buffers }, ticket)
             }),
-            Step::Write => slot.with_buffers(|buffers| {
+            Step::Write => slot.with_buffers(count, |buffers| {
                 engine.submit(&self.image, &IoOp::Write { offset, buffers }, ticket)
             }),
         }
+    }
+
+    /// How many buffers of a slot the worker itself moves in one go: as many as the turn allows.
+    fn pages_to_move(&mut self, slot_index: u32) -> usize {
+        let count = (self.effort / MOVED_PAGE_EFFORT).max(1);
+        let segments = self.slots.get_mut(slot_index).segments().len();
+        let moved = count.min(u32::try_from(segments).unwrap_or(u32::MAX));
+        self.spend(moved * MOVED_PAGE_EFFORT);
+        count as usize
     }
 
     /// Takes the result of a step.
@@ -509,10 +690,9 @@ impl Queue {
         io: &mut Resources<G, E>,
         slot_index: u32,
         result: i32,
-        now_ns: u64,
     ) {
-        if self.finish_step(io, slot_index, result, now_ns) {
-            self.submit(io, slot_index, now_ns);
+        if self.finish_step(io, slot_index, result) {
+            self.submit(io, slot_index);
         }
     }
 
@@ -523,29 +703,30 @@ impl Queue {
         io: &mut Resources<G, E>,
         slot_index: u32,
         result: i32,
-        now_ns: u64,
     ) -> bool {
         let slot = self.slots.get_mut(slot_index);
         let advance = slot.advance(result);
         let needs_copy = slot.is_bounced() && slot.request.kind == Kind::Read;
         match advance {
-            Advance::Done if needs_copy => self.copy_out.push(slot_index),
-            Advance::Done => self.answer(io, slot_index, Status::Okay, now_ns),
+            Advance::Done if needs_copy => self.copied_out.push_back(slot_index),
+            Advance::Done => self.answer(io, slot_index, Status::Okay),
             Advance::Again => return true,
             Advance::Failed(errno) => {
-                let status = self.storage_error(slot_index, errno);
-                self.answer(io, slot_index, status, now_ns);
+                let status = self.storage_failed(io, slot_index, errno);
+                self.answer(io, slot_index, status);
             }
         }
         false
     }
 
-    /// Ends a pass: bounced reads go to the guest, all responses become visible. `true`: notify.
+    /// Ends a pass: bounced reads go to the guest as far as the turn allows, all responses become
+    /// visible. `true`: notify.
     #[inline]
-    pub fn finish_pass<G: Grants, E>(&mut self, io: &mut Resources<G, E>, now_ns: u64) -> bool {
-        if !self.copy_out.is_empty() {
-            self.copy_reads_out(io, now_ns);
+    pub fn finish_pass<G: Grants, E>(&mut self, io: &mut Resources<G, E>) -> bool {
+        if !self.copied_out.is_empty() {
+            self.copy_reads_out(io);
         }
+        self.settle(io);
         let notify = self.ring.publish() | std::mem::take(&mut self.notify);
         if notify {
             self.counters.notifications.add(1);
@@ -553,80 +734,49 @@ impl Queue {
         notify
     }
 
+    /// Gives back the places of requests that were answered.
+    #[inline]
+    fn settle<G, E>(&mut self, io: &mut Resources<G, E>) {
+        let answered = self.requests.used() - self.ring.in_flight() as usize;
+        io.requests.give_back(&mut self.requests, answered);
+    }
+
     #[inline(always)]
-    fn answer<G: Grants, E>(
-        &mut self,
-        io: &mut Resources<G, E>,
-        slot_index: u32,
-        status: Status,
-        now_ns: u64,
-    ) {
+    fn answer<G: Grants, E>(&mut self, io: &mut Resources<G, E>, slot_index: u32, status: Status) {
         let slot = self.slots.get_mut(slot_index);
         if slot.is_bounced() {
-            slot.give_back_bounced(&mut io.bounce);
+            slot.give_back_bounced(&mut io.bounce, &mut self.bounce);
         }
         if let Mapped::PerRequest(transient) = &mut self.mapped {
             transient.release(&mut io.grants, slot);
             self.counters.grants_mapped.set(transient.count() as u64);
         }
         let (request, taken_ns) = (slot.request, slot.taken_ns);
-        self.slots.give_back(slot_index, &mut io.tables);
+        if let Some(table) = self.slots.give_back(slot_index) {
+            io.tables.give_back(table, &mut self.tables);
+        }
         if self.barrier == Barrier::Began(slot_index) {
             self.barrier = Barrier::None;
         }
         self.ring.answer(&RawResponse::new(request.id, request.operation, status));
-        self.latency.record(now_ns.saturating_sub(taken_ns));
-        self.count(&request, status);
+        io.freed += 1;
+        self.latency.record(io.now_ns.saturating_sub(taken_ns));
+        self.count(io, &request, status);
     }
+}
 
-    #[inline]
-    fn count(&self, request: &Request, status: Status) {
-        let counters = &self.counters;
-        if status != Status::Okay {
-            return counters.errors.add(1);
-        }
-        match request.kind {
-            Kind::Read => {
-                counters.reads.add(1);
-                counters.read_bytes.add(request.len_bytes);
-            }
-            Kind::Write | Kind::FlushThenWrite | Kind::FlushedWrite => {
-                counters.writes.add(1);
-                counters.written_bytes.add(request.len_bytes);
-            }
-            Kind::Flush => {}
-            Kind::Discard | Kind::SecureDiscard => {
-                counters.discards.add(1);
-                counters.discarded_bytes.add(request.len_bytes);
-            }
-        }
-        if matches!(request.kind, Kind::Flush | Kind::FlushThenWrite | Kind::FlushedWrite) {
-            counters.flushes.add(1);
-        }
+/// Where one that was taken off a list is at its end again, beside so many others, it stays the first.
+fn stays_first(list: &mut VecDeque<u32>, others: usize) -> bool {
+    let is_back = list.len() > others;
+    if is_back {
+        list.rotate_right(1);
     }
+    is_back
+}
 
-    /// Tells the admin, ever more seldom, and finds the answer for the guest.
-    #[cold]
-    fn storage_error(&mut self, slot: u32, errno: i32) -> Status {
-        let request = self.slots.get_mut(slot).request;
-        self.storage_errors += 1;
-        if self.storage_errors.is_power_of_two() {
-            tracing::error!(
-                domid = %self.frontend,
-                kind = ?request.kind,
-                offset_bytes = request.offset_bytes,
-                len_bytes = request.len_bytes,
-                error = %std::io::Error::from_raw_os_error(errno),
-                errors_so_far = self.storage_errors,
-                "storage failed a request"
-            );
-        }
-        match (request.kind, errno) {
-            (Kind::Read | Kind::Write, _) => Status::Error,
-            (_, libc::EOPNOTSUPP) => Status::NotSupported,
-            _ => Status::Error,
-        }
-    }
+/// Pages that the data of the largest request can be in.
+fn largest_request(rules: &DiskRules) -> usize {
+    SEGMENTS_PER_REQUEST.max(rules.indirect_segments.into())
 }
 
 fn unmap_ring<G: Grants>(grants: &mut G, page: SharedPage) {

@@ -4,9 +4,12 @@
 //! larger tables of indirect requests are a worker's and lent for the time of a request. So nothing
 //! allocates per request.
 
-use super::bounce::BouncePool;
+use std::borrow::Cow;
+
+use super::bounce::{BouncePool, Whose};
 use crate::blkif::request::{Kind, Request, Segment};
-use crate::limits::{GRANTS_PER_MAP_BATCH, INDIRECT_REQUESTS_PER_WORKER, SEGMENTS_PER_REQUEST};
+use crate::limits::{GRANTS_PER_MAP_BATCH, SEGMENTS_PER_REQUEST, TABLES_COMMON, TABLES_PER_QUEUE};
+use crate::pool::{Pool, Share};
 use crate::xen::shm::{GuestBuf, GuestPages, PAGE_BYTES};
 
 /// One request on its way.
@@ -27,6 +30,8 @@ pub struct Slot {
     /// What is left of its plan.
     steps: &'static [Step],
     bounced: Bounced,
+    /// Of its bounced segments, how many were copied to or from the guest.
+    copied: u16,
     count: u16,
     inline: Table<SEGMENTS_PER_REQUEST>,
     large: Option<Box<LargeTable>>,
@@ -51,9 +56,9 @@ pub struct LargeTable {
 enum Bounced {
     No,
     /// One segment after the other in this run of pages.
-    Run(GuestBuf),
+    Run(GuestBuf, Whose),
     /// Each segment in a page of its own.
-    Pages,
+    Pages(Whose),
 }
 
 impl LargeTable {
@@ -65,37 +70,32 @@ impl LargeTable {
     }
 }
 
-/// A worker's tables for indirect requests; each is made when it is first needed.
-#[derive(Debug, Default)]
+/// A worker's tables for indirect requests, some of them guaranteed to each queue; each is made when
+/// it is first needed.
+#[derive(Debug)]
 pub struct LargeTables {
+    pool: Pool,
     // Boxed, so that lending one moves a pointer.
     #[expect(clippy::vec_box, reason = "lent as boxes")]
     idle: Vec<Box<LargeTable>>,
-    lent: usize,
+}
+
+impl Default for LargeTables {
+    fn default() -> LargeTables {
+        LargeTables { pool: Pool::new(TABLES_PER_QUEUE, TABLES_COMMON), idle: Vec::new() }
+    }
 }
 
 impl LargeTables {
-    /// Tables that can be had now.
-    #[inline]
-    pub fn free(&self) -> usize {
-        INDIRECT_REQUESTS_PER_WORKER - self.lent
-    }
-
-    /// A table.
-    ///
-    /// # Panics
-    /// Where none is free; requests are taken only while there is one for each.
-    pub fn take(&mut self) -> Box<LargeTable> {
-        assert!(self.free() > 0);
-        self.lent += 1;
-        self.idle
-            .pop()
-            .unwrap_or_else(|| Box::new(LargeTable { segments: Vec::new(), buffers: Vec::new() }))
+    /// A table, for the queue whose share this is; `None`: there is none now.
+    pub fn take(&mut self, share: &mut Share) -> Option<Box<LargeTable>> {
+        let new = || Box::new(LargeTable { segments: Vec::new(), buffers: Vec::new() });
+        self.pool.take(share, 1).then(|| self.idle.pop().unwrap_or_else(new))
     }
 
     /// Takes a table back.
-    pub fn give_back(&mut self, table: Box<LargeTable>) {
-        self.lent -= 1;
+    pub fn give_back(&mut self, table: Box<LargeTable>, share: &mut Share) {
+        self.pool.give_back(share, 1);
         self.idle.push(table);
     }
 }
@@ -117,6 +117,7 @@ impl Slot {
             moved_bytes: 0,
             steps: &[],
             bounced: Bounced::No,
+            copied: 0,
             count: 0,
             inline: Table {
                 segments: [Segment::default(); SEGMENTS_PER_REQUEST],
@@ -147,6 +148,7 @@ impl Slot {
         self.moved_bytes = 0;
         self.steps = plan(request.kind);
         self.bounced = Bounced::No;
+        self.copied = 0;
         self.count = u16::try_from(count).expect("at most the segments of an indirect request");
         self.large = large;
     }
@@ -197,9 +199,9 @@ impl Slot {
         }
     }
 
-    /// Finds bounce memory for all of its data, in one run of pages if there is one; `false`: there
-    /// is not enough now.
-    pub fn bounce(&mut self, pool: &mut BouncePool) -> bool {
+    /// Finds bounce memory for all of its data in a pool, which is the worker's or the queue's own, in
+    /// one run of pages if there is one; `false`: there is not enough now.
+    pub fn bounce(&mut self, pool: &mut BouncePool, whose: Whose) -> bool {
         let count = self.segments().len();
         let bytes = usize::try_from(self.request.len_bytes).unwrap_or(usize::MAX);
         if let Some(run) = pool.take(bytes.div_ceil(PAGE_BYTES)) {
@@ -209,7 +211,7 @@ impl Slot {
                 self.set_buffer(index, run.part(at, len).expect("the segments are its length"));
                 at += len;
             }
-            self.bounced = Bounced::Run(run);
+            self.bounced = Bounced::Run(run, whose);
             return true;
         }
         if pool.free() < count {
@@ -220,28 +222,58 @@ impl Slot {
             let len = self.segments()[index].len.into();
             self.set_buffer(index, page.part(0, len).expect("a segment is no longer than a page"));
         }
-        self.bounced = Bounced::Pages;
+        self.bounced = Bounced::Pages(whose);
         true
     }
 
-    /// Gives its bounce memory back.
-    pub fn give_back_bounced(&mut self, pool: &mut BouncePool) {
+    /// Gives its bounce memory back to the pool that it is from.
+    pub fn give_back_bounced(&mut self, common: &mut BouncePool, own: &mut BouncePool) {
+        let pool = |whose| match whose {
+            Whose::Common => common,
+            Whose::Own => own,
+        };
         match std::mem::replace(&mut self.bounced, Bounced::No) {
             Bounced::No => {}
-            Bounced::Run(run) => pool.give_back(run),
-            Bounced::Pages => self.buffers().iter().for_each(|buffer| pool.give_back(*buffer)),
+            Bounced::Run(run, whose) => pool(whose).give_back(run),
+            Bounced::Pages(whose) => {
+                let pool = pool(whose);
+                self.buffers().iter().for_each(|buffer| pool.give_back(*buffer));
+            }
         }
     }
 
-    /// Its segments, with where their data is.
-    pub fn located(&self) -> impl Iterator<Item = (Segment, GuestBuf)> + '_ {
-        self.segments().iter().copied().zip(self.buffers().iter().copied())
+    /// The next of its bounced segments to copy, at most `count`; they count as copied.
+    pub fn take_uncopied(
+        &mut self,
+        count: usize,
+    ) -> impl ExactSizeIterator<Item = (Segment, GuestBuf)> + '_ {
+        let first = usize::from(self.copied);
+        let end = self.segments().len().min(first.saturating_add(count));
+        self.copied = u16::try_from(end).expect("at most the segments of an indirect request");
+        let segments = self.segments()[first..end].iter().copied();
+        segments.zip(self.buffers()[first..end].iter().copied())
+    }
+
+    /// Whether all of its bounced segments are copied.
+    pub fn is_copied(&self) -> bool {
+        usize::from(self.copied) == self.segments().len()
+    }
+
+    /// Fills its buffers with zeroes.
+    pub fn zero(&self) {
+        self.buffers().iter().for_each(|buffer| buffer.zero());
     }
 
     /// Whether its data is in bounce memory.
     #[inline]
     pub fn is_bounced(&self) -> bool {
         !matches!(self.bounced, Bounced::No)
+    }
+
+    /// Whether its data is still to be copied from the guest, at least in part.
+    #[inline]
+    pub fn is_to_be_fetched(&self) -> bool {
+        self.is_bounced() && self.request.kind != Kind::Read && !self.is_copied()
     }
 
     /// What to ask of the engine next.
@@ -256,30 +288,40 @@ impl Slot {
         self.request.offset_bytes + u64::from(self.moved_bytes)
     }
 
-    /// Shows the buffers of the rest of the transfer.
+    /// Shows the buffers of the rest of the transfer, at most `count` of them.
     #[inline(always)]
-    pub fn with_buffers<R>(&self, show: impl FnOnce(&[GuestBuf]) -> R) -> R {
+    pub fn with_buffers<R>(&self, count: usize, show: impl FnOnce(&[GuestBuf]) -> R) -> R {
         let rest;
         // One call only, which can then be inlined.
-        show(match self.moved_bytes {
+        let buffers = match self.moved_bytes {
             0 => self.buffers(),
             _ => {
                 rest = self.rest();
                 &rest
             }
-        })
+        };
+        show(&buffers[..count.min(buffers.len())])
     }
 
-    /// What is left after a short transfer, which is rare.
+    /// What is left after a short transfer. It is copied only where that ended inside of a buffer, which
+    /// is rare.
     #[cold]
-    fn rest(&self) -> Vec<GuestBuf> {
-        let mut skip = self.moved_bytes;
-        let left = |buffer: &GuestBuf| {
-            let skipped = skip.min(buffer.len());
-            skip -= skipped;
-            buffer.part(skipped, buffer.len() - skipped).filter(|part| !part.is_empty())
-        };
-        self.buffers().iter().filter_map(left).collect()
+    fn rest(&self) -> Cow<'_, [GuestBuf]> {
+        let (buffers, mut skip) = (self.buffers(), self.moved_bytes);
+        let whole = buffers.iter().take_while(|buffer| {
+            let moved = buffer.len() <= skip;
+            skip -= if moved { buffer.len() } else { 0 };
+            moved
+        });
+        let left = &buffers[whole.count()..];
+        match left.first() {
+            Some(first) if skip > 0 => {
+                let mut left = left.to_vec();
+                left[0] = first.part(skip, first.len() - skip).expect("it is shorter");
+                Cow::Owned(left)
+            }
+            _ => Cow::Borrowed(left),
+        }
     }
 
     /// Takes note of a step's result: bytes moved, or a negative errno.
@@ -383,22 +425,26 @@ impl Slots {
 
     /// Grant references of all requests in the slots.
     pub fn refs(&self) -> impl Iterator<Item = u32> + '_ {
-        let in_use = self.slots.iter().filter(|slot| slot.in_use);
-        in_use.flat_map(|slot| slot.segments().iter().map(|segment| segment.gref))
+        self.in_use().flat_map(|slot| slot.segments().iter().map(|segment| segment.gref))
     }
 
-    /// Frees a slot; a table lent for it goes back to `tables`.
+    /// The requests in the slots.
+    pub fn in_use(&self) -> impl Iterator<Item = &Slot> + '_ {
+        self.slots.iter().filter(|slot| slot.in_use)
+    }
+
+    /// Frees a slot; returns the table lent for it.
     ///
     /// # Panics
     /// Where the slot is free already.
     #[inline]
-    pub fn give_back(&mut self, index: u32, tables: &mut LargeTables) {
+    #[must_use = "the table goes back to where it is from"]
+    pub fn give_back(&mut self, index: u32) -> Option<Box<LargeTable>> {
         let slot = self.get_mut(index);
         slot.in_use = false;
-        if let Some(large) = slot.large.take() {
-            tables.give_back(large);
-        }
+        let large = slot.large.take();
         self.free.push(index);
+        large
     }
 }
 
@@ -428,11 +474,12 @@ mod test {
         assert_eq!(slot.advance(4096 + 1024), Advance::Again);
         assert_eq!(slot.offset_bytes(), 4096 + 4096 + 1024);
         let lens = |slot: &Slot| -> Vec<u32> {
-            slot.with_buffers(|buffers| buffers.iter().map(|buffer| buffer.len()).collect())
+            slot.with_buffers(2, |buffers| buffers.iter().map(|buffer| buffer.len()).collect())
         };
         assert_eq!(lens(&slot), [3072, 4096]);
         assert_eq!(slot.advance(3072), Advance::Again);
         assert_eq!(lens(&slot), [4096]);
+        assert!(matches!(slot.rest(), Cow::Borrowed(_)), "whole buffers need no copy");
         assert_eq!(slot.advance(4096), Advance::Done);
     }
 
@@ -473,12 +520,11 @@ mod test {
     }
 
     #[test]
-    fn a_table_is_lent_for_the_time_of_a_request() {
-        let mut tables = LargeTables::default();
+    fn a_table_is_lent_for_the_time_of_a_request_and_each_queue_can_always_have_some() {
+        let (mut tables, mut share) = (LargeTables::default(), Share::default());
         let mut slots = Slots::new(2);
-        let all = tables.free();
         let (index, _) = slots.take();
-        let mut large = tables.take();
+        let mut large = tables.take(&mut share).unwrap();
         large.segments_mut(200).fill(Segment { gref: 7, offset: 0, len: 512 });
         let request = Request {
             id: 1,
@@ -489,38 +535,60 @@ mod test {
         };
         slots.get_mut(index).begin(request, 200, Some(large), 0);
         assert_eq!(slots.get_mut(index).segments().len(), 200);
-        assert_eq!(tables.free(), all - 1);
-        slots.give_back(index, &mut tables);
-        assert_eq!(tables.free(), all);
+        let taken = std::iter::from_fn(|| tables.take(&mut share)).count();
+        assert_eq!(1 + taken, TABLES_PER_QUEUE + TABLES_COMMON);
+        let mut other = Share::default();
+        assert_eq!(std::iter::from_fn(|| tables.take(&mut other)).count(), TABLES_PER_QUEUE);
+        tables.give_back(slots.give_back(index).unwrap(), &mut share);
+        assert!(tables.take(&mut other).is_some());
+    }
+
+    #[test]
+    fn segments_are_copied_in_parts_each_once() {
+        let pages = LocalPages::new(3);
+        let mut slot = slot(Kind::Read, &pages);
+        let mut copied = Vec::new();
+        for (count, left) in [(2, true), (0, true), (usize::MAX, false)] {
+            copied.extend(slot.take_uncopied(count).map(|(_, buffer)| buffer.address()));
+            assert_eq!(!slot.is_copied(), left);
+        }
+        assert_eq!(copied, [0, 1, 2].map(|index| pages.page(index).address()));
     }
 
     #[test]
     fn bounced_data_is_one_run_where_there_is_one_and_comes_back_either_way() {
         let pages = LocalPages::new(3);
         let mut slot = slot(Kind::Read, &pages);
-        let mut pool = BouncePool::default();
+        let mut pool = BouncePool::new(64);
+        let mut own = BouncePool::new(3);
         pool.allocate();
+        own.allocate();
         let all = pool.free();
         for segment in &mut slot.inline.segments {
             *segment = Segment { gref: 1, offset: 512, len: 1536 };
         }
         slot.request.len_bytes = 3 * 1536;
-        assert!(slot.bounce(&mut pool) && slot.is_bounced());
+        assert!(slot.bounce(&mut pool, Whose::Common) && slot.is_bounced());
         assert_eq!(pool.free(), all - 2, "one after the other, over the end of a page");
         let first = slot.buffers()[0].address();
         assert!(slot.buffers().iter().zip(0..).all(|(buffer, index)| {
             buffer.address().addr().get() == first.addr().get() + index * 1536
         }));
-        slot.give_back_bounced(&mut pool);
+        slot.give_back_bounced(&mut pool, &mut own);
         assert!(!slot.is_bounced());
 
         let single: Vec<_> = (0..all).map(|_| pool.take(1).unwrap()).collect();
         single.iter().step_by(2).take(2).for_each(|page| pool.give_back(*page));
-        assert!(!slot.bounce(&mut pool) && !slot.is_bounced(), "not enough");
+        assert!(!slot.bounce(&mut pool, Whose::Common) && !slot.is_bounced(), "not enough");
         single.iter().skip(4).step_by(2).for_each(|page| pool.give_back(*page));
-        assert!(slot.bounce(&mut pool));
+        assert!(slot.bounce(&mut pool, Whose::Common));
         assert_eq!(pool.free(), all / 2 - 3, "each in a page of its own");
-        slot.give_back_bounced(&mut pool);
+        slot.give_back_bounced(&mut pool, &mut own);
         assert_eq!(pool.free(), all / 2);
+
+        assert!(slot.bounce(&mut own, Whose::Own));
+        assert_eq!((pool.free(), own.free()), (all / 2, 1));
+        slot.give_back_bounced(&mut pool, &mut own);
+        assert_eq!((pool.free(), own.free()), (all / 2, 3));
     }
 }

@@ -10,7 +10,7 @@
 
 use super::slots::Slot;
 use crate::blkif::request::{Kind, Segment};
-use crate::budget::Share;
+use crate::budget::GrantShare;
 use crate::limits::{
     GRANTS_PER_MAP_BATCH, MAP_REFUSALS_MAX, PERSISTENT_GRANTS_PER_QUEUE, SEGMENTS_MAPPED_MIN,
 };
@@ -21,19 +21,19 @@ use crate::xen::{Grants, PageAccess};
 #[derive(Debug)]
 pub struct TransientGrants {
     /// As many pages as are mapped.
-    share: Share,
+    share: GrantShare,
     refusals: u32,
 }
 
 impl TransientGrants {
     /// None mapped yet.
-    pub fn new(share: Share) -> TransientGrants {
+    pub fn new(share: GrantShare) -> TransientGrants {
         TransientGrants { share, refusals: 0 }
     }
 
     /// Pages mapped.
     pub fn count(&self) -> usize {
-        self.share.taken()
+        self.share.pages()
     }
 
     /// Maps all pages of a request and points its segments at them; or none, and its data has to be
@@ -53,7 +53,7 @@ impl TransientGrants {
             || self.count() + count > PERSISTENT_GRANTS_PER_QUEUE
             || self.refusals >= MAP_REFUSALS_MAX
             || !segments.iter().all(is_aligned)
-            || !self.share.take_all(count)
+            || !self.share.take_all(count, mappings(count))
         {
             return;
         }
@@ -88,9 +88,18 @@ impl TransientGrants {
     fn unmap<G: Grants>(&mut self, grants: &mut G, slot: &mut Slot) {
         for pages in slot.mapped.drain(..) {
             if let Err(error) = grants.unmap(pages) {
-                tracing::warn!(%error, "unmapping a request's pages failed");
+                // That is a host's fault, and no more of this queue are mapped that could share it.
+                self.refusals = MAP_REFUSALS_MAX;
+                tracing::warn!(%error, "unmapping a request's pages failed: the others are copied");
             }
         }
-        self.share.give_back(slot.segments().len());
+        let count = slot.segments().len();
+        self.share.give_back(count);
+        self.share.give_back_mappings(mappings(count));
     }
+}
+
+/// How many mappings so many pages are in.
+fn mappings(pages: usize) -> usize {
+    pages.div_ceil(GRANTS_PER_MAP_BATCH)
 }

@@ -5,8 +5,12 @@
 //! its first event or completion until it had no work for the spin budget; then it is *armed*: its
 //! frontend notifies again, and its event channel, masked since its last event, is unmasked. A
 //! notification storm of a guest therefore costs a busy worker nothing (XSA-332).
+//!
+//! A queue that waits for what others have of the worker's pools is neither: it is looked at again once
+//! something was given back. Where several queues have work they take turns ([`turns`]).
 
 mod thread;
+mod turns;
 
 use std::collections::HashMap;
 use std::io;
@@ -19,18 +23,18 @@ use slab::Slab;
 use crate::backing::Image;
 use crate::engine::{Completion, Engine};
 use crate::limits::{
-    COMMANDS_PER_PASS, EVENT_CHECK_NS, EVENT_CHECK_PASSES, PERSISTENT_SWEEP_SECONDS,
-    PORTS_PER_READ, QUEUES_PER_WORKER,
+    COMMANDS_PER_PASS, EVENT_CHECK_MAX_NS, EVENT_CHECK_NS, EVENT_CHECK_PASSES, OUTBOX_RETRY_MS,
+    PERSISTENT_SWEEP_SECONDS, PORTS_PER_READ, QUEUES_PER_WORKER, REQUESTS_COMMON, TURN_EFFORT,
+    TURN_EFFORT_AHEAD, TURN_EFFORT_ALONE,
 };
-use crate::msg::{
-    Command, CommandReceiver, Connect, Event, EventSender, InFlight, QueueKey, ReplaceImage,
-};
+use crate::msg::{Command, CommandReceiver, Connect, Event, Outbox, QueueKey, ReplaceImage};
 use crate::park::{self, Patience, Pause};
-use crate::queue::{BouncePool, LargeTables, Queue, Resources, Scratch};
+use crate::queue::{Queue, Resources};
 use crate::units::Port;
 use crate::xen::{Events, Platform, PlatformError};
 
-pub use thread::{Setup, SpawnError, WorkerThread, spawn, spawn_all};
+pub use thread::{Setup, SpawnError, WorkerThread, serve, spawn, spawn_all};
+use turns::{TimeUsed, Turns};
 
 const SWEEP_NS: u64 = PERSISTENT_SWEEP_SECONDS * 1_000_000_000;
 
@@ -53,15 +57,17 @@ pub struct Worker<P: Platform, E> {
     by_port: HashMap<Port, usize>,
     /// Queues whose rings are looked at in every pass.
     polled: Vec<usize>,
-    /// Queues that are to be disconnected once drained.
-    leaving: Vec<usize>,
-    /// Queues that get another image once drained.
-    replacing: Vec<(usize, Box<ReplaceImage>)>,
+    /// Queues that are to be looked at again when something was given back.
+    waiting: Vec<usize>,
+    /// How much had been given back when they were looked at last.
+    freed: u64,
+    /// Queues with whom something is to be done once they are drained.
+    draining: Vec<usize>,
+    turns: Turns,
     /// Masked ports of queues that were armed in this pass.
     unmask: Vec<Port>,
     done: Vec<Completion>,
     commands: CommandReceiver,
-    reports: EventSender,
     patience: Patience,
     last_work_ns: u64,
     last_event_check_ns: u64,
@@ -77,34 +83,40 @@ pub struct Worker<P: Platform, E> {
 struct Served {
     queue: Queue,
     polled: bool,
+    /// It is one of those that wait.
+    waits: bool,
     /// No event has come since its port was unmasked, as a port is when it is bound.
     unmasked: bool,
     last_work_ns: u64,
+    used: TimeUsed,
+    /// The effort of its turn in this pass.
+    spent: u32,
+    /// What it gets, one after the other, once it is drained.
+    replacements: Vec<ReplaceImage>,
+    /// It is to be disconnected once it is drained.
+    leaving: bool,
 }
 
 impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     /// A worker without queues. It opens its own event channels and grant mappings, and belongs to
     /// the calling thread from now on.
     pub fn new(setup: Setup<P>, engine: E) -> Result<Worker<P, E>, PlatformError> {
+        let (events, grants) = (setup.platform.open_events()?, setup.platform.open_grants()?);
+        let (polled, waiting, draining, unmask) = Default::default();
         Ok(Worker {
-            events: setup.platform.open_events()?,
-            resources: Resources {
-                grants: setup.platform.open_grants()?,
-                engine,
-                bounce: BouncePool::default(),
-                tables: LargeTables::default(),
-                scratch: Scratch::default(),
-            },
+            events,
+            resources: Resources::new(grants, engine, Outbox::new(setup.reports)),
             queues: Slab::new(),
             by_key: HashMap::new(),
             by_port: HashMap::new(),
-            polled: Vec::new(),
-            leaving: Vec::new(),
-            replacing: Vec::new(),
-            unmask: Vec::new(),
-            done: Vec::new(),
+            polled,
+            waiting,
+            freed: 0,
+            draining,
+            turns: Turns::default(),
+            unmask,
+            done: Vec::with_capacity(REQUESTS_COMMON),
             commands: setup.commands,
-            reports: setup.reports,
             patience: Patience::new(setup.poll),
             last_work_ns: 0,
             last_event_check_ns: 0,
@@ -113,6 +125,11 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             next_sweep_ns: u64::MAX,
             stopping: false,
         })
+    }
+
+    /// Whether nothing is in flight, so that nobody but this worker touches any memory of it.
+    fn is_at_rest(&self) -> bool {
+        self.queues.is_empty() && self.resources.engine.in_flight() == 0
     }
 
     /// Passes and sleeps until [`Command::Stop`] was obeyed.
@@ -129,14 +146,34 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             }
             let storage_works = self.resources.engine.in_flight() > 0;
             let pause = self.patience.goes_on(clock_ns(), storage_works);
-            self.arm_idle(pause)?;
-            if self.polled.is_empty() && !pause.spins {
+            if self.is_to_sleep(pause)? {
                 self.sleep(clock_ns)?;
             } else {
                 std::hint::spin_loop();
             }
         }
+        self.resources.outbox.close();
         Ok(())
+    }
+
+    /// After a pass without work: arms the queues that had none for long enough; whether to sleep until
+    /// something happens.
+    fn is_to_sleep(&mut self, pause: Pause) -> io::Result<bool> {
+        self.arm_idle(pause)?;
+        let something_freed = !self.waiting.is_empty() && self.freed != self.resources.freed;
+        Ok(self.polled.is_empty() && !something_freed && !pause.spins)
+    }
+
+    /// As [`Worker::run`] does it after a pass without work, where it never spins: whether the worker
+    /// would sleep now until something happens.
+    pub fn arm(&mut self) -> io::Result<bool> {
+        let pause = Pause { lasted_ns: 0, spins: false, limit_ns: 0 };
+        if !self.is_to_sleep(pause)? {
+            return Ok(false);
+        }
+        let completed = self.resources.engine.arm()?;
+        self.resources.engine.disarm(completed);
+        Ok(!completed && self.commands.commands.is_empty())
     }
 
     /// Sleeps until a sleeping queue's frontend notifies, storage completes or control commands.
@@ -153,7 +190,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 self.resources.engine.completion_fd(),
                 self.commands.bell.as_fd(),
             ],
-            self.until_sweep(asleep_ns),
+            self.longest_sleep(asleep_ns),
         );
         self.no_events = !notified;
         self.resources.engine.disarm(completed);
@@ -169,25 +206,39 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     /// own host's (io_uring or the event-channel device fails), never a guest's.
     pub fn poll_once(&mut self, clock_ns: impl Fn() -> u64) -> io::Result<Progress> {
         let now_ns = clock_ns();
+        self.resources.now_ns = now_ns;
         if now_ns >= self.next_sweep_ns {
             self.sweep(now_ns);
+        }
+        if !self.resources.outbox.is_empty() {
+            self.resources.outbox.offer();
         }
         let mut worked = self.take_commands(now_ns);
         if self.event_check_is_due(now_ns) {
             worked |= self.take_events(now_ns)?;
         }
-        worked |= self.take_requests(now_ns);
-        self.resources.engine.kick()?;
+        if self.freed != self.resources.freed {
+            self.look_at_waiting(now_ns);
+        }
+        let take_turns = self.polled.len() > 1;
+        if take_turns {
+            worked |= self.take_in_turns(now_ns, &clock_ns);
+            self.kick_in_turns(&clock_ns)?;
+        } else {
+            worked |= self.take_alone(now_ns);
+            self.resources.engine.kick()?;
+        }
         worked |= self.take_completions(&clock_ns);
         if worked {
-            self.finish_pass(now_ns)?;
+            if take_turns {
+                self.finish_in_turns(&clock_ns)?
+            } else {
+                self.finish_alone()?
+            };
             self.last_work_ns = now_ns;
         }
-        if !self.replacing.is_empty() {
-            self.replace_drained(now_ns);
-        }
-        if !self.leaving.is_empty() {
-            self.disconnect_drained();
+        if !self.draining.is_empty() {
+            self.tend_drained(now_ns);
         }
         Ok(if worked { Progress::Worked } else { Progress::Idle })
     }
@@ -202,10 +253,13 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         self.next_sweep_ns = if some_left { now_ns + SWEEP_NS } else { u64::MAX };
     }
 
-    fn until_sweep(&self, now_ns: u64) -> Option<Duration> {
-        let left = (self.next_sweep_ns != u64::MAX)
-            .then(|| self.next_sweep_ns - now_ns.min(self.next_sweep_ns));
-        left.map(Duration::from_nanos)
+    /// Until there is something to do without any event; `None`: never.
+    fn longest_sleep(&self, now_ns: u64) -> Option<Duration> {
+        let to_sweep = (self.next_sweep_ns != u64::MAX)
+            .then(|| Duration::from_nanos(self.next_sweep_ns.saturating_sub(now_ns)));
+        let to_offer =
+            (!self.resources.outbox.is_empty()).then(|| Duration::from_millis(OUTBOX_RETRY_MS));
+        to_sweep.into_iter().chain(to_offer).min()
     }
 
     fn take_commands(&mut self, now_ns: u64) -> bool {
@@ -225,14 +279,14 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         match command {
             Command::Connect(connect) => self.connect(*connect, now_ns),
             Command::Disconnect(key) => self.leave(key),
-            Command::ReplaceImage(replace) => self.replace(replace, now_ns),
+            Command::ReplaceImage(replace) => self.replace(*replace, now_ns),
             Command::TakeLatency(key) => {
-                let queue = self.by_key.get(&key).and_then(|index| self.queues.get_mut(*index));
-                let latency = queue.map(|served| Box::new(served.queue.take_latency()));
-                self.reports.send(Event::Latency(key, latency));
+                let latency = self.served_mut(key).map(|served| served.queue.take_latency());
+                self.tell(Event::Latency(key, latency.map(Box::new)));
             }
             Command::TellInFlight(key) => {
-                self.reports.send(Event::InFlight(key, InFlight::default()));
+                let told = self.served_mut(key).map(|served| served.queue.in_flight(now_ns));
+                self.tell(Event::InFlight(key, told.unwrap_or_default()));
             }
             Command::Stop => {
                 self.stopping = true;
@@ -240,6 +294,14 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 keys.into_iter().for_each(|key| self.leave(key));
             }
         }
+    }
+
+    fn served_mut(&mut self, key: QueueKey) -> Option<&mut Served> {
+        self.by_key.get(&key).and_then(|index| self.queues.get_mut(*index))
+    }
+
+    fn tell(&mut self, event: Event) {
+        self.resources.outbox.send(event);
     }
 
     fn connect(&mut self, connect: Connect, now_ns: u64) {
@@ -256,67 +318,82 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             Ok(queue) => {
                 self.by_key.insert(key, index);
                 self.by_port.insert(queue.port(), index);
-                entry.insert(Served { queue, polled: false, unmasked: true, last_work_ns: now_ns });
+                entry.insert(Served::new(queue, now_ns));
                 self.poll_queue(index, now_ns);
-                self.reports.send(Event::Connected(key));
+                self.tell(Event::Connected(key));
             }
-            Err(reason) => self.reports.send(Event::ConnectFailed(key, reason)),
+            Err(reason) => self.tell(Event::ConnectFailed(key, reason)),
         }
     }
 
     fn leave(&mut self, key: QueueKey) {
-        match self.by_key.get(&key) {
+        match self.by_key.get(&key).copied() {
             Some(index) => {
-                self.queues[*index].queue.stop();
-                if !self.leaving.contains(index) {
-                    self.leaving.push(*index);
-                }
+                let served = &mut self.queues[index];
+                served.queue.stop();
+                served.leaving = true;
+                self.drain(index);
             }
-            None => self.reports.send(Event::Disconnected(key)),
+            None => self.tell(Event::Disconnected(key)),
         }
     }
 
-    fn replace(&mut self, replace: Box<ReplaceImage>, now_ns: u64) {
+    fn replace(&mut self, replace: ReplaceImage, now_ns: u64) {
         match self.by_key.get(&replace.key).copied() {
             Some(index) => {
-                self.queues[index].queue.pause();
+                let served = &mut self.queues[index];
+                served.queue.pause();
+                served.replacements.push(replace);
                 self.poll_queue(index, now_ns);
-                self.replacing.push((index, replace));
+                self.drain(index);
             }
-            None => self.reports.send(Event::ImageReplaced(replace.key)),
+            None => self.tell(Event::ImageReplaced(replace.key)),
         }
     }
 
-    fn replace_drained(&mut self, now_ns: u64) {
-        for (index, replace) in std::mem::take(&mut self.replacing) {
-            let queue = &mut self.queues[index].queue;
-            if !queue.is_paused() {
-                self.replacing.push((index, replace));
-                continue;
-            }
-            let ReplaceImage { key, rules, image } = *replace;
-            queue.replace_image(image, rules);
-            // Requests may have come meanwhile.
-            self.poll_queue(index, now_ns);
-            self.reports.send(Event::ImageReplaced(key));
+    fn drain(&mut self, index: usize) {
+        if !self.draining.contains(&index) {
+            self.draining.push(index);
         }
     }
 
-    fn disconnect_drained(&mut self) {
-        let queues = &self.queues;
-        let (drained, leaving) =
-            self.leaving.iter().partition(|index| queues[**index].queue.is_drained());
-        self.leaving = leaving;
-        let drained: Vec<usize> = drained;
-        for index in drained {
-            let Served { queue, .. } = self.queues.remove(index);
-            self.polled.retain(|polled| *polled != index);
-            self.by_key.remove(&queue.key());
-            self.by_port.remove(&queue.port());
-            let key = queue.key();
-            queue.disconnect(&mut self.resources, &mut self.events);
-            self.reports.send(Event::Disconnected(key));
+    /// Does what queues are drained for with those that are.
+    fn tend_drained(&mut self, now_ns: u64) {
+        let mut draining = std::mem::take(&mut self.draining);
+        draining.retain(|index| {
+            if self.queues[*index].queue.is_paused() {
+                self.replace_image(*index, now_ns);
+            }
+            let Served { queue, replacements, leaving, .. } = &self.queues[*index];
+            if *leaving && queue.is_drained() {
+                self.disconnect(*index);
+                return false;
+            }
+            *leaving || !replacements.is_empty()
+        });
+        self.draining = draining;
+    }
+
+    fn replace_image(&mut self, index: usize, now_ns: u64) {
+        let served = &mut self.queues[index];
+        for replace in std::mem::take(&mut served.replacements) {
+            let ReplaceImage { key, rules, image } = replace;
+            served.queue.replace_image(image, rules);
+            self.resources.outbox.send(Event::ImageReplaced(key));
         }
+        // Requests may have come meanwhile.
+        self.poll_queue(index, now_ns);
+    }
+
+    fn disconnect(&mut self, index: usize) {
+        let Served { queue, .. } = self.queues.remove(index);
+        self.polled.retain(|polled| *polled != index);
+        self.waiting.retain(|waiting| *waiting != index);
+        let (key, port) = (queue.key(), queue.port());
+        self.by_key.remove(&key);
+        self.by_port.remove(&port);
+        queue.disconnect(&mut self.resources, &mut self.events);
+        self.tell(Event::Disconnected(key));
     }
 
     /// While every queue is polled no event can tell anything new; otherwise ask now and then for
@@ -328,9 +405,10 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             return false;
         }
         self.passes_since_event_check += 1;
+        let since_ns = now_ns.saturating_sub(self.last_event_check_ns);
         self.polled.is_empty()
-            || (now_ns.saturating_sub(self.last_event_check_ns) >= EVENT_CHECK_NS
-                && self.passes_since_event_check >= EVENT_CHECK_PASSES)
+            || (since_ns >= EVENT_CHECK_NS && self.passes_since_event_check >= EVENT_CHECK_PASSES)
+            || since_ns >= EVENT_CHECK_MAX_NS
     }
 
     fn take_events(&mut self, now_ns: u64) -> io::Result<bool> {
@@ -360,24 +438,95 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         }
     }
 
+    /// Looks again at queues that wait for what may have been given back.
+    #[cold]
+    fn look_at_waiting(&mut self, now_ns: u64) {
+        self.freed = self.resources.freed;
+        let mut waiting = std::mem::take(&mut self.waiting);
+        for index in waiting.drain(..) {
+            self.queues[index].waits = false;
+            self.poll_queue(index, now_ns);
+        }
+        self.waiting = waiting;
+    }
+
+    /// The turn of the only queue that is polled, if there is one.
     #[inline]
-    fn take_requests(&mut self, now_ns: u64) -> bool {
-        let mut worked = false;
-        for index in &self.polled {
-            let served = &mut self.queues[*index];
-            match served.queue.take(&mut self.resources, now_ns) {
-                Ok(false) => {}
-                Ok(true) => {
+    fn take_alone(&mut self, now_ns: u64) -> bool {
+        let Some(index) = self.polled.first().copied() else { return false };
+        self.take_turn(index, TURN_EFFORT_ALONE, now_ns)
+    }
+
+    #[inline]
+    fn take_turn(&mut self, index: usize, effort: u32, now_ns: u64) -> bool {
+        let served = &mut self.queues[index];
+        let taken = served.queue.take(&mut self.resources, effort);
+        served.spent = effort - served.queue.effort_left();
+        match taken {
+            Ok(worked) => {
+                if worked {
                     served.last_work_ns = now_ns;
-                    worked = true;
                 }
-                Err(fault) => {
-                    let event = Event::RingFault(served.queue.key(), fault.to_string());
-                    self.reports.send(event);
-                }
+                worked
+            }
+            Err(fault) => {
+                let event = Event::RingFault(served.queue.key(), fault.to_string());
+                self.tell(event);
+                false
             }
         }
+    }
+
+    /// The turns of all queues that are polled, but for those that had more than their share.
+    fn take_in_turns(&mut self, now_ns: u64, clock_ns: impl Fn() -> u64) -> bool {
+        let count = self.polled.len();
+        let first = self.turns.begin(count);
+        let limit = self.turns.limit(self.polled.iter().map(|index| self.queues[*index].used));
+        let mut worked = false;
+        let mut put_off: Option<(TimeUsed, usize)> = None;
+        let mut since_ns = clock_ns();
+        for nth in 0..count {
+            let index = self.polled[wrapped(first + nth, count)];
+            let served = &mut self.queues[index];
+            if served.used > limit {
+                served.queue.put_off();
+                served.spent = 0;
+                if put_off.is_none_or(|(used, _)| served.used < used)
+                    && served.queue.has_work(self.resources.freed)
+                {
+                    put_off = Some((served.used, index));
+                }
+            } else if self.take_turn(index, TURN_EFFORT, now_ns) {
+                worked = true;
+                self.charge(index, &mut since_ns, &clock_ns);
+            }
+        }
+        if !worked && let Some((_, index)) = put_off {
+            worked = self.take_turn(index, TURN_EFFORT_AHEAD, now_ns);
+            self.charge(index, &mut since_ns, &clock_ns);
+        }
         worked
+    }
+
+    /// Charges a queue for the time since then.
+    fn charge(&mut self, index: usize, since_ns: &mut u64, clock_ns: impl Fn() -> u64) {
+        let now_ns = clock_ns();
+        self.turns.charge(&mut self.queues[index].used, now_ns.saturating_sub(*since_ns));
+        *since_ns = now_ns;
+    }
+
+    /// Starts what was taken. The time that takes is charged to the queues by what each had taken.
+    fn kick_in_turns(&mut self, clock_ns: impl Fn() -> u64) -> io::Result<()> {
+        let since_ns = clock_ns();
+        self.resources.engine.kick()?;
+        let time_ns = clock_ns().saturating_sub(since_ns);
+        let spent = self.polled.iter().map(|index| u64::from(self.queues[*index].spent));
+        let all = spent.sum::<u64>().max(1);
+        for index in &self.polled {
+            let Served { used, spent, .. } = &mut self.queues[*index];
+            self.turns.charge(used, time_ns * u64::from(*spent) / all);
+        }
+        Ok(())
     }
 
     #[inline]
@@ -385,23 +534,47 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         let mut done = std::mem::take(&mut self.done);
         self.resources.engine.reap(&mut done);
         let worked = !done.is_empty();
-        let now_ns = if worked { clock_ns() } else { 0 };
-        for Completion { ticket, result } in done.drain(..) {
-            self.poll_queue(ticket.queue(), now_ns);
-            let queue = &mut self.queues[ticket.queue()].queue;
-            queue.complete(&mut self.resources, ticket.slot(), result, now_ns);
+        if worked {
+            let now_ns = clock_ns();
+            self.resources.now_ns = now_ns;
+            self.resources.freed += 1;
+            for Completion { ticket, result } in done.drain(..) {
+                self.poll_queue(ticket.queue(), now_ns);
+                let queue = &mut self.queues[ticket.queue()].queue;
+                queue.complete(&mut self.resources, ticket.slot(), result);
+            }
         }
         self.done = done;
         worked
     }
 
+    /// Ends the pass for the queues that are polled, where at its beginning there was one at most.
     #[inline]
-    fn finish_pass(&mut self, now_ns: u64) -> io::Result<()> {
+    fn finish_alone(&mut self) -> io::Result<()> {
         for index in &self.polled {
             let queue = &mut self.queues[*index].queue;
-            if queue.finish_pass(&mut self.resources, now_ns) {
+            if queue.finish_pass(&mut self.resources) {
                 self.events.notify(queue.port())?;
             }
+        }
+        Ok(())
+    }
+
+    /// Ends the pass for the queues that are polled, from the same one on as it began.
+    fn finish_in_turns(&mut self, clock_ns: impl Fn() -> u64) -> io::Result<()> {
+        let count = self.polled.len();
+        let first = self.turns.first();
+        let mut since_ns = clock_ns();
+        for nth in 0..count {
+            let index = self.polled[wrapped(first + nth, count)];
+            let queue = &mut self.queues[index].queue;
+            let copies = queue.has_copies();
+            if queue.finish_pass(&mut self.resources) {
+                self.events.notify(queue.port())?;
+            } else if !copies {
+                continue;
+            }
+            self.charge(index, &mut since_ns, &clock_ns);
         }
         Ok(())
     }
@@ -409,16 +582,19 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     /// Arms queues: all of them in a pause in which the worker no longer spins, before that those that
     /// had no work for the longest that there is any spinning.
     fn arm_idle(&mut self, pause: Pause) -> io::Result<()> {
-        let last_work_ns = self.last_work_ns;
-        let (queues, unmask) = (&mut self.queues, &mut self.unmask);
+        let (last_work_ns, freed) = (self.last_work_ns, self.resources.freed);
+        let (queues, unmask, waiting) = (&mut self.queues, &mut self.unmask, &mut self.waiting);
         self.polled.retain(|index| {
             let served = &mut queues[*index];
             // Both were taken at the start of a pass: how long its last one took doesn't count.
             let quiet_ns = pause.lasted_ns + last_work_ns.saturating_sub(served.last_work_ns);
-            if (pause.spins && quiet_ns < pause.limit_ns) || served.queue.arm() {
+            if (pause.spins && quiet_ns < pause.limit_ns) || served.queue.arm(freed) {
                 return true;
             }
             served.polled = false;
+            if served.queue.waits() && !std::mem::replace(&mut served.waits, true) {
+                waiting.push(*index);
+            }
             if !std::mem::replace(&mut served.unmasked, true) {
                 unmask.push(served.queue.port());
             }
@@ -430,4 +606,26 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         }
         Ok(())
     }
+}
+
+impl Served {
+    fn new(queue: Queue, now_ns: u64) -> Served {
+        Served {
+            queue,
+            polled: false,
+            waits: false,
+            unmasked: true,
+            last_work_ns: now_ns,
+            used: TimeUsed::default(),
+            spent: 0,
+            replacements: Vec::new(),
+            leaving: false,
+        }
+    }
+}
+
+/// A place in a round of `count`, for one below twice that.
+#[inline]
+fn wrapped(place: usize, count: usize) -> usize {
+    if place < count { place } else { place - count }
 }

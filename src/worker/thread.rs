@@ -1,6 +1,8 @@
 //! The thread around a worker: set-up, pinning, the loop of passes and sleeps.
 
 use std::io;
+use std::mem::ManuallyDrop;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -8,6 +10,8 @@ use core_affinity::CoreId;
 use crossbeam::channel::bounded;
 
 use super::Worker;
+use crate::backing::Image;
+use crate::engine::Engine;
 use crate::engine::host::HostEngine;
 use crate::msg::{
     Command, CommandReceiver, CommandSender, Event, EventSender, WorkerId, command_channel,
@@ -109,10 +113,10 @@ pub fn spawn<P: Platform>(setup: Setup<P>) -> Result<WorkerThread, SpawnError> {
         .spawn(move || {
             let mut farewell = Farewell::new(setup.id, setup.reports.clone());
             match prepare(setup) {
-                Ok(mut worker) => {
+                Ok(worker) => {
                     // Only a caller that waits can be told; it always waits.
                     let _ = ready.send(Ok(()));
-                    farewell.reason = worker.run().err().map(|error| error.to_string());
+                    farewell.reason = serve(worker);
                 }
                 Err(error) => {
                     farewell.reason = Some(error.to_string());
@@ -138,6 +142,27 @@ fn prepare<P: Platform>(setup: Setup<P>) -> Result<Worker<P, HostEngine>, SpawnE
     Ok(Worker::new(setup, engine)?)
 }
 
+/// Has a worker run to its end; why it ended, unless it was told to.
+///
+/// Where it ended in disorder, by an error or a panic, the kernel may still write to its memory for what
+/// is in flight. Then all of it stays, mappings and all, until the process ends.
+pub fn serve<P: Platform, E: Engine<Target = Image>>(worker: Worker<P, E>) -> Option<String> {
+    let mut worker = ManuallyDrop::new(worker);
+    // Nothing of it is used any more after a panic.
+    let ended = catch_unwind(AssertUnwindSafe(|| worker.run()));
+    match ended {
+        Ok(Ok(())) if worker.is_at_rest() => {
+            drop(ManuallyDrop::into_inner(worker));
+            None
+        }
+        Ok(Ok(())) => Some("it has ended before its storage has".to_owned()),
+        Ok(Err(error)) => Some(error.to_string()),
+        Err(_) => Some(PANICKED.to_owned()),
+    }
+}
+
+const PANICKED: &str = "it panicked; the log tells where";
+
 /// Tells control that the thread ends, however it ends.
 struct Farewell {
     id: WorkerId,
@@ -147,7 +172,7 @@ struct Farewell {
 
 impl Farewell {
     fn new(id: WorkerId, reports: EventSender) -> Farewell {
-        Farewell { id, reports, reason: Some("it panicked; the log tells where".to_owned()) }
+        Farewell { id, reports, reason: Some(PANICKED.to_owned()) }
     }
 }
 

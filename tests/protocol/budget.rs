@@ -2,20 +2,24 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
+use polldisk::budget::{GrantBudget, HostBudget};
 use polldisk::engine::host::HostEngine;
 use polldisk::engine::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
 use polldisk::msg::Mapping;
-use polldisk::sim::StandIn;
 use polldisk::sim::blkfront::device::Options;
-use polldisk::units::Bytes;
-use polldisk::xen::shm::{GuestBuf, Registration};
+use polldisk::sim::{SimXen, StandIn};
+use polldisk::units::{Bytes, DomId, GrantRef};
+use polldisk::xen::shm::{GuestBuf, GuestPages, Registration};
+use polldisk::xen::{GrantCopy, Grants, PageAccess, Platform, PlatformError};
 
 use crate::alone;
 use crate::draw::{Combination, Request, SECTORS};
 use crate::guest::{Disk, Guest, HANG};
+use crate::scripted::{Bench, Shape, null, storage};
 use crate::workers::Rig;
 
 /// Far below what four queues of large requests would map.
@@ -66,6 +70,94 @@ fn the_queues_of_a_domain_map_no_more_than_its_budget_and_copy_the_rest() {
     }
 }
 
+/// A process may have only so many mappings, whatever is in them.
+const MAX_MAP_COUNT: usize = 400;
+
+/// The stand-in, in a process that may have no more mappings than that.
+#[derive(Clone)]
+struct FewMappings(SimXen);
+
+struct FewGrants {
+    grants: <SimXen as Platform>::Grants,
+    mappings: usize,
+}
+
+impl Platform for FewMappings {
+    type Store = <SimXen as Platform>::Store;
+    type Events = <SimXen as Platform>::Events;
+    type Grants = FewGrants;
+
+    fn open_store(&self) -> Result<Self::Store, PlatformError> {
+        self.0.open_store()
+    }
+
+    fn open_events(&self) -> Result<Self::Events, PlatformError> {
+        self.0.open_events()
+    }
+
+    fn open_grants(&self) -> Result<FewGrants, PlatformError> {
+        Ok(FewGrants { grants: self.0.open_grants()?, mappings: 0 })
+    }
+}
+
+impl Grants for FewGrants {
+    fn map(
+        &mut self,
+        domid: DomId,
+        refs: &[GrantRef],
+        access: PageAccess,
+    ) -> io::Result<GuestPages> {
+        if self.mappings == MAX_MAP_COUNT {
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
+        let pages = self.grants.map(domid, refs, access)?;
+        self.mappings += 1;
+        Ok(pages)
+    }
+
+    fn unmap(&mut self, pages: GuestPages) -> io::Result<()> {
+        self.mappings -= 1;
+        self.grants.unmap(pages)
+    }
+
+    fn copy(&mut self, domid: DomId, segments: &mut [GrantCopy]) -> io::Result<()> {
+        self.grants.copy(domid, segments)
+    }
+}
+
+#[test]
+fn guests_that_map_page_by_page_leave_mappings_for_the_next_guests_ring() {
+    const GUESTS: usize = 10;
+    const READS: usize = 64;
+    const RINGS: usize = 20;
+    const { assert!(GUESTS * READS > MAX_MAP_COUNT) };
+    let stand_in = StandIn::start_temporary().unwrap();
+    let (engine, script) = storage();
+    let mut bench = Bench::on(FewMappings(stand_in.platform()), engine, stand_in);
+    let host = Arc::new(HostBudget::new(usize::MAX, MAX_MAP_COUNT - RINGS));
+    for number in 0..GUESTS {
+        let budget = Arc::new(GrantBudget::within(Arc::clone(&host), 16 * READS));
+        let shape = Shape::mapped(READS).indirect(12, 1);
+        let guest = bench.guest_with(shape, null(true), budget);
+        script.borrow_mut().hung.insert(number);
+        // One after the other, each in a page that was not used before.
+        for _ in 0..READS {
+            assert_eq!(bench.ask(guest, op::READ, 1, 1), 1);
+            assert!(bench.settle());
+        }
+    }
+    script.borrow_mut().hung.clear();
+    assert!(bench.settle());
+    let answers: usize = (0..GUESTS).map(|guest| bench.answers(guest)).sum();
+    assert_eq!(answers, GUESTS * READS);
+    let counts = bench.counters.iter().map(|counters| counters.read());
+    let (mapped, copied) = counts.fold((0, 0), |(mapped, copied), counts| {
+        (mapped + counts.grants_mapped, copied + counts.grants_copied)
+    });
+    assert_eq!(mapped, (MAX_MAP_COUNT - RINGS) as u64, "all that is not for rings");
+    assert_eq!(mapped + copied, (GUESTS * READS) as u64, "the rest is copied");
+}
+
 /// An engine whose host fails once it is told to.
 struct Failing {
     engine: HostEngine,
@@ -85,12 +177,7 @@ impl RegisterBuffers for Failing {
 impl Engine for Failing {
     type Target = Image;
 
-    fn submit(
-        &mut self,
-        target: &Image,
-        op: &IoOp<'_>,
-        ticket: Ticket,
-    ) -> Result<Submitted, Ticket> {
+    fn submit(&mut self, target: &Image, op: &IoOp<'_>, ticket: Ticket) -> Submitted {
         self.fails = matches!(op, IoOp::Flush);
         self.engine.submit(target, op, ticket)
     }

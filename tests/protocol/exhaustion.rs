@@ -2,9 +2,7 @@
 
 use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
-use polldisk::limits::{
-    BOUNCE_PAGES_PER_WORKER, INDIRECT_REQUESTS_PER_WORKER, PERSISTENT_GRANTS_PER_QUEUE,
-};
+use polldisk::limits::{BOUNCE_PAGES_COMMON, PERSISTENT_GRANTS_PER_QUEUE, TABLES_COMMON};
 use polldisk::msg::Mapping;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::units::Bytes;
@@ -54,7 +52,7 @@ fn play_batches(queues: usize, requests: usize, pages: usize) {
 #[test]
 fn more_indirect_requests_than_tables_wait_in_their_ring() {
     const REQUESTS: usize = 600;
-    const { assert!(REQUESTS > INDIRECT_REQUESTS_PER_WORKER) };
+    const { assert!(REQUESTS > TABLES_COMMON) };
     play_batches(1, REQUESTS, 1);
 }
 
@@ -63,7 +61,7 @@ fn more_data_than_bounce_memory_or_mapped_pages_waits_or_is_copied() {
     const REQUESTS: usize = 12;
     const PAGES: usize = 512;
     // Queues 0 and 2 are on one worker.
-    const { assert!(REQUESTS / 2 * PAGES > BOUNCE_PAGES_PER_WORKER) };
+    const { assert!(REQUESTS / 2 * PAGES > BOUNCE_PAGES_COMMON) };
     const { assert!(REQUESTS / 4 * PAGES > PERSISTENT_GRANTS_PER_QUEUE) };
     play_batches(4, REQUESTS, PAGES);
 }
@@ -74,7 +72,7 @@ fn more_data_than_bounce_memory_or_mapped_pages_waits_or_is_copied() {
 fn more_data_than_bounce_memory_waits_on_a_disk_without_contents_too() {
     const REQUESTS: usize = 12;
     const PAGES: usize = 512;
-    const { assert!(REQUESTS * PAGES > 2 * BOUNCE_PAGES_PER_WORKER) };
+    const { assert!(REQUESTS * PAGES > 2 * BOUNCE_PAGES_COMMON) };
     let mut rig = Rig::start();
     let bad_gref = rig.domain.reserve_refs(1).unwrap()[0];
     let mut disk = Disk::new(1, bad_gref);

@@ -2,7 +2,7 @@
 
 use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
-use polldisk::limits::BOUNCE_PAGES_PER_WORKER;
+use polldisk::limits::BOUNCE_PAGES_COMMON;
 use polldisk::msg::Mapping;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::units::Bytes;
@@ -12,7 +12,7 @@ use crate::guest::{Disk, Guest};
 use crate::workers::Rig;
 
 /// Half of a worker's bounce memory.
-const PAGES: usize = BOUNCE_PAGES_PER_WORKER / 2;
+const PAGES: usize = BOUNCE_PAGES_COMMON / 2;
 
 /// Plays requests on a ring whose data is copied, on a disk that completes everything in the pass
 /// that takes it.

@@ -90,14 +90,9 @@ impl RegisterBuffers for Late {
 impl Engine for Late {
     type Target = Image;
 
-    fn submit(
-        &mut self,
-        _target: &Image,
-        _operation: &IoOp<'_>,
-        ticket: Ticket,
-    ) -> Result<Submitted, Ticket> {
+    fn submit(&mut self, _target: &Image, _operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
         self.held = Some(ticket);
-        Ok(Submitted::UnderWay)
+        Submitted::Started
     }
 
     fn kick(&mut self) -> io::Result<()> {

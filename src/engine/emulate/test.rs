@@ -2,7 +2,10 @@ use std::collections::VecDeque;
 
 use proptest::prelude::*;
 
+use std::os::fd::AsFd;
+
 use super::*;
+use crate::park;
 
 const BLOCK: usize = 4096;
 const SECTOR: usize = 512;
@@ -55,10 +58,10 @@ impl Storage {
         worker: usize,
         operation: &IoOp<'_>,
         ticket: Ticket,
-    ) -> Result<(), Ticket> {
+    ) -> Submitted {
         if random.one_in(8) {
             self.refuses += 1;
-            return Err(ticket);
+            return Submitted::Full(ticket);
         }
         let (kind, offset, len, buffers) = match *operation {
             IoOp::Read { offset, buffers } => (Kind::Read, offset, bytes(buffers).into(), buffers),
@@ -75,7 +78,7 @@ impl Storage {
             assert_eq!(straight_bytes(buffers, 4096) as usize, len, "odd stretches of memory");
         }
         self.taken.push(Taken { worker, ticket, kind, offset, len, buffers: buffers.to_vec() });
-        Ok(())
+        Submitted::Started
     }
 
     /// Completes any one of what was taken, perhaps only its first blocks.
@@ -182,6 +185,7 @@ impl Request {
 struct World {
     random: Random,
     locks: Arc<BlockLocks>,
+    target: Target,
     workers: [Emulation; 2],
     storage: Storage,
     model: Vec<u8>,
@@ -198,7 +202,8 @@ impl World {
         World {
             random,
             locks: BlockLocks::new(4096),
-            workers: Default::default(),
+            target: Target { file: 0, device: None },
+            workers: [emulation(), emulation()],
             model: data.clone(),
             storage: Storage { data, taken: Vec::new(), refuses: 0 },
             busy: vec![false; SECTORS],
@@ -233,13 +238,17 @@ impl World {
         };
         let (storage, random) = (&mut self.storage, &mut self.random);
         let ticket = Ticket::new(3, u32::try_from(index).unwrap());
-        let taken =
-            self.workers[worker].submit(&self.locks, 0, &operation, ticket, |operation, ticket| {
-                storage.take(random, worker, operation, ticket)
-            });
-        if let Err(ticket) = taken {
-            assert_eq!(ticket.slot() as usize, index);
-            self.refused.push_back(index);
+        let below = |_: &Target, operation: &IoOp<'_>, ticket| {
+            storage.take(random, worker, operation, ticket)
+        };
+        let emulation = &mut self.workers[worker];
+        match emulation.submit(&self.locks, &self.target, &operation, ticket, below) {
+            Submitted::Started | Submitted::Parked => {}
+            Submitted::Done(completion) => self.finish(&completion),
+            Submitted::Full(ticket) => {
+                assert_eq!(ticket.slot() as usize, index);
+                self.refused.push_back(index);
+            }
         }
     }
 
@@ -258,7 +267,10 @@ impl World {
             if let Some((_, completion)) = completed.take_if(|(owner, _)| *owner == number) {
                 own.push(completion);
             }
-            worker.retry(|_, operation, ticket| storage.take(random, number, operation, ticket));
+            // A worker without events sleeps unless something is to be done at once.
+            if own.is_empty() && !worker.is_ready() {
+                continue;
+            }
             worker.complete(&mut own, 0, |_, operation, ticket| {
                 storage.take(random, number, operation, ticket)
             });
@@ -303,11 +315,11 @@ impl World {
         }
         assert!(self.requests.is_empty(), "requests that never end");
         for worker in &self.workers {
-            assert!(worker.is_idle() && !worker.is_ready());
-            assert_eq!((worker.held_back(), worker.lent), (0, 0));
+            assert!(worker.is_idle() && !worker.is_ready() && worker.held_back() == 0);
         }
-        assert!(self.locks.try_share(0..u64::MAX).is_some(), "a block that stays locked");
-        assert!((0..100).all(|block| self.locks.try_own(block).is_some()));
+        let noone = Waker::noop();
+        assert!(self.locks.try_share(0..u64::MAX, noone).is_some(), "a block that stays locked");
+        assert!((0..100).all(|block| self.locks.try_own(block, noone).is_some()));
     }
 }
 
@@ -331,11 +343,17 @@ proptest! {
     }
 }
 
+fn emulation() -> Emulation {
+    Emulation::new(Doorbell::new().unwrap())
+}
+
+const FILE: Target = Target { file: 0, device: None };
+
 /// Operations below, all taken.
 fn all_taken(
     taken: &mut Vec<(String, Ticket)>,
-) -> impl FnMut(&IoOp<'_>, Ticket) -> Result<(), Ticket> {
-    |operation, ticket| {
+) -> impl FnMut(&Target, &IoOp<'_>, Ticket) -> Submitted {
+    |_, operation, ticket| {
         let text = match operation {
             IoOp::Read { offset, buffers } => format!("read {offset}+{}", bytes(buffers)),
             IoOp::Write { offset, buffers } => format!("write {offset}+{}", bytes(buffers)),
@@ -343,7 +361,7 @@ fn all_taken(
             IoOp::Flush => "flush".to_owned(),
         };
         taken.push((text, ticket));
-        Ok(())
+        Submitted::Started
     }
 }
 
@@ -366,9 +384,10 @@ fn whole_blocks_go_straight_and_parts_go_through_memory() {
         (IoOp::Discard { offset: 512, len: 8192, secure: false }, "discard 4096+4096"),
         (IoOp::Flush, "flush"),
     ] {
-        let (mut emulation, mut taken) = (Emulation::default(), Vec::new());
+        let (mut emulation, mut taken) = (emulation(), Vec::new());
         let ticket = Ticket::new(1, 2);
-        emulation.submit(&locks, 0, &operation, ticket, all_taken(&mut taken)).unwrap();
+        let submitted = emulation.submit(&locks, &FILE, &operation, ticket, all_taken(&mut taken));
+        assert_eq!(submitted, Submitted::Started);
         let texts: Vec<_> = taken.iter().map(|(text, _)| text.as_str()).collect();
         assert_eq!(texts, [below], "{operation:?}");
     }
@@ -376,14 +395,13 @@ fn whole_blocks_go_straight_and_parts_go_through_memory() {
 
 #[test]
 fn a_discard_of_parts_of_blocks_only_is_done_at_once() {
-    let (mut emulation, mut taken) = (Emulation::default(), Vec::new());
+    let (mut emulation, mut taken) = (emulation(), Vec::new());
     let discard = IoOp::Discard { offset: 512, len: 4096, secure: false };
-    let locks = BlockLocks::new(4096);
-    emulation.submit(&locks, 0, &discard, Ticket::new(1, 2), all_taken(&mut taken)).unwrap();
-    assert!(taken.is_empty() && emulation.is_ready() && !emulation.is_idle());
-    let mut done = Vec::new();
-    emulation.complete(&mut done, 0, |_, _, _| unreachable!());
-    assert_eq!(done, [Completion { ticket: Ticket::new(1, 2), result: 0 }]);
+    let (locks, ticket) = (BlockLocks::new(4096), Ticket::new(1, 2));
+    let submitted = emulation.submit(&locks, &FILE, &discard, ticket, all_taken(&mut taken));
+    let done = Completion { ticket: Ticket::new(1, 2), result: 0 };
+    assert_eq!(submitted, Submitted::Done(done));
+    assert!(taken.is_empty() && emulation.is_idle());
 }
 
 #[test]
@@ -392,40 +410,82 @@ fn an_error_below_is_the_requests_error_and_gives_everything_back() {
     let pages = LocalPages::new(1);
     let part = [pages.page(0).part(0, 512).unwrap()];
     for (read, written) in [(-libc::EIO, None), (512, None), (4096, Some(-libc::ENOSPC))] {
-        let (mut emulation, mut taken, mut done) = (Emulation::default(), Vec::new(), Vec::new());
+        let (mut emulation, mut taken, mut done) = (emulation(), Vec::new(), Vec::new());
         let write = IoOp::Write { offset: 512, buffers: &part };
         let ticket = Ticket::new(1, 2);
-        emulation.submit(&locks, 0, &write, ticket, all_taken(&mut taken)).unwrap();
-        assert!(locks.try_own(0).is_none());
+        let _ = emulation.submit(&locks, &FILE, &write, ticket, all_taken(&mut taken));
+        assert!(locks.try_own(0, Waker::noop()).is_none());
         let mut results = std::iter::once(read).chain(written);
         while let Some((_, ticket)) = taken.pop() {
             done.push(Completion { ticket, result: results.next().unwrap() });
             let mut below = all_taken(&mut taken);
-            emulation.complete(&mut done, 0, |_, operation, ticket| below(operation, ticket));
+            emulation.complete(&mut done, 0, &mut below);
         }
         assert!(done.len() == 1 && done[0].result < 0, "{done:?}");
-        assert!(emulation.is_idle() && locks.try_own(0).is_some());
+        assert!(emulation.is_idle() && locks.try_own(0, Waker::noop()).is_some());
     }
 }
 
-#[test]
-fn memory_is_bounded_and_what_finds_none_is_refused_for_now() {
-    let locks = BlockLocks::new(4096);
+/// A read of a part of block `number`, for a queue.
+fn read_part(
+    emulation: &mut Emulation,
+    locks: &Arc<BlockLocks>,
+    (queue, number): (u32, u32),
+    taken: &mut Vec<(String, Ticket)>,
+) -> Submitted {
     let pages = LocalPages::new(1);
     let part = [pages.page(0).part(0, 512).unwrap()];
-    let (mut emulation, mut taken) = (Emulation::default(), Vec::new());
-    for number in 0..=EMULATED_PER_WORKER as u64 {
-        let read = IoOp::Read { offset: number * 4096 + 512, buffers: &part };
-        let ticket = Ticket::new(0, u32::try_from(number).unwrap());
-        let result = emulation.submit(&locks, 0, &read, ticket, all_taken(&mut taken));
-        assert_eq!(result.is_ok(), number < EMULATED_PER_WORKER as u64);
+    let read = IoOp::Read { offset: u64::from(number) * 4096 + 512, buffers: &part };
+    // Nothing is read into them.
+    std::mem::forget(pages);
+    emulation.submit(locks, &FILE, &read, Ticket::new(queue, number), all_taken(taken))
+}
+
+#[test]
+fn a_queue_always_finds_some_memory_and_what_finds_none_goes_on_by_itself() {
+    let locks = BlockLocks::new(4096);
+    let (mut emulation, mut taken) = (emulation(), Vec::new());
+    let all = u32::try_from(EMULATED_PER_QUEUE + EMULATED_COMMON).unwrap();
+    for number in 0..all + 2 {
+        let submitted = read_part(&mut emulation, &locks, (0, number), &mut taken);
+        assert_eq!(submitted == Submitted::Started, number < all);
     }
-    let ticket = taken.pop().unwrap().1;
+    for number in 0..3 {
+        let submitted = read_part(&mut emulation, &locks, (1, number), &mut taken);
+        assert_eq!(submitted == Submitted::Started, number < 2, "its own part is there");
+    }
+    assert_eq!((emulation.held_back(), emulation.is_ready()), (3, false));
+    let (_, ticket) = taken.remove(0);
     let mut done = vec![Completion { ticket, result: 4096 }];
-    emulation.complete(&mut done, 0, |_, _, _| unreachable!());
-    assert_eq!(done[0].result, 512);
-    let read = IoOp::Read { offset: 512, buffers: &part };
-    emulation.submit(&locks, 0, &read, Ticket::new(0, 99), all_taken(&mut taken)).unwrap();
+    emulation.complete(&mut done, 0, all_taken(&mut taken));
+    assert_eq!(done, [Completion { ticket: Ticket::new(0, 0), result: 512 }]);
+    assert_eq!(taken.last().unwrap().0, format!("read {}+4096", all * 4096));
+    assert_eq!(emulation.held_back(), 2);
+}
+
+#[test]
+fn who_waits_for_another_workers_block_is_woken_when_it_is_given_back() {
+    let (locks, bells) = (BlockLocks::new(4096), [(); 2].map(|()| Doorbell::new().unwrap()));
+    let mut workers = bells.each_ref().map(|bell| Emulation::new(bell.clone()));
+    let pages = LocalPages::new(1);
+    let write = IoOp::Write { offset: 512, buffers: &[pages.page(0).part(0, 512).unwrap()] };
+    let mut taken = [Vec::new(), Vec::new()];
+    for (worker, expected) in [(0, Submitted::Started), (1, Submitted::Parked)] {
+        let (below, ticket) = (all_taken(&mut taken[worker]), Ticket::new(0, 0));
+        let submitted = workers[worker].submit(&locks, &FILE, &write, ticket, below);
+        assert_eq!(submitted, expected);
+    }
+    let rung =
+        |worker: usize| park::sleep(&[bells[worker].as_fd()], Some(std::time::Duration::ZERO))[0];
+    assert!(!workers[1].is_ready() && !rung(1), "it sleeps meanwhile");
+    for result in [4096, 4096] {
+        let mut done = vec![Completion { ticket: taken[0].pop().unwrap().1, result }];
+        workers[0].complete(&mut done, 0, all_taken(&mut taken[0]));
+    }
+    assert!(workers[1].is_ready() && rung(1));
+    workers[1].complete(&mut Vec::new(), 0, all_taken(&mut taken[1]));
+    assert_eq!(taken[1].pop().unwrap().0, "read 0+4096");
+    assert!(!workers[1].is_ready() && workers[1].held_back() == 0);
 }
 
 #[test]
@@ -433,19 +493,20 @@ fn a_short_read_shows_nothing_that_others_read() {
     let locks = BlockLocks::new(4096);
     let pages = LocalPages::new(2);
     let into = [pages.page(0), pages.page(1)];
-    let (mut emulation, mut taken) = (Emulation::default(), Vec::new());
+    let (mut emulation, mut taken) = (emulation(), Vec::new());
     for (moved, result, shown) in [(12288, 8192, 8192), (4096, 3584, 3584), (0, 0, 0)] {
         into.iter().for_each(|page| page.zero());
         let read = IoOp::Read { offset: 512, buffers: &into };
-        let mut below = |operation: &IoOp<'_>, ticket| {
+        let mut below = |_: &Target, operation: &IoOp<'_>, ticket| {
             let IoOp::Read { buffers, .. } = operation else { unreachable!() };
             if moved == 12288 {
                 buffers.iter().for_each(|buffer| buffer.copy_from(&[0xee; 4096]));
             }
             taken.push(ticket);
-            Ok(())
+            Submitted::Started
         };
-        emulation.submit(&locks, 0, &read, Ticket::new(1, 2), &mut below).unwrap();
+        let submitted = emulation.submit(&locks, &FILE, &read, Ticket::new(1, 2), &mut below);
+        assert_eq!(submitted, Submitted::Started);
         let mut done = vec![Completion { ticket: taken.pop().unwrap(), result: moved }];
         emulation.complete(&mut done, 0, |_, _, _| unreachable!());
         assert_eq!(done, [Completion { ticket: Ticket::new(1, 2), result }]);

@@ -21,6 +21,11 @@ fn finish(uring: &mut Uring) -> Vec<(u32, i32)> {
     done
 }
 
+fn start(uring: &mut Uring, file: &File, operation: &IoOp<'_>, slot: u32) {
+    let submitted = uring.submit(file.as_raw_fd(), operation, Ticket::new(0, slot));
+    assert_eq!(submitted, Submitted::Started);
+}
+
 fn direct_file(len: u64) -> (tempfile::TempDir, File) {
     let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
     let path = folder.path().join("disk.img");
@@ -41,14 +46,12 @@ fn scattered_pages_are_written_and_read_back() {
     // Backwards, and the last page only in part.
     let from = [pages.page(3), pages.page(1), pages.page(0).part(512, 1024).unwrap()];
     let write = IoOp::Write { offset: 8192, buffers: &from };
-    uring.submit(file.as_raw_fd(), &write, Ticket::new(0, 7)).unwrap();
+    start(&mut uring, &file, &write, 7);
     assert_eq!(finish(&mut uring), [(7, 9216)]);
 
     let into = [pages.page(4), pages.page(5), pages.page(6).part(0, 1024).unwrap()];
-    uring
-        .submit(file.as_raw_fd(), &IoOp::Read { offset: 8192, buffers: &into }, Ticket::new(0, 1))
-        .unwrap();
-    uring.submit(file.as_raw_fd(), &IoOp::Flush, Ticket::new(0, 2)).unwrap();
+    start(&mut uring, &file, &IoOp::Read { offset: 8192, buffers: &into }, 1);
+    start(&mut uring, &file, &IoOp::Flush, 2);
     assert_eq!(finish(&mut uring), [(1, 9216), (2, 0)]);
     for (index, byte) in [(4, 4), (5, 2)] {
         let mut copy = [0; 4096];
@@ -64,31 +67,30 @@ fn an_error_comes_back_as_its_errno() {
     let pages = LocalPages::new(1);
     let misaligned = [pages.page(0).part(1, 512).unwrap()];
     let read = IoOp::Read { offset: 1, buffers: &misaligned };
-    uring.submit(file.as_raw_fd(), &read, Ticket::new(0, 0)).unwrap();
-    uring.submit(-1, &IoOp::Flush, Ticket::new(0, 1)).unwrap();
+    start(&mut uring, &file, &read, 0);
+    assert_eq!(uring.submit(-1, &IoOp::Flush, Ticket::new(0, 1)), Submitted::Started);
     assert_eq!(finish(&mut uring), [(0, -libc::EINVAL), (1, -libc::EBADF)]);
 }
 
+/// The kernel is entered in between, and its list of results runs over.
 #[test]
-fn a_full_ring_gives_the_ticket_back() {
+fn more_operations_than_the_ring_has_room_for_are_all_taken_and_answered() {
+    const OPERATIONS: u32 = limits::URING_COMPLETIONS + 100;
+    const { assert!(OPERATIONS > limits::URING_ENTRIES) };
     let (_folder, file) = direct_file(4096);
     let mut uring = Uring::new().unwrap();
-    let mut taken = 0;
-    let refused = loop {
-        match uring.submit(file.as_raw_fd(), &IoOp::Flush, Ticket::new(0, taken)) {
-            Ok(()) => taken += 1,
-            Err(ticket) => break ticket,
-        }
-    };
-    assert_eq!(refused, Ticket::new(0, taken));
-    assert!(taken >= limits::URING_ENTRIES);
-    assert_eq!(finish(&mut uring).len(), taken as usize);
+    let pages = LocalPages::new(1);
+    let read = IoOp::Read { offset: 0, buffers: &[pages.page(0)] };
+    (0..OPERATIONS).for_each(|slot| start(&mut uring, &file, &read, slot));
+    assert_eq!(uring.in_flight(), OPERATIONS as usize);
+    let slots: Vec<u32> = finish(&mut uring).into_iter().map(|(slot, _)| slot).collect();
+    assert_eq!(slots, (0..OPERATIONS).collect::<Vec<_>>());
 }
 
 /// How many operations wait for the next kick after each of `count` that are submitted.
 fn waiting_after_each(uring: &mut Uring, file: &File, count: u32) -> Vec<usize> {
     let each = |slot| {
-        uring.submit(file.as_raw_fd(), &IoOp::Flush, Ticket::new(0, slot)).unwrap();
+        start(uring, file, &IoOp::Flush, slot);
         uring.ring.submission().len()
     };
     (0..count).map(each).collect()
@@ -127,7 +129,7 @@ fn registered_memory_and_other_memory_hold_the_same_data() {
         one.page(index.into()).copy_from(&[index + 1; 4096]);
     }
     let write = IoOp::Write { offset: 4096, buffers: &[registered(0, 3)] };
-    uring.submit(file.as_raw_fd(), &write, Ticket::new(0, 0)).unwrap();
+    start(&mut uring, &file, &write, 0);
     assert_eq!(finish(&mut uring), [(0, 3 * 4096)]);
 
     let together = [others.run(0, 3)];
@@ -135,7 +137,7 @@ fn registered_memory_and_other_memory_hold_the_same_data() {
     let neighbours = [registered(3, 1), registered(4, 1)];
     for (slot, buffers) in [(1, &together[..]), (2, &apart), (3, &neighbours)] {
         let read = IoOp::Read { offset: 4096, buffers };
-        uring.submit(file.as_raw_fd(), &read, Ticket::new(0, slot)).unwrap();
+        start(&mut uring, &file, &read, slot);
     }
     assert_eq!(finish(&mut uring), [(1, 3 * 4096), (2, 3 * 4096), (3, 2 * 4096)]);
     let expected = [
@@ -168,7 +170,7 @@ fn a_place_in_the_table_that_was_given_back_is_the_next_memorys() {
     second.page(0).copy_from(&[7; 4096]);
     let registered = register(&mut uring, &second);
     let read = IoOp::Read { offset: 0, buffers: &[registered(0, 1)] };
-    uring.submit(file.as_raw_fd(), &read, Ticket::new(0, 0)).unwrap();
+    start(&mut uring, &file, &read, 0);
     assert_eq!(finish(&mut uring), [(0, 4096)]);
     let mut copy = [7; 4096];
     second.page(0).copy_to(&mut copy);
@@ -188,6 +190,6 @@ fn where_registering_is_refused_io_goes_on_without() {
     uring.free.clear();
     assert!(uring.register(pages.page(0)).is_err(), "the table is full");
     let read = IoOp::Read { offset: 0, buffers: &[pages.page(0)] };
-    uring.submit(file.as_raw_fd(), &read, Ticket::new(0, 0)).unwrap();
+    start(&mut uring, &file, &read, 0);
     assert_eq!(finish(&mut uring), [(0, 4096)]);
 }

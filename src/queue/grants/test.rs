@@ -81,7 +81,7 @@ const GUEST: DomId = DomId::DOM0;
 
 /// A queue's pages, where no other queue is in its way.
 fn alone() -> PersistentGrants {
-    PersistentGrants::new(Share::of(Arc::new(GrantBudget::new(usize::MAX))))
+    PersistentGrants::new(GrantShare::of(Arc::new(GrantBudget::new(usize::MAX))))
 }
 
 fn map(persistent: &mut PersistentGrants, host: &mut Host, refs: std::ops::Range<u32>) {
@@ -151,7 +151,7 @@ fn a_frontend_that_keeps_sending_bad_references_is_only_copied_for() {
 #[test]
 fn queues_of_one_domain_share_its_budget_and_give_back_what_they_unmap() {
     let (budget, mut host) = (Arc::new(GrantBudget::new(30)), Host::default());
-    let queue = || PersistentGrants::new(Share::of(Arc::clone(&budget)));
+    let queue = || PersistentGrants::new(GrantShare::of(Arc::clone(&budget)));
     let (mut one, mut other) = (queue(), queue());
     host.grants.refused.insert(7);
     map(&mut one, &mut host, 0..20);

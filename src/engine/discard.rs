@@ -1,0 +1,163 @@
+//! Few discards of files at a time: the kernel gives each a thread of its own until it is done.
+
+use std::os::fd::RawFd;
+
+use slab::Slab;
+
+use super::{Completion, IoOp, Job, Submitted, Ticket};
+use crate::limits::FILE_DISCARDS_PER_QUEUE;
+use crate::pool::{Lanes, Pool};
+
+/// Discards of a worker's files.
+#[derive(Debug)]
+pub struct FileDiscards {
+    lanes: Lanes<Discard>,
+    /// Begun: whose they are.
+    begun: Slab<Ticket>,
+    /// The next one found no room below.
+    owed: bool,
+}
+
+#[derive(Debug)]
+struct Discard {
+    file: RawFd,
+    offset: u64,
+    len: u64,
+    ticket: Ticket,
+}
+
+impl FileDiscards {
+    /// None yet.
+    pub fn new() -> FileDiscards {
+        let lanes = Lanes::new(Pool::new(FILE_DISCARDS_PER_QUEUE, 0));
+        FileDiscards { lanes, begun: Slab::new(), owed: false }
+    }
+
+    /// Takes a discard of bytes of a file; `below` starts one.
+    pub fn submit(
+        &mut self,
+        file: RawFd,
+        (offset, len): (u64, u64),
+        ticket: Ticket,
+        below: impl FnOnce(RawFd, &IoOp<'_>, Ticket) -> Submitted,
+    ) -> Submitted {
+        let queue = ticket.queue();
+        let discard = Discard { file, offset, len, ticket };
+        if !self.lanes.take(queue) {
+            self.lanes.park(queue, discard);
+            return Submitted::Parked;
+        }
+        match self.begin(queue, discard, below) {
+            Ok(()) => Submitted::Started,
+            Err(refused) => Submitted::Full(refused.ticket),
+        }
+    }
+
+    /// Has `below` start a discard that a place was taken for.
+    fn begin(
+        &mut self,
+        queue: usize,
+        discard: Discard,
+        below: impl FnOnce(RawFd, &IoOp<'_>, Ticket) -> Submitted,
+    ) -> Result<(), Discard> {
+        let Discard { file, offset, len, ticket } = discard;
+        let index = self.begun.insert(ticket);
+        let job = Job::Discard(u32::try_from(index).expect("bounded by the requests in flight"));
+        let operation = IoOp::Discard { offset, len, secure: false };
+        if let Submitted::Full(_) = below(file, &operation, Ticket::of_job(queue, job)) {
+            self.lanes.give_back(queue);
+            return Err(Discard { file, offset, len, ticket: self.begun.remove(index) });
+        }
+        Ok(())
+    }
+
+    /// Takes the result of one that was begun, and has `below` start what waited for its place.
+    pub fn finish(
+        &mut self,
+        index: u32,
+        result: i32,
+        below: impl FnMut(RawFd, &IoOp<'_>, Ticket) -> Submitted,
+    ) -> Completion {
+        let ticket = self.begun.remove(index as usize);
+        let queue = ticket.queue();
+        self.lanes.give_back(queue);
+        self.start_next(queue, below);
+        Completion { ticket, result }
+    }
+
+    fn start_next(
+        &mut self,
+        queue: usize,
+        mut below: impl FnMut(RawFd, &IoOp<'_>, Ticket) -> Submitted,
+    ) {
+        while let Some(discard) = self.lanes.next_of(queue) {
+            if !self.lanes.take(queue) {
+                return self.lanes.put_back(queue, discard);
+            }
+            if let Err(refused) = self.begin(queue, discard, &mut below) {
+                self.owed = true;
+                return self.lanes.put_back(queue, refused);
+            }
+        }
+    }
+
+    /// Tries again what found no room below.
+    pub fn retry(&mut self, mut below: impl FnMut(RawFd, &IoOp<'_>, Ticket) -> Submitted) {
+        self.owed = false;
+        for queue in self.lanes.waiting() {
+            self.start_next(queue, &mut below);
+        }
+    }
+
+    /// Whether something is to be tried again.
+    pub fn has_owed(&self) -> bool {
+        self.owed
+    }
+
+    /// Discards that storage has.
+    #[inline]
+    pub fn begun(&self) -> usize {
+        self.begun.len()
+    }
+
+    /// Discards that wait for their turn.
+    #[inline]
+    pub fn parked(&self) -> usize {
+        self.lanes.parked()
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn few_of_a_queue_are_begun_at_a_time_and_the_others_follow_in_order() {
+        const FEW: usize = FILE_DISCARDS_PER_QUEUE;
+        let (mut discards, mut begun) = (FileDiscards::new(), Vec::new());
+        let mut start = |_: RawFd, operation: &IoOp<'_>, ticket: Ticket| {
+            let IoOp::Discard { offset, .. } = operation else { panic!("{operation:?}") };
+            let Some(Job::Discard(index)) = ticket.job() else { panic!("{ticket:?}") };
+            begun.push((*offset, index));
+            Submitted::Started
+        };
+        for number in 0..FEW as u64 + 3 {
+            let ticket = Ticket::new(1, u32::try_from(number).unwrap());
+            let submitted = discards.submit(5, (number, 1), ticket, &mut start);
+            assert_eq!(submitted == Submitted::Started, number < FEW as u64);
+        }
+        let other = discards.submit(6, (1000, 1), Ticket::new(2, 0), &mut start);
+        assert_eq!(other, Submitted::Started, "another queue has its own part");
+        assert_eq!((discards.begun(), discards.parked()), (FEW + 1, 3));
+        let completion = discards.finish(0, -5, &mut start);
+        assert_eq!(completion, Completion { ticket: Ticket::new(1, 0), result: -5 });
+        let completion = discards.finish(1, 0, |_, _, ticket| Submitted::Full(ticket));
+        assert_eq!(completion.ticket, Ticket::new(1, 1));
+        assert!(discards.has_owed() && discards.parked() == 2);
+        discards.retry(&mut start);
+        assert!(!discards.has_owed() && discards.parked() == 1);
+        let order: Vec<u64> = begun.iter().map(|(offset, _)| *offset).collect();
+        let first: Vec<u64> = (0..FEW as u64).chain([1000, FEW as u64, FEW as u64 + 1]).collect();
+        assert_eq!(order, first);
+    }
+}

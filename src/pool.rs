@@ -1,0 +1,244 @@
+//! What several share, so that nobody's hunger leaves another with nothing.
+//!
+//! A [`Pool`] has a guaranteed part for each holder and a common rest that goes to whoever asks
+//! first. What a holder uses counts against its own part until that is used up. So a take within the
+//! guaranteed part never fails, whatever the others hold, and what a pool can give out in all is its
+//! common rest and a guaranteed part for each holder.
+//!
+//! The holder is a queue, not a domain: a domain rarely has more than one queue on a worker that is
+//! not a disk of its own, and a part for each queue also keeps one hung disk of a guest from stopping
+//! the guest's other disks.
+//!
+//! This is arithmetic only: who has to wait, and is served when something was given back, is decided
+//! by whoever owns the pool. [`Lanes`] is a pool with what waits for it.
+
+use std::collections::VecDeque;
+
+/// How many of something there are, and how many of the common ones are used.
+#[derive(Debug)]
+pub struct Pool {
+    guaranteed: usize,
+    common: usize,
+    common_used: usize,
+}
+
+/// What one holder uses of a pool.
+#[derive(Debug, Default)]
+pub struct Share {
+    used: usize,
+}
+
+impl Pool {
+    /// `guaranteed` for each holder, and `common` for all.
+    pub const fn new(guaranteed: usize, common: usize) -> Pool {
+        Pool { guaranteed, common, common_used: 0 }
+    }
+
+    /// As many as this holder could take now.
+    #[inline]
+    pub fn available(&self, share: &Share) -> usize {
+        self.guaranteed.saturating_sub(share.used) + (self.common - self.common_used)
+    }
+
+    /// Takes `count`, or none; says whether.
+    #[inline]
+    pub fn take(&mut self, share: &mut Share, count: usize) -> bool {
+        if count > self.available(share) {
+            return false;
+        }
+        self.set_used(share, share.used + count);
+        true
+    }
+
+    /// Gives back `count`.
+    ///
+    /// # Panics
+    /// Where the holder does not have that many.
+    #[inline]
+    pub fn give_back(&mut self, share: &mut Share, count: usize) {
+        let used = share.used.checked_sub(count).expect("what is given back was taken");
+        self.set_used(share, used);
+    }
+
+    fn set_used(&mut self, share: &mut Share, used: usize) {
+        self.common_used -= share.used.saturating_sub(self.guaranteed);
+        self.common_used += used.saturating_sub(self.guaranteed);
+        share.used = used;
+    }
+}
+
+impl Share {
+    /// As many as the holder has.
+    #[inline]
+    pub fn used(&self) -> usize {
+        self.used
+    }
+}
+
+/// A pool whose holders have numbers, and what waits for it: each holder's own in its order.
+#[derive(Debug)]
+pub struct Lanes<T> {
+    pool: Pool,
+    /// By the holder's number.
+    lanes: Vec<Lane<T>>,
+    parked: usize,
+    /// The lane that is first the next time.
+    turn: usize,
+}
+
+#[derive(Debug)]
+struct Lane<T> {
+    share: Share,
+    parked: VecDeque<T>,
+}
+
+impl<T> Lanes<T> {
+    /// Nobody has anything of the pool yet.
+    pub const fn new(pool: Pool) -> Lanes<T> {
+        Lanes { pool, lanes: Vec::new(), parked: 0, turn: 0 }
+    }
+
+    /// Whether there is one for a holder.
+    pub fn has_room(&mut self, holder: usize) -> bool {
+        self.grow(holder);
+        self.pool.available(&self.lanes[holder].share) > 0
+    }
+
+    /// Takes one for a holder; says whether there was one.
+    pub fn take(&mut self, holder: usize) -> bool {
+        self.grow(holder);
+        self.pool.take(&mut self.lanes[holder].share, 1)
+    }
+
+    /// Gives back one that a holder has.
+    ///
+    /// # Panics
+    /// Where it has none.
+    pub fn give_back(&mut self, holder: usize) {
+        self.pool.give_back(&mut self.lanes[holder].share, 1);
+    }
+
+    /// Keeps what could not begin.
+    pub fn park(&mut self, holder: usize, item: T) {
+        self.grow(holder);
+        self.lanes[holder].parked.push_back(item);
+        self.parked += 1;
+    }
+
+    /// Takes out what a holder has waiting first.
+    pub fn next_of(&mut self, holder: usize) -> Option<T> {
+        let item = self.lanes.get_mut(holder)?.parked.pop_front()?;
+        self.parked -= 1;
+        Some(item)
+    }
+
+    /// Puts back what [`Lanes::next_of`] took out and still can't begin.
+    pub fn put_back(&mut self, holder: usize, item: T) {
+        self.lanes[holder].parked.push_front(item);
+        self.parked += 1;
+    }
+
+    /// The numbers of holders that have something waiting, each time from another one on.
+    pub fn waiting(&mut self) -> impl Iterator<Item = usize> + use<T> {
+        let (count, start) = (self.lanes.len(), self.turn);
+        self.turn = if start + 1 < count { start + 1 } else { 0 };
+        let waits: Vec<usize> = (start..count)
+            .chain(0..start.min(count))
+            .filter(|holder| !self.lanes[*holder].parked.is_empty())
+            .collect();
+        waits.into_iter()
+    }
+
+    /// How many wait.
+    #[inline]
+    pub fn parked(&self) -> usize {
+        self.parked
+    }
+
+    fn grow(&mut self, holder: usize) {
+        if holder >= self.lanes.len() {
+            let empty = || Lane { share: Share::default(), parked: VecDeque::new() };
+            self.lanes.resize_with(holder + 1, empty);
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const HOLDERS: usize = 4;
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Any order of takes and returns of any sizes.
+        #[test]
+        fn a_guaranteed_part_is_never_lent_out(
+            guaranteed in 0..8usize,
+            common in 0..16usize,
+            steps in prop::collection::vec((0..HOLDERS, 0..12usize, any::<bool>()), 0..200),
+        ) {
+            let mut pool = Pool::new(guaranteed, common);
+            let mut shares: [Share; HOLDERS] = Default::default();
+            for (holder, count, takes) in steps {
+                let share = &mut shares[holder];
+                let used = share.used();
+                if takes {
+                    let could = pool.available(share);
+                    let took = pool.take(share, count);
+                    prop_assert_eq!(took, count <= could);
+                    prop_assert!(took || used + count > guaranteed);
+                    prop_assert_eq!(share.used(), if took { used + count } else { used });
+                } else {
+                    pool.give_back(share, count.min(used));
+                }
+                let over = |share: &Share| share.used().saturating_sub(guaranteed);
+                prop_assert_eq!(pool.common_used, shares.iter().map(over).sum::<usize>());
+                prop_assert!(pool.common_used <= common);
+                for share in &shares {
+                    prop_assert!(pool.available(share) + share.used() >= guaranteed);
+                }
+            }
+            let free = |share: &Share| guaranteed.saturating_sub(share.used());
+            let used: usize = shares.iter().map(Share::used).sum();
+            let left = common - pool.common_used + shares.iter().map(free).sum::<usize>();
+            prop_assert_eq!(used + left, common + HOLDERS * guaranteed, "nothing is lost");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "was taken")]
+    fn nothing_comes_back_twice() {
+        let (mut pool, mut share) = (Pool::new(2, 2), Share::default());
+        assert!(pool.take(&mut share, 3));
+        pool.give_back(&mut share, 3);
+        pool.give_back(&mut share, 1);
+    }
+
+    #[test]
+    fn what_waits_goes_on_in_its_holders_order_and_each_holder_is_first_in_turn() {
+        let mut lanes = Lanes::new(Pool::new(1, 0));
+        for (holder, item) in [(0, "a"), (2, "b"), (0, "c"), (3, "d")] {
+            lanes.park(holder, item);
+        }
+        assert!(lanes.take(0) && !lanes.take(0) && lanes.take(2));
+        let mut orders = (0..5).map(|_| lanes.waiting().collect::<Vec<_>>());
+        assert_eq!(orders.next().unwrap(), [0, 2, 3]);
+        assert_eq!(orders.next().unwrap(), [2, 3, 0]);
+        assert_eq!(orders.next().unwrap(), [2, 3, 0]);
+        assert_eq!(orders.next().unwrap(), [3, 0, 2]);
+        assert_eq!(orders.next().unwrap(), [0, 2, 3]);
+        let first = lanes.next_of(0).unwrap();
+        lanes.put_back(0, first);
+        assert_eq!(
+            [lanes.next_of(0), lanes.next_of(0), lanes.next_of(0)],
+            [Some("a"), Some("c"), None]
+        );
+        assert_eq!(lanes.parked(), 2);
+        lanes.give_back(0);
+        assert!(lanes.take(0));
+    }
+}

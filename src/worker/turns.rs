@@ -1,0 +1,164 @@
+//! Whose turn it is, where several queues of a worker have work.
+//!
+//! Each has an equal share of the worker's time. A queue that had more than the one that had the least is
+//! put off for as long as others have work, so that one request of a guest that asks for little need not
+//! wait behind all that another can think of. Nobody is put off for nothing: where no other had work, the
+//! one of them that had the least has a turn after all.
+//!
+//! Where the round starts rotates, so that none is always first at what all share.
+
+/// How much more time than the least served a queue may have had and still have its turn: about a turn,
+/// so that equal queues are not put off in turn.
+const SLACK_NS: u64 = 10_000;
+
+/// How far a queue may be behind: what it did not use before that is lost. So a queue that begins after a
+/// long time keeps the others waiting for no longer than this.
+const LAG_MAX_NS: u64 = 100_000;
+
+/// How the time of a worker is shared.
+#[derive(Debug, Default)]
+pub struct Turns {
+    /// Which of the polled queues is first.
+    first: usize,
+    /// The most that any queue that had a turn has had.
+    ahead_ns: u64,
+}
+
+/// The worker's time that one queue has had, on a scale that all queues of the worker share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TimeUsed(u64);
+
+impl Turns {
+    /// Begins a round of `count` queues: which one is first.
+    #[inline]
+    pub fn begin(&mut self, count: usize) -> usize {
+        self.first = if self.first + 1 < count { self.first + 1 } else { 0 };
+        self.first
+    }
+
+    /// Which one is first in this round.
+    #[inline]
+    pub fn first(&self) -> usize {
+        self.first
+    }
+
+    /// The most that a queue may have had to have its turn, where all that are polled had these times.
+    pub fn limit(&self, used: impl Iterator<Item = TimeUsed>) -> TimeUsed {
+        let least_ns = used.map(|used| self.counted_ns(used)).min().unwrap_or(0);
+        TimeUsed(least_ns.saturating_add(SLACK_NS))
+    }
+
+    /// Takes note of time that a queue has had.
+    pub fn charge(&mut self, used: &mut TimeUsed, time_ns: u64) {
+        used.0 = self.counted_ns(*used).saturating_add(time_ns);
+        self.ahead_ns = self.ahead_ns.max(used.0);
+    }
+
+    /// What counts of a queue's time: it is never farther behind than [`LAG_MAX_NS`].
+    fn counted_ns(&self, used: TimeUsed) -> u64 {
+        used.0.max(self.ahead_ns.saturating_sub(LAG_MAX_NS))
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    /// A queue that has work at these times, each turn of which takes `turn_ns`.
+    struct Guest {
+        turn_ns: u64,
+        /// Has nothing to do for so long after each turn.
+        thinks_ns: u64,
+        ready_at_ns: u64,
+        used: TimeUsed,
+        had_ns: u64,
+    }
+
+    impl Guest {
+        fn new(turn_ns: u64, thinks_ns: u64) -> Guest {
+            Guest { turn_ns, thinks_ns, ready_at_ns: 0, used: TimeUsed::default(), had_ns: 0 }
+        }
+    }
+
+    /// Rounds as a worker does them, for so long; the time that each guest has had.
+    fn play(guests: &mut [Guest], lasts_ns: u64) -> Vec<u64> {
+        let (mut turns, mut now_ns) = (Turns::default(), 0);
+        while now_ns < lasts_ns {
+            let first = turns.begin(guests.len());
+            let limit = turns.limit(guests.iter().map(|guest| guest.used));
+            let count = guests.len();
+            let order = (0..count).map(|nth| (first + nth) % count);
+            let mut put_off: Vec<usize> = Vec::new();
+            let mut worked = false;
+            let mut turn = |guest: &mut Guest, now_ns: &mut u64| {
+                if guest.ready_at_ns > *now_ns {
+                    return false;
+                }
+                *now_ns += guest.turn_ns;
+                guest.had_ns += guest.turn_ns;
+                turns.charge(&mut guest.used, guest.turn_ns);
+                guest.ready_at_ns = *now_ns + guest.thinks_ns;
+                true
+            };
+            for index in order {
+                if guests[index].used > limit {
+                    put_off.push(index);
+                } else {
+                    worked |= turn(&mut guests[index], &mut now_ns);
+                }
+            }
+            put_off.retain(|index| guests[*index].ready_at_ns <= now_ns);
+            if !worked
+                && let Some(index) = put_off.into_iter().min_by_key(|index| guests[*index].used)
+            {
+                turn(&mut guests[index], &mut now_ns);
+            }
+            // Looking at all rings takes time too.
+            now_ns += 100;
+        }
+        guests.iter().map(|guest| guest.had_ns).collect()
+    }
+
+    const SECOND: u64 = 1_000_000_000;
+
+    #[test]
+    fn a_guest_that_asks_for_little_has_as_much_beside_greedy_ones_as_beside_its_like() {
+        for thinks_ns in [0, 2_000, 20_000, 100_000] {
+            let like = || Guest::new(4_000, thinks_ns);
+            let greedy = || Guest::new(10_000, 0);
+            let polite = play(&mut [like(), like(), like(), like(), like()], SECOND)[0];
+            let beside = play(&mut [like(), greedy(), greedy(), greedy(), greedy()], SECOND)[0];
+            assert!(beside * 10 >= polite * 8, "{thinks_ns}: {beside} of {polite}");
+        }
+    }
+
+    #[test]
+    fn greedy_guests_share_what_others_leave_equally() {
+        let mut guests = [Guest::new(12_000, 0), Guest::new(3_000, 0), Guest::new(1_000, 50_000)];
+        let had = play(&mut guests, SECOND);
+        assert!(had[0].abs_diff(had[1]) < SECOND / 100, "{had:?}");
+        assert!(had[0] + had[1] > SECOND * 8 / 10, "nobody is put off for nothing: {had:?}");
+    }
+
+    #[test]
+    fn a_queue_that_slept_has_not_saved_up_time() {
+        let mut turns = Turns::default();
+        let (mut busy, mut slept) = (TimeUsed::default(), TimeUsed::default());
+        turns.charge(&mut busy, SECOND);
+        assert!(busy > turns.limit([busy, slept].into_iter()));
+        let mut turns_until_level = 0;
+        while busy > turns.limit([busy, slept].into_iter()) {
+            turns.charge(&mut slept, 10_000);
+            turns_until_level += 1;
+        }
+        assert!(turns_until_level <= LAG_MAX_NS / 10_000);
+    }
+
+    #[test]
+    fn another_one_is_first_each_time() {
+        let mut turns = Turns::default();
+        let firsts: Vec<usize> = (0..5).map(|_| turns.begin(3)).collect();
+        assert_eq!(firsts, [1, 2, 0, 1, 2]);
+        assert_eq!(turns.begin(1), 0);
+    }
+}

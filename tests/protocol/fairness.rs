@@ -1,0 +1,172 @@
+//! What a guest that asks for little gets of a worker beside greedy ones. The worker's time is that of a
+//! clock which only what it does moves, so that the same happens on every machine.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use polldisk::blkif::op;
+use polldisk::budget::GrantBudget;
+use polldisk::sim::{SimXen, StandIn};
+use polldisk::units::{DomId, GrantRef};
+use polldisk::xen::shm::GuestPages;
+use polldisk::xen::{GrantCopy, Grants, PageAccess, Platform, PlatformError};
+
+use crate::scripted::{Bench, Scripted, Shape, null, storage};
+
+/// A look at the clock, and what else a queue costs in a pass.
+const LOOK_NS: u64 = 50;
+/// A system call.
+const CALL_NS: u64 = 500;
+/// A page copied.
+const PAGE_NS: u64 = 700;
+
+/// The worker's time.
+#[derive(Clone, Default)]
+struct Clock(Arc<AtomicU64>);
+
+impl Clock {
+    fn add(&self, ns: u64) -> u64 {
+        self.0.fetch_add(ns, Ordering::Relaxed) + ns
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.add(0)
+    }
+}
+
+/// The stand-in, where copies take their time.
+#[derive(Clone)]
+struct Timed(SimXen, Clock);
+
+struct TimedGrants(<SimXen as Platform>::Grants, Clock);
+
+impl Platform for Timed {
+    type Store = <SimXen as Platform>::Store;
+    type Events = <SimXen as Platform>::Events;
+    type Grants = TimedGrants;
+
+    fn open_store(&self) -> Result<Self::Store, PlatformError> {
+        self.0.open_store()
+    }
+
+    fn open_events(&self) -> Result<Self::Events, PlatformError> {
+        self.0.open_events()
+    }
+
+    fn open_grants(&self) -> Result<TimedGrants, PlatformError> {
+        Ok(TimedGrants(self.0.open_grants()?, self.1.clone()))
+    }
+}
+
+impl Grants for TimedGrants {
+    fn map(
+        &mut self,
+        domid: DomId,
+        refs: &[GrantRef],
+        access: PageAccess,
+    ) -> io::Result<GuestPages> {
+        self.1.add(CALL_NS);
+        self.0.map(domid, refs, access)
+    }
+
+    fn unmap(&mut self, pages: GuestPages) -> io::Result<()> {
+        self.1.add(CALL_NS);
+        self.0.unmap(pages)
+    }
+
+    fn copy(&mut self, domid: DomId, segments: &mut [GrantCopy]) -> io::Result<()> {
+        if !segments.is_empty() {
+            self.1.add(CALL_NS + PAGE_NS * segments.len() as u64);
+        }
+        self.0.copy(domid, segments)
+    }
+}
+
+/// What a guest does all the time: so many requests in flight, each of so many pages.
+#[derive(Clone, Copy)]
+struct Load {
+    shape: Shape,
+    operation: u8,
+    depth: usize,
+    pages: usize,
+    /// Between the last answer and the next requests.
+    thinks_ns: u64,
+}
+
+fn small(thinks_ns: u64) -> Load {
+    let shape = Shape::mapped(8);
+    Load { shape, operation: op::READ, depth: 8, pages: 1, thinks_ns }
+}
+
+fn large(operation: u8) -> Load {
+    let shape = Shape::copied(32).indirect(256, 0);
+    Load { shape, operation, depth: 32, pages: 256, thinks_ns: 0 }
+}
+
+/// Requests answered to each guest in so much of the worker's time.
+fn play(loads: &[Load], lasts_ns: u64) -> Vec<usize> {
+    let (stand_in, clock) = (StandIn::start_temporary().unwrap(), Clock::default());
+    let (engine, script) = storage();
+    script.borrow_mut().clock = Some(Arc::clone(&clock.0));
+    let platform = Timed(stand_in.platform(), clock.clone());
+    let mut bench: Bench<Timed, Scripted> = Bench::on(platform, engine, stand_in);
+    for load in loads {
+        bench.guest_with(load.shape, null(false), Arc::new(GrantBudget::new(4096)));
+    }
+    let (mut answers, mut ready_ns) = (vec![0; loads.len()], vec![0; loads.len()]);
+    let start_ns = clock.now_ns();
+    while clock.now_ns() - start_ns < lasts_ns {
+        for (guest, load) in loads.iter().enumerate() {
+            let answered = bench.answers(guest);
+            answers[guest] += answered;
+            if answered > 0 {
+                ready_ns[guest] = clock.now_ns() + load.thinks_ns;
+            }
+            if clock.now_ns() >= ready_ns[guest] {
+                bench.ask(guest, load.operation, load.depth, load.pages);
+            }
+        }
+        bench.worker.poll_once(|| clock.add(LOOK_NS)).unwrap();
+    }
+    answers
+}
+
+#[test]
+fn small_reads_beside_greedy_guests_are_as_fast_as_beside_their_like() {
+    const LASTS_NS: u64 = 50_000_000;
+    let flushes = Load { operation: op::FLUSH_DISKCACHE, depth: 32, pages: 0, ..small(0) };
+    let flushes = Load { shape: Shape::mapped(32), ..flushes };
+    for thinks_ns in [0, 20_000, 100_000] {
+        let victim = small(thinks_ns);
+        let beside = |others: [Load; 4]| {
+            let [one, two, three, four] = others;
+            play(&[victim, one, two, three, four], LASTS_NS)[0]
+        };
+        let polite = beside([small(0); 4]);
+        let (read, write) = (large(op::READ), large(op::WRITE));
+        for (what, others) in [
+            ("large reads", [read; 4]),
+            ("large writes", [write; 4]),
+            ("flushes", [flushes; 4]),
+            ("all of that", [read, write, flushes, read]),
+        ] {
+            let greedy = beside(others);
+            assert!(
+                greedy * 10 >= polite * 8,
+                "{what}, {thinks_ns} ns between requests: {greedy} beside {polite}"
+            );
+        }
+    }
+}
+
+#[test]
+fn greedy_guests_have_what_others_leave_and_equal_shares_of_it() {
+    let (read, write) = (large(op::READ), large(op::WRITE));
+    let answers = play(&[small(100_000), read, read, write], 100_000_000);
+    let pages: Vec<usize> = answers[1..].iter().map(|count| count * 256).collect();
+    let [least, most] = [pages.iter().min(), pages.iter().max()].map(|pages| *pages.unwrap());
+    assert!(least * 10 >= most * 7, "{pages:?}");
+    let copied = pages.iter().sum::<usize>() as u64;
+    assert!(copied * PAGE_NS > 60_000_000, "the worker is kept busy with copies: {copied} pages");
+}

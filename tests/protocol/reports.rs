@@ -1,0 +1,144 @@
+//! What a worker tells control, and how it ends.
+
+use polldisk::blkif::op;
+use polldisk::limits::{IN_FLIGHT_TOLD, WORKER_EVENTS};
+use polldisk::msg::{Command, Event, InFlight, InFlightRequest, StorageFailure};
+use polldisk::worker::serve;
+
+use crate::draw::ERROR;
+use crate::scripted::{Failure, Shape, bench};
+
+const SECOND: u64 = 1_000_000_000;
+
+#[test]
+fn what_is_in_flight_is_told_the_oldest_first() {
+    let (mut bench, script) = bench();
+    let guest = bench.guest(Shape::mapped(32));
+    script.borrow_mut().hung.insert(guest);
+    let asked = [(op::FLUSH_DISKCACHE, 1, 0), (op::WRITE, 1, 2), (op::READ, 10, 1)];
+    for (number, (operation, count, pages)) in (1..).zip(asked) {
+        bench.now_ns = number * SECOND;
+        bench.ask(guest, operation, count, pages);
+        assert!(bench.settle());
+    }
+    bench.now_ns = 9 * SECOND;
+    for key in [bench.key(guest), bench.key(7)] {
+        bench.commands.send(Command::TellInFlight(key)).unwrap();
+        assert!(bench.settle());
+    }
+    let request = |operation, offset_bytes, len_bytes, taken: u64| InFlightRequest {
+        operation,
+        offset_bytes,
+        len_bytes,
+        age_ns: (9 - taken) * SECOND,
+    };
+    let oldest = vec![
+        request("flush", 0, 0, 1),
+        request("write", 0, 8192, 2),
+        request("read", 0, 4096, 3),
+        request("read", 4096, 4096, 3),
+    ];
+    assert_eq!(oldest.len(), IN_FLIGHT_TOLD);
+    let Event::InFlight(key, told) = bench.event() else { panic!("another event") };
+    assert_eq!((key, told), (bench.key(guest), InFlight { count: 12, oldest }));
+    let Event::InFlight(_, nothing) = bench.event() else { panic!("another event") };
+    assert_eq!(nothing, InFlight::default(), "of a queue that is not served");
+}
+
+/// What control was told about storage: the errors so far, or that there is room again.
+fn told(bench: &crate::scripted::Bench) -> Vec<Option<StorageFailure>> {
+    let told = |event| match event {
+        Event::StorageFailed(_, failure) => Some(failure),
+        Event::SpaceLeft(_) => None,
+        other => panic!("{other:?}"),
+    };
+    bench.events.events.try_iter().map(told).collect()
+}
+
+#[test]
+fn control_is_told_what_storage_fails_ever_more_seldom_and_when_it_has_room_again() {
+    let (mut bench, script) = bench();
+    let guest = bench.guest(Shape::mapped(32));
+    let mut play = |now_ns, errno, operation, count| {
+        bench.now_ns = now_ns;
+        script.borrow_mut().errno = errno;
+        bench.ask(guest, operation, count, 1);
+        assert!(bench.settle());
+        let status = if errno.is_some() { ERROR } else { 0 };
+        assert_eq!(bench.statuses(guest), vec![status; count]);
+        told(&bench)
+    };
+    let failures = play(1, Some(libc::ENOSPC), op::WRITE, 20);
+    let numbers: Vec<u64> = failures.iter().flatten().map(|told| told.errors_so_far).collect();
+    assert_eq!(numbers, [1, 2, 4, 8, 16]);
+    let third = StorageFailure {
+        operation: "write",
+        offset_bytes: 3 * 4096,
+        len_bytes: 4096,
+        errno: libc::ENOSPC,
+        errors_so_far: 4,
+    };
+    assert_eq!(failures[2], Some(third));
+    assert_eq!(play(SECOND, None, op::WRITE, 20), [], "told a moment ago");
+    assert_eq!(play(SECOND + 1, None, op::READ, 20), [], "a read needs no room");
+    assert_eq!(play(SECOND + 1, None, op::WRITE, 20), [None]);
+    assert_eq!(play(9 * SECOND, None, op::WRITE, 20), [], "once");
+    let failures = play(10 * SECOND, Some(libc::ENOSPC), op::WRITE, 3);
+    assert_eq!(failures.len(), 1, "whatever its number: {failures:?}");
+}
+
+#[test]
+fn a_worker_never_waits_for_a_control_that_is_far_behind() {
+    let (mut bench, _) = bench();
+    let key = bench.key(7);
+    for asked in 0..WORKER_EVENTS + 100 {
+        bench.commands.send(Command::TakeLatency(key)).unwrap();
+        if asked % 1000 == 999 {
+            bench.settle();
+        }
+    }
+    let guest = Shape::mapped(8);
+    bench.settle();
+    assert_eq!(bench.events.events.len(), WORKER_EVENTS, "control has no room for more");
+    let mut answers = 0;
+    while answers < WORKER_EVENTS + 100 {
+        answers += bench.events.events.try_iter().count();
+        bench.settle();
+    }
+    let guest = bench.guest(guest);
+    bench.ask(guest, op::READ, 8, 1);
+    assert!(bench.settle());
+    assert_eq!(bench.answers(guest), 8);
+}
+
+#[test]
+fn a_worker_that_ends_in_disorder_keeps_the_memory_that_storage_may_still_write_to() {
+    for (failure, reason) in [(Failure::Error, "the host fails"), (Failure::Panic, "panicked")] {
+        let (mut bench, script) = bench();
+        let guest = bench.guest(Shape::mapped(8));
+        script.borrow_mut().hung.insert(guest);
+        bench.ask(guest, op::READ, 8, 1);
+        assert!(bench.settle());
+        script.borrow_mut().fails = Some(failure);
+        let domain = bench.guests[guest].domain().clone();
+        let mapped = domain.mapped_grants();
+        assert!(mapped > 8, "its ring and its pages");
+        let ended = serve(bench.worker).unwrap();
+        assert!(ended.contains(reason), "{ended}");
+        assert!(!script.borrow().is_dropped, "the kernel's ring is still there");
+        assert_eq!(domain.mapped_grants(), mapped);
+    }
+}
+
+#[test]
+fn a_worker_that_ends_in_order_leaves_nothing() {
+    let (mut bench, script) = bench();
+    let guest = bench.guest(Shape::mapped(8));
+    bench.ask(guest, op::READ, 8, 1);
+    assert!(bench.settle());
+    let domain = bench.guests[guest].domain().clone();
+    bench.commands.send(Command::Stop).unwrap();
+    assert_eq!(serve(bench.worker), None);
+    assert!(script.borrow().is_dropped);
+    assert_eq!(domain.mapped_grants(), 0);
+}

@@ -1,0 +1,334 @@
+//! A worker that the test steps, on storage that does what the test says. Nothing here takes time: what
+//! happens is counted in passes.
+
+use std::cell::RefCell;
+use std::collections::HashSet;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use polldisk::backing::{Image, NullImage};
+use polldisk::blkif::op;
+use polldisk::blkif::request::DiskRules;
+use polldisk::budget::GrantBudget;
+use polldisk::engine::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
+use polldisk::metrics::QueueCounters;
+use polldisk::msg::{
+    Command, CommandSender, Connect, Event, EventReceiver, LinkId, Mapping, QueueKey, WorkerId,
+    command_channel, event_channel,
+};
+use polldisk::park::Doorbell;
+use polldisk::sim::blkfront::device::{Device, Options};
+use polldisk::sim::{SimXen, StandIn};
+use polldisk::units::{Bytes, DomId, QueueId};
+use polldisk::worker::{Progress, Setup, Worker};
+use polldisk::xen::Platform;
+use polldisk::xen::shm::{GuestBuf, Registration};
+
+/// Passes until everything that can happen has happened.
+const PASSES_MAX: usize = 100_000;
+
+/// What it costs to submit an operation, where there is a clock.
+const SUBMIT_NS: u64 = 300;
+
+/// Bytes of every disk.
+const DISK: Bytes = Bytes(1 << 30);
+
+/// What storage does, as the test says, and what it was asked for.
+#[derive(Debug, Default)]
+pub struct Script {
+    /// Queues whose operations hang.
+    pub hung: HashSet<usize>,
+    /// Operations that there is room for; `None`: for all.
+    pub room: Option<usize>,
+    /// Operations that complete with each reap; `None`: all that do not hang.
+    pub per_reap: Option<usize>,
+    /// What becomes of each operation, in place of its success.
+    pub errno: Option<i32>,
+    /// Flushes are kept by the engine.
+    pub parks_flushes: bool,
+    /// The host fails with its next operation, or panics.
+    pub fails: Option<Failure>,
+    /// Moves with each operation, by what it costs to submit.
+    pub clock: Option<Arc<AtomicU64>>,
+    /// The engine is no more.
+    pub is_dropped: bool,
+    /// Operations taken and not completed, in order.
+    pub taken: Vec<Taken>,
+}
+
+/// How the host fails.
+#[derive(Clone, Copy, Debug)]
+pub enum Failure {
+    Error,
+    Panic,
+}
+
+/// An operation.
+#[derive(Debug)]
+pub struct Taken {
+    pub ticket: Ticket,
+    bytes: i32,
+}
+
+/// Storage by a script.
+pub struct Scripted {
+    script: Rc<RefCell<Script>>,
+    bell: Doorbell,
+}
+
+impl Drop for Scripted {
+    fn drop(&mut self) {
+        self.script.borrow_mut().is_dropped = true;
+    }
+}
+
+impl RegisterBuffers for Scripted {
+    fn register(&mut self, _memory: GuestBuf) -> io::Result<Registration> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn unregister(&mut self, _registration: Registration) {
+        unreachable!("nothing was registered");
+    }
+}
+
+impl Engine for Scripted {
+    type Target = Image;
+
+    fn submit(&mut self, _: &Image, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
+        let mut script = self.script.borrow_mut();
+        if script.room.is_some_and(|room| script.taken.len() >= room) {
+            return Submitted::Full(ticket);
+        }
+        let bytes = match operation {
+            IoOp::Read { buffers, .. } | IoOp::Write { buffers, .. } => {
+                buffers.iter().map(|buffer| buffer.len().cast_signed()).sum()
+            }
+            IoOp::Flush | IoOp::Discard { .. } => 0,
+        };
+        if let Some(clock) = &script.clock {
+            clock.fetch_add(SUBMIT_NS, Ordering::Relaxed);
+        }
+        script.taken.push(Taken { ticket, bytes });
+        match operation {
+            IoOp::Flush if script.parks_flushes => Submitted::Parked,
+            _ => Submitted::Started,
+        }
+    }
+
+    fn kick(&mut self) -> io::Result<()> {
+        let fails = self.script.borrow().fails;
+        match fails {
+            None => Ok(()),
+            Some(Failure::Error) => Err(io::Error::other("the host fails")),
+            Some(Failure::Panic) => panic!("the host has its worker panic"),
+        }
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        let Script { hung, per_reap, errno, taken, .. } = &mut *self.script.borrow_mut();
+        let mut left = per_reap.unwrap_or(usize::MAX);
+        for Taken { ticket, bytes } in std::mem::take(taken) {
+            if hung.contains(&ticket.queue()) || left == 0 {
+                taken.push(Taken { ticket, bytes });
+            } else {
+                left -= 1;
+                done.push(Completion { ticket, result: errno.map_or(bytes, |errno| -errno) });
+            }
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.script.borrow().taken.len()
+    }
+
+    fn arm(&mut self) -> io::Result<bool> {
+        Ok(false)
+    }
+
+    fn disarm(&mut self, _signalled: bool) {}
+
+    fn completion_fd(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+}
+
+/// A worker with its guests, each with one ring. A guest's number is its queue's.
+pub struct Bench<P: Platform = SimXen, E = Scripted> {
+    pub worker: Worker<P, E>,
+    pub guests: Vec<Device>,
+    pub counters: Vec<Arc<QueueCounters>>,
+    pub commands: CommandSender,
+    pub events: EventReceiver,
+    pub now_ns: u64,
+    stand_in: StandIn,
+}
+
+/// What a guest and its disk are like.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub options: Options,
+    pub mapping: Mapping,
+    pub indirect_segments: u16,
+}
+
+impl Shape {
+    /// A ring of one page, data copied, no indirect requests.
+    pub fn copied(buffers: usize) -> Shape {
+        let options = Options { persistent: false, buffers, ..Options::default() };
+        Shape { options, mapping: Mapping::Nothing, indirect_segments: 0 }
+    }
+
+    /// Pages kept mapped, no indirect requests.
+    pub fn mapped(buffers: usize) -> Shape {
+        let options = Options { persistent: true, buffers, ..Options::default() };
+        Shape { options, mapping: Mapping::Kept, indirect_segments: 0 }
+    }
+
+    /// Indirect requests of at most so many segments, on a ring of `1 << ring_order` pages.
+    pub fn indirect(self, segments: usize, ring_order: u32) -> Shape {
+        let options = Options { segments: segments.max(12), ring_order, ..self.options };
+        let indirect_segments = u16::try_from(options.segments).unwrap();
+        Shape { options, indirect_segments, ..self }
+    }
+}
+
+/// A disk without contents.
+pub fn null(read_zeroes: bool) -> Image {
+    Image::Null(NullImage::new(DISK, read_zeroes))
+}
+
+/// Storage by a script, and the script.
+pub fn storage() -> (Scripted, Rc<RefCell<Script>>) {
+    let script = Rc::new(RefCell::new(Script::default()));
+    (Scripted { script: Rc::clone(&script), bell: Doorbell::new().unwrap() }, script)
+}
+
+/// A bench with storage by a script.
+pub fn bench() -> (Bench, Rc<RefCell<Script>>) {
+    let (engine, script) = storage();
+    let stand_in = StandIn::start_temporary().unwrap();
+    (Bench::on(stand_in.platform(), engine, stand_in), script)
+}
+
+impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
+    /// A worker without guests.
+    pub fn on(platform: P, engine: E, stand_in: StandIn) -> Bench<P, E> {
+        let (commands, receiver) = command_channel(WorkerId(0)).unwrap();
+        let (reports, events) = event_channel().unwrap();
+        let (id, poll) = (WorkerId(0), Duration::ZERO);
+        let setup = Setup { id, platform, core: None, poll, commands: receiver, reports };
+        let worker = Worker::new(setup, engine).unwrap();
+        let (guests, counters) = Default::default();
+        Bench { worker, guests, counters, commands, events, now_ns: 1, stand_in }
+    }
+
+    /// One more guest; its number.
+    pub fn guest(&mut self, shape: Shape) -> usize {
+        self.guest_with(shape, null(false), Arc::new(GrantBudget::new(4096)))
+    }
+
+    pub fn guest_with(&mut self, shape: Shape, image: Image, budget: Arc<GrantBudget>) -> usize {
+        let number = self.guests.len();
+        let key = self.key(number);
+        let domid = DomId::try_from(u32::try_from(number).unwrap() + 1).unwrap();
+        let pages = u32::try_from(shape.options.device_pages()).unwrap();
+        let domain = Arc::new(self.stand_in.create_domain(domid, pages).unwrap());
+        let device = Device::new(domain, shape.options).unwrap();
+        let counters = Arc::new(QueueCounters::default());
+        let connect = Connect {
+            key,
+            frontend: domid,
+            ring_refs: device.ring_refs().to_vec(),
+            port: device.port(),
+            protocol: shape.options.protocol,
+            mapping: shape.mapping,
+            budget,
+            rules: DiskRules {
+                geometry: image.geometry(),
+                read_only: false,
+                indirect_segments: shape.indirect_segments,
+                discard: true,
+                secure_discard: false,
+            },
+            image: Arc::new(image),
+            counters: Arc::clone(&counters),
+        };
+        self.commands.send(Command::Connect(Box::new(connect))).unwrap();
+        self.settle();
+        match self.event() {
+            Event::Connected(connected) => assert_eq!(connected, key),
+            other => panic!("{other:?}"),
+        }
+        self.guests.push(device);
+        self.counters.push(counters);
+        number
+    }
+
+    pub fn key(&self, guest: usize) -> QueueKey {
+        QueueKey { link: LinkId(guest as u64), queue: QueueId(0) }
+    }
+
+    pub fn event(&self) -> Event {
+        self.events.events.try_recv().unwrap()
+    }
+
+    /// A guest asks for `count` times `pages` pages at different places, as far as it has buffers.
+    pub fn ask(&mut self, guest: usize, operation: u8, count: usize, pages: usize) -> usize {
+        let device = &mut self.guests[guest];
+        let mut asked = 0;
+        while asked < count && device.free_buffer().is_some() {
+            device.put(operation, (asked * pages * 8) as u64, pages * 4096);
+            asked += 1;
+        }
+        device.publish().unwrap();
+        asked
+    }
+
+    /// A guest asks for `count` pages by indirect requests of one segment each.
+    pub fn ask_indirect(&mut self, guest: usize, count: usize) {
+        let device = &mut self.guests[guest];
+        for number in 0..count {
+            let buffer = device.free_buffer().unwrap();
+            let segment = device.segment(buffer, 0, 0, 7);
+            let request = device.indirect(op::READ, number as u64 * 8, &[segment]);
+            device.put_request(&request.into(), 1);
+        }
+        device.publish().unwrap();
+    }
+
+    /// One pass.
+    pub fn pass(&mut self) -> Progress {
+        let now_ns = self.now_ns;
+        self.worker.poll_once(|| now_ns).unwrap()
+    }
+
+    /// Passes until nothing happens any more, as a worker that never spins does them: whether it would
+    /// sleep then.
+    pub fn settle(&mut self) -> bool {
+        for _ in 0..PASSES_MAX {
+            if self.pass() == Progress::Idle && self.worker.arm().unwrap() {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// How many answers a guest has got since the last time.
+    pub fn answers(&mut self, guest: usize) -> usize {
+        let device = &mut self.guests[guest];
+        std::iter::from_fn(|| device.next_answer().unwrap())
+            .inspect(|answer| assert_eq!(answer.status, 0))
+            .count()
+    }
+
+    /// The same for answers of any kind, by their statuses.
+    pub fn statuses(&mut self, guest: usize) -> Vec<i16> {
+        let device = &mut self.guests[guest];
+        std::iter::from_fn(|| device.next_answer().unwrap()).map(|answer| answer.status).collect()
+    }
+}
