@@ -45,11 +45,12 @@ impl Usage {
     }
 }
 
-/// Whether the kernel did not make the thread for io_uring, which it does and undoes as it likes.
+/// Whether the thread stays: not those that the kernel makes for io_uring and undoes as it likes, nor
+/// helpers, which end when they have had nothing to open or close for a while.
 fn is_ours(task: &io::Result<fs::DirEntry>) -> bool {
     let name = fs::read_to_string(task.as_ref().unwrap().path().join("comm"));
     // One that has just ended is nobody's.
-    name.is_ok_and(|name| !name.starts_with("iou-"))
+    name.is_ok_and(|name| !name.starts_with("iou-") && name.trim_end() != "storage")
 }
 
 fn round(rig: &Rig, guest: &Guest, number: u64) {
