@@ -235,3 +235,10 @@ const _: () = assert!(QUEUES_PER_DISK_MAX as usize == WORKERS_MAX);
 const _: () = assert!(RING_PAGE_ORDER_DEFAULT <= RING_PAGE_ORDER_MAX);
 const _: () =
     assert!(URING_ENTRIES as usize * SEGMENTS_PER_REQUEST >= INDIRECT_SEGMENTS_MAX as usize);
+
+/// Seconds that opening an image waits for another disk that is opening or closing the same storage.
+/// Both take no time unless storage hangs: then the disk is told so, and control's helper is free again.
+pub const CLAIM_SECONDS: u64 = 10;
+
+/// Loop devices on top of each other that are followed down to the file below: nobody stacks this many.
+pub const LOOPS_ON_LOOPS_MAX: usize = 8;

@@ -4,16 +4,23 @@
 //! configuration and is never guessed from bytes that a guest can write (XSA-48).
 
 mod blocks;
+mod claims;
+mod device;
+mod hint;
+mod holders;
+mod locks;
 mod mapped;
 mod null;
 mod raw;
+mod sharing;
 mod spec;
+mod storage;
 
 pub use blocks::{BlockLock, BlockLocks};
 pub use mapped::MappedFile;
 pub use null::NullImage;
 pub use raw::{DeviceHandle, RawImage};
-pub use spec::{Contents, DataPath, DiskOptions, Spec};
+pub use spec::{Contents, DataPath, Direct, DiskOptions, Spec};
 
 use std::sync::Arc;
 
@@ -56,6 +63,23 @@ impl Backing {
     /// The options that stood in its target.
     pub fn options(&self) -> DiskOptions {
         self.options
+    }
+
+    /// What its admin should know, though it is served: each one sentence about "it".
+    pub fn warnings(&self) -> &[String] {
+        match &*self.image {
+            Image::Raw(image) => image.warnings(),
+            Image::Null(_) | Image::Empty => &[],
+        }
+    }
+
+    /// It is about to be closed: another disk that wants the same storage waits for that from now
+    /// on, instead of being refused.
+    pub fn closing(&self) {
+        match &*self.image {
+            Image::Raw(image) => image.closing(),
+            Image::Null(_) | Image::Empty => {}
+        }
     }
 }
 

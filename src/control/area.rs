@@ -6,7 +6,7 @@ use xenstore_rs::Xs;
 
 use super::ahead::ReadAhead;
 use super::key::DiskKey;
-use crate::backing::{Discard, Geometry, Image};
+use crate::backing::{Access, Discard, Geometry, Image};
 use crate::blkif::features::{self, DiskOffer};
 use crate::limits;
 use crate::units::{DomId, parse_decimal};
@@ -20,6 +20,8 @@ pub struct Description {
     pub target: String,
     /// The guest may not write.
     pub read_only: bool,
+    /// Others may write to its contents, too: the mode has a `!`, as xl's `w!` does.
+    pub shareable: bool,
     /// It is a CD-ROM, which is always read-only.
     pub cdrom: bool,
     /// The toolstack lets its guest discard.
@@ -117,12 +119,19 @@ impl Description {
         Ok(Description {
             target,
             read_only: cdrom || !mode.contains('w'),
+            shareable: mode.contains('!'),
             cdrom,
             removable,
             discard_enable: text(keys::DISCARD_ENABLE)?.is_none_or(|flag| &*flag != "0"),
             script: text(keys::SCRIPT)?.map(String::from),
             attached: text(keys::ATTACHED)?.is_some(),
         })
+    }
+
+    /// How the disk `key` uses its storage.
+    pub fn access(&self, key: &DiskKey) -> Access {
+        let Description { read_only, shareable, .. } = *self;
+        Access { read_only, shareable, user: key.user() }
     }
 
     /// Whether it is a drive: its medium may be changed, and may be missing.

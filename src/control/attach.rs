@@ -72,7 +72,8 @@ pub fn make<S: Store>(
         "" if attach.is_drive() => {}
         "" => return Err(AttachError::NoTarget),
         target => {
-            let access = Access { read_only: attach.is_read_only(), ..Access::default() };
+            let read_only = attach.is_read_only();
+            let access = Access { read_only, shareable: false, user: key.user() };
             target.parse::<Spec>()?.open(&access).map(drop)?;
         }
     }

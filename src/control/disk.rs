@@ -307,7 +307,7 @@ impl Disk {
         let description = Description::read(around.store, &self.area, &self.key)
             .map_err(|error| Failure::of(&error))?;
         let description = self.description.insert(description);
-        let (image, options) = medium::open(&description.target, description.read_only)?;
+        let (image, options) = medium::open(&description.target, &description.access(&self.key))?;
         self.drive = Drive::with(&description.target);
         self.options = options;
         self.image = Some(image);

@@ -1,8 +1,6 @@
 //! Disks with other blocks than 512 bytes: as they are, and with `emulate-512`.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use polldisk::blkif::codec::{RawDiscard, RawRequest, RawSegment};
 use polldisk::blkif::op;
@@ -13,6 +11,7 @@ use polldisk::units::GrantRef;
 use polldisk::xen::PageAccess;
 use xenstore_rs::Xs;
 
+use crate::host::{self, LoopDevice};
 use crate::rig::{
     Guest, IMAGE_BYTES, Rig, ask, load, raw, raw_request, run_verified, until, whole,
 };
@@ -20,51 +19,18 @@ use crate::rig::{
 const ERROR: i16 = -1;
 
 /// A block device with 4096-byte blocks, all zero.
-struct Disk4Kn {
-    path: PathBuf,
-}
+struct Disk4Kn(LoopDevice);
 
 impl Disk4Kn {
-    /// `None`, loudly, on a machine that can't have one; without losetup a failure where
-    /// `POLLDISK_REQUIRE_XEN_TOOLS=1`, as CI sets it.
+    /// `None`, loudly, on a machine that can't have one.
     fn new(folder: &Path, name: &str) -> Option<Disk4Kn> {
         let file = folder.join(name);
-        File::create(&file).unwrap().set_len(IMAGE_BYTES).unwrap();
-        let made = Command::new("losetup")
-            .args(["--sector-size", "4096", "--find", "--show"])
-            .arg(&file)
-            .output();
-        let skipped = "skipped: no disk with 4096-byte blocks can be made here";
-        match made {
-            Err(error) => {
-                let required =
-                    std::env::var("POLLDISK_REQUIRE_XEN_TOOLS").is_ok_and(|value| value == "1");
-                assert!(!required, "losetup: {error}");
-                eprintln!("{skipped}: losetup is missing ({error})");
-                None
-            }
-            Ok(output) if output.status.success() => {
-                let path = String::from_utf8(output.stdout).unwrap().trim().into();
-                Some(Disk4Kn { path })
-            }
-            Ok(output) => {
-                let reason = String::from_utf8_lossy(&output.stderr).into_owned();
-                let able = File::options().write(true).open("/dev/loop-control").is_ok();
-                assert!(!able, "losetup failed: {reason}");
-                eprintln!("{skipped}: this user may not use loop devices ({reason})");
-                None
-            }
-        }
+        host::file(&file, IMAGE_BYTES);
+        LoopDevice::over(&file, &["--sector-size", "4096"]).map(Disk4Kn)
     }
 
     fn target(&self, options: &str) -> String {
-        format!("raw{options}:{}", self.path.display())
-    }
-}
-
-impl Drop for Disk4Kn {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("-d").arg(&self.path).status();
+        format!("raw{options}:{}", self.0.path.display())
     }
 }
 
@@ -228,8 +194,10 @@ fn emulation_of_what_is_there_already_changes_nothing() {
     let rig = Rig::start();
     let path = rig.image("plain.img");
     let guest = rig.guest(1, &raw(&path));
-    guest.xenbus.wait_for(&[polldisk::xen::keys::XenbusState::InitWait]).unwrap();
+    let device = guest.connect(Options::default());
     let plain = sector_sizes(&guest);
+    guest.close(device);
+    rig.detach_by_force(1);
     let guest = rig.guest(2, &format!("raw,emulate-512:{}", path.display()));
     let mut device = guest.connect(Options::default());
     assert_eq!(sector_sizes(&guest)[0], "512");
@@ -256,6 +224,7 @@ fn a_drive_takes_no_medium_whose_blocks_its_guest_was_not_told() {
     until("it is in", || guest.xenbus.disk().unwrap().sectors.0 == IMAGE_BYTES / 512);
     run_verified(&mut device, load(1, 512), 1_000);
     guest.close(device);
+    rig.detach_by_force(1);
 
     // The admin is told before the medium in the drive is taken out.
     let guest = rig.drive(3, &raw(&rig.image("kept.img")), false);

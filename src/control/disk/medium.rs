@@ -12,13 +12,12 @@ use crate::xen::Store;
 use crate::xen::keys::XenbusState;
 
 /// Opens what a target names, with its options; the empty one names a drive without a medium.
-pub fn open(target: &str, read_only: bool) -> Result<(Arc<Image>, DiskOptions), Failure> {
+pub fn open(target: &str, access: &Access) -> Result<(Arc<Image>, DiskOptions), Failure> {
     if target.is_empty() {
         return Ok((Backing::empty().image().clone(), DiskOptions::default()));
     }
     let spec = target.parse::<Spec>().map_err(|error| Failure::of(&error))?;
-    let access = Access { read_only, ..Access::default() };
-    let backing = spec.open(&access).map_err(|error| Failure::of(&error))?;
+    let backing = spec.open(access).map_err(|error| Failure::of(&error))?;
     Ok((backing.image().clone(), spec.options))
 }
 
@@ -96,9 +95,10 @@ impl Disk {
 
     /// Opens a medium that the guest can use.
     pub fn open_medium(&self, target: &str) -> Result<Arc<Image>, Failure> {
-        let read_only = self.description.as_ref().is_none_or(|description| description.read_only);
         // How its data goes was agreed on with the frontend, whatever this target says of it.
-        let (image, _) = open(target, read_only)?;
+        let access = self.description.as_ref().map(|description| description.access(&self.key));
+        let (image, _) =
+            open(target, &access.unwrap_or(Access { read_only: true, ..Access::default() }))?;
         let (sector_bytes, told) = (image.geometry().sector_bytes, self.told_sector_bytes);
         match told.filter(|told| *told < sector_bytes) {
             None => Ok(image),
