@@ -19,7 +19,7 @@ mod storage;
 pub use blocks::{BlockLock, BlockLocks};
 pub use mapped::MappedFile;
 pub use null::NullImage;
-pub use raw::{DeviceHandle, RawImage};
+pub use raw::{DeviceHandle, RawImage, Tail};
 pub use spec::{Contents, DataPath, Direct, DiskOptions, Spec};
 
 use std::sync::Arc;

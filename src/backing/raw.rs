@@ -21,6 +21,7 @@ use crate::units::{Bytes, SECTOR_BYTES};
 #[derive(Debug)]
 pub struct RawImage {
     mapping: Option<MappedFile>,
+    tail: Option<Tail>,
     file: Arc<DeviceHandle>,
     is_device: bool,
     is_in_memory: bool,
@@ -45,6 +46,27 @@ pub struct DeviceHandle {
     claim: Claim,
 }
 
+/// The end of a file that fills no block of its storage, where sectors are emulated. O_DIRECT would
+/// write the whole block and make the file longer; so this goes through the page cache, whose page
+/// is touched in no other way.
+#[derive(Debug)]
+pub struct Tail {
+    start: u64,
+    file: File,
+}
+
+impl Tail {
+    /// The file's byte from which on it is read and written by [`Tail::raw_fd`].
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// The file, opened without O_DIRECT.
+    pub fn raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
 impl RawImage {
     /// Opens the file or device at `path`, once nobody else uses it in a way that does not go with
     /// `access`. May take as long as storage likes.
@@ -64,6 +86,11 @@ impl RawImage {
     /// The storage's blocks, where its guest sees smaller sectors.
     pub fn emulation(&self) -> Option<&Arc<BlockLocks>> {
         self.emulation.as_ref()
+    }
+
+    /// Its end, where that is read and written by another descriptor.
+    pub fn tail(&self) -> Option<&Tail> {
+        self.tail.as_ref()
     }
 
     /// Its shape.
@@ -160,10 +187,15 @@ impl Opening<'_> {
         let is_device = located.metadata.file_type().is_block_device();
         let is_in_memory = !is_device && filesystem(&file) == Some(libc::TMPFS_MAGIC);
         let is_mapped = is_in_memory && emulation.is_none();
+        let tail = match shape.sector_bytes {
+            block if geometry.size.0.is_multiple_of(block.into()) => None,
+            _ => Some(self.tail(&located, geometry.size)?),
+        };
         self.advise(&file, &geometry);
         claim.opened();
         Ok(RawImage {
             mapping: is_mapped.then(|| map(&file, shape.size, self.path, read_only)).flatten(),
+            tail,
             file: Arc::new(DeviceHandle { file, claim }),
             is_device,
             is_in_memory,
@@ -309,7 +341,7 @@ impl Opening<'_> {
     /// What the guest sees. A tail shorter than a sector can't be shown to it.
     fn geometry(&mut self, shape: &Shape, emulates: bool) -> Result<Geometry, BackingError> {
         let sector_bytes = if emulates { 512 } else { shape.sector_bytes };
-        let sector = u64::from(shape.sector_bytes);
+        let sector = u64::from(sector_bytes);
         let left_over = shape.size % sector;
         if shape.size < sector {
             return Err(match shape.is_device {
@@ -332,6 +364,14 @@ impl Opening<'_> {
             sector_bytes,
             physical_sector_bytes: shape.physical_sector_bytes.max(shape.sector_bytes),
         })
+    }
+
+    fn tail(&self, located: &Located, size: Bytes) -> Result<Tail, BackingError> {
+        let file = self.open_file(located, 0).map_err(|error| self.cannot_open(error))?;
+        // Without reading ahead, which would put blocks into the page cache that are written directly.
+        // SAFETY: no pointers.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
+        Ok(Tail { start: size.0 / u64::from(PAGE_BYTES) * u64::from(PAGE_BYTES), file })
     }
 
     /// Warns of what looks like a mistake.

@@ -6,6 +6,7 @@ use std::os::fd::BorrowedFd;
 use super::emulate::Emulation;
 use super::memory::MemoryFiles;
 use super::offload::Offload;
+use super::tail::{self, Side};
 use super::uring::Uring;
 use super::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket, bytes};
 use crate::backing::{Image, NullImage, RawImage};
@@ -18,6 +19,8 @@ pub struct HostEngine {
     offload: Offload,
     emulation: Emulation,
     memory_files: MemoryFiles,
+    /// Reused for the buffers of one operation.
+    parts: Vec<GuestBuf>,
 }
 
 impl HostEngine {
@@ -26,7 +29,8 @@ impl HostEngine {
         let uring = Uring::new()?;
         let offload = Offload::new(uring.bell().clone());
         let emulation = Emulation::default();
-        Ok(HostEngine { uring, offload, emulation, memory_files: MemoryFiles::new() })
+        let (memory_files, parts) = (MemoryFiles::new(), Vec::new());
+        Ok(HostEngine { uring, offload, emulation, memory_files, parts })
     }
 
     #[inline(always)]
@@ -67,7 +71,12 @@ impl HostEngine {
         };
         match image.emulation() {
             None => below(operation, ticket),
-            Some(locks) => self.emulation.submit(locks, image.raw_fd(), operation, ticket, below),
+            Some(locks) => match tail::side(operation, image.tail(), &mut self.parts) {
+                Side::Blocks(part) => {
+                    self.emulation.submit(locks, image.raw_fd(), &part, ticket, below)
+                }
+                Side::Tail(file) => uring.submit(file, operation, ticket),
+            },
         }
     }
 }

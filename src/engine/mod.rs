@@ -9,6 +9,7 @@ mod guarded;
 pub mod host;
 mod memory;
 mod offload;
+mod tail;
 mod uring;
 mod vectors;
 

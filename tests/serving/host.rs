@@ -79,6 +79,10 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.folder).status();
+        // A test that failed may have left it in use.
+        let unmounted = Command::new("umount").arg(&self.folder).output();
+        if !unmounted.is_ok_and(|output| output.status.success()) {
+            let _ = Command::new("umount").arg("-l").arg(&self.folder).status();
+        }
     }
 }
