@@ -204,3 +204,22 @@ pub struct BackingError {
     #[source]
     pub source: Option<std::io::Error>,
 }
+
+impl BackingError {
+    fn new(target: &str, what: &str, mend: &str, source: Option<std::io::Error>) -> BackingError {
+        let [target, what, mend] = [target, what, mend].map(printable);
+        BackingError { target, what, mend, source }
+    }
+}
+
+/// Text as one line, whatever is in the names of files.
+fn printable(text: &str) -> String {
+    let mut printable = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character.is_control() {
+            true => printable.extend(character.escape_default()),
+            false => printable.push(character),
+        }
+    }
+    printable
+}

@@ -219,12 +219,8 @@ impl Opening<'_> {
     }
 
     fn fail(&self, what: &str, mend: &str, source: Option<io::Error>) -> BackingError {
-        BackingError {
-            target: format!("raw{}:{}", self.options, shown(self.path)),
-            what: what.to_owned(),
-            mend: mend.to_owned(),
-            source,
-        }
+        let target = format!("raw{}:{}", self.options, self.path.display());
+        BackingError::new(&target, what, mend, source)
     }
 
     fn cannot_open(&self, error: io::Error) -> BackingError {
@@ -249,7 +245,7 @@ impl Opening<'_> {
             filesystem(located.handle()).is_some_and(|kind| kernels.contains(&kind))
         };
         if is_kernels(&located) || folder.is_some_and(|folder| is_kernels(&folder)) {
-            let what = "it is not a name of storage, but of something that the kernel shows";
+            let what = "it lies in procfs or sysfs, where there is no storage";
             return Err(self.fail(what, "name the file or block device itself", None));
         }
         if !kind.is_file() && !kind.is_block_device() {
@@ -288,7 +284,8 @@ impl Opening<'_> {
             return Ok(direct);
         }
         if self.options.direct == Direct::Required {
-            return Err(self.cannot_open(io::Error::from_raw_os_error(libc::EINVAL)));
+            let mend = "put it on another filesystem, or leave direct=required out";
+            return Err(self.fail("its filesystem refuses O_DIRECT", mend, None));
         }
         let file = self.open_file(located, 0).map_err(|error| self.cannot_open(error))?;
         self.warnings.push(
@@ -394,18 +391,6 @@ impl Opening<'_> {
             );
         }
     }
-}
-
-/// A path for a line of text: a line break in it is no end of the line.
-fn shown(path: &Path) -> String {
-    let mut shown = String::new();
-    for character in path.to_string_lossy().chars() {
-        match character.is_control() {
-            true => shown.extend(character.escape_default()),
-            false => shown.push(character),
-        }
-    }
-    shown
 }
 
 /// What is no storage, in words.

@@ -85,11 +85,11 @@ impl FromStr for Spec {
 
     fn from_str(target: &str) -> Result<Self, BackingError> {
         if target.starts_with('/') {
-            let contents = raw(target).map_err(|what| bad(target, what))?;
+            let contents = raw(target).map_err(|what| bad(target, &what))?;
             return Ok(Spec { contents, options: DiskOptions::default() });
         }
         let Some((head, rest)) = target.split_once(':') else {
-            return Err(bad(target, "it is neither a backing nor an absolute path".to_owned()));
+            return Err(bad(target, "it is neither a backing nor an absolute path"));
         };
         let (kind, options) = match head.split_once(',') {
             None => (head, None),
@@ -100,9 +100,9 @@ impl FromStr for Spec {
             "null" => null(rest),
             _ => Err(format!("polldisk has no backing \"{kind}\"")),
         };
-        let contents = contents.map_err(|what| bad(target, what))?;
+        let contents = contents.map_err(|what| bad(target, &what))?;
         let options = options.map_or(Ok(DiskOptions::default()), str::parse);
-        Ok(Spec { contents, options: options.map_err(|what| bad_option(target, what))? })
+        Ok(Spec { contents, options: options.map_err(|what| bad_option(target, &what))? })
     }
 }
 
@@ -175,18 +175,14 @@ impl FromStr for DataPath {
     }
 }
 
-fn bad(target: &str, what: String) -> BackingError {
-    BackingError {
-        target: target.to_owned(),
-        what,
-        mend: "write raw:/path/to/file-or-device, a bare absolute path, or null:SIZE".to_owned(),
-        source: None,
-    }
+fn bad(target: &str, what: &str) -> BackingError {
+    let mend = "write raw:/path/to/file-or-device, a bare absolute path, or null:SIZE";
+    BackingError::new(target, what, mend, None)
 }
 
-fn bad_option(target: &str, what: String) -> BackingError {
+fn bad_option(target: &str, what: &str) -> BackingError {
     let mend = format!("give {OPTIONS}, as in raw,data-path=copy:/path");
-    BackingError { mend, ..bad(target, what) }
+    BackingError::new(target, what, &mend, None)
 }
 
 impl fmt::Display for Spec {

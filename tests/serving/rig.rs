@@ -95,6 +95,11 @@ impl Rig {
         path
     }
 
+    /// The daemon's socket.
+    pub fn admin(&self) -> &Path {
+        &self.admin
+    }
+
     /// Where images lie.
     pub fn images(&self) -> &Path {
         self.images.path()
