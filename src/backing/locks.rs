@@ -95,3 +95,56 @@ fn fcntl(file: &File, command: libc::c_int, range: &mut libc::flock) -> Result<(
         }
     }
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    const WRITES: Usage = Usage { writes: true, shareable: false, emulates: false };
+    const READS: Usage = Usage { writes: false, ..WRITES };
+    const SHARES: Usage = Usage { shareable: true, ..WRITES };
+    const READS_SHARED: Usage = Usage { shareable: true, ..READS };
+
+    #[test]
+    fn open_files_keep_each_other_off_as_their_uses_do() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = || File::options().read(true).write(true).open(file.path()).unwrap();
+        for (first, second, go_together) in [
+            (READS, READS, true),
+            (READS, WRITES, false),
+            (WRITES, READS, false),
+            (WRITES, WRITES, false),
+            (WRITES, SHARES, false),
+            (SHARES, WRITES, false),
+            (SHARES, SHARES, true),
+            (SHARES, READS, false),
+            (READS, SHARES, false),
+            (READS_SHARED, SHARES, true),
+            (READS_SHARED, READS, true),
+        ] {
+            let (held, other) = (open(), open());
+            lock(&held, first).unwrap();
+            assert_eq!(lock(&other, second).is_ok(), go_together, "{first:?} {second:?}");
+            drop(held);
+            lock(&other, second).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_refused_use_leaves_the_locks_of_another_by_the_same_holder_as_they_were() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = || File::options().read(true).write(true).open(file.path()).unwrap();
+        let [held, reader, later] = [open(), open(), open()];
+        lock(&held, READS).unwrap();
+        lock(&reader, READS).unwrap();
+        assert!(matches!(lock(&held, SHARES), Err(LockError::Taken)));
+        lock(&later, READS).unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_locked_is_told_from_what_is_taken() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let unreadable = File::options().write(true).open(file.path()).unwrap();
+        assert!(matches!(lock(&unreadable, READS), Err(LockError::Unsupported(_))));
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use clap::{Args, ValueEnum};
 use polldisk::backing::{Access, Spec};
 use polldisk::config::ADMIN_SOCKET;
@@ -46,12 +46,12 @@ enum Mode {
 }
 
 impl CheckTarget {
-    /// Opens it, or asks the daemon.
+    /// Opens it, or asks the daemon. The reason is one line, as the daemon writes it.
     pub fn run(self) -> anyhow::Result<()> {
         match self.served() {
             Some(disk) if disk.failure.is_empty() => Ok(()),
             Some(disk) => bail!("{}", disk.failure),
-            None => self.open(),
+            None => self.open().map_err(|error| anyhow!("{error:#}")),
         }
     }
 

@@ -12,9 +12,7 @@ pub fn run(command: &mut Command) -> Option<String> {
     let program = command.get_program().to_string_lossy().into_owned();
     match command.output() {
         Err(error) => {
-            let required =
-                std::env::var("POLLDISK_REQUIRE_XEN_TOOLS").is_ok_and(|value| value == "1");
-            assert!(!required, "{program}: {error}");
+            assert!(!is_required(), "{program}: {error}");
             eprintln!("skipped: {program} is missing ({error})");
             None
         }
@@ -29,6 +27,21 @@ pub fn run(command: &mut Command) -> Option<String> {
             None
         }
     }
+}
+
+/// Whether a program is installed; if not, says so, or fails where it has to be.
+pub fn is_there(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
+    assert!(found || !is_required(), "{program} is missing");
+    if !found {
+        eprintln!("skipped: {program} is missing");
+    }
+    found
+}
+
+fn is_required() -> bool {
+    std::env::var("POLLDISK_REQUIRE_XEN_TOOLS").is_ok_and(|value| value == "1")
 }
 
 /// A file of zeroes.

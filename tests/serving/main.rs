@@ -8,6 +8,7 @@ mod host;
 mod hostile_nodes;
 mod hostile_requests;
 mod hostile_rings;
+mod hotplug_script;
 mod idle;
 mod in_memory;
 mod io;

@@ -95,6 +95,11 @@ impl Rig {
         path
     }
 
+    /// Where the stand-in's sockets are.
+    pub fn sockets(&self) -> &Path {
+        self.stand_in.folder()
+    }
+
     /// The daemon's socket.
     pub fn admin(&self) -> &Path {
         &self.admin
