@@ -377,3 +377,10 @@ pub const SEGMENT_EFFORT: u32 = 1;
 
 /// ... and each page that the worker copies.
 pub const MOVED_PAGE_EFFORT: u32 = 16;
+
+/// Seconds that opening an image waits for another disk that is opening or closing the same storage.
+/// Both take no time unless storage hangs: then the disk is told so, and control's helper is free again.
+pub const CLAIM_SECONDS: u64 = 10;
+
+/// Loop devices on top of each other that are followed down to the file below: nobody stacks this many.
+pub const LOOPS_ON_LOOPS_MAX: usize = 8;

@@ -27,6 +27,7 @@ enum Command {
     Insert(cli::admin::Insert),
     Eject(cli::admin::Eject),
     List(cli::list::List),
+    CheckTarget(cli::check_target::CheckTarget),
 }
 
 fn main() -> ExitCode {
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         Command::Insert(insert) => insert.run(),
         Command::Eject(eject) => eject.run(),
         Command::List(list) => list.run(),
+        Command::CheckTarget(check) => check.run(),
     };
     if let Err(error) = &result {
         tell(error);

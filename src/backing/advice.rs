@@ -19,10 +19,6 @@ const fn advice(what: &'static str, mend: &'static str) -> Advice {
     Advice { what, mend }
 }
 
-/// Neither a file nor a block device.
-pub(super) const NOT_STORAGE: Advice =
-    advice("it is neither a file nor a block device", "name a regular file or a block device");
-
 /// A file or device without a single sector.
 pub(super) fn empty(is_device: bool) -> Advice {
     let what = "it holds no whole sector";
@@ -38,7 +34,7 @@ pub(super) fn empty(is_device: bool) -> Advice {
 pub(super) fn on_open(path: &Path, error: &io::Error) -> Advice {
     let metadata = std::fs::metadata(path).ok();
     match error.raw_os_error().unwrap_or(0) {
-        libc::ENOENT => missing(path),
+        libc::ENOENT => advice("it does not exist", "create it or correct the path"),
         libc::ENOTDIR => advice("a part of its path is no folder", "correct the path"),
         libc::ELOOP => advice("its symbolic links lead in a circle", "correct the path"),
         libc::ENAMETOOLONG => advice("its path is too long", "use a shorter path"),
@@ -49,13 +45,6 @@ pub(super) fn on_open(path: &Path, error: &io::Error) -> Advice {
         libc::EROFS => {
             advice("it lies on a read-only filesystem", "attach the disk read-only (mode r)")
         }
-        libc::EINVAL if metadata.as_ref().is_some_and(Metadata::is_dir) => {
-            advice("it is a directory", "name a regular file or a block device")
-        }
-        libc::EINVAL => advice(
-            "its filesystem refuses O_DIRECT",
-            "put the image on a filesystem with direct I/O (ext4, xfs, btrfs, tmpfs of Linux 6.6)",
-        ),
         libc::ETXTBSY => advice(
             "the host uses it as swap space or runs it as a program",
             "end that first (swapoff), or name another file",
@@ -81,7 +70,10 @@ pub(super) fn on_open(path: &Path, error: &io::Error) -> Advice {
             "the server of its filesystem does not answer for it",
             "see whether the server runs, and mount the filesystem again",
         ),
-        libc::ENXIO if !is_block_device(metadata.as_ref()) => NOT_STORAGE,
+        libc::ENXIO if !is_block_device(metadata.as_ref()) => advice(
+            "it is neither a file nor a block device",
+            "name a regular file or a block device",
+        ),
         libc::ENOMEDIUM => advice("there is no medium in the drive", "insert one"),
         libc::ENXIO | libc::ENODEV => {
             advice("there is no such device behind it", "check the device")
@@ -103,16 +95,6 @@ fn is_read_only_device(metadata: &Metadata) -> bool {
     let (major, minor) = (major(metadata.rdev()), minor(metadata.rdev()));
     std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro"))
         .is_ok_and(|text| metadata.file_type().is_block_device() && text.trim() == "1")
-}
-
-fn missing(path: &Path) -> Advice {
-    match path.is_symlink() {
-        true => advice(
-            "it is a symbolic link to something that does not exist",
-            "create that or correct the link",
-        ),
-        false => advice("it does not exist", "create it or correct the path"),
-    }
 }
 
 /// EACCES: the permissions of the file or a folder above say no. Root meets that where others decide.
@@ -164,10 +146,10 @@ mod test {
     use std::process::{Command, Stdio};
 
     use super::*;
-    use crate::backing::RawImage;
+    use crate::backing::{Access, DiskOptions, RawImage};
 
     fn refusal(path: &Path) -> String {
-        RawImage::open(path, false).unwrap_err().to_string()
+        RawImage::open(path, DiskOptions::default(), &Access::default()).unwrap_err().to_string()
     }
 
     fn is_told(path: &Path, parts: &[&str]) {
@@ -222,11 +204,11 @@ mod test {
         std::os::unix::fs::symlink(at("circle"), at("circle")).unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(at("socket")).unwrap();
         is_told(&at("none"), &["does not exist"]);
-        is_told(&at("dangling"), &["symbolic link", "does not exist"]);
+        is_told(&at("dangling"), &["a link to", "does not exist"]);
         is_told(&at("circle"), &["circle"]);
         is_told(&at("file/disk.img"), &["no folder"]);
         is_told(&at(&"x".repeat(300)), &["too long"]);
-        is_told(&at("socket"), &["neither a file nor a block device"]);
+        is_told(&at("socket"), &["it is a socket", "a block device"]);
         is_told(&at("file"), &["no whole sector", "truncate"]);
     }
 

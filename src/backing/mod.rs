@@ -5,16 +5,23 @@
 
 mod advice;
 mod blocks;
+mod claims;
+mod device;
+mod hint;
+mod holders;
+mod locks;
 mod mapped;
 mod null;
 mod raw;
+mod sharing;
 mod spec;
+mod storage;
 
 pub use blocks::{BlockLock, BlockLocks};
 pub use mapped::MappedFile;
 pub use null::NullImage;
-pub use raw::{DeviceHandle, RawImage};
-pub use spec::{Contents, DataPath, DiskOptions, Spec};
+pub use raw::{DeviceHandle, RawImage, Tail};
+pub use spec::{Contents, DataPath, Direct, DiskOptions, Spec};
 
 use std::sync::Arc;
 
@@ -57,6 +64,23 @@ impl Backing {
     /// The options that stood in its target.
     pub fn options(&self) -> DiskOptions {
         self.options
+    }
+
+    /// What its admin should know, though it is served: each one sentence about "it".
+    pub fn warnings(&self) -> &[String] {
+        match &*self.image {
+            Image::Raw(image) => image.warnings(),
+            Image::Null(_) | Image::Empty => &[],
+        }
+    }
+
+    /// It is about to be closed: another disk that wants the same storage waits for that from now
+    /// on, instead of being refused.
+    pub fn closing(&self) {
+        match &*self.image {
+            Image::Raw(image) => image.closing(),
+            Image::Null(_) | Image::Empty => {}
+        }
     }
 }
 
@@ -189,4 +213,23 @@ pub struct BackingError {
     /// The system's own error, if it was one.
     #[source]
     pub source: Option<std::io::Error>,
+}
+
+impl BackingError {
+    fn new(target: &str, what: &str, mend: &str, source: Option<std::io::Error>) -> BackingError {
+        let [target, what, mend] = [target, what, mend].map(printable);
+        BackingError { target, what, mend, source }
+    }
+}
+
+/// Text as one line, whatever is in the names of files.
+fn printable(text: &str) -> String {
+    let mut printable = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character.is_control() {
+            true => printable.extend(character.escape_default()),
+            false => printable.push(character),
+        }
+    }
+    printable
 }

@@ -1,21 +1,28 @@
-//! A raw image: a regular file or a block device, opened with O_DIRECT.
+//! A raw image: a regular file or a block device, opened with O_DIRECT where that can be.
 #![allow(unsafe_code)]
 
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{File, FileType, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use super::advice::{self, Advice};
-use super::{BackingError, BlockLocks, Discard, Geometry, MappedFile};
+use super::claims::{Claim, Usage};
+use super::sharing::{self, SharingError};
+use super::storage::Located;
+use super::{
+    Access, BackingError, BlockLocks, Direct, Discard, DiskOptions, Geometry, MappedFile, device,
+    hint,
+};
 use crate::units::{Bytes, SECTOR_BYTES};
 
-/// An open raw image.
+/// An open raw image. What is open of it is closed in the order of the fields, the claim last.
 #[derive(Debug)]
 pub struct RawImage {
+    mapping: Option<MappedFile>,
+    tail: Option<Tail>,
     file: Arc<DeviceHandle>,
     is_device: bool,
     is_in_memory: bool,
@@ -24,113 +31,67 @@ pub struct RawImage {
     read_only: bool,
     discard: Option<Discard>,
     emulation: Option<Arc<BlockLocks>>,
-    mapping: Option<MappedFile>,
+    warnings: Vec<String>,
 }
 
 /// Largest block whose sectors are emulated: a page, which is what the guest's data comes in.
-const EMULATED_BLOCK_MAX: u32 = 4096;
+const EMULATED_BLOCK_MAX: u32 = PAGE_BYTES;
+
+/// What a page of the page cache holds.
+const PAGE_BYTES: u32 = 4096;
 
 /// An open file or device, to be shared with a thread that discards.
 #[derive(Debug)]
-pub struct DeviceHandle(File);
+pub struct DeviceHandle {
+    file: Arc<File>,
+    claim: Claim,
+}
 
-/// Linux's BLKGETSIZE64 and the like (`include/uapi/linux/fs.h`).
-const BLKGETSIZE64: libc::Ioctl = 0x8008_1272u32 as libc::Ioctl;
-const BLKSSZGET: libc::Ioctl = 0x1268;
-const BLKPBSZGET: libc::Ioctl = 0x127b;
-const BLKDISCARD: libc::Ioctl = 0x1277;
-const BLKSECDISCARD: libc::Ioctl = 0x127d;
+/// The end of a file that fills no block of its storage, where sectors are emulated. O_DIRECT would
+/// write the whole block and make the file longer; so this goes through the page cache, whose page
+/// is touched in no other way.
+#[derive(Debug)]
+pub struct Tail {
+    start: u64,
+    file: File,
+}
 
-impl RawImage {
-    /// Opens `path` with O_DIRECT, for reading only or for both.
-    pub fn open(path: &Path, read_only: bool) -> Result<RawImage, BackingError> {
-        let fail = |what: &str, mend: &str, source: Option<io::Error>| BackingError {
-            target: format!("raw:{}", path.display()),
-            what: what.to_owned(),
-            mend: mend.to_owned(),
-            source,
-        };
-        // Opening a FIFO would wait for its other end.
-        if std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_fifo()) {
-            return Err(not_storage(&fail));
-        }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .custom_flags(libc::O_DIRECT | libc::O_CLOEXEC)
-            .open(path)
-            .map_err(|error| {
-                let Advice { what, mend } = advice::on_open(path, &error);
-                fail(what, mend, Some(error))
-            })?;
-        leave_access_time(&file);
-        let metadata =
-            file.metadata().map_err(|error| fail("can't be examined", "check it", Some(error)))?;
-        let kind = metadata.file_type();
-        let shape = if kind.is_block_device() {
-            device_shape(&file)
-                .map_err(|error| fail("its sizes can't be read", "check the device", Some(error)))?
-        } else if kind.is_file() {
-            file_shape(&file, metadata.dev(), metadata.len())
-        } else {
-            return Err(not_storage(&fail));
-        };
-        // A tail shorter than a sector can't be reached by O_DIRECT, nor shown to a guest.
-        let sector = u64::from(shape.sector_bytes);
-        let size = Bytes(shape.size / sector * sector);
-        if size.0 == 0 {
-            let Advice { what, mend } = advice::empty(kind.is_block_device());
-            return Err(fail(what, mend, None));
-        }
-        let is_in_memory = kind.is_file() && is_tmpfs(&file);
-        Ok(RawImage {
-            mapping: is_in_memory.then(|| map(&file, &metadata, path, read_only)).flatten(),
-            geometry: Geometry {
-                size,
-                sector_bytes: shape.sector_bytes,
-                physical_sector_bytes: shape.physical_sector_bytes.max(shape.sector_bytes),
-            },
-            // Beyond a page no page is aligned enough; the kernel asks for no such thing.
-            memory_alignment: shape
-                .memory_alignment
-                .clamp(1, 4096)
-                .next_power_of_two()
-                .try_into()
-                .unwrap_or(4096),
-            read_only,
-            discard: shape.discard.filter(|_| !read_only),
-            emulation: None,
-            is_device: kind.is_block_device(),
-            is_in_memory,
-            file: Arc::new(DeviceHandle(file)),
-        })
+impl Tail {
+    /// The file's byte from which on it is read and written by [`Tail::raw_fd`].
+    pub fn start(&self) -> u64 {
+        self.start
     }
 
-    /// Shows 512-byte sectors to the guest whatever the storage's blocks are (`emulate-512`). Where
-    /// they are of 512 bytes, nothing changes.
-    pub fn emulating_512(mut self, path: &Path) -> Result<RawImage, BackingError> {
-        let block_bytes = self.geometry.sector_bytes;
-        if block_bytes > EMULATED_BLOCK_MAX {
-            return Err(BackingError {
-                target: format!("raw,emulate-512:{}", path.display()),
-                what: format!("its blocks have {block_bytes} bytes, which is more than a page"),
-                mend: "leave emulate-512 out".to_owned(),
-                source: None,
-            });
-        }
-        if u64::from(block_bytes) > SECTOR_BYTES {
-            self.emulation = Some(BlockLocks::new(block_bytes));
-            self.mapping = None;
-            self.geometry.sector_bytes = 512;
-            // The parts of blocks at the ends of a discard stay, which for a secure one is wrong.
-            self.discard = self.discard.map(|discard| Discard { secure: false, ..discard });
-        }
-        Ok(self)
+    /// The file, opened without O_DIRECT.
+    pub fn raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+impl RawImage {
+    /// Opens the file or device at `path`, once nobody else uses it in a way that does not go with
+    /// `access`. May take as long as storage likes.
+    pub fn open(
+        path: &Path,
+        options: DiskOptions,
+        access: &Access,
+    ) -> Result<RawImage, BackingError> {
+        let usage = Usage {
+            writes: !access.read_only,
+            shareable: access.shareable || options.shareable,
+            emulates: options.emulate_512,
+        };
+        Opening { path, options, usage, warnings: Vec::new() }.open(&access.user)
     }
 
     /// The storage's blocks, where its guest sees smaller sectors.
     pub fn emulation(&self) -> Option<&Arc<BlockLocks>> {
         self.emulation.as_ref()
+    }
+
+    /// Its end, where that is read and written by another descriptor.
+    pub fn tail(&self) -> Option<&Tail> {
+        self.tail.as_ref()
     }
 
     /// Its shape.
@@ -177,133 +138,419 @@ impl RawImage {
 
     /// The descriptor, for the engine.
     pub fn raw_fd(&self) -> RawFd {
-        self.file.0.as_raw_fd()
+        self.file.file.as_raw_fd()
+    }
+
+    /// What its admin should know.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// It is about to be closed: others who want the storage wait for that.
+    pub fn closing(&self) {
+        self.file.claim.closing();
+    }
+}
+
+impl Drop for RawImage {
+    fn drop(&mut self) {
+        self.closing();
     }
 }
 
 impl DeviceHandle {
     /// Discards bytes of a block device; `secure`: beyond recovery. May take long.
     pub fn discard(&self, offset: u64, len: u64, secure: bool) -> io::Result<()> {
-        let request = if secure { BLKSECDISCARD } else { BLKDISCARD };
-        let range = [offset, len];
-        // SAFETY: both ioctls read two u64, start and length.
-        check(unsafe { libc::ioctl(self.0.as_raw_fd(), request, range.as_ptr()) })
+        device::discard(&self.file, offset, len, secure)
     }
 }
 
-type Fail<'a> = &'a dyn Fn(&str, &str, Option<io::Error>) -> BackingError;
-
-fn not_storage(fail: Fail<'_>) -> BackingError {
-    let Advice { what, mend } = advice::NOT_STORAGE;
-    fail(what, mend, None)
+/// An image on its way to being open.
+struct Opening<'a> {
+    path: &'a Path,
+    options: DiskOptions,
+    usage: Usage,
+    warnings: Vec<String>,
 }
 
+impl Opening<'_> {
+    fn open(mut self, user: &str) -> Result<RawImage, BackingError> {
+        let located = self.find()?;
+        let claim = sharing::claim(&located, self.usage, user).map_err(|why| self.shared(why))?;
+        let (file, shape) = self.open_storage(&located)?;
+        let file = Arc::new(file);
+        let unlocked = sharing::lock(&claim, &file, self.usage).map_err(|why| self.shared(why))?;
+        self.warnings.extend(unlocked);
+        leave_access_time(&file, shape.is_direct);
+        let emulation = self.emulation(&shape, &claim)?;
+        let geometry = self.geometry(&shape, emulation.is_some())?;
+        let read_only = !self.usage.writes;
+        let is_device = located.metadata.file_type().is_block_device();
+        let is_in_memory = !is_device && filesystem(&file) == Some(libc::TMPFS_MAGIC);
+        let is_mapped = is_in_memory && emulation.is_none();
+        let tail = match shape.sector_bytes {
+            block if geometry.size.0.is_multiple_of(block.into()) => None,
+            _ => Some(self.tail(&located, geometry.size)?),
+        };
+        self.advise(&file, &geometry);
+        claim.opened();
+        Ok(RawImage {
+            mapping: is_mapped.then(|| map(&file, shape.size, self.path, read_only)).flatten(),
+            tail,
+            file: Arc::new(DeviceHandle { file, claim }),
+            is_device,
+            is_in_memory,
+            geometry,
+            // Beyond a page no page is aligned enough; the kernel asks for no such thing.
+            memory_alignment: shape
+                .memory_alignment
+                .clamp(1, 4096)
+                .next_power_of_two()
+                .try_into()
+                .unwrap_or(4096),
+            read_only,
+            // The parts of blocks at the ends of a discard stay, which for a secure one is wrong.
+            discard: shape.discard.map(|discard| Discard {
+                secure: discard.secure && emulation.is_none(),
+                ..discard
+            }),
+            emulation,
+            warnings: self.warnings,
+        })
+    }
+
+    fn fail(&self, what: &str, mend: &str, source: Option<io::Error>) -> BackingError {
+        let target = format!("raw{}:{}", self.options, self.path.display());
+        BackingError::new(&target, what, mend, source)
+    }
+
+    fn cannot_open(&self, error: io::Error) -> BackingError {
+        let Advice { what, mend } = advice::on_open(self.path, &error);
+        self.fail(what, mend, Some(error))
+    }
+
+    fn shared(&self, error: SharingError) -> BackingError {
+        match error {
+            SharingError::InUse { what, mend } => self.fail(&what, &mend, None),
+            SharingError::Open(error) => self.cannot_open(error),
+        }
+    }
+
+    /// Finds out what the path leads to before anything is opened: opening a FIFO would wait for its
+    /// other end, and some devices act on it.
+    fn find(&self) -> Result<Located, BackingError> {
+        let located = Located::find(self.path).map_err(|error| self.not_found(error))?;
+        let kind = located.metadata.file_type();
+        let folder = self.path.parent().and_then(|folder| Located::find(folder).ok());
+        let is_kernels = |located: &Located| {
+            let kernels = [libc::PROC_SUPER_MAGIC, libc::SYSFS_MAGIC];
+            filesystem(located.handle()).is_some_and(|kind| kernels.contains(&kind))
+        };
+        if is_kernels(&located) || folder.is_some_and(|folder| is_kernels(&folder)) {
+            let what = "it lies in procfs or sysfs, where there is no storage";
+            return Err(self.fail(what, "name the file or block device itself", None));
+        }
+        if !kind.is_file() && !kind.is_block_device() {
+            let what = format!("it is a {}", kind_of(kind));
+            return Err(self.fail(&what, "name a regular file or a block device", None));
+        }
+        if kind.is_block_device()
+            && self.usage.writes
+            && device::is_read_only(located.metadata.rdev())
+        {
+            let mend = "attach the disk read-only (mode r), or let it be written \
+                        (blockdev --setrw, lvchange -p rw, losetup without -r)";
+            return Err(self.fail("the device is read-only", mend, None));
+        }
+        Ok(located)
+    }
+
+    fn not_found(&self, error: io::Error) -> BackingError {
+        match std::fs::read_link(self.path) {
+            Ok(to) if error.raw_os_error() == Some(libc::ENOENT) => {
+                let what = format!("it is a link to {}, which does not exist", to.display());
+                self.fail(&what, "create that or correct the link", Some(error))
+            }
+            _ => self.cannot_open(error),
+        }
+    }
+
+    /// Opens it with O_DIRECT, or where the filesystem has no such thing, without.
+    fn open_storage(&mut self, located: &Located) -> Result<(File, Shape), BackingError> {
+        let direct = match self.open_file(located, libc::O_DIRECT) {
+            Ok(file) => self.direct_shape(located, &file)?.map(|shape| (file, shape)),
+            Err(error) if is_invalid(&error) => None,
+            Err(error) => return Err(self.cannot_open(error)),
+        };
+        if let Some(direct) = direct {
+            return Ok(direct);
+        }
+        if self.options.direct == Direct::Required {
+            let mend = "put it on another filesystem, or leave direct=required out";
+            return Err(self.fail("its filesystem refuses O_DIRECT", mend, None));
+        }
+        let file = self.open_file(located, 0).map_err(|error| self.cannot_open(error))?;
+        self.warnings.push(
+            "its filesystem refuses O_DIRECT, so it is served through the page cache, which takes \
+             memory and CPU; put it on another filesystem, or have that refused by direct=required"
+                .to_owned(),
+        );
+        let shape =
+            buffered_shape(located, &file, self.usage.writes).map_err(|e| self.unknown(e))?;
+        Ok((file, shape))
+    }
+
+    fn open_file(&self, located: &Located, flags: libc::c_int) -> io::Result<File> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(self.usage.writes).custom_flags(flags | libc::O_CLOEXEC);
+        located.open(&options)
+    }
+
+    /// `None`: the filesystem let it be opened with O_DIRECT, and refuses to read it like that.
+    fn direct_shape(&self, located: &Located, file: &File) -> Result<Option<Shape>, BackingError> {
+        if located.metadata.file_type().is_block_device() {
+            return device_shape(file, self.usage.writes).map(Some).map_err(|e| self.unknown(e));
+        }
+        let shape = file_shape(located, file, self.usage.writes).map_err(|e| self.unknown(e))?;
+        Ok(readable_block(file, shape.sector_bytes).map(|bytes| shape.with_blocks_of(bytes)))
+    }
+
+    fn unknown(&self, error: io::Error) -> BackingError {
+        self.fail("its sizes can't be read", "check the file or device", Some(error))
+    }
+
+    /// The locks of the storage's blocks, where its guest sees smaller sectors (`emulate-512`). Where
+    /// they are of 512 bytes, there is nothing to emulate.
+    fn emulation(
+        &self,
+        shape: &Shape,
+        claim: &Claim,
+    ) -> Result<Option<Arc<BlockLocks>>, BackingError> {
+        let block_bytes = shape.sector_bytes;
+        if !self.options.emulate_512 || u64::from(block_bytes) <= SECTOR_BYTES {
+            return Ok(None);
+        }
+        if block_bytes > EMULATED_BLOCK_MAX {
+            let what = format!("its blocks have {block_bytes} bytes, which is more than a page");
+            return Err(self.fail(&what, "leave emulate-512 out", None));
+        }
+        Ok(Some(claim.block_locks(block_bytes)))
+    }
+
+    /// What the guest sees. A tail shorter than a sector can't be shown to it.
+    fn geometry(&mut self, shape: &Shape, emulates: bool) -> Result<Geometry, BackingError> {
+        let sector_bytes = if emulates { 512 } else { shape.sector_bytes };
+        let sector = u64::from(sector_bytes);
+        let left_over = shape.size % sector;
+        if shape.size < sector {
+            let Advice { what, mend } = advice::empty(shape.is_device);
+            return Err(self.fail(what, mend, None));
+        }
+        if left_over > 0 {
+            self.warnings.push(format!(
+                "its last {left_over} bytes fill no sector of {sector} bytes, and the guest does \
+                 not see them; make its size a multiple of that (truncate -s %{sector}){}",
+                if sector_bytes > 512 { ", or name it with emulate-512" } else { "" }
+            ));
+        }
+        Ok(Geometry {
+            size: Bytes(shape.size - left_over),
+            sector_bytes,
+            physical_sector_bytes: shape.physical_sector_bytes.max(shape.sector_bytes),
+        })
+    }
+
+    fn tail(&self, located: &Located, size: Bytes) -> Result<Tail, BackingError> {
+        let file = self.open_file(located, 0).map_err(|error| self.cannot_open(error))?;
+        // Without reading ahead, which would put blocks into the page cache that are written directly.
+        // SAFETY: no pointers.
+        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
+        Ok(Tail { start: size.0 / u64::from(PAGE_BYTES) * u64::from(PAGE_BYTES), file })
+    }
+
+    /// Warns of what looks like a mistake.
+    fn advise(&mut self, file: &File, geometry: &Geometry) {
+        let sector_bytes = geometry.sector_bytes;
+        if u64::from(sector_bytes) > SECTOR_BYTES
+            && let Ok(start) = read_start(file, 2 * sector_bytes as usize)
+            && hint::is_made_for_512(&start, sector_bytes, geometry.size.0)
+        {
+            self.warnings.push(format!(
+                "it was partitioned in sectors of 512 bytes and is stored in blocks of \
+                 {sector_bytes}, so its guest will find no partitions; name it with emulate-512"
+            ));
+        }
+        if self.usage.emulates && self.usage.shareable && self.usage.writes {
+            self.warnings.push(
+                "it is shareable with emulate-512, which is safe among the disks of this polldisk \
+                 only: other hosts and programs can lose writes next to its own"
+                    .to_owned(),
+            );
+        }
+    }
+}
+
+/// What is no storage, in words.
+fn kind_of(kind: FileType) -> &'static str {
+    match () {
+        () if kind.is_dir() => "directory",
+        () if kind.is_fifo() => "FIFO",
+        () if kind.is_socket() => "socket",
+        () if kind.is_char_device() => "character device",
+        () => "special file",
+    }
+}
+
+fn is_invalid(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EINVAL)
+}
+
+/// What storage is like, whatever the guest sees of it.
 struct Shape {
     size: u64,
+    /// What its I/O must be a multiple of.
     sector_bytes: u32,
     physical_sector_bytes: u32,
     memory_alignment: u32,
     discard: Option<Discard>,
+    is_device: bool,
+    is_direct: bool,
 }
 
-fn device_shape(file: &File) -> io::Result<Shape> {
-    let mut size = 0u64;
-    let mut sector_bytes: libc::c_int = 0;
-    let mut physical_sector_bytes: libc::c_uint = 0;
-    // SAFETY: each ioctl writes one value of the type passed (linux/fs.h).
-    unsafe {
-        check(libc::ioctl(file.as_raw_fd(), BLKGETSIZE64, &mut size))?;
-        check(libc::ioctl(file.as_raw_fd(), BLKSSZGET, &mut sector_bytes))?;
-        check(libc::ioctl(file.as_raw_fd(), BLKPBSZGET, &mut physical_sector_bytes))?;
+impl Shape {
+    fn with_blocks_of(self, bytes: u32) -> Shape {
+        let discard = self.discard.map(|discard| Discard {
+            granularity_bytes: discard.granularity_bytes.max(bytes),
+            ..discard
+        });
+        Shape { sector_bytes: bytes, discard, ..self }
     }
-    let sector_bytes = u32::try_from(sector_bytes).unwrap_or(512).max(512);
+}
+
+fn device_shape(file: &File, writes: bool) -> io::Result<Shape> {
+    let device::Sizes { bytes, sector_bytes, physical_sector_bytes } = device::sizes(file)?;
     let direct = direct_io_alignment(file);
     Ok(Shape {
-        size,
+        size: bytes,
         sector_bytes,
         physical_sector_bytes,
         memory_alignment: direct.map_or(512, |direct| direct.memory),
-        discard: device_discard(file, sector_bytes),
-    })
-}
-
-fn is_tmpfs(file: &File) -> bool {
-    // SAFETY: statfs is plain integers, for which zeroes are valid; the call fills it.
-    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: `stat` is writable.
-    unsafe { libc::fstatfs(file.as_raw_fd(), &mut stat) == 0 && stat.f_type == libc::TMPFS_MAGIC }
-}
-
-/// Spares the kernel from checking with each read whether the file's access time is due. It lets the
-/// file's owner and root ask for that; for others all stays as it is.
-fn leave_access_time(file: &File) {
-    let flags = libc::O_DIRECT | libc::O_NOATIME;
-    // SAFETY: no pointers. These replace the flags that can be changed at all, of which the file was
-    // opened with O_DIRECT.
-    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) };
-}
-
-/// `None`: its data goes by system calls, which take half as long again. So it does where engines have
-/// no copy that survives faults of a mapping.
-fn map(file: &File, metadata: &Metadata, path: &Path, read_only: bool) -> Option<MappedFile> {
-    if cfg!(not(target_arch = "x86_64")) {
-        return None;
-    }
-    MappedFile::new(file, metadata.len(), !read_only)
-        .inspect_err(|error| tracing::info!(image = %path.display(), "is not mapped: {error}"))
-        .ok()
-}
-
-/// What a device says of discards in its queue's limits.
-fn device_discard(file: &File, sector_bytes: u32) -> Option<Discard> {
-    let dev = file.metadata().ok()?.rdev();
-    if sysfs_value::<u64>(dev, "queue/discard_max_bytes").unwrap_or(0) == 0 {
-        return None;
-    }
-    let granularity = sysfs_value(dev, "queue/discard_granularity").unwrap_or(0);
-    // Discarding nothing succeeds where secure discard is there, and else says EOPNOTSUPP.
-    let nothing = [0u64, 0];
-    // SAFETY: the ioctl reads two u64, start and length.
-    let secure = unsafe { libc::ioctl(file.as_raw_fd(), BLKSECDISCARD, nothing.as_ptr()) } == 0;
-    Some(Discard {
-        granularity_bytes: u32::max(granularity, sector_bytes),
-        alignment_bytes: sysfs_value(dev, "discard_alignment").unwrap_or(0),
-        secure,
+        discard: writes.then(|| device::discard_limits(file, sector_bytes)).flatten(),
+        is_device: true,
+        is_direct: true,
     })
 }
 
 /// A file takes the sector size that O_DIRECT on it asks for: what statx says, else what sysfs says
 /// of the disk that its filesystem lies on, else (tmpfs) 512.
-fn file_shape(file: &File, dev: u64, size: u64) -> Shape {
+fn file_shape(located: &Located, file: &File, writes: bool) -> io::Result<Shape> {
     let direct = direct_io_alignment(file);
     let sector_bytes = direct
         .map(|direct| direct.offset)
-        .or_else(|| sysfs_value(dev, "queue/logical_block_size"))
+        .or_else(|| device::sysfs_value(located.metadata.dev(), "queue/logical_block_size"))
         .unwrap_or(512)
         .max(512);
-    Shape {
-        size,
-        sector_bytes,
-        physical_sector_bytes: sysfs_value(dev, "queue/physical_block_size")
-            .unwrap_or(sector_bytes),
+    let shape = buffered_shape(located, file, writes)?.with_blocks_of(sector_bytes);
+    Ok(Shape {
         memory_alignment: direct.map_or(sector_bytes, |direct| direct.memory),
-        discard: file_discard(file, sector_bytes),
-    }
+        is_direct: true,
+        ..shape
+    })
 }
 
-/// A file's blocks can be punched out where its filesystem knows holes, which is found by punching
-/// beyond its end, where nothing is.
-fn file_discard(file: &File, sector_bytes: u32) -> Option<Discard> {
-    let metadata = file.metadata().ok()?;
-    let beyond = libc::off_t::try_from(metadata.len().checked_next_multiple_of(1 << 20)?).ok()?;
-    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    // SAFETY: no pointers.
-    check(unsafe { libc::fallocate(file.as_raw_fd(), mode, beyond, 4096) }).ok()?;
+/// The page cache takes any sectors, in any memory.
+fn buffered_shape(located: &Located, file: &File, writes: bool) -> io::Result<Shape> {
+    let metadata = file.metadata()?;
+    Ok(Shape {
+        size: metadata.len(),
+        sector_bytes: 512,
+        physical_sector_bytes: device::sysfs_value(metadata.dev(), "queue/physical_block_size")
+            .unwrap_or(512),
+        memory_alignment: 1,
+        discard: writes.then(|| file_discard(located, file, &metadata)).flatten(),
+        is_device: false,
+        is_direct: false,
+    })
+}
+
+/// The smallest block, of `sector_bytes` or a page, in which a file can be read with O_DIRECT; `None`
+/// where it can't. What else keeps it from being read is for its guest.
+fn readable_block(file: &File, sector_bytes: u32) -> Option<u32> {
+    let sizes = [sector_bytes, PAGE_BYTES].into_iter().filter(|bytes| *bytes >= sector_bytes);
+    sizes
+        .into_iter()
+        .find(|bytes| !read_start(file, *bytes as usize).is_err_and(|error| is_invalid(&error)))
+}
+
+/// The first bytes, or fewer where there are no more.
+fn read_start(file: &File, len: usize) -> io::Result<Vec<u8>> {
+    const ALIGNMENT: usize = PAGE_BYTES as usize;
+    let mut memory = vec![0; len + ALIGNMENT];
+    let aligned = memory.as_ptr().align_offset(ALIGNMENT);
+    let read = file.read_at(&mut memory[aligned..aligned + len], 0)?;
+    Ok(memory[aligned..aligned + read].to_vec())
+}
+
+/// The kind of filesystem that something lies on.
+fn filesystem(file: &File) -> Option<libc::c_long> {
+    // SAFETY: statfs is plain integers, for which zeroes are valid; the call fills it.
+    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: `stat` is writable.
+    let result = unsafe { libc::fstatfs(file.as_raw_fd(), &mut stat) };
+    (result == 0).then_some(stat.f_type)
+}
+
+/// Spares the kernel from checking with each read whether the file's access time is due. It lets the
+/// file's owner and root ask for that; for others all stays as it is.
+fn leave_access_time(file: &File, is_direct: bool) {
+    let flags = libc::O_NOATIME | if is_direct { libc::O_DIRECT } else { 0 };
+    // SAFETY: no pointers. These replace the flags that can be changed at all, of which the file was
+    // opened with O_DIRECT or none.
+    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) };
+}
+
+/// `None`: its data goes by system calls, which take half as long again. So it does where engines have
+/// no copy that survives faults of a mapping.
+fn map(file: &File, size: u64, path: &Path, read_only: bool) -> Option<MappedFile> {
+    if cfg!(not(target_arch = "x86_64")) {
+        return None;
+    }
+    MappedFile::new(file, size, !read_only)
+        .inspect_err(|error| tracing::info!(image = %path.display(), "is not mapped: {error}"))
+        .ok()
+}
+
+/// A file's blocks can be punched out where its filesystem knows holes.
+fn file_discard(located: &Located, file: &File, metadata: &Metadata) -> Option<Discard> {
+    let folder = located.true_path().parent().and_then(nameless_file);
+    let nameless = folder.filter(|nameless| {
+        nameless.metadata().is_ok_and(|nameless| nameless.dev() == metadata.dev())
+    });
+    let knows_holes = match nameless {
+        Some(nameless) => punch(&nameless, 0),
+        // The file itself then, beyond its end: its data stays, its time of modification may not.
+        None => {
+            metadata.len().checked_next_multiple_of(1 << 20).is_some_and(|end| punch(file, end))
+        }
+    };
     let block_bytes = u32::try_from(metadata.blksize()).unwrap_or(4096);
-    Some(Discard {
-        granularity_bytes: block_bytes.max(sector_bytes),
+    knows_holes.then_some(Discard {
+        granularity_bytes: block_bytes.max(512),
         alignment_bytes: 0,
         secure: false,
+    })
+}
+
+/// A file that nobody sees and that is gone when it is closed. It is there to be tried upon.
+fn nameless_file(folder: &Path) -> Option<File> {
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open(folder).ok()
+}
+
+fn punch(file: &File, offset: u64) -> bool {
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    libc::off_t::try_from(offset).is_ok_and(|offset| {
+        // SAFETY: no pointers.
+        unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, 4096) == 0 }
     })
 }
 
@@ -337,31 +584,22 @@ fn direct_io_alignment(file: &File) -> Option<DirectAlignment> {
     })
 }
 
-/// A value that sysfs has for the disk `dev` (or, for a partition, for the whole disk).
-fn sysfs_value<T: FromStr>(dev: u64, name: &str) -> Option<T> {
-    let (major, minor) = (libc::major(dev), libc::minor(dev));
-    let device = format!("/sys/dev/block/{major}:{minor}");
-    [format!("{device}/{name}"), format!("{device}/../{name}")]
-        .iter()
-        .find_map(|path| std::fs::read_to_string(path).ok())
-        .and_then(|text| text.trim().parse().ok())
-}
-
-fn check(result: libc::c_int) -> io::Result<()> {
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-}
-
 #[cfg(test)]
 mod test {
     use super::*;
     use std::error::Error;
+
+    fn open(path: &Path, read_only: bool) -> Result<RawImage, BackingError> {
+        let access = Access { read_only, ..Access::default() };
+        RawImage::open(path, DiskOptions::default(), &access)
+    }
 
     /// A file of so many bytes, which is gone with its folder but stays open.
     fn image_of(len: u64, read_only: bool) -> RawImage {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = folder.path().join("disk.img");
         File::create(&path).unwrap().set_len(len).unwrap();
-        RawImage::open(&path, read_only).unwrap()
+        open(&path, read_only).unwrap()
     }
 
     #[test]
@@ -387,16 +625,16 @@ mod test {
     #[test]
     fn what_cannot_be_opened_is_named_with_the_mend() {
         let folder = tempfile::tempdir().unwrap();
-        let missing = RawImage::open(&folder.path().join("none"), false).unwrap_err();
+        let missing = open(&folder.path().join("none"), false).unwrap_err();
         assert!(missing.to_string().contains("does not exist"), "{missing}");
         assert!(missing.source().is_some());
-        let directory = RawImage::open(folder.path(), false).unwrap_err();
+        let directory = open(folder.path(), false).unwrap_err();
         assert!(directory.to_string().contains("directory"), "{directory}");
         let empty = folder.path().join("empty");
         File::create(&empty).unwrap();
-        let empty = RawImage::open(&empty, true).unwrap_err();
+        let empty = open(&empty, true).unwrap_err();
         assert!(empty.to_string().contains("no whole sector"), "{empty}");
-        let null = RawImage::open(Path::new("/dev/null"), true).unwrap_err();
+        let null = open(Path::new("/dev/null"), true).unwrap_err();
         assert!(null.to_string().contains("raw:/dev/null"), "{null}");
     }
 }

@@ -38,6 +38,20 @@ pub struct DiskOptions {
     pub data_path: Option<DataPath>,
     /// `emulate-512`: the guest sees 512-byte sectors, whatever storage takes.
     pub emulate_512: bool,
+    /// `shareable`: others may write at the same time, if they say the same.
+    pub shareable: bool,
+    /// `direct=auto|required`: whether it may be served through the page cache.
+    pub direct: Direct,
+}
+
+/// Whether I/O goes past the page cache (O_DIRECT).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Direct {
+    /// Where the filesystem lets it.
+    #[default]
+    Auto,
+    /// Always: what lies on another filesystem is not served.
+    Required,
 }
 
 /// How data gets from the guest's pages to storage and back.
@@ -57,11 +71,7 @@ impl Spec {
     /// Opens what it names. May take as long as storage likes.
     pub fn open(&self, access: &Access) -> Result<Backing, BackingError> {
         let image = match &self.contents {
-            Contents::Raw(path) => {
-                let image = RawImage::open(path, access.read_only)?;
-                let emulates = self.options.emulate_512;
-                Image::Raw(if emulates { image.emulating_512(path)? } else { image })
-            }
+            Contents::Raw(path) => Image::Raw(RawImage::open(path, self.options, access)?),
             Contents::Null { size, read_zeroes } => {
                 Image::Null(NullImage::new(*size, *read_zeroes))
             }
@@ -75,11 +85,11 @@ impl FromStr for Spec {
 
     fn from_str(target: &str) -> Result<Self, BackingError> {
         if target.starts_with('/') {
-            let contents = raw(target).map_err(|what| bad(target, what))?;
+            let contents = raw(target).map_err(|what| bad(target, &what))?;
             return Ok(Spec { contents, options: DiskOptions::default() });
         }
         let Some((head, rest)) = target.split_once(':') else {
-            return Err(bad(target, "it is neither a backing nor an absolute path".to_owned()));
+            return Err(bad(target, "it is neither a backing nor an absolute path"));
         };
         let (kind, options) = match head.split_once(',') {
             None => (head, None),
@@ -90,9 +100,9 @@ impl FromStr for Spec {
             "null" => null(rest),
             _ => Err(format!("polldisk has no backing \"{kind}\"")),
         };
-        let contents = contents.map_err(|what| bad(target, what))?;
+        let contents = contents.map_err(|what| bad(target, &what))?;
         let options = options.map_or(Ok(DiskOptions::default()), str::parse);
-        Ok(Spec { contents, options: options.map_err(|what| bad_option(target, what))? })
+        Ok(Spec { contents, options: options.map_err(|what| bad_option(target, &what))? })
     }
 }
 
@@ -120,7 +130,8 @@ fn null(shape: &str) -> Result<Contents, String> {
 }
 
 /// The options that there are, for whoever wrote another.
-const OPTIONS: &str = "data-path=auto, data-path=map, data-path=copy or emulate-512";
+const OPTIONS: &str =
+    "data-path=auto, map or copy, direct=auto or required, emulate-512 or shareable";
 
 impl FromStr for DiskOptions {
     /// What is wrong, naming the option.
@@ -140,7 +151,10 @@ impl FromStr for DiskOptions {
             names.push(name);
             match (name, value) {
                 ("data-path", Some(value)) => options.data_path = Some(value.parse()?),
+                ("direct", Some("auto")) => options.direct = Direct::Auto,
+                ("direct", Some("required")) => options.direct = Direct::Required,
                 ("emulate-512", None) => options.emulate_512 = true,
+                ("shareable", None) => options.shareable = true,
                 ("", None) => return Err("an option is empty".to_owned()),
                 _ => return Err(format!("there is no option \"{option}\"")),
             }
@@ -161,18 +175,14 @@ impl FromStr for DataPath {
     }
 }
 
-fn bad(target: &str, what: String) -> BackingError {
-    BackingError {
-        target: target.to_owned(),
-        what,
-        mend: "write raw:/path/to/file-or-device, a bare absolute path, or null:SIZE".to_owned(),
-        source: None,
-    }
+fn bad(target: &str, what: &str) -> BackingError {
+    let mend = "write raw:/path/to/file-or-device, a bare absolute path, or null:SIZE";
+    BackingError::new(target, what, mend, None)
 }
 
-fn bad_option(target: &str, what: String) -> BackingError {
+fn bad_option(target: &str, what: &str) -> BackingError {
     let mend = format!("give {OPTIONS}, as in raw,data-path=copy:/path");
-    BackingError { mend, ..bad(target, what) }
+    BackingError::new(target, what, &mend, None)
 }
 
 impl fmt::Display for Spec {
@@ -191,9 +201,14 @@ impl fmt::Display for Spec {
 /// As they stand after the backing's name, each with its comma.
 impl fmt::Display for DiskOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let DiskOptions { data_path, emulate_512 } = self;
+        let DiskOptions { data_path, emulate_512, shareable, direct } = *self;
         data_path.iter().try_for_each(|path| write!(f, ",data-path={path}"))?;
-        if *emulate_512 { f.write_str(",emulate-512") } else { Ok(()) }
+        let flags = [
+            (direct == Direct::Required, ",direct=required"),
+            (emulate_512, ",emulate-512"),
+            (shareable, ",shareable"),
+        ];
+        flags.iter().filter(|(is_set, _)| *is_set).try_for_each(|(_, text)| f.write_str(text))
     }
 }
 
@@ -222,6 +237,8 @@ mod test {
             ("raw,data-path=copy:/srv/a,b:c", "raw,data-path=copy:/srv/a,b:c"),
             ("raw,data-path=auto:/a", "raw,data-path=auto:/a"),
             ("raw,emulate-512,data-path=map:/a", "raw,data-path=map,emulate-512:/a"),
+            ("raw,shareable,direct=required:/a", "raw,direct=required,shareable:/a"),
+            ("raw,direct=auto:/a", "raw:/a"),
             ("null,data-path=map:1M,read-zeroes", "null,data-path=map:1048576,read-zeroes"),
         ] {
             let spec: Spec = text.parse().unwrap();
@@ -238,10 +255,10 @@ mod test {
             ("raw,data-path=map:/a", Some(DataPath::Map)),
             ("null,data-path=copy:8G", Some(DataPath::Copy)),
         ] {
-            let options = DiskOptions { data_path, emulate_512: false };
+            let options = DiskOptions { data_path, ..DiskOptions::default() };
             assert_eq!(text.parse::<Spec>().unwrap().options, options);
-            let text = text.replacen(':', ",emulate-512:", 1);
-            let options = DiskOptions { data_path, emulate_512: true };
+            let text = text.replacen(':', ",emulate-512,shareable:", 1);
+            let options = DiskOptions { emulate_512: true, shareable: true, ..options };
             assert_eq!(text.parse::<Spec>().unwrap().options, options);
         }
     }
@@ -268,6 +285,9 @@ mod test {
             ("raw,data-path=mop:/a", "the option data-path knows no \"mop\""),
             ("raw,emulate-512=1:/a", "there is no option \"emulate-512=1\""),
             ("raw,emulate-512,emulate-512:/a", "the option \"emulate-512\" is there twice"),
+            ("raw,shareable=1:/a", "there is no option \"shareable=1\""),
+            ("raw,direct:/a", "there is no option \"direct\""),
+            ("raw,direct=never:/a", "there is no option \"direct=never\""),
             ("raw,fast:/a", "there is no option \"fast\""),
             ("raw,fast=1:/a", "there is no option \"fast=1\""),
             ("null,=:1G", "there is no option \"=\""),

@@ -128,7 +128,11 @@ impl Demo {
         };
         let config = self.frontend.offer(options).check(&available_cores())?;
         let target = self.target.as_deref().map(str::parse::<Spec>).transpose();
-        let target = target.context("--target")?;
+        let mut target = target.context("--target")?;
+        // Each guest keeps to a part of its own.
+        if let Some(target) = target.as_mut().filter(|_| self.guests > 1) {
+            target.options.shareable = true;
+        }
         if matches!(&target, Some(Spec { contents: Contents::Raw(_), .. })) && !self.overwrite {
             bail!("--target: the demo writes all over it; add --overwrite if it may be lost");
         }

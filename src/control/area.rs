@@ -20,7 +20,7 @@ pub struct Description {
     pub target: String,
     /// The guest may not write.
     pub read_only: bool,
-    /// The admin lets others write at the same time (xl's `w!`).
+    /// Others may write to its contents, too: the mode has a `!`, as xl's `w!` does.
     pub shareable: bool,
     /// It is a CD-ROM, which is always read-only.
     pub cdrom: bool,

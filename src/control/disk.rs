@@ -27,7 +27,7 @@ use crate::xen::{Store, if_there};
 use xenstore_rs::Xs;
 
 use storage::Opening;
-pub use storage::{access, too_slow};
+pub use storage::too_slow;
 
 /// What a disk needs of its surroundings.
 #[derive(Debug)]

@@ -58,6 +58,7 @@ pub struct Answer {
 pub struct OpenBacking {
     /// `None` only in its drop.
     backing: Option<Backing>,
+    target: String,
     places: Places,
     pool: Arc<Pool>,
 }
@@ -154,14 +155,17 @@ impl Helpers {
                 self.pool.push(Job { task: Task::Open { id, spec, access }, places });
             }
             // There is nothing to wait for.
-            Contents::Null { .. } => self.pool.answer(id, Places::default(), spec.open(&access)),
+            Contents::Null { .. } => {
+                let result = spec.open(&access);
+                self.pool.answer(id, &spec, Places::default(), result);
+            }
         }
         id
     }
 
     /// A drive without a medium.
     pub fn empty(&self) -> OpenBacking {
-        self.pool.own(Backing::empty(), Places::default())
+        self.pool.own(Backing::empty(), String::new(), Places::default())
     }
 
     /// Nobody waits for this open any more. One that runs already goes on, and what it opens is
@@ -205,12 +209,18 @@ impl Pool {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn own(self: &Arc<Self>, backing: Backing, places: Places) -> OpenBacking {
-        OpenBacking { backing: Some(backing), places, pool: Arc::clone(self) }
+    fn own(self: &Arc<Self>, backing: Backing, target: String, places: Places) -> OpenBacking {
+        OpenBacking { backing: Some(backing), target, places, pool: Arc::clone(self) }
     }
 
-    fn answer(self: &Arc<Self>, id: OpenId, places: Places, result: Result<Backing, BackingError>) {
-        let result = result.map(|backing| self.own(backing, places));
+    fn answer(
+        self: &Arc<Self>,
+        id: OpenId,
+        spec: &Spec,
+        places: Places,
+        result: Result<Backing, BackingError>,
+    ) {
+        let result = result.map(|backing| self.own(backing, spec.to_string(), places));
         // Without control there is nobody to tell.
         let _ = self.results.send(Opened { id, result });
         self.bell.ring();
@@ -266,7 +276,8 @@ impl Pool {
             match task {
                 Task::Open { id, spec, .. } => {
                     let what = format!("no thread can be started to open it ({error})");
-                    self.answer(id, places, Err(refusal(&spec, what, "raise the limit on tasks")));
+                    let error = refusal(&spec, what, "raise the limit on tasks");
+                    self.answer(id, &spec, places, Err(error));
                 }
                 // Closed here after all, or its file would stay open for good.
                 Task::Close(backing) => drop(backing),
@@ -308,7 +319,7 @@ impl Pool {
                     let what = "opening it failed in polldisk itself".to_owned();
                     Err(refusal(&spec, what, "see the log, and report it as a fault of polldisk"))
                 });
-                self.answer(id, job.places, result);
+                self.answer(id, &spec, job.places, result);
             }
             Task::Close(backing) => {
                 let _ = catch_unwind(AssertUnwindSafe(|| drop(backing)));
@@ -403,6 +414,13 @@ fn refusal(spec: &Spec, what: String, mend: &str) -> BackingError {
     BackingError { target: spec.to_string(), what, mend: mend.to_owned(), source: None }
 }
 
+impl OpenBacking {
+    /// What named it.
+    pub fn target(&self) -> &str {
+        &self.target
+    }
+}
+
 impl Deref for OpenBacking {
     type Target = Backing;
 
@@ -415,6 +433,8 @@ impl Drop for OpenBacking {
     fn drop(&mut self) {
         match self.backing.take() {
             Some(backing) if matches!(**backing.image(), Image::Raw(_)) => {
+                // Whoever wants the same storage next waits for that, instead of being refused.
+                backing.closing();
                 let places = std::mem::take(&mut self.places);
                 self.pool.push(Job { task: Task::Close(backing), places });
             }

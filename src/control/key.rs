@@ -29,6 +29,11 @@ impl DiskKey {
         keys::frontend_area(self.domid, self.vbd)
     }
 
+    /// What it is called in words, to those who want what it uses.
+    pub fn user(&self) -> String {
+        format!("disk {} of domain {}", Vdev::from(self.vbd), self.domid)
+    }
+
     /// Where its failures are told.
     pub fn error_area(&self, own: DomId) -> String {
         keys::error_area(own, &self.kind, self.domid, self.vbd)

@@ -556,7 +556,7 @@ fn rest(offset: u64, block: u32) -> u32 {
 }
 
 /// The first `len` bytes of `buffers`.
-fn cut(buffers: &[GuestBuf], len: u32, parts: &mut Vec<GuestBuf>) {
+pub fn cut(buffers: &[GuestBuf], len: u32, parts: &mut Vec<GuestBuf>) {
     parts.clear();
     let mut left = len;
     parts.extend(buffers.iter().map_while(|buffer| {

@@ -5,6 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use super::emulate::Emulation;
 use super::memory::MemoryFiles;
+use super::tail::{self, Side};
 use super::transport::{Target, Transport};
 use super::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket, bytes};
 use crate::backing::{Image, NullImage, RawImage};
@@ -16,6 +17,8 @@ pub struct HostEngine {
     transport: Transport,
     emulation: Emulation,
     memory_files: MemoryFiles,
+    /// Reused for the buffers of one operation.
+    parts: Vec<GuestBuf>,
 }
 
 impl HostEngine {
@@ -23,7 +26,8 @@ impl HostEngine {
     pub fn new() -> io::Result<HostEngine> {
         let transport = Transport::new()?;
         let emulation = Emulation::new(transport.uring.bell().clone());
-        Ok(HostEngine { transport, emulation, memory_files: MemoryFiles::new() })
+        let (memory_files, parts) = (MemoryFiles::new(), Vec::new());
+        Ok(HostEngine { transport, emulation, memory_files, parts })
     }
 
     #[inline(always)]
@@ -55,7 +59,10 @@ impl HostEngine {
             |to: &Target, operation: &IoOp<'_>, ticket| transport.submit(to, operation, ticket);
         match image.emulation() {
             None => below(&target, operation, ticket),
-            Some(locks) => self.emulation.submit(locks, &target, operation, ticket, below),
+            Some(locks) => match tail::side(operation, image.tail(), &mut self.parts) {
+                Side::Blocks(part) => self.emulation.submit(locks, &target, &part, ticket, below),
+                Side::Tail(file) => below(&Target { file, device: None }, operation, ticket),
+            },
         }
     }
 }

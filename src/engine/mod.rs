@@ -15,6 +15,7 @@ mod guarded;
 pub mod host;
 mod memory;
 mod offload;
+mod tail;
 mod transport;
 mod uring;
 mod vectors;

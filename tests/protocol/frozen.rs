@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Instant;
 
-use polldisk::backing::{Image, RawImage};
+use polldisk::backing::{Access, DiskOptions, Image, RawImage};
 use polldisk::blkif::codec::{RawDiscard, RawRequest};
 use polldisk::blkif::op;
 use polldisk::budget::GrantBudget;
@@ -82,7 +82,7 @@ fn run(tool: &str, with: impl FnOnce(&mut Command) -> &mut Command) -> Result<()
 }
 
 fn opened(path: &Path) -> Image {
-    Image::Raw(RawImage::open(path, false).unwrap())
+    Image::Raw(RawImage::open(path, DiskOptions::default(), &Access::default()).unwrap())
 }
 
 /// Passes until a guest has this many answers.

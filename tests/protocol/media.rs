@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use polldisk::backing::{Image, RawImage};
+use polldisk::backing::{Access, DiskOptions, Image, RawImage};
 use polldisk::blkif::op;
 use polldisk::blkif::request::DiskRules;
 use polldisk::budget::GrantBudget;
@@ -34,7 +34,8 @@ fn what_was_published_before_an_ejection_is_done_on_the_medium_before_it() {
     let mut device = Device::new(Arc::clone(&domain), Options::default()).unwrap();
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let path = zeroes(folder.path());
-    let image = Image::Raw(RawImage::open(&path, false).unwrap());
+    let image =
+        Image::Raw(RawImage::open(&path, DiskOptions::default(), &Access::default()).unwrap());
     let rules = |image: &Image| DiskRules {
         geometry: image.geometry(),
         read_only: false,

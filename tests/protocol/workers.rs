@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use polldisk::backing::{Geometry, Image, RawImage};
+use polldisk::backing::{Access, DiskOptions, Geometry, Image, RawImage};
 use polldisk::blkif::request::DiskRules;
 use polldisk::budget::GrantBudget;
 use polldisk::metrics::QueueCounters;
@@ -72,7 +72,8 @@ impl Rig {
 
     /// Connects the queues to the workers in turn, with the file as their disk.
     pub fn connect(&mut self, combination: &Combination) -> Vec<Device> {
-        let image = RawImage::open(&self.path, combination.read_only).unwrap();
+        let access = Access { read_only: combination.read_only, ..Access::default() };
+        let image = RawImage::open(&self.path, DiskOptions::default(), &access).unwrap();
         self.connect_to(Image::Raw(image), combination)
     }
 

@@ -212,6 +212,10 @@ fn bad_options_are_named_with_what_would_be_right() {
         (&["list", "--jsno"], &["--jsno", "--json"]),
         (&["list", "--interval", "-1"], &["--interval -1", "0 or more"]),
         (&["attach", "--domid", "5", "--vdev", "xvda", "--target", &long], &["too long"]),
+        (&["check-target"], &["SPEC"]),
+        (&["check-target", "--mode", "x", "null:1G"], &["--mode", "x", "w!"]),
+        (&["check-target", "--domid", "5", "null:1G"], &["--vdev"]),
+        (&["check-target", "raw:/nonexistent"], &["raw:/nonexistent", "does not exist"]),
     ] {
         is_refused(arguments, parts);
     }
@@ -286,6 +290,7 @@ fn help_tells_every_option() {
         ("eject", &["--domid", "--vdev", "--admin"]),
         ("detach", &["--domid", "--vdev", "--force", "--admin"]),
         ("list", &["--json", "--admin"]),
+        ("check-target", &["--mode", "--domid", "--vdev", "--admin"]),
     ] {
         let output = polldisk(&[command, "--help"]);
         assert!(output.status.success());

@@ -58,7 +58,11 @@ struct Asking {
 
 impl Asking {
     fn on(rig: &Rig, domid: u32, image: &Image) -> Asking {
-        let guest = rig.guest(domid, &raw(&image.path));
+        Asking::on_target(rig, domid, &raw(&image.path))
+    }
+
+    fn on_target(rig: &Rig, domid: u32, target: &str) -> Asking {
+        let guest = rig.guest(domid, target);
         let device = guest.connect(Options::default());
         let (page, gref) = guest.grant(PageAccess::ReadWrite);
         Asking { guest, device, page, gref }
@@ -169,7 +173,8 @@ fn a_file_made_shorter_under_its_guest_is_errors_for_this_guest_only() {
 fn two_disks_on_one_file_see_what_the_other_did() {
     let rig = Rig::with_workers(2);
     let image = Image::of(0x5a);
-    let mut both = [Asking::on(&rig, 1, &image), Asking::on(&rig, 2, &image)];
+    let target = format!("raw,shareable:{}", image.path.display());
+    let mut both = [1, 2].map(|domid| Asking::on_target(&rig, domid, &target));
     for page in 0..PAGES {
         both.iter_mut().for_each(|asking| assert_eq!(asking.read(page), Ok(0x5a)));
     }

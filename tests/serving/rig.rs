@@ -95,12 +95,27 @@ impl Rig {
         path
     }
 
+    /// Where the stand-in's sockets are.
+    pub fn sockets(&self) -> &Path {
+        self.stand_in.folder()
+    }
+
+    /// The daemon's socket.
+    pub fn admin(&self) -> &Path {
+        &self.admin
+    }
+
     /// Where images lie.
     pub fn images(&self) -> &Path {
         self.images.path()
     }
 
     pub fn attach(&self, domid: u32, target: &str, read_only: bool) {
+        self.try_attach(domid, target, read_only).unwrap();
+    }
+
+    /// The same, where it may be refused: then with the reason.
+    pub fn try_attach(&self, domid: u32, target: &str, read_only: bool) -> Result<(), String> {
         let attach = Attach {
             domid,
             vdev: VDEV.into(),
@@ -108,7 +123,7 @@ impl Rig {
             read_only,
             ..Attach::default()
         };
-        request(&self.admin, &Request::Attach(attach)).unwrap();
+        request(&self.admin, &Request::Attach(attach)).map(drop).map_err(|error| error.to_string())
     }
 
     /// A drive that its guest may write to; `cdrom`: only read. Empty without a target.

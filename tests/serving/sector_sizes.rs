@@ -1,8 +1,6 @@
 //! Disks with other blocks than 512 bytes: as they are, and with `emulate-512`.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use polldisk::blkif::codec::{RawDiscard, RawRequest, RawSegment};
 use polldisk::blkif::op;
@@ -13,6 +11,7 @@ use polldisk::units::GrantRef;
 use polldisk::xen::PageAccess;
 use xenstore_rs::Xs;
 
+use crate::host::{self, LoopDevice, Mounted};
 use crate::rig::{
     Guest, IMAGE_BYTES, Rig, ask, load, raw, raw_request, run_verified, until, whole,
 };
@@ -20,51 +19,18 @@ use crate::rig::{
 const ERROR: i16 = -1;
 
 /// A block device with 4096-byte blocks, all zero.
-struct Disk4Kn {
-    path: PathBuf,
-}
+struct Disk4Kn(LoopDevice);
 
 impl Disk4Kn {
-    /// `None`, loudly, on a machine that can't have one; without losetup a failure where
-    /// `POLLDISK_REQUIRE_XEN_TOOLS=1`, as CI sets it.
+    /// `None`, loudly, on a machine that can't have one.
     fn new(folder: &Path, name: &str) -> Option<Disk4Kn> {
         let file = folder.join(name);
-        File::create(&file).unwrap().set_len(IMAGE_BYTES).unwrap();
-        let made = Command::new("losetup")
-            .args(["--sector-size", "4096", "--find", "--show"])
-            .arg(&file)
-            .output();
-        let skipped = "skipped: no disk with 4096-byte blocks can be made here";
-        match made {
-            Err(error) => {
-                let required =
-                    std::env::var("POLLDISK_REQUIRE_XEN_TOOLS").is_ok_and(|value| value == "1");
-                assert!(!required, "losetup: {error}");
-                eprintln!("{skipped}: losetup is missing ({error})");
-                None
-            }
-            Ok(output) if output.status.success() => {
-                let path = String::from_utf8(output.stdout).unwrap().trim().into();
-                Some(Disk4Kn { path })
-            }
-            Ok(output) => {
-                let reason = String::from_utf8_lossy(&output.stderr).into_owned();
-                let able = File::options().write(true).open("/dev/loop-control").is_ok();
-                assert!(!able, "losetup failed: {reason}");
-                eprintln!("{skipped}: this user may not use loop devices ({reason})");
-                None
-            }
-        }
+        host::file(&file, IMAGE_BYTES);
+        LoopDevice::over(&file, &["--sector-size", "4096"]).map(Disk4Kn)
     }
 
     fn target(&self, options: &str) -> String {
-        format!("raw{options}:{}", self.path.display())
-    }
-}
-
-impl Drop for Disk4Kn {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("-d").arg(&self.path).status();
+        format!("raw{options}:{}", self.0.path.display())
     }
 }
 
@@ -228,8 +194,10 @@ fn emulation_of_what_is_there_already_changes_nothing() {
     let rig = Rig::start();
     let path = rig.image("plain.img");
     let guest = rig.guest(1, &raw(&path));
-    guest.xenbus.wait_for(&[polldisk::xen::keys::XenbusState::InitWait]).unwrap();
+    let device = guest.connect(Options::default());
     let plain = sector_sizes(&guest);
+    guest.close(device);
+    rig.detach_by_force(1);
     let guest = rig.guest(2, &format!("raw,emulate-512:{}", path.display()));
     let mut device = guest.connect(Options::default());
     assert_eq!(sector_sizes(&guest)[0], "512");
@@ -256,6 +224,7 @@ fn a_drive_takes_no_medium_whose_blocks_its_guest_was_not_told() {
     until("it is in", || guest.xenbus.disk().unwrap().sectors.0 == IMAGE_BYTES / 512);
     run_verified(&mut device, load(1, 512), 1_000);
     guest.close(device);
+    rig.detach_by_force(1);
 
     // The admin is told before the medium in the drive is taken out.
     let guest = rig.drive(3, &raw(&rig.image("kept.img")), false);
@@ -273,4 +242,86 @@ fn a_drive_takes_no_medium_whose_blocks_its_guest_was_not_told() {
     assert_eq!((told.sectors.0, told.sector_bytes), (IMAGE_BYTES / 512, 4096));
     run_verified(&mut device, load(2, 4096), 1_000);
     guest.close(device);
+}
+
+/// A filesystem on a disk with 4096-byte blocks.
+struct Filesystem4Kn {
+    // In this order: unmounted, taken down, removed.
+    mounted: Mounted,
+    _disk: LoopDevice,
+}
+
+impl Filesystem4Kn {
+    fn new(folder: &Path, kind: &str) -> Option<Filesystem4Kn> {
+        let file = folder.join(format!("{kind}.img"));
+        host::file(&file, 400 << 20);
+        let disk = LoopDevice::over(&file, &["--sector-size", "4096"])?;
+        let mounted = Mounted::new(kind, &disk.path, &folder.join(kind))?;
+        Some(Filesystem4Kn { mounted, _disk: disk })
+    }
+}
+
+#[test]
+fn the_end_of_a_file_that_fills_no_block_is_read_and_written() {
+    // 7 sectors more than whole blocks.
+    const BYTES: u64 = (1 << 20) + 7 * 512;
+    const SECTORS: u64 = BYTES / 512;
+    for kind in ["ext4", "xfs"] {
+        let rig = Rig::start();
+        let Some(filesystem) = Filesystem4Kn::new(rig.images(), kind) else { return };
+        let path = filesystem.mounted.folder.join("odd.img");
+        let before: Vec<u8> =
+            (0..SECTORS).flat_map(|sector| [u8::try_from(sector % 251).unwrap(); 512]).collect();
+        std::fs::write(&path, &before).unwrap();
+        let guest = rig.guest(1, &format!("raw,emulate-512:{}", path.display()));
+        let (mut device, told) = guest.connect_and_look(Options::default());
+        assert_eq!((told.sectors.0, told.sector_bytes), (SECTORS, 512));
+        let read = |device: &mut Device, first: u64, count: usize| {
+            let buffer = device.put(op::READ, first, count * 512);
+            device.publish().unwrap();
+            settle(device);
+            let mut data = vec![0; count * 512];
+            device.drain(buffer, &mut data);
+            data
+        };
+        // The tail, from the middle of the block before it on, and all of both.
+        for (first, count) in
+            [(SECTORS - 1, 1), (SECTORS - 7, 7), (SECTORS - 10, 10), (SECTORS - 15, 15)]
+        {
+            let from = usize::try_from(first * 512).unwrap();
+            assert!(read(&mut device, first, count) == before[from..from + count * 512]);
+        }
+        let mut expected = before;
+        for (round, (first, count)) in
+            (1..).zip([(SECTORS - 1, 1), (SECTORS - 10, 5), (SECTORS - 12, 12), (SECTORS - 15, 15)])
+        {
+            let buffer = device.free_buffer().unwrap();
+            let data = vec![0xe0 + round; count * 512];
+            device.fill(buffer, &data);
+            device.put(op::WRITE, first, count * 512);
+            device.publish().unwrap();
+            settle(&mut device);
+            let from = usize::try_from(first * 512).unwrap();
+            expected[from..from + count * 512].copy_from_slice(&data);
+            assert!(read(&mut device, SECTORS - 15, 15) == expected[expected.len() - 15 * 512..]);
+        }
+        let flush = raw_request(op::FLUSH_DISKCACHE, 0, 0, &[]);
+        assert_eq!(ask(&mut device, &[flush]), [0]);
+        let load = Load { sectors: SECTORS - 64..SECTORS, zeroed: false, depth: 8, ..load(7, 512) };
+        run_verified(&mut device, Load { flush_every: 10, ..load }, 2_000);
+        assert_eq!(rig.disk(1).unwrap().counts.errors, 0);
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), BYTES, "the file has its size");
+        guest.close(device);
+        rig.detach_by_force(1);
+        // What is on the disk below, and not what the page cache has.
+        let remount = |option| {
+            let mut mount = std::process::Command::new("mount");
+            host::run(mount.args(["-o", option]).arg(&filesystem.mounted.folder)).unwrap();
+        };
+        remount("remount,ro");
+        std::fs::write("/proc/sys/vm/drop_caches", "1").unwrap();
+        let after = std::fs::read(&path).unwrap();
+        let kept = expected.len() - 64 * 512;
+        assert!(after.len() == expected.len() && after[..kept] == expected[..kept]);
+    }
 }

@@ -146,6 +146,7 @@ impl Disk {
         match usable {
             Ok(medium) => {
                 let target = self.drive.wanted().to_owned();
+                self.tell_warnings(&medium);
                 self.hand_over(target, medium, around);
             }
             Err(failure) => {

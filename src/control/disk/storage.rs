@@ -5,13 +5,11 @@ use std::time::{Duration, Instant};
 use super::super::area::{Description, Failure, Hotplug};
 use super::super::drive::Drive;
 use super::super::helpers::{Asker, OpenBacking, OpenId};
-use super::super::key::DiskKey;
 use super::super::machine::Input;
 use super::{Disk, Surroundings};
 use crate::backing::{Access, BackingError, Spec};
 use crate::limits;
 use crate::xen::Store;
-use crate::xen::vdev::Vdev;
 
 /// An open that is waited for.
 #[derive(Clone, Copy, Debug)]
@@ -65,11 +63,11 @@ impl Disk {
     /// How it wants to use its storage.
     pub fn access(&self) -> Access {
         let description = self.description.as_ref();
-        access(
-            &self.key,
-            description.is_none_or(|description| description.read_only),
-            description.is_some_and(|description| description.shareable),
-        )
+        Access {
+            read_only: description.is_none_or(|description| description.read_only),
+            shareable: description.is_some_and(|description| description.shareable),
+            user: self.key.user(),
+        }
     }
 
     /// Until when the open that is under way is waited for.
@@ -137,6 +135,7 @@ impl Disk {
         };
         let target = self.description.as_ref().map_or("", |description| &description.target);
         self.drive = Drive::with(target);
+        self.tell_warnings(&backing);
         self.backing = Some(backing);
         if let Some(params) = self.params_event.take()
             && let Err(error) = self.look_at_medium(params, around)
@@ -150,6 +149,13 @@ impl Disk {
         }
     }
 
+    /// Tells the admin, once, what is not as it should be with storage that is served all the same.
+    pub(super) fn tell_warnings(&self, backing: &OpenBacking) {
+        for warning in backing.warnings() {
+            tracing::warn!(disk = %self.key, target = backing.target(), "{warning}");
+        }
+    }
+
     /// Lets its storage go, and an open that is under way.
     pub(super) fn shut<S: Store>(&mut self, around: &mut Surroundings<'_, S>) {
         if let Some(Opening { id, .. }) = self.opening.take() {
@@ -160,12 +166,6 @@ impl Disk {
         self.params_event = None;
         self.ignored.clear();
     }
-}
-
-/// How a disk wants to use its storage.
-pub fn access(key: &DiskKey, read_only: bool, shareable: bool) -> Access {
-    let user = format!("disk {} of domain {}", Vdev::from(key.vbd), key.domid);
-    Access { read_only, shareable, user }
 }
 
 /// Why an open is not waited for any longer.

@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use super::super::admin::protocol::{Attach, Detach};
 use super::super::attach::{self, AttachError};
-use super::super::disk::{self, Disk};
+use super::super::disk::Disk;
 use super::super::helpers::{Asker, OpenBacking, OpenId};
 use super::super::key::DiskKey;
 use super::Registry;
-use crate::backing::{BackingError, Spec};
+use crate::backing::{Access, BackingError, Spec};
 use crate::limits;
 use crate::xen::Store;
 
@@ -62,7 +62,8 @@ impl<S: Store> Registry<S> {
         if attach.target.is_empty() {
             return self.make(key, &attach, None, now).map(Begun::Disk);
         }
-        let access = disk::access(&key, attach.is_read_only(), false);
+        let read_only = attach.is_read_only();
+        let access = Access { read_only, shareable: false, user: key.user() };
         let spec = attach.target.parse::<Spec>()?;
         let id = self.helpers.open(spec, access, Asker::Admin);
         self.wait_for_storage(id, Wanted::Attach(key, attach), now);

@@ -1,0 +1,254 @@
+//! Which storage the disks of this process use: each has many readers or one writer, unless all of
+//! them say that it is shareable. A disk may have it twice, as when a drive gets the medium that is in
+//! it once more.
+//!
+//! A claim is made before storage is opened and given up once it is closed. In between another disk
+//! is refused, with the name of the first; while the first is still opening or closing, it waits.
+//! Only helpers come here, which may wait.
+
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use slab::Slab;
+
+use super::BlockLocks;
+use super::storage::Storage;
+use crate::limits::CLAIM_SECONDS;
+
+/// What a disk does with its storage, and what it lets others do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// It may write.
+    pub writes: bool,
+    /// Others may write, too, if they say the same.
+    pub shareable: bool,
+    /// It writes parts of blocks (`emulate-512`): others that do so do not come between, others that
+    /// write whole blocks would.
+    pub emulates: bool,
+}
+
+impl Usage {
+    /// Why the storage can't be used like this beside `other`.
+    fn excludes(self, other: Usage) -> Option<Reason> {
+        if !self.writes && !other.writes {
+            None
+        } else if !self.shareable || !other.shareable {
+            Some(Reason::Used)
+        } else if self.emulates != other.emulates {
+            Some(Reason::Emulation)
+        } else {
+            None
+        }
+    }
+}
+
+/// Why a claim is refused.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Who has the storage, as [`Claim::make`] was told it.
+    pub user: String,
+    /// What is the matter.
+    pub reason: Reason,
+}
+
+/// What is the matter with a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// One of the two writes, and not both are shareable.
+    Used,
+    /// Both are shareable, and one of them only writes parts of blocks.
+    Emulation,
+    /// The other one is opening it, and does not get on.
+    Opening,
+    /// The other one is closing it, and does not get on.
+    Closing,
+}
+
+/// The right to use some storage, until it is dropped.
+#[derive(Debug)]
+pub struct Claim {
+    key: usize,
+    storages: Vec<Storage>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    storages: Vec<Storage>,
+    usage: Usage,
+    user: String,
+    phase: Phase,
+    /// What keeps others than this process off, each open exactly once.
+    held: Vec<(Storage, Arc<File>)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Opening,
+    Open,
+    Closing,
+}
+
+#[derive(Debug)]
+struct Table {
+    entries: Slab<Entry>,
+    /// The blocks that are being written of storage whose sectors are emulated.
+    blocks: Vec<(Storage, Weak<BlockLocks>)>,
+}
+
+static TABLE: Mutex<Table> = Mutex::new(Table { entries: Slab::new(), blocks: Vec::new() });
+/// A claim was given up, or what it is for is open.
+static CHANGED: Condvar = Condvar::new();
+
+/// The table is whole whatever happened to who held it last.
+fn table() -> MutexGuard<'static, Table> {
+    TABLE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Claim {
+    /// Claims storage for `user`, which is not opened before this. Waits a while for those that are
+    /// opening or closing it.
+    pub fn make(storages: Vec<Storage>, usage: Usage, user: &str) -> Result<Claim, Refusal> {
+        Claim::make_within(Duration::from_secs(CLAIM_SECONDS), storages, usage, user)
+    }
+
+    fn make_within(
+        patience: Duration,
+        storages: Vec<Storage>,
+        usage: Usage,
+        user: &str,
+    ) -> Result<Claim, Refusal> {
+        let deadline = Instant::now() + patience;
+        let mut table = table();
+        while let Some((reason, other)) = table.obstacle(&storages, usage, user) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !matches!(reason, Reason::Opening | Reason::Closing) || left.is_zero() {
+                return Err(Refusal { user: other.user.clone(), reason });
+            }
+            table = CHANGED.wait_timeout(table, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let key = table.entries.insert(Entry {
+            storages: storages.clone(),
+            usage,
+            user: user.to_owned(),
+            phase: Phase::Opening,
+            held: Vec::new(),
+        });
+        Ok(Claim { key, storages })
+    }
+
+    /// What is claimed: first what was named, then what that is made of.
+    pub fn storages(&self) -> &[Storage] {
+        &self.storages
+    }
+
+    /// Holds a file whose being open, or whose locks, keep off all outside this process. Where another
+    /// disk holds the same, it is that one; else `open` opens it.
+    pub fn hold(
+        &self,
+        storage: Storage,
+        open: impl FnOnce() -> io::Result<Arc<File>>,
+    ) -> io::Result<Arc<File>> {
+        let known = table().held(storage);
+        // Nobody else does this meanwhile: they wait until this claim's storage is open.
+        let file = match known {
+            Some(file) => file,
+            None => open()?,
+        };
+        if let Some(entry) = table().entries.get_mut(self.key) {
+            entry.held.push((storage, file.clone()));
+        }
+        Ok(file)
+    }
+
+    /// Whether another disk uses a part of the device, or what it is a part of.
+    pub fn is_divided(&self) -> bool {
+        let table = table();
+        let mut others = table.entries.iter().filter(|(key, _)| *key != self.key);
+        others.any(|(_, other)| overlap(&self.storages, &other.storages))
+    }
+
+    /// The storage is open: others need not wait for that any more.
+    pub fn opened(&self) {
+        self.enter(Phase::Open);
+    }
+
+    /// The storage is about to be closed: others wait for that instead of being refused.
+    pub fn closing(&self) {
+        self.enter(Phase::Closing);
+    }
+
+    /// The blocks of `block_bytes` that are being written, for all who write parts of them.
+    pub fn block_locks(&self, block_bytes: u32) -> Arc<BlockLocks> {
+        let storage = self.storages.first();
+        let mut table = table();
+        table.blocks.retain(|(_, locks)| locks.strong_count() > 0);
+        let known = table.blocks.iter().filter(|(other, _)| storage == Some(other));
+        let mut known = known.filter_map(|(_, locks)| locks.upgrade());
+        if let Some(locks) = known.find(|locks| locks.block_bytes() == block_bytes) {
+            return locks;
+        }
+        let locks = BlockLocks::new(block_bytes);
+        table.blocks.extend(storage.map(|storage| (*storage, Arc::downgrade(&locks))));
+        locks
+    }
+
+    fn enter(&self, phase: Phase) {
+        if let Some(entry) = table().entries.get_mut(self.key) {
+            entry.phase = phase;
+        }
+        CHANGED.notify_all();
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // Closing may wait for storage, so the table is not held meanwhile; those who want the same
+        // storage wait until all of it is closed.
+        self.closing();
+        let held = table().entries.get_mut(self.key).map(|entry| std::mem::take(&mut entry.held));
+        drop(held);
+        table().entries.try_remove(self.key);
+        CHANGED.notify_all();
+    }
+}
+
+impl Table {
+    /// Why `storages` can't be claimed now, and whose claim is in the way.
+    fn obstacle(&self, storages: &[Storage], usage: Usage, user: &str) -> Option<(Reason, &Entry)> {
+        let others = || {
+            let entries = self.entries.iter().map(|(_, entry)| entry);
+            entries.filter(|other| overlap(storages, &other.storages))
+        };
+        let is_own = |other: &Entry| !user.is_empty() && other.user == user;
+        let open = others().filter(|other| other.phase == Phase::Open && !is_own(other));
+        let refused = open
+            .into_iter()
+            .find_map(|other| usage.excludes(other.usage).map(|reason| (reason, other)));
+        refused.or_else(|| {
+            others().find_map(|other| match other.phase {
+                Phase::Open => None,
+                Phase::Opening => Some((Reason::Opening, other)),
+                Phase::Closing => Some((Reason::Closing, other)),
+            })
+        })
+    }
+
+    fn held(&self, storage: Storage) -> Option<Arc<File>> {
+        let mut held = self.entries.iter().flat_map(|(_, entry)| &entry.held);
+        held.find(|(known, _)| *known == storage).map(|(_, file)| file.clone())
+    }
+}
+
+/// Whether two lists, each of storage and what that is made of, have bytes in common. Two partitions
+/// of a disk have none, whatever the disk is made of.
+fn overlap(some: &[Storage], others: &[Storage]) -> bool {
+    let any = |so: fn(Storage, Storage) -> bool| {
+        some.iter().any(|one| others.iter().any(|other| so(*one, *other)))
+    };
+    any(Storage::overlaps) && !any(Storage::is_beside)
+}
+
+#[cfg(test)]
+mod test;

@@ -1,0 +1,209 @@
+//! What Linux tells of block devices, by ioctl and in sysfs.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use super::Discard;
+
+/// Linux's BLKGETSIZE64 and the like (`include/uapi/linux/fs.h`).
+const BLKGETSIZE64: libc::Ioctl = 0x8008_1272u32 as libc::Ioctl;
+const BLKSSZGET: libc::Ioctl = 0x1268;
+const BLKPBSZGET: libc::Ioctl = 0x127b;
+const BLKDISCARD: libc::Ioctl = 0x1277;
+const BLKSECDISCARD: libc::Ioctl = 0x127d;
+/// `include/uapi/linux/loop.h`.
+const LOOP_GET_STATUS64: libc::Ioctl = 0x4c05;
+const LO_FLAGS_READ_ONLY: u32 = 1;
+
+/// Bytes and sector sizes of a device.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// Bytes of all of it.
+    pub bytes: u64,
+    /// Its logical block size.
+    pub sector_bytes: u32,
+    /// Its physical block size.
+    pub physical_sector_bytes: u32,
+}
+
+/// Asks an open device for its sizes.
+pub fn sizes(device: &File) -> io::Result<Sizes> {
+    let mut bytes = 0u64;
+    let mut sector_bytes: libc::c_int = 0;
+    let mut physical_sector_bytes: libc::c_uint = 0;
+    // SAFETY: each ioctl writes one value of the type passed (linux/fs.h).
+    unsafe {
+        check(libc::ioctl(device.as_raw_fd(), BLKGETSIZE64, &mut bytes))?;
+        check(libc::ioctl(device.as_raw_fd(), BLKSSZGET, &mut sector_bytes))?;
+        check(libc::ioctl(device.as_raw_fd(), BLKPBSZGET, &mut physical_sector_bytes))?;
+    }
+    let sector_bytes = u32::try_from(sector_bytes).unwrap_or(512).max(512);
+    Ok(Sizes { bytes, sector_bytes, physical_sector_bytes })
+}
+
+/// Whether the device `number` refuses writes (what BLKROGET tells of an open one).
+pub fn is_read_only(number: u64) -> bool {
+    sysfs_value::<u8>(number, "ro") == Some(1)
+}
+
+/// Discards bytes; `secure`: beyond recovery. May take long.
+pub fn discard(device: &File, offset: u64, len: u64, secure: bool) -> io::Result<()> {
+    let request = if secure { BLKSECDISCARD } else { BLKDISCARD };
+    let range = [offset, len];
+    // SAFETY: both ioctls read two u64, start and length.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), request, range.as_ptr()) })
+}
+
+/// What a device that is open for writing says of discards in its queue's limits.
+pub fn discard_limits(device: &File, sector_bytes: u32) -> Option<Discard> {
+    let number = device.metadata().ok()?.rdev();
+    if sysfs_value::<u64>(number, "queue/discard_max_bytes").unwrap_or(0) == 0 {
+        return None;
+    }
+    let granularity = sysfs_value(number, "queue/discard_granularity").unwrap_or(0);
+    Some(Discard {
+        granularity_bytes: u32::max(granularity, sector_bytes),
+        alignment_bytes: sysfs_value(number, "discard_alignment").unwrap_or(0),
+        secure: can_erase(device),
+    })
+}
+
+/// Whether a device that is open for writing can erase beyond recovery.
+///
+/// Linux has no way to ask. Since 5.19 the ioctl looks first whether the device can, and then whether
+/// the range is one of whole sectors (`blk_ioctl_secure_erase`, `block/ioctl.c`): a range that is not
+/// tells which, and nothing is touched. An empty range would drop all of the device's page cache.
+/// Before 5.19 there is no such order.
+fn can_erase(device: &File) -> bool {
+    let odd = [1u64, 0];
+    // SAFETY: the ioctl reads two u64, start and length.
+    let result = check(unsafe { libc::ioctl(device.as_raw_fd(), BLKSECDISCARD, odd.as_ptr()) });
+    kernel_release().is_some_and(|release| erases(release, result))
+}
+
+fn erases(release: (u32, u32), answer: io::Result<()>) -> bool {
+    let refused_range = answer.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL));
+    release >= (5, 19) && refused_range
+}
+
+fn kernel_release() -> Option<(u32, u32)> {
+    parse_release(&std::fs::read_to_string("/proc/sys/kernel/osrelease").ok()?)
+}
+
+fn parse_release(text: &str) -> Option<(u32, u32)> {
+    let mut numbers =
+        text.trim().split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().ok());
+    Some((numbers.next()??, numbers.next()??))
+}
+
+/// What a loop device is set up on.
+#[derive(Clone, Copy, Debug)]
+pub struct LoopStatus {
+    /// The filesystem and inode of the file.
+    pub file: (u64, u64),
+    /// Where that is a block device: its number.
+    pub device: Option<u64>,
+    /// The loop device refuses writes.
+    pub read_only: bool,
+}
+
+/// Linux's `struct loop_info64`.
+#[repr(C)]
+struct LoopInfo64 {
+    device: u64,
+    inode: u64,
+    rdevice: u64,
+    offset: u64,
+    size_limit: u64,
+    number: u32,
+    encrypt_type: u32,
+    encrypt_key_size: u32,
+    flags: u32,
+    file_name: [u8; 64],
+    crypt_name: [u8; 64],
+    encrypt_key: [u8; 32],
+    init: [u64; 2],
+}
+const _: () = assert!(size_of::<LoopInfo64>() == 232);
+const _: () = assert!(std::mem::offset_of!(LoopInfo64, flags) == 52);
+
+/// Asks an open loop device what it is set up on.
+pub fn loop_status(device: &File) -> io::Result<LoopStatus> {
+    // SAFETY: the structure is plain integers, for which zeroes are valid.
+    let mut info: LoopInfo64 = unsafe { std::mem::zeroed() };
+    // SAFETY: the ioctl fills one `struct loop_info64`.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64, &mut info) })?;
+    Ok(LoopStatus {
+        file: (info.device, info.inode),
+        device: (info.rdevice != 0).then_some(info.rdevice),
+        read_only: info.flags & LO_FLAGS_READ_ONLY != 0,
+    })
+}
+
+/// Where sysfs describes a device.
+pub fn sysfs(number: u64) -> PathBuf {
+    PathBuf::from(format!("/sys/dev/block/{}:{}", libc::major(number), libc::minor(number)))
+}
+
+/// The device's node that the kernel makes.
+pub fn node(number: u64) -> Option<PathBuf> {
+    let uevent = std::fs::read_to_string(sysfs(number).join("uevent")).ok()?;
+    let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="))?;
+    Some(PathBuf::from("/dev").join(name))
+}
+
+/// A value that sysfs has for a device (or, for a partition, for the whole disk).
+pub fn sysfs_value<T: FromStr>(number: u64, name: &str) -> Option<T> {
+    let device = sysfs(number);
+    [device.join(name), device.join("..").join(name)]
+        .iter()
+        .find_map(|path| std::fs::read_to_string(path).ok())
+        .and_then(|text| text.trim().parse().ok())
+}
+
+/// The number in the text `7:0` of sysfs or `/proc/self/mountinfo`.
+pub fn parse_number(text: &str) -> Option<u64> {
+    let (major, minor) = text.trim().split_once(':')?;
+    Some(libc::makedev(major.parse().ok()?, minor.parse().ok()?))
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn secure_erase_is_read_off_the_refusal_of_an_odd_range() {
+        let refused = |errno| Err(io::Error::from_raw_os_error(errno));
+        assert!(erases((5, 19), refused(libc::EINVAL)));
+        assert!(erases((6, 1), refused(libc::EINVAL)));
+        assert!(!erases((5, 18), refused(libc::EINVAL)), "said of every device that discards");
+        assert!(!erases((6, 1), refused(libc::EOPNOTSUPP)));
+        assert!(!erases((6, 1), refused(libc::EBADF)));
+        assert!(!erases((6, 1), Ok(())));
+    }
+
+    #[test]
+    fn releases_of_kernels_are_read() {
+        assert_eq!(parse_release("6.18.44-fc-v669\n"), Some((6, 18)));
+        assert_eq!(parse_release("5.19\n"), Some((5, 19)));
+        assert_eq!(parse_release("5.10-rc1"), Some((5, 10)));
+        assert_eq!(parse_release("linux"), None);
+        assert!(kernel_release().is_some());
+    }
+
+    #[test]
+    fn numbers_of_devices_are_read() {
+        assert_eq!(parse_number("7:1\n"), Some(libc::makedev(7, 1)));
+        assert_eq!(parse_number("259:70000"), Some(libc::makedev(259, 70000)));
+        assert_eq!(parse_number("7"), None);
+    }
+}

@@ -1,0 +1,178 @@
+//! What has to be so before a disk may use storage: no other disk of ours, no other program, no
+//! mounted filesystem and no device made of it does, unless they go together.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+
+use super::claims::{Claim, Reason, Refusal, Usage};
+use super::device;
+use super::holders::{self, Holder};
+use super::locks::{self, LockError};
+use super::storage::{Located, Loop, Storage};
+
+/// Why storage is not given to a disk.
+#[derive(Debug)]
+pub enum SharingError {
+    /// Somebody uses it.
+    InUse {
+        /// Who, and how.
+        what: String,
+        /// What sets it free.
+        mend: String,
+    },
+    /// It can't be opened at all.
+    Open(io::Error),
+}
+
+/// Makes a disk the user of what was found, against all that can be told without opening it.
+pub fn claim(located: &Located, usage: Usage, user: &str) -> Result<Claim, SharingError> {
+    let storages = located.storages();
+    let claim = Claim::make(storages, usage, user).map_err(refused)?;
+    for (depth, storage) in claim.storages().iter().enumerate() {
+        match *storage {
+            // Those who share a device can't tell us; the admin did.
+            Storage::Device { .. } if usage.shareable => {}
+            Storage::Device { number, .. } => {
+                exclude(&claim, *storage, usage, |options| match depth {
+                    0 => located.open(options),
+                    _ => options.open(device::node(number).ok_or(io::ErrorKind::NotFound)?),
+                })?
+            }
+            Storage::File { .. } => {
+                refuse_swap(*storage)?;
+                if !usage.shareable {
+                    refuse_loops(&claim, *storage, usage)?;
+                }
+            }
+        }
+    }
+    lock_below(&claim, usage)?;
+    Ok(claim)
+}
+
+/// Locks the open file of a claim; another disk of ours that has it open may have done so already.
+/// Where its filesystem knows no locks, returns a warning.
+pub fn lock(claim: &Claim, file: &Arc<File>, usage: Usage) -> Result<Option<String>, SharingError> {
+    let [storage @ Storage::File { .. }, ..] = *claim.storages() else { return Ok(None) };
+    let held = claim.hold(storage, || Ok(file.clone())).map_err(SharingError::Open)?;
+    match locks::lock(&held, usage) {
+        Ok(()) => Ok(None),
+        Err(LockError::Taken) => Err(locked(storage)),
+        Err(LockError::Unsupported(error)) => Ok(Some(format!(
+            "its filesystem knows no locks ({error}), so nothing keeps other programs and hosts \
+             from using it at the same time"
+        ))),
+    }
+}
+
+/// Locks the file under the loop devices that were claimed, if there is one and it can be found.
+fn lock_below(claim: &Claim, usage: Usage) -> Result<(), SharingError> {
+    let [.., Storage::Device { disk, .. }, file @ Storage::File { .. }] = *claim.storages() else {
+        return Ok(());
+    };
+    let open = || {
+        let file = Loop::of_device(disk).and_then(|device| device.open_file());
+        file.map(Arc::new).ok_or(io::ErrorKind::NotFound.into())
+    };
+    match claim.hold(file, open).map(|open| locks::lock(&open, usage)) {
+        Ok(Err(LockError::Taken)) => Err(locked(file)),
+        _ => Ok(()),
+    }
+}
+
+/// Keeps a device for this process: the kernel refuses that to whoever is the second, be it to mount
+/// it, to make a device of it, or of a partition while somebody has the disk.
+fn exclude(
+    claim: &Claim,
+    device: Storage,
+    usage: Usage,
+    open: impl FnOnce(&OpenOptions) -> io::Result<File>,
+) -> Result<(), SharingError> {
+    let flags = libc::O_EXCL | libc::O_CLOEXEC;
+    let own = claim
+        .hold(device, || open(OpenOptions::new().read(true).custom_flags(flags)).map(Arc::new));
+    match own {
+        Ok(_) => Ok(()),
+        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+            let holders = holders::of_device(device);
+            let only_read = !holders.is_empty() && holders.iter().all(Holder::only_reads);
+            if !usage.writes && (only_read || claim.is_divided()) {
+                return Ok(());
+            }
+            let writer = holders.iter().find(|holder| !holder.only_reads()).or(holders.first());
+            Err(writer.map_or_else(in_use_by_somebody, |holder| in_use_by(holder, usage)))
+        }
+        Err(error) => Err(SharingError::Open(error)),
+    }
+}
+
+fn refuse_swap(file: Storage) -> Result<(), SharingError> {
+    match holders::swap_in_file(file) {
+        None => Ok(()),
+        Some(swap) => {
+            Err(SharingError::InUse { what: format!("it {swap} of this host"), mend: swap.mend() })
+        }
+    }
+}
+
+fn refuse_loops(claim: &Claim, file: Storage, usage: Usage) -> Result<(), SharingError> {
+    let loops = holders::loops_over(file, claim.storages());
+    match loops.iter().find(|device| usage.writes || !device.only_reads()) {
+        None => Ok(()),
+        Some(device) => Err(in_use_by(device, usage)),
+    }
+}
+
+fn refused(Refusal { user, reason }: Refusal) -> SharingError {
+    let user = if user.is_empty() { "another disk" } else { &user };
+    let (what, mend) = match reason {
+        Reason::Used => (
+            format!("{user} uses it"),
+            "detach that first; disks share only what all of them only read, or what all of them \
+             call shareable, for cluster filesystems",
+        ),
+        Reason::Emulation => (
+            format!("{user} shares it, and only one of the two has emulate-512"),
+            "give emulate-512 to all disks that share it, or to none",
+        ),
+        Reason::Opening => (
+            format!("{user} is still opening it"),
+            "try again; if this stays so, its storage hangs",
+        ),
+        Reason::Closing => (
+            format!("{user} is still closing it"),
+            "try again; if this stays so, its storage hangs",
+        ),
+    };
+    SharingError::InUse { what, mend: mend.to_owned() }
+}
+
+fn in_use_by(holder: &Holder, usage: Usage) -> SharingError {
+    let mut mend = holder.mend();
+    if usage.writes && holder.only_reads() {
+        mend.push_str(", or attach the disk read-only (mode r)");
+    }
+    SharingError::InUse { what: format!("it {holder}"), mend }
+}
+
+fn in_use_by_somebody() -> SharingError {
+    SharingError::InUse {
+        what: "somebody else holds it exclusively".to_owned(),
+        mend: "unmount or release it first".to_owned(),
+    }
+}
+
+fn locked(file: Storage) -> SharingError {
+    match holders::of_file(file).first() {
+        Some(holder) => SharingError::InUse {
+            what: format!("it {holder}, which has locked it"),
+            mend: holder.mend(),
+        },
+        None => SharingError::InUse {
+            what: "another program has locked it, maybe on another host".to_owned(),
+            mend: "end that, or detach the disk from it".to_owned(),
+        },
+    }
+}

@@ -1,0 +1,101 @@
+//! What tests need of the host's kernel and tools: loop devices, filesystems, QEMU.
+//!
+//! A test that can't have them says so and passes; in CI, which sets `POLLDISK_REQUIRE_XEN_TOOLS=1`,
+//! a missing tool is a failure.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Runs a tool; what it printed. `None`, loudly, where it is missing or this user may not.
+pub fn run(command: &mut Command) -> Option<String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    match command.output() {
+        Err(error) => {
+            assert!(!is_required(), "{program}: {error}");
+            eprintln!("skipped: {program} is missing ({error})");
+            None
+        }
+        Ok(output) if output.status.success() => {
+            Some(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        }
+        Ok(output) => {
+            let reason = String::from_utf8_lossy(&output.stderr).into_owned();
+            let able = File::options().write(true).open("/dev/loop-control").is_ok();
+            assert!(!able, "{command:?} failed: {reason}");
+            eprintln!("skipped: this user may not use {program} ({reason})");
+            None
+        }
+    }
+}
+
+/// Whether a program is installed; if not, says so, or fails where it has to be.
+pub fn is_there(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
+    assert!(found || !is_required(), "{program} is missing");
+    if !found {
+        eprintln!("skipped: {program} is missing");
+    }
+    found
+}
+
+fn is_required() -> bool {
+    std::env::var("POLLDISK_REQUIRE_XEN_TOOLS").is_ok_and(|value| value == "1")
+}
+
+/// A file of zeroes.
+pub fn file(path: &Path, bytes: u64) {
+    File::create(path).unwrap().set_len(bytes).unwrap();
+}
+
+/// A loop device, which is taken down in the end.
+pub struct LoopDevice {
+    pub path: PathBuf,
+}
+
+impl LoopDevice {
+    /// Sets one up over a file or device, with more options of losetup.
+    pub fn over(file: &Path, options: &[&str]) -> Option<LoopDevice> {
+        let path = run(Command::new("losetup").args(options).args(["-f", "--show"]).arg(file))?;
+        Some(LoopDevice { path: path.into() })
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("-d").arg(&self.path).status();
+    }
+}
+
+/// Something mounted, which is unmounted in the end.
+pub struct Mounted {
+    pub folder: PathBuf,
+}
+
+impl Mounted {
+    /// Mounts `what` at `folder`, which is made, with more options of mount.
+    pub fn at(folder: &Path, what: &Path, options: &[&str]) -> Option<Mounted> {
+        if folder.file_name().is_some() && !folder.exists() {
+            std::fs::create_dir(folder).unwrap();
+        }
+        run(Command::new("mount").args(options).arg(what).arg(folder))?;
+        Some(Mounted { folder: folder.to_owned() })
+    }
+
+    /// A filesystem of this kind on a device, made and mounted.
+    pub fn new(kind: &str, device: &Path, folder: &Path) -> Option<Mounted> {
+        run(Command::new(format!("mkfs.{kind}")).arg("-q").arg(device))?;
+        Mounted::at(folder, device, &[])
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // A test that failed may have left it in use.
+        let unmounted = Command::new("umount").arg(&self.folder).output();
+        if !unmounted.is_ok_and(|output| output.status.success()) {
+            let _ = Command::new("umount").arg("-l").arg(&self.folder).status();
+        }
+    }
+}

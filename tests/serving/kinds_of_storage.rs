@@ -1,0 +1,216 @@
+//! What storage is like, and what its admin is told of that: sizes, sectors, filesystems without
+//! O_DIRECT, devices that can't be written; and that finding it out changes nothing.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use polldisk::backing::{Access, Backing, Spec};
+use polldisk::blkif::op;
+use polldisk::sim::blkfront::device::Options;
+use polldisk::sim::blkfront::load::Load;
+use polldisk::xen::PageAccess;
+
+use crate::host::{self, LoopDevice, Mounted};
+use crate::rig::{Guest, IMAGE_BYTES, Rig, ask, load, raw, raw_request, run_verified, whole};
+
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+fn open(options: &str, path: &Path, read_only: bool) -> Result<Backing, String> {
+    let spec: Spec = format!("raw{options}:{}", path.display()).parse().unwrap();
+    let access = Access { read_only, ..Access::default() };
+    spec.open(&access).map_err(|error| error.to_string())
+}
+
+/// All that its admin is told.
+fn warnings(options: &str, path: &Path) -> String {
+    open(options, path, false).unwrap().warnings().join("\n")
+}
+
+fn file(folder: &Path, bytes: u64) -> PathBuf {
+    let path = folder.join("disk.img");
+    host::file(&path, bytes);
+    path
+}
+
+/// A disk with 4096-byte blocks.
+fn disk_4kn(folder: &Path, bytes: u64) -> Option<LoopDevice> {
+    LoopDevice::over(&file(folder, bytes), &["--sector-size", "4096"])
+}
+
+#[test]
+fn bytes_that_fill_no_sector_are_told() {
+    let folder = folder();
+    let path = file(folder.path(), IMAGE_BYTES);
+    assert_eq!(warnings("", &path), "");
+    host::file(&path, IMAGE_BYTES + 100);
+    let told = warnings("", &path);
+    assert!(told.contains("last 100 bytes") && told.contains("truncate"), "{told}");
+
+    let Some(disk) = disk_4kn(folder.path(), 64 << 20) else { return };
+    let Some(mounted) = Mounted::new("ext4", &disk.path, &folder.path().join("ext4")) else {
+        return;
+    };
+    let path = file(&mounted.folder, IMAGE_BYTES + 7 * 512);
+    let told = warnings("", &path);
+    assert!(told.contains("last 3584 bytes") && told.contains("emulate-512"), "{told}");
+    assert_eq!(warnings(",emulate-512", &path), "", "they are served");
+    host::file(&path, IMAGE_BYTES + 7 * 512 + 1);
+    let told = warnings(",emulate-512", &path);
+    assert!(told.contains("last 1 bytes") && !told.contains("emulate-512"), "{told}");
+}
+
+#[test]
+fn a_read_only_device_is_not_given_to_a_writer() {
+    let folder = folder();
+    let path = file(folder.path(), IMAGE_BYTES);
+    let Some(device) = LoopDevice::over(&path, &["-r"]) else { return };
+    let refused = || {
+        let reason = open("", &device.path, false).map(drop).unwrap_err();
+        assert!(reason.contains("device is read-only") && reason.contains("mode r"), "{reason}");
+    };
+    refused();
+    drop(open("", &device.path, true).unwrap());
+    let rig = Rig::start();
+    let _domain = rig.domain(1);
+    let reason = rig.try_attach(1, &raw(&device.path), false).unwrap_err();
+    assert!(reason.contains("device is read-only"), "{reason}");
+    rig.attach(1, &raw(&device.path), true);
+    drop(rig);
+    drop(device);
+
+    let Some(device) = LoopDevice::over(&path, &[]) else { return };
+    let blockdev = |option| host::run(Command::new("blockdev").arg(option).arg(&device.path));
+    blockdev("--setro").unwrap();
+    let reason = open("", &device.path, false).map(drop).unwrap_err();
+    assert!(reason.contains("device is read-only"), "{reason}");
+    blockdev("--setrw").unwrap();
+    drop(open("", &device.path, false).unwrap());
+}
+
+#[test]
+fn an_image_made_for_512_byte_sectors_is_recognised_on_larger_blocks() {
+    let folder = folder();
+    let Some(disk) = disk_4kn(folder.path(), IMAGE_BYTES) else { return };
+    let write = |at: usize| {
+        let mut start = vec![0; 8192];
+        start[at..at + 8].copy_from_slice(b"EFI PART");
+        let device = File::options().write(true).open(&disk.path).unwrap();
+        device.write_all_at(&start, 0).unwrap();
+        device.sync_all().unwrap();
+    };
+    assert_eq!(warnings("", &disk.path), "");
+    write(4096);
+    assert_eq!(warnings("", &disk.path), "");
+    write(512);
+    let told = warnings("", &disk.path);
+    assert!(told.contains("partitioned") && told.contains("emulate-512"), "{told}");
+    assert_eq!(warnings(",emulate-512", &disk.path), "");
+}
+
+#[test]
+fn where_o_direct_is_refused_an_image_is_served_through_the_page_cache() {
+    let rig = Rig::start();
+    let folder = rig.images().join("ramfs");
+    let Some(mounted) = Mounted::at(&folder, Path::new("none"), &["-t", "ramfs"]) else { return };
+    let path = file(&mounted.folder, IMAGE_BYTES);
+    let refusal = open(",direct=required", &path, false).map(drop).unwrap_err();
+    assert!(refusal.contains("O_DIRECT"), "{refusal}");
+    let told = warnings(",direct=auto", &path);
+    assert!(told.contains("O_DIRECT") && told.contains("page cache"), "{told}");
+
+    let guest = rig.guest(1, &raw(&path));
+    let mut device = guest.connect(Options::default());
+    let report = run_verified(&mut device, load(1, 4096), 1_000);
+    assert!(report.flushes > 0);
+    guest.close(device);
+    guest.xenbus.start_over().unwrap();
+    let mut device = guest.connect(Options { persistent: false, ..Options::default() });
+    run_verified(&mut device, Load { zeroed: false, ..load(2, 1536) }, 1_000);
+    guest.close(device);
+    rig.detach_by_force(1);
+}
+
+#[test]
+fn an_image_on_squashfs_is_served() {
+    let rig = Rig::start();
+    let source = rig.images().join("source");
+    std::fs::create_dir(&source).unwrap();
+    std::fs::write(source.join("disk.iso"), vec![0x5a; 1 << 20]).unwrap();
+    let packed = rig.images().join("packed.squashfs");
+    let mut mksquashfs = Command::new("mksquashfs");
+    if host::run(mksquashfs.arg(&source).arg(&packed).arg("-quiet")).is_none() {
+        return;
+    }
+    let options = ["-o", "loop,ro"];
+    let Some(mounted) = Mounted::at(&rig.images().join("squashfs"), &packed, &options) else {
+        return;
+    };
+    let path = mounted.folder.join("disk.iso");
+    let refusal = open("", &path, false).map(drop).unwrap_err();
+    assert!(refusal.contains("read-only"), "{refusal}");
+    let domain = rig.domain(1);
+    rig.attach(1, &raw(&path), true);
+    let guest = Guest::of(domain);
+    let mut device = guest.connect(Options::default());
+    let (page, gref) = guest.grant(PageAccess::ReadWrite);
+    let read = raw_request(op::READ, 0, (1 << 11) - 8, &[whole(gref)]);
+    assert_eq!(ask(&mut device, &[read]), [0]);
+    let mut data = [0; 4096];
+    guest.domain.page(page).copy_to(&mut data);
+    assert!(data.iter().all(|byte| *byte == 0x5a));
+    guest.close(device);
+    rig.detach_by_force(1);
+}
+
+#[test]
+fn opening_an_image_changes_nothing_of_it() {
+    let folder = folder();
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let xfs = folder.path().join("xfs.img");
+    host::file(&xfs, 400 << 20);
+    let xfs = LoopDevice::over(&xfs, &[]);
+    let xfs = xfs.as_ref();
+    let xfs = xfs.and_then(|disk| Mounted::new("xfs", &disk.path, &folder.path().join("xfs")));
+    let folders = [Some(folder.path()), Some(memory.path()), xfs.as_ref().map(|xfs| &*xfs.folder)];
+    for folder in folders.into_iter().flatten() {
+        let path = file(folder, IMAGE_BYTES);
+        let times = |path: &Path| {
+            let metadata = std::fs::metadata(path).unwrap();
+            [metadata.mtime(), metadata.mtime_nsec(), metadata.ctime(), metadata.ctime_nsec()]
+        };
+        let before = [times(&path), times(folder)];
+        // Clocks of filesystems tick every few milliseconds.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let backing = open("", &path, false).unwrap();
+        assert!(backing.image().discard().is_some(), "{}", folder.display());
+        drop(backing);
+        assert_eq!([times(&path), times(folder)], before, "{}", folder.display());
+    }
+}
+
+#[test]
+fn no_device_is_asked_to_erase_an_empty_range() {
+    let folder = folder();
+    let Some(device) = LoopDevice::over(&file(folder.path(), IMAGE_BYTES), &[]) else { return };
+    if host::run(Command::new("strace").arg("--version")).is_none() {
+        return;
+    }
+    let trace = folder.path().join("trace");
+    let output = Command::new("strace")
+        .args(["-f", "-e", "trace=ioctl", "-o"])
+        .arg(&trace)
+        .args([env!("CARGO_BIN_EXE_polldisk"), "check-target", "--mode", "w"])
+        .arg(&device.path)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let trace = std::fs::read_to_string(&trace).unwrap();
+    assert!(trace.contains("BLKGETSIZE64"), "the device is looked at:\n{trace}");
+    for line in trace.lines().filter(|line| line.contains("BLKSECDISCARD")) {
+        assert!(!line.contains("[0, 0]"), "this drops the page cache: {line}");
+    }
+}
