@@ -1,6 +1,8 @@
 //! `blkload` against polldisk in a process of its own, on the stand-in, and against backends that
 //! fail.
 
+mod neighbours;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, PoisonError};
