@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
-use crate::contender::Kind;
+use crate::contender::Contender;
 use crate::machine::{Machine, Quietness};
 use crate::run::{CaseOutcome, Extent, LeftOut, Outcome};
 use crate::sample::Metric;
@@ -174,7 +174,7 @@ fn verdict_row(outcome: &Outcome, judged: &Judged) -> String {
         Some((contender, theirs)) => format!("{contender}: {}", with_range(*theirs)),
         None => goal.reference().unwrap_or_default().to_owned(),
     };
-    let of = match goal.of.kind() == Kind::Polldisk && goal.of.cores() == 1 {
+    let of = match goal.of == Contender::default() {
         true => String::new(),
         false => format!("{}: ", goal.of),
     };
@@ -200,7 +200,7 @@ fn verdict_row(outcome: &Outcome, judged: &Judged) -> String {
 }
 
 fn case_table(case: &CaseOutcome) -> String {
-    const COLUMNS: [Metric; 10] = [
+    const COLUMNS: [Metric; 11] = [
         Metric::Iops,
         Metric::MbPerS,
         Metric::MeanUs,
@@ -211,10 +211,16 @@ fn case_table(case: &CaseOutcome) -> String {
         Metric::CpuPercent,
         Metric::OwnKibPerDisk,
         Metric::ConnectS,
+        Metric::NeighbourIops,
     ];
     let load = &case.case.load;
-    let columns: Vec<Metric> =
-        COLUMNS.into_iter().filter(|metric| is_shown(*metric, load.idle)).collect();
+    let samples = || case.entries.iter().flat_map(|entry| &entry.samples);
+    let is_known = |metric| samples().any(|sample| sample.figures.contains_key(&metric));
+    let columns: Vec<Metric> = COLUMNS
+        .into_iter()
+        .filter(|metric| is_shown(*metric, load.idle))
+        .filter(|metric| *metric != Metric::NeighbourIops || is_known(*metric))
+        .collect();
     let mut text = match case.case.at {
         Some(at) => format!("\nAt {at}:\n\n| |"),
         None => "\n| |".to_owned(),

@@ -11,6 +11,7 @@ use crate::arrivals::{Arrivals, Schedule};
 use crate::clock::Clock;
 use crate::disk::Disk;
 use crate::load::{Gauge, Load, LoadError, Phase, Tally, Wait};
+use crate::neighbours::storage::Storage;
 use crate::neighbours::{Count, Crowd, Guest, NEIGHBOURS, Neighbour, Progress};
 use crate::options::Plan;
 use crate::pattern::Pattern;
@@ -64,11 +65,12 @@ const LOOK: Duration = Duration::from_millis(100);
 /// How often it does while the last requests are answered.
 const DRAIN_LOOK: Duration = Duration::from_millis(1);
 
-/// Runs the load on connected disks, beside neighbours with theirs.
+/// Runs the load on connected disks, beside neighbours with theirs. What holds those goes on at the
+/// end, so that nothing that waits for it keeps the load from its last answers.
 pub fn measure<E: Events + Send>(
     plan: &Plan,
     disks: Vec<&mut Disk<E>>,
-    neighbours: Vec<(&Neighbour, &mut Disk<E>)>,
+    (neighbours, storage): (Vec<(&Neighbour, &mut Disk<E>)>, &mut Storage),
     backend: &mut dyn Watched,
     interrupted: &AtomicBool,
 ) -> anyhow::Result<Measured> {
@@ -101,6 +103,7 @@ pub fn measure<E: Events + Send>(
         });
         let observed = observed.and_then(|readings| {
             phase.stop();
+            storage.thaw()?;
             // A backend that ends now leaves requests that nobody answers.
             while !threads.iter().all(ScopedJoinHandle::is_finished) {
                 backend.check()?;

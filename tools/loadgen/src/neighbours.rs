@@ -42,7 +42,7 @@ pub enum Kind {
     Discards,
     /// Notifications without end, and no request
     Storm,
-    /// 512 writes in flight to storage that never answers (needs root)
+    /// 512 requests of all kinds in flight to storage that never answers (needs root)
     Hung,
     /// Each does the worst of another kind; without root none has storage that never answers
     Worst,
@@ -97,8 +97,12 @@ const DISCARDS: Habit =
 
 const STORM: Habit = Habit { name: "storm", operations: &[], storms: true, ..POLITE };
 
-const HUNG: Habit =
-    Habit { name: "hung", holds: Holds::Hung, operations: &[Operation::Write], ..FLOOD };
+const HUNG: Habit = Habit {
+    name: "hung",
+    holds: Holds::Hung,
+    operations: &[Operation::Write, Operation::WriteIndirect, Operation::Flush, Operation::Discard],
+    ..FLOOD
+};
 
 const FLUSHES_AND_DISCARDS: Habit = Habit {
     name: "flushes and discards",
@@ -141,7 +145,8 @@ pub struct Neighbour {
 pub struct Neighbours {
     /// None where it asks for none.
     pub guests: Vec<Neighbour>,
-    storage: Storage,
+    /// What holds their disks.
+    pub storage: Storage,
 }
 
 impl Neighbours {
@@ -171,11 +176,6 @@ impl Neighbours {
             })
             .collect::<anyhow::Result<_>>()?;
         Ok(Neighbours { guests, storage })
-    }
-
-    /// Lets hung storage answer, so that everything can be closed.
-    pub fn thaw(&mut self) -> anyhow::Result<()> {
-        self.storage.thaw()
     }
 }
 

@@ -42,6 +42,8 @@ pub enum Operation {
     Write,
     /// Reads a block by an indirect request, however small it is.
     ReadIndirect,
+    /// Writes a block, likewise.
+    WriteIndirect,
     /// Makes durable what was written.
     Flush,
     /// Gives a block back to storage.
@@ -53,7 +55,7 @@ impl Operation {
     pub fn is_indirect(self, block_bytes: usize) -> bool {
         match self {
             Operation::Read | Operation::Write => block_bytes > SEGMENTS_PER_REQUEST * PAGE_BYTES,
-            Operation::ReadIndirect => true,
+            Operation::ReadIndirect | Operation::WriteIndirect => true,
             Operation::Flush | Operation::Discard => false,
         }
     }
@@ -254,7 +256,7 @@ fn prepare<K: Kernel>(
 ) -> anyhow::Result<RawRequest> {
     let code = match operation {
         Operation::Read | Operation::ReadIndirect => op::READ,
-        Operation::Write => op::WRITE,
+        Operation::Write | Operation::WriteIndirect => op::WRITE,
         Operation::Flush => return Ok(RawDirect::new(op::FLUSH_DISKCACHE, id, 0).into()),
         Operation::Discard => {
             let nr_sectors = block_bytes as u64 / SECTOR_BYTES;

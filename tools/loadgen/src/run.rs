@@ -212,15 +212,15 @@ fn drive<K: Kernel>(
     if let Some(first) = negotiated.first() {
         tell_differences(&plan.wanted.options, plan.wanted.queues, first);
     }
+    let Neighbours { guests, storage } = neighbours;
     let mut beside = Vec::new();
     let mut theirs = Vec::new();
-    for (neighbour, (_, disk)) in neighbours.guests.iter().zip(&mut *their_disks) {
+    for (neighbour, (_, disk)) in guests.iter().zip(&mut *their_disks) {
         theirs.extend(disk.negotiated(&neighbour.plan).map(|disk| (neighbour.habit.name, disk)));
         beside.push((neighbour, disk));
     }
     let connected = disks.iter_mut().map(|(_, disk)| disk).collect();
-    let measured = measure(plan, connected, beside, server, interrupted)?;
-    neighbours.thaw()?;
+    let measured = measure(plan, connected, (beside, storage), server, interrupted)?;
     for (_, disk) in disks.iter_mut().chain(their_disks) {
         if let Err(error) = disk.close() {
             eprintln!("{error:#}");

@@ -157,7 +157,7 @@ mod test {
     #[test]
     fn requests_are_what_they_were_made_for() {
         let operations = [
-            Operation::ReadIndirect,
+            Operation::WriteIndirect,
             Operation::Write,
             Operation::Flush,
             Operation::Discard,
@@ -177,7 +177,7 @@ mod test {
         else {
             panic!("{requests:?}")
         };
-        assert_eq!((indirect.operation, indirect.nr_segments), (op::READ, 1));
+        assert_eq!((indirect.operation, indirect.nr_segments), (op::WRITE, 1));
         assert_eq!((write.operation, write.nr_segments), (op::WRITE, 1));
         assert_eq!((flush.operation, flush.nr_segments), (op::FLUSH_DISKCACHE, 0));
         assert_eq!(discard.nr_sectors, 8);

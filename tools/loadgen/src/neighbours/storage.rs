@@ -73,7 +73,7 @@ impl Storage {
         })
     }
 
-    /// Lets what hangs answer.
+    /// Lets what hangs answer, so that everything can end.
     pub fn thaw(&mut self) -> anyhow::Result<()> {
         self.hung.as_mut().map_or(Ok(()), Hung::thaw)
     }
