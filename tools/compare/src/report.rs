@@ -406,6 +406,36 @@ mod test {
     }
 
     #[test]
+    fn neighbours_are_named_in_verdicts_and_have_a_column() {
+        let text = "about = 'x'\nbacking = 'null'\nload = {}\n\
+                    contenders = ['polldisk:beside=polite', 'polldisk:beside=copies']\n\
+                    goals = [{ metric = 'iops', of = 'polldisk:beside=copies', \
+                    over = 'polldisk:beside=polite', at_least = 0.8 }]";
+        let scenario = Scenario::parse("hostile", text).unwrap();
+        let mut report = report(1e6);
+        let outcome = &mut report.scenarios[0].outcome;
+        assert!(!case_table(&outcome.cases[0]).contains("neighbours"));
+        outcome.cases[0].entries.truncate(2);
+        for (entry, contender) in outcome.cases[0].entries.iter_mut().zip(&scenario.contenders) {
+            entry.contender = contender.clone();
+            for sample in &mut entry.samples {
+                sample.figures.insert(Metric::NeighbourIops, 77.0);
+            }
+        }
+        outcome.scenario = scenario;
+        let row = verdict_row(outcome, &verdict::judge(outcome)[0]);
+        assert_eq!(
+            row,
+            "| hostile | IOPS | at least 80 % of polldisk:beside=polite | 0.100 (0.100 to 0.100) | \
+             polldisk:beside=copies: 100.0k (100.0k to 100.0k) | polldisk:beside=polite: 1.00M \
+             (1.00M to 1.00M) | **missed** |\n"
+        );
+        let table = case_table(&outcome.cases[0]);
+        assert!(table.contains(" neighbours' IOPS |\n"), "{table}");
+        assert_eq!(table.matches("| 77.0 (77.0 to 77.0) |\n").count(), 2, "{table}");
+    }
+
+    #[test]
     fn figures_have_three_digits() {
         let texts = [1_402_000.0, 45_700.0, 321.4, 12.34, 1.234, 0.1534, 0.0].map(figure);
         assert_eq!(texts, ["1.40M", "45.7k", "321", "12.3", "1.23", "0.153", "0"]);
