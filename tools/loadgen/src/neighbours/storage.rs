@@ -193,6 +193,7 @@ mod test {
     fn what_keeps_storage_from_hanging_is_said() {
         let nowhere = tempfile::tempdir().unwrap().path().to_owned();
         let error = Hung::freeze(&nowhere, 1).unwrap_err().to_string();
-        assert!(error.contains("needs root") || error.contains("can't cd"), "{error}");
+        let named = error.contains(nowhere.to_str().unwrap());
+        assert!(error.contains("needs root") || named, "{error}");
     }
 }
