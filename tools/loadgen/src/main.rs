@@ -1,5 +1,6 @@
 //! `blkload`: see `--help`.
 
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -45,13 +46,18 @@ fn measure(options: Options) -> anyhow::Result<()> {
 fn print(report: &Report, json: Option<&Path>) -> anyhow::Result<()> {
     let text = || serde_json::to_string_pretty(report).map(|text| text + "\n");
     match json {
-        Some(path) if path == Path::new("-") => print!("{}", text()?),
+        Some(path) if path == Path::new("-") => show(&text()?)?,
         Some(path) => {
-            println!("{report}");
+            show(&format!("{report}\n"))?;
             std::fs::write(path, text()?)
                 .with_context(|| format!("--json: cannot write {}", path.display()))?;
         }
-        None => println!("{report}"),
+        None => show(&format!("{report}\n"))?,
     }
     Ok(())
+}
+
+/// On standard output, which may end before we do.
+fn show(text: &str) -> anyhow::Result<()> {
+    std::io::stdout().write_all(text.as_bytes()).context("cannot print")
 }

@@ -294,6 +294,21 @@ fn an_interrupt_ends_the_backend_too() {
 }
 
 #[test]
+fn output_that_nobody_reads_is_an_error_and_no_panic() {
+    for form in ["--json=-", "--json=/dev/null"] {
+        let mut blkload = Command::new(env!("CARGO_BIN_EXE_blkload"))
+            .args(["--echo", "--wait", "busy", "--warmup", "0", "--seconds", "0.1", form])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(blkload.stdout.take());
+        let told = error(&blkload.wait_with_output().unwrap());
+        assert!(told.starts_with("blkload: cannot print: Broken pipe"), "{told}");
+    }
+}
+
+#[test]
 fn without_xen_the_error_says_so() {
     let told = error(&blkload("--xen --vdev xvdz", &[]));
     assert!(
