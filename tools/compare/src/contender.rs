@@ -1,13 +1,15 @@
 //! Who is measured, in which setting.
 //!
-//! Written as `polldisk`, `polldisk:workers=2`, `qemu:iothread`, `qemu:main-loop`,
-//! `qemu:iothread,buffered`, `qemu:iothread,native`, `qemu:iothread,io_uring`, `fio`,
-//! `fio:registered` or `echo`.
+//! Written as `polldisk`, `polldisk:workers=2`, `polldisk:beside=copies`, `qemu:iothread`,
+//! `qemu:main-loop`, `qemu:iothread,buffered`, `qemu:iothread,native`, `qemu:iothread,io_uring`,
+//! `fio`, `fio:registered` or `echo`.
 
 use std::fmt;
 use std::str::FromStr;
 
-use anyhow::{Context, Error, bail};
+use anyhow::{Context, Error, bail, ensure};
+use clap::ValueEnum;
+use loadgen::neighbours;
 use serde::{Deserialize, Serialize};
 
 use crate::scenario::{Load, Wait};
@@ -20,6 +22,8 @@ pub enum Contender {
     Polldisk {
         /// 1 where it is not said.
         workers: u32,
+        /// What four more guests do meanwhile, which it serves, too.
+        beside: Option<neighbours::Kind>,
     },
     /// QEMU's xen-block.
     Qemu {
@@ -66,7 +70,7 @@ pub enum Files {
 
 impl Default for Contender {
     fn default() -> Contender {
-        Contender::Polldisk { workers: 1 }
+        Contender::Polldisk { workers: 1, beside: None }
     }
 }
 
@@ -89,8 +93,16 @@ impl Contender {
     /// Cores that it may use under a load.
     pub fn cores(&self) -> u32 {
         match self {
-            Contender::Polldisk { workers } => *workers,
+            Contender::Polldisk { workers, .. } => *workers,
             _ => 1,
+        }
+    }
+
+    /// What other guests do meanwhile.
+    pub fn beside(&self) -> Option<neighbours::Kind> {
+        match self {
+            Contender::Polldisk { beside, .. } => *beside,
+            _ => None,
         }
     }
 }
@@ -133,8 +145,13 @@ impl Files {
 impl fmt::Display for Contender {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Contender::Polldisk { workers: 1 } => write!(f, "polldisk"),
-            Contender::Polldisk { workers } => write!(f, "polldisk:workers={workers}"),
+            Contender::Polldisk { workers, beside } => {
+                let workers = (*workers != 1).then(|| format!("workers={workers}"));
+                let beside = beside.map(|kind| format!("beside={}", neighbours_name(kind)));
+                let settings: Vec<String> = workers.into_iter().chain(beside).collect();
+                let separator = if settings.is_empty() { "" } else { ":" };
+                write!(f, "polldisk{separator}{}", settings.join(","))
+            }
             Contender::Qemu { iothread, files } => {
                 write!(f, "qemu:{}", if *iothread { "iothread" } else { "main-loop" })?;
                 match files {
@@ -157,9 +174,23 @@ impl FromStr for Contender {
         let (program, setting) = text.split_once(':').unwrap_or((text, ""));
         match (program, setting) {
             ("polldisk", "") => Ok(Contender::default()),
-            ("polldisk", setting) => {
-                let workers = setting.strip_prefix("workers=").with_context(unknown)?;
-                Ok(Contender::Polldisk { workers: workers.parse().with_context(unknown)? })
+            ("polldisk", settings) => {
+                let (mut workers, mut beside) = (None, None);
+                for setting in settings.split(',') {
+                    let (name, value) = setting.split_once('=').with_context(unknown)?;
+                    let is_new = match name {
+                        "workers" => {
+                            workers.replace(value.parse().with_context(unknown)?).is_none()
+                        }
+                        "beside" => {
+                            let kind = neighbours::Kind::from_str(value, false).map_err(Error::msg);
+                            beside.replace(kind.with_context(unknown)?).is_none()
+                        }
+                        _ => bail!(unknown()),
+                    };
+                    ensure!(is_new, "{text}: {name} is there twice");
+                }
+                Ok(Contender::Polldisk { workers: workers.unwrap_or(1), beside })
             }
             ("qemu", setting) => {
                 let (thread, files) = setting.split_once(',').unwrap_or((setting, "threads"));
@@ -191,6 +222,12 @@ impl From<Contender> for String {
     fn from(contender: Contender) -> String {
         contender.to_string()
     }
+}
+
+/// What neighbours do, as blkload takes it.
+pub fn neighbours_name(kind: neighbours::Kind) -> String {
+    let value = kind.to_possible_value();
+    value.map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
 /// What a disk holds: a size in bytes, and a file unless it is nothing.
@@ -303,6 +340,8 @@ mod test {
         for text in [
             "polldisk",
             "polldisk:workers=2",
+            "polldisk:beside=copies",
+            "polldisk:workers=2,beside=worst",
             "qemu:iothread",
             "qemu:main-loop",
             "qemu:iothread,buffered",
@@ -313,9 +352,18 @@ mod test {
         ] {
             assert_eq!(text.parse::<Contender>().unwrap().to_string(), text);
         }
-        for text in
-            ["", "qemu", "qemu:iothread,x", "polldisk:workers=x", "fio:x", "echo:x", "tapdisk"]
-        {
+        for text in [
+            "",
+            "qemu",
+            "qemu:iothread,x",
+            "polldisk:workers=x",
+            "polldisk:beside=nobody",
+            "polldisk:workers=2,workers=3",
+            "polldisk:workers=2,",
+            "fio:x",
+            "echo:x",
+            "tapdisk",
+        ] {
             assert!(text.parse::<Contender>().is_err(), "{text}");
         }
     }

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
-use crate::contender::Kind;
+use crate::contender::Contender;
 use crate::machine::{Machine, Quietness};
 use crate::run::{CaseOutcome, Extent, LeftOut, Outcome};
 use crate::sample::Metric;
@@ -174,7 +174,7 @@ fn verdict_row(outcome: &Outcome, judged: &Judged) -> String {
         Some((contender, theirs)) => format!("{contender}: {}", with_range(*theirs)),
         None => goal.reference().unwrap_or_default().to_owned(),
     };
-    let of = match goal.of.kind() == Kind::Polldisk && goal.of.cores() == 1 {
+    let of = match goal.of == Contender::default() {
         true => String::new(),
         false => format!("{}: ", goal.of),
     };
@@ -200,7 +200,7 @@ fn verdict_row(outcome: &Outcome, judged: &Judged) -> String {
 }
 
 fn case_table(case: &CaseOutcome) -> String {
-    const COLUMNS: [Metric; 10] = [
+    const COLUMNS: [Metric; 11] = [
         Metric::Iops,
         Metric::MbPerS,
         Metric::MeanUs,
@@ -211,10 +211,16 @@ fn case_table(case: &CaseOutcome) -> String {
         Metric::CpuPercent,
         Metric::OwnKibPerDisk,
         Metric::ConnectS,
+        Metric::NeighbourIops,
     ];
     let load = &case.case.load;
-    let columns: Vec<Metric> =
-        COLUMNS.into_iter().filter(|metric| is_shown(*metric, load.idle)).collect();
+    let samples = || case.entries.iter().flat_map(|entry| &entry.samples);
+    let is_known = |metric| samples().any(|sample| sample.figures.contains_key(&metric));
+    let columns: Vec<Metric> = COLUMNS
+        .into_iter()
+        .filter(|metric| is_shown(*metric, load.idle))
+        .filter(|metric| *metric != Metric::NeighbourIops || is_known(*metric))
+        .collect();
     let mut text = match case.case.at {
         Some(at) => format!("\nAt {at}:\n\n| |"),
         None => "\n| |".to_owned(),
@@ -397,6 +403,36 @@ mod test {
             let part = part.trim_start_matches("| ");
             assert!(text.contains(part), "{part}: {text}");
         }
+    }
+
+    #[test]
+    fn neighbours_are_named_in_verdicts_and_have_a_column() {
+        let text = "about = 'x'\nbacking = 'null'\nload = {}\n\
+                    contenders = ['polldisk:beside=polite', 'polldisk:beside=copies']\n\
+                    goals = [{ metric = 'iops', of = 'polldisk:beside=copies', \
+                    over = 'polldisk:beside=polite', at_least = 0.8 }]";
+        let scenario = Scenario::parse("hostile", text).unwrap();
+        let mut report = report(1e6);
+        let outcome = &mut report.scenarios[0].outcome;
+        assert!(!case_table(&outcome.cases[0]).contains("neighbours"));
+        outcome.cases[0].entries.truncate(2);
+        for (entry, contender) in outcome.cases[0].entries.iter_mut().zip(&scenario.contenders) {
+            entry.contender = contender.clone();
+            for sample in &mut entry.samples {
+                sample.figures.insert(Metric::NeighbourIops, 77.0);
+            }
+        }
+        outcome.scenario = scenario;
+        let row = verdict_row(outcome, &verdict::judge(outcome)[0]);
+        assert_eq!(
+            row,
+            "| hostile | IOPS | at least 80 % of polldisk:beside=polite | 0.100 (0.100 to 0.100) | \
+             polldisk:beside=copies: 100.0k (100.0k to 100.0k) | polldisk:beside=polite: 1.00M \
+             (1.00M to 1.00M) | **missed** |\n"
+        );
+        let table = case_table(&outcome.cases[0]);
+        assert!(table.contains(" neighbours' IOPS |\n"), "{table}");
+        assert_eq!(table.matches("| 77.0 (77.0 to 77.0) |\n").count(), 2, "{table}");
     }
 
     #[test]

@@ -347,7 +347,13 @@ impl<'a> Bench<'a> {
             Contender::Polldisk { .. } => {
                 let mut words = vec![self.built("polldisk"), "serve".to_owned()];
                 words.extend(contender::polldisk_arguments(&list(&backend_cores)));
-                (vec!["--target".to_owned(), contender::polldisk_target(contents)], words)
+                let mut kind = vec!["--target".to_owned(), contender::polldisk_target(contents)];
+                if let Some(beside) = contender.beside() {
+                    kind.extend(["--neighbours".to_owned(), contender::neighbours_name(beside)]);
+                    let scratch = self.scratch_beside(contents).display().to_string();
+                    kind.extend(["--scratch".to_owned(), scratch]);
+                }
+                (kind, words)
             }
             Contender::Qemu { iothread, files } => {
                 let mut words = program(&self.qemu)?.words();
@@ -393,6 +399,12 @@ impl<'a> Bench<'a> {
         let turns = (0..FIO_STARTS).map(|_| run_fio(&words).map(|(_, cpu_us)| cpu_us));
         let start_us = Interval::of(&turns.collect::<Result<Vec<_>>>()?).context("no starts")?;
         Ok(*self.fio_start_us.get_or_init(|| start_us.median))
+    }
+
+    /// Where neighbours' files go: beside the measured disk's file, so that they are on like storage.
+    fn scratch_beside<'b>(&'b self, contents: &'b Contents) -> &'b Path {
+        let file = contents.file.as_deref().map(Path::new);
+        file.and_then(Path::parent).unwrap_or(&self.scratch)
     }
 
     fn built(&self, name: &str) -> String {
@@ -454,9 +466,17 @@ fn json(output: &Output) -> Result<Value> {
 }
 
 fn summary(sample: &Sample) -> String {
-    let show =
-        [Metric::Iops, Metric::MeanUs, Metric::CpuUsPerIo, Metric::ConnectS, Metric::OwnKibPerDisk];
-    let idle = sample.figures.get(&Metric::Iops).is_none_or(|iops| *iops == 0.0);
+    let show = [
+        Metric::Iops,
+        Metric::MeanUs,
+        Metric::CpuUsPerIo,
+        Metric::ConnectS,
+        Metric::OwnKibPerDisk,
+        Metric::NeighbourIops,
+    ];
+    let known = |metric| sample.figures.get(&metric).is_some_and(|figure| *figure > 0.0);
+    let has_neighbours = sample.figures.contains_key(&Metric::NeighbourIops);
+    let idle = !known(Metric::Iops) && !has_neighbours;
     let figure = |metric: &Metric| {
         let is_shown = idle == matches!(metric, Metric::ConnectS | Metric::OwnKibPerDisk);
         let value = sample.figures.get(metric).filter(|_| is_shown)?;

@@ -31,12 +31,14 @@ pub enum Metric {
     OwnKibPerDisk,
     /// Seconds from the backend's start until all disks are connected.
     ConnectS,
+    /// Requests of neighbours answered a second, all neighbours together.
+    NeighbourIops,
 }
 
 impl Metric {
     /// Whether more of it is better.
     pub fn more_is_better(self) -> bool {
-        matches!(self, Metric::Iops | Metric::MbPerS)
+        matches!(self, Metric::Iops | Metric::MbPerS | Metric::NeighbourIops)
     }
 
     /// Its name in tables.
@@ -52,9 +54,13 @@ impl Metric {
             Metric::CpuPercent => "CPU, % of a core",
             Metric::OwnKibPerDisk => "own memory for each disk, KiB",
             Metric::ConnectS => "seconds until all are connected",
+            Metric::NeighbourIops => "neighbours' IOPS",
         }
     }
 }
+
+/// What only requests that were answered have.
+const LATENCIES: [Metric; 4] = [Metric::MeanUs, Metric::P50Us, Metric::P99Us, Metric::P999Us];
 
 /// One turn of a contender.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -71,7 +77,7 @@ impl Sample {
     /// From what `blkload --json` wrote for so many disks.
     pub fn of_blkload(json: &Value, disks: u32) -> Result<Sample> {
         let number = |path: &str| json.pointer(path).and_then(Value::as_f64);
-        let figures = [
+        let mut figures: BTreeMap<Metric, f64> = [
             (Metric::Iops, "/total/iops", 1.0),
             (Metric::MbPerS, "/total/mb_per_s", 1.0),
             (Metric::MeanUs, "/total/latency/mean_ns", 1e-3),
@@ -86,10 +92,19 @@ impl Sample {
                 1.0 / 1024.0 / f64::from(disks),
             ),
             (Metric::ConnectS, "/connect_s", 1.0),
+            (Metric::NeighbourIops, "/neighbours/iops", 1.0),
         ]
         .into_iter()
         .filter_map(|(metric, path, scale)| Some((metric, number(path)? * scale)))
         .collect();
+        if figures.contains_key(&Metric::NeighbourIops) {
+            // The backend's work for them would count as work for the measured requests.
+            figures.remove(&Metric::CpuUsPerIo);
+        }
+        if figures.get(&Metric::Iops) == Some(&0.0) {
+            // No request, no latency: not one of 0.
+            figures.retain(|metric, _| !LATENCIES.contains(metric));
+        }
         let points = json.pointer("/total/latency/cdf").and_then(Value::as_array);
         let latency_cdf = points
             .context("blkload wrote no latencies")?
@@ -161,6 +176,25 @@ mod test {
         assert_eq!(sample.figures[&Metric::ConnectS], 0.25);
         assert_eq!(sample.figures.get(&Metric::CpuUsPerIo), None, "no I/O, no cost of one");
         assert_eq!(sample.latency_cdf, [(1.0, 10.0)]);
+    }
+
+    #[test]
+    fn who_is_starved_has_no_latency() {
+        let latency = json!({"mean_ns": 0.0, "p50_ns": 0, "p99_ns": 0, "p999_ns": 0, "cdf": []});
+        let json = json!({ "total": {"iops": 0.0, "latency": latency} });
+        let figures = Sample::of_blkload(&json, 1).unwrap().figures;
+        assert_eq!(figures, BTreeMap::from([(Metric::Iops, 0.0)]));
+    }
+
+    #[test]
+    fn what_neighbours_cost_is_no_cost_of_the_measured_requests() {
+        let of = |neighbours: Value| {
+            let total = json!({"backend": {"cpu_us_per_io": 2.5}, "latency": {"cdf": []}});
+            let json = json!({ "total": total, "neighbours": neighbours });
+            Sample::of_blkload(&json, 1).unwrap().figures
+        };
+        assert_eq!(of(Value::Null), BTreeMap::from([(Metric::CpuUsPerIo, 2.5)]));
+        assert_eq!(of(json!({"iops": 30.0})), BTreeMap::from([(Metric::NeighbourIops, 30.0)]));
     }
 
     #[test]

@@ -209,6 +209,14 @@ impl Scenario {
                 *contender == Contender::default() || !matches!(self.vary, Some(Vary::Workers(_))),
                 "{contender}: its workers are those that vary has"
             );
+            ensure!(
+                contender.beside().is_none() || self.load.wait == Wait::Busy && !self.load.idle,
+                "{contender}: a load that polls drives them, too: wait = \"busy\""
+            );
+            ensure!(
+                contender.beside().is_none() || self.slice_ms.is_none(),
+                "{contender}: slices count what the neighbours read, too"
+            );
         }
         if self.slice_ms.is_some() {
             ensure!(
@@ -274,7 +282,7 @@ impl Vary {
             Vary::Disks(_) => case.load.disks = at,
             Vary::Workers(_) => {
                 case.load.disks = at;
-                case.contenders.fill(Contender::Polldisk { workers: at });
+                case.contenders.fill(Contender::Polldisk { workers: at, beside: None });
             }
         }
         case
@@ -395,6 +403,19 @@ mod test {
             let found = error(&SOUND.replace(from, to));
             assert!(found.contains(why), "{to}: {found}");
         }
+    }
+
+    #[test]
+    fn neighbours_need_a_load_that_polls_and_no_slices() {
+        let text = "about = 'x'\nbacking = 'ext4'\nload = { wait = 'block' }\n\
+                    contenders = ['polldisk:beside=storm']\n\
+                    goals = [{ metric = 'iops', of = 'polldisk:beside=storm', at_least = 1 }]";
+        let found = error(text);
+        assert!(found.contains("a load that polls drives them, too"), "{found}");
+        let busy = text.replace("block", "busy");
+        assert!(Scenario::parse("x", &busy).is_ok());
+        let found = error(&busy.replace("load", "slice_ms = 20\nload"));
+        assert!(found.contains("slices count what the neighbours read, too"), "{found}");
     }
 
     #[test]

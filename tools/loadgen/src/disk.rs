@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use polldisk::blkif::Protocol;
 use polldisk::blkif::ring::ring_entries;
-use polldisk::limits::SEGMENTS_PER_REQUEST;
 use polldisk::sim::blkfront::xenbus::{self, Offered, Wanted, Xenbus};
 use polldisk::units::{DomId, VbdId};
 use polldisk::xen::keys::{self, XenbusState};
@@ -155,7 +154,7 @@ impl<E: Events> Disk<E> {
             bail!("{}: the backend takes requests of at most {kib}K: --block-size", self.name);
         }
         self.queues = (0..wanted.queues)
-            .map(|_| Queue::new(kernel, &wanted.options, plan.block_bytes))
+            .map(|_| Queue::new(kernel, &wanted.options, plan.block_bytes, &plan.operations))
             .collect::<anyhow::Result<_>>()?;
         xenbus.publish_all(&self.queues, &wanted)?;
         self.stage = Stage::Published(wanted);
@@ -186,7 +185,7 @@ impl<E: Events> Disk<E> {
             ring_order: options.ring_order,
             depth: options.buffers,
             persistent: options.persistent && disk.persistent,
-            indirect: plan.block_bytes > SEGMENTS_PER_REQUEST * PAGE_BYTES,
+            indirect: plan.operations.iter().any(|one| one.is_indirect(plan.block_bytes)),
             protocol: match options.protocol {
                 Protocol::X86_64 => "x86_64",
                 Protocol::X86_32 => "x86_32",

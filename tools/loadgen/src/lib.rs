@@ -25,6 +25,7 @@ pub mod echo;
 pub mod kernel;
 pub mod load;
 pub mod measure;
+pub mod neighbours;
 pub mod options;
 pub mod pattern;
 pub mod queue;

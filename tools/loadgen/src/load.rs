@@ -18,6 +18,7 @@ use polldisk::xen::Events;
 
 use crate::arrivals::Arrivals;
 use crate::clock::Clock;
+use crate::neighbours::Crowd;
 use crate::pattern::Pattern;
 use crate::queue::{Answer, BackendFault, Queue};
 
@@ -179,6 +180,7 @@ pub struct Load<'a, E> {
     phase: &'a Phase,
     gauge: &'a Gauge,
     tally: Tally,
+    beside: Option<Crowd<'a, E>>,
 }
 
 impl<'a, E: Events> Load<'a, E> {
@@ -194,7 +196,13 @@ impl<'a, E: Events> Load<'a, E> {
         gauge: &'a Gauge,
         tally: Tally,
     ) -> Load<'a, E> {
-        Load { queue, pattern, arrivals, wait, clock, phase, gauge, tally }
+        Load { queue, pattern, arrivals, wait, clock, phase, gauge, tally, beside: None }
+    }
+
+    /// The same, which does a little for the neighbours in each pass until the end. It must not sleep.
+    #[must_use]
+    pub fn beside(self, neighbours: Option<Crowd<'a, E>>) -> Load<'a, E> {
+        Load { beside: neighbours, ..self }
     }
 
     /// Runs until the phase says stop and everything is answered.
@@ -205,8 +213,11 @@ impl<'a, E: Events> Load<'a, E> {
             if phase >= STOP {
                 break;
             }
-            if !self.pass(phase)? {
-                self.idle()?;
+            let worked = self.pass(phase)?;
+            match &mut self.beside {
+                Some(neighbours) => neighbours.step()?,
+                None if worked => {}
+                None => self.idle()?,
             }
         }
         let end_ns = self.clock.now_ns();
@@ -337,4 +348,4 @@ fn failed(answer: &Answer) -> Failed {
 }
 
 #[cfg(test)]
-mod test;
+pub(crate) mod test;

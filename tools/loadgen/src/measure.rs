@@ -11,6 +11,8 @@ use crate::arrivals::{Arrivals, Schedule};
 use crate::clock::Clock;
 use crate::disk::Disk;
 use crate::load::{Gauge, Load, LoadError, Phase, Tally, Wait};
+use crate::neighbours::storage::Storage;
+use crate::neighbours::{Count, Crowd, Guest, NEIGHBOURS, Neighbour, Progress};
 use crate::options::Plan;
 use crate::pattern::Pattern;
 use crate::queue::Queue;
@@ -44,6 +46,8 @@ pub struct Reading {
     pub backend: Option<Usage>,
     /// CPU time of the load: this process, which does nothing else.
     pub load_cpu_ns: Option<u64>,
+    /// What each neighbour has done.
+    pub neighbours: [Progress; NEIGHBOURS],
 }
 
 /// What a run has shown.
@@ -61,10 +65,12 @@ const LOOK: Duration = Duration::from_millis(100);
 /// How often it does while the last requests are answered.
 const DRAIN_LOOK: Duration = Duration::from_millis(1);
 
-/// Runs the load on connected disks.
+/// Runs the load on connected disks, beside neighbours with theirs. What holds those goes on at the
+/// end, so that nothing that waits for it keeps the load from its last answers.
 pub fn measure<E: Events + Send>(
     plan: &Plan,
     disks: Vec<&mut Disk<E>>,
+    (neighbours, storage): (Vec<(&Neighbour, &mut Disk<E>)>, &mut Storage),
     backend: &mut dyn Watched,
     interrupted: &AtomicBool,
 ) -> anyhow::Result<Measured> {
@@ -73,18 +79,20 @@ pub fn measure<E: Events + Send>(
         false => parts(plan, disks)?,
     };
     let gauges: Vec<Gauge> = parts.iter().map(|_| Gauge::default()).collect();
+    let counts: [Count; NEIGHBOURS] = Default::default();
+    let mut crowd = crowd(neighbours, &counts)?;
     let (clock, phase) = (Clock::start(), Phase::default());
     std::thread::scope(|scope| {
         let threads: Vec<_> = parts
             .into_iter()
             .zip(&gauges)
             .map(|(part, gauge)| {
-                let phase = &phase;
-                let run = move || part.run(plan, clock, phase, gauge);
+                let (phase, crowd) = (&phase, crowd.take());
+                let run = move || part.run(plan, clock, phase, gauge, crowd);
                 std::thread::Builder::new().name("queue".to_owned()).spawn_scoped(scope, run)
             })
             .collect::<Result<_, _>>()?;
-        let observed = observe(plan, clock, &phase, &gauges, backend, &|| {
+        let observed = observe(plan, clock, &phase, (&gauges, &counts), backend, &|| {
             if interrupted.load(Ordering::Relaxed) {
                 bail!("interrupted");
             }
@@ -95,6 +103,7 @@ pub fn measure<E: Events + Send>(
         });
         let observed = observed.and_then(|readings| {
             phase.stop();
+            storage.thaw()?;
             // A backend that ends now leaves requests that nobody answers.
             while !threads.iter().all(ScopedJoinHandle::is_finished) {
                 backend.check()?;
@@ -157,13 +166,34 @@ fn parts<'a, E: Events>(
     Ok(parts)
 }
 
-impl<E: Events> Part<'_, E> {
+/// The neighbours with their rings; `None` where there are none.
+fn crowd<'a, E: Events>(
+    neighbours: Vec<(&Neighbour, &'a mut Disk<E>)>,
+    counts: &'a [Count; NEIGHBOURS],
+) -> anyhow::Result<Option<Crowd<'a, E>>> {
+    let guests = neighbours
+        .into_iter()
+        .zip(counts)
+        .enumerate()
+        .map(|(number, ((neighbour, disk), count))| {
+            let (queues, shape) = disk.queues(&neighbour.plan);
+            let queue = queues.first_mut().context("a neighbour's disk has no ring")?;
+            let pattern = shape.pattern(0, 1, number as u64);
+            let pattern = pattern.context("a neighbour's disk has no room for a block")?;
+            Ok(Guest { queue, pattern, storms: neighbour.habit.storms, count })
+        })
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    Ok((!guests.is_empty()).then(|| Crowd::new(guests)))
+}
+
+impl<'a, E: Events> Part<'a, E> {
     fn run(
         self,
         plan: &Plan,
         clock: Clock,
-        phase: &Phase,
-        gauge: &Gauge,
+        phase: &'a Phase,
+        gauge: &'a Gauge,
+        crowd: Option<Crowd<'a, E>>,
     ) -> Result<Tally, LoadError> {
         if let Some(id) = self.core {
             core_affinity::set_for_current(core_affinity::CoreId { id });
@@ -180,7 +210,8 @@ impl<E: Events> Part<'_, E> {
             }
         };
         let Part { queue, pattern, .. } = self;
-        Load::new(queue, pattern, arrivals, plan.wait, clock, phase, gauge, tally).run()
+        let load = Load::new(queue, pattern, arrivals, plan.wait, clock, phase, gauge, tally);
+        load.beside(crowd).run()
     }
 }
 
@@ -189,7 +220,7 @@ fn observe(
     plan: &Plan,
     clock: Clock,
     phase: &Phase,
-    gauges: &[Gauge],
+    counters: (&[Gauge], &[Count; NEIGHBOURS]),
     backend: &mut dyn Watched,
     look: &dyn Fn() -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Reading>> {
@@ -203,18 +234,22 @@ fn observe(
         anyhow::Ok(())
     };
     sleep_until(warmup_ns, backend)?;
-    let mut readings = vec![read(clock, gauges, backend)?];
+    let mut readings = vec![read(clock, counters, backend)?];
     let start_ns = clock.now_ns();
     for sample in 0..plan.options.samples {
         phase.sample(sample);
         sleep_until(start_ns + (sample as u64 + 1) * sample_ns, backend)?;
-        readings.push(read(clock, gauges, backend)?);
+        readings.push(read(clock, counters, backend)?);
     }
     look()?;
     Ok(readings)
 }
 
-fn read(clock: Clock, gauges: &[Gauge], backend: &mut dyn Watched) -> anyhow::Result<Reading> {
+fn read(
+    clock: Clock,
+    (gauges, counts): (&[Gauge], &[Count; NEIGHBOURS]),
+    backend: &mut dyn Watched,
+) -> anyhow::Result<Reading> {
     let usage = backend.pid().map(|pid| {
         Usage::of(pid).with_context(|| format!("cannot read what process {pid} has used"))
     });
@@ -234,6 +269,7 @@ fn read(clock: Clock, gauges: &[Gauge], backend: &mut dyn Watched) -> anyhow::Re
         completed: sum(|gauge| gauge.completed.get()),
         sent: sum(|gauge| gauge.sent.get()),
         received: sum(|gauge| gauge.received.get()),
+        neighbours: counts.each_ref().map(Count::read),
     })
 }
 

@@ -19,6 +19,8 @@ use polldisk::xen::shm::PAGE_BYTES;
 use polldisk::xen::vdev::Vdev;
 
 use crate::load::Wait;
+use crate::neighbours;
+use crate::queue::Operation;
 
 /// clap takes a plain `{n}` for a line break. An escape that sets no style, which clap leaves out where
 /// there is no terminal, keeps it apart.
@@ -110,6 +112,16 @@ pub struct Options {
     #[arg(long = "node", value_name = "KEY=VALUE", help_heading = "Disks")]
     pub nodes: Vec<String>,
 
+    /// Four more guests, each with a disk, beside the measured ones: what they do. Their requests
+    /// are in no figure but their own, and may fail. Targets and files are as polldisk takes them
+    #[arg(long, value_enum, value_name = "KIND",
+          conflicts_with_all = ["idle", "echo", "xen", "no_toolstack"],
+          help_heading = "Neighbours")]
+    pub neighbours: Option<neighbours::Kind>,
+    /// Folder for the neighbours' files, which are removed [default: the system's temporary one]
+    #[arg(long, value_name = "DIR", requires = "neighbours", help_heading = "Neighbours")]
+    pub scratch: Option<PathBuf>,
+
     /// Seconds before the first sample
     #[arg(long, value_name = "S", default_value_t = 1.0, help_heading = "Measurement")]
     pub warmup: f64,
@@ -194,6 +206,9 @@ pub struct Plan {
     pub wanted: Wanted,
     /// Bytes of each request.
     pub block_bytes: usize,
+    /// What each ring's requests are made for, in turn; none: it stays empty. That of a measured
+    /// request is chosen when it starts.
+    pub operations: Vec<Operation>,
     /// How rings wait.
     pub wait: Wait,
     /// Cores for the rings' threads; empty: unpinned.
@@ -226,6 +241,9 @@ impl Options {
             bail!("--samples {}: give 1 to {SAMPLES_MAX}", self.samples);
         }
         self.check_disks()?;
+        if self.neighbours.is_some() && self.wait != WaitKind::Busy {
+            bail!("--neighbours: give --wait busy, since the load's own thread drives them, too");
+        }
         let block_bytes = usize::try_from(self.block_size.0).unwrap_or(usize::MAX);
         let wanted = self.wanted(block_bytes)?;
         let seconds = |option: &str, value: f64| {
@@ -245,6 +263,7 @@ impl Options {
         Ok(Plan {
             wanted,
             block_bytes,
+            operations: vec![Operation::Read],
             wait: match self.wait {
                 WaitKind::Busy => Wait::Busy,
                 WaitKind::Block => Wait::Block { spin_ns },
@@ -272,9 +291,11 @@ impl Options {
                 self.domains
             );
         }
-        let last = u32::from(self.domid.raw()) + self.domains - 1;
+        let neighbours = self.neighbours.map_or(0, |_| neighbours::DOMAINS);
+        let domains = self.domains + neighbours;
+        let last = u32::from(self.domid.raw()) + domains - 1;
         if self.domid == DomId::DOM0 || DomId::try_from(last).is_err() {
-            bail!("--domid {}: give 1 to {}", self.domid, 32752 - self.domains);
+            bail!("--domid {}: give 1 to {}", self.domid, 32752 - domains);
         }
         Ok(())
     }
@@ -449,6 +470,14 @@ mod test {
             ),
             ("--echo --domid 0", "--domid 0: give 1 to 32751"),
             (
+                "--target null:1G --wait busy --neighbours storm --domid 32748",
+                "--domid 32748: give 1 to 32747",
+            ),
+            (
+                "--target null:1G --neighbours polite",
+                "--neighbours: give --wait busy, since the load's own thread drives them, too",
+            ),
+            (
                 "--xen --vdev xvdz --disks 2",
                 "--disks, --domains: with --xen there is one disk, that of --vdev",
             ),
@@ -461,6 +490,9 @@ mod test {
             ("--echo --pid 5", "--pid"),
             ("--no-toolstack --target null:1G", "cannot be used with"),
             ("--echo -- backend", "cannot be used with"),
+            ("--echo --neighbours polite --wait busy", "cannot be used with"),
+            ("--target null:1G --idle --neighbours polite --wait busy", "cannot be used with"),
+            ("--target null:1G --scratch /tmp", "--neighbours"),
             ("--echo --depth 32 --block-size 4M --queues 2", "more than a domain can grant"),
         ] {
             let found = plan(line).unwrap_err().to_string();

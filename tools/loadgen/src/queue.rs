@@ -6,7 +6,7 @@
 //! the guest's affair, and the backend does the same either way.
 
 use polldisk::blkif::codec::{
-    RawDirect, RawIndirect, RawRequest, RawResponse, RawSegment, SEGMENT_BYTES,
+    RawDirect, RawDiscard, RawIndirect, RawRequest, RawResponse, RawSegment, SEGMENT_BYTES,
 };
 use polldisk::blkif::op;
 use polldisk::blkif::ring::FrontRing;
@@ -31,6 +31,34 @@ pub struct Queue<E> {
     slots: Vec<Slot>,
     /// Slots without a request in flight.
     free: Vec<u16>,
+}
+
+/// What a request is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Reads a block, by an indirect request where a direct one has no room for it.
+    Read,
+    /// Writes a block, likewise.
+    Write,
+    /// Reads a block by an indirect request, however small it is.
+    ReadIndirect,
+    /// Writes a block, likewise.
+    WriteIndirect,
+    /// Makes durable what was written.
+    Flush,
+    /// Gives a block back to storage.
+    Discard,
+}
+
+impl Operation {
+    /// Whether its request for a block is an indirect one.
+    pub fn is_indirect(self, block_bytes: usize) -> bool {
+        match self {
+            Operation::Read | Operation::Write => block_bytes > SEGMENTS_PER_REQUEST * PAGE_BYTES,
+            Operation::ReadIndirect | Operation::WriteIndirect => true,
+            Operation::Flush | Operation::Discard => false,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -78,17 +106,19 @@ pub enum BackendFault {
 
 impl<E: Events> Queue<E> {
     /// Makes the ring, the channel and the granted pages of what was negotiated, for requests of
-    /// `block_bytes`.
+    /// `block_bytes`, made for each of `operations` in turn.
     pub fn new<K: Kernel<Events = E>>(
         kernel: &K,
         options: &Options,
         block_bytes: usize,
+        operations: &[Operation],
     ) -> anyhow::Result<Queue<E>> {
         let (events, port) = kernel.open_events(options.backend)?;
         let ring = kernel.grant(options.backend, 1 << options.ring_order)?;
         let slots = (0..options.buffers)
-            .map(|slot| {
-                let request = prepare(kernel, options, block_bytes, slot as u64)?;
+            .zip(operations.iter().cycle())
+            .map(|(slot, operation)| {
+                let request = prepare(kernel, options, block_bytes, *operation, slot as u64)?;
                 Ok(Slot { request, started: None })
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
@@ -134,16 +164,30 @@ impl<E: Events> Queue<E> {
         Ok(Answer { started, status, sector: sector_of(&slot.request) })
     }
 
-    /// Writes a request; [`Queue::publish`] makes it visible.
+    /// Writes a read or a write of a block; [`Queue::publish`] makes it visible.
     ///
     /// # Panics
     /// Where none is free.
     #[inline]
     pub fn start(&mut self, at_ns: u64, operation: u8, sector: u64) {
+        let started = Started { at_ns, is_read: operation == op::READ };
+        self.put(started, |request| aim(request, Some(operation), sector));
+    }
+
+    /// Writes a request that does what it was made for; else as [`Queue::start`]. Nobody asks how
+    /// long it takes.
+    #[inline]
+    pub fn start_as_made(&mut self, sector: u64) {
+        let started = Started { at_ns: 0, is_read: false };
+        self.put(started, |request| aim(request, None, sector));
+    }
+
+    #[inline]
+    fn put(&mut self, started: Started, change: impl FnOnce(&mut RawRequest)) {
         let index = self.free.pop().expect("a free request");
         let slot = &mut self.slots[usize::from(index)];
-        slot.started = Some(Started { at_ns, is_read: operation == op::READ });
-        aim(&mut slot.request, operation, sector);
+        slot.started = Some(started);
+        change(&mut slot.request);
         self.ring.put(&slot.request);
     }
 
@@ -154,6 +198,12 @@ impl<E: Events> Queue<E> {
             return Ok(false);
         }
         self.events.notify(self.port).map(|()| true)
+    }
+
+    /// Notifies the backend, whether it asked or not.
+    #[inline]
+    pub fn notify(&self) -> std::io::Result<()> {
+        self.events.notify(self.port)
     }
 
     /// Asks to be notified of the next response; `true`: one is there already.
@@ -178,13 +228,13 @@ impl<E> Published for Queue<E> {
 }
 
 #[inline]
-fn aim(request: &mut RawRequest, operation: u8, to: u64) {
+fn aim(request: &mut RawRequest, operation: Option<u8>, to: u64) {
     match request {
         RawRequest::Direct(RawDirect { operation: op, sector, .. })
         | RawRequest::Indirect(RawIndirect { operation: op, sector, .. }) => {
-            (*op, *sector) = (operation, to);
+            (*op, *sector) = (operation.unwrap_or(*op), to);
         }
-        RawRequest::Discard(_) => {}
+        RawRequest::Discard(discard) => discard.sector = to,
     }
 }
 
@@ -196,19 +246,30 @@ fn sector_of(request: &RawRequest) -> u64 {
     }
 }
 
-/// A request with pages of its own, filled with data that does not compress.
+/// A request, with pages of its own where it moves data: what they hold does not compress.
 fn prepare<K: Kernel>(
     kernel: &K,
     options: &Options,
     block_bytes: usize,
+    operation: Operation,
     id: u64,
 ) -> anyhow::Result<RawRequest> {
+    let code = match operation {
+        Operation::Read | Operation::ReadIndirect => op::READ,
+        Operation::Write | Operation::WriteIndirect => op::WRITE,
+        Operation::Flush => return Ok(RawDirect::new(op::FLUSH_DISKCACHE, id, 0).into()),
+        Operation::Discard => {
+            let nr_sectors = block_bytes as u64 / SECTOR_BYTES;
+            let discard = RawDiscard { flag: 0, handle: 0, id, sector: 0, nr_sectors };
+            return Ok(RawRequest::Discard(discard));
+        }
+    };
     let pages = block_bytes.div_ceil(PAGE_BYTES);
-    if pages <= SEGMENTS_PER_REQUEST {
+    if !operation.is_indirect(block_bytes) {
         let granted = kernel.grant(options.backend, pages)?;
         fill(&granted, pages, id);
         let segments = segments(&granted.refs, block_bytes)?;
-        let mut direct = RawDirect::new(op::READ, id, 0);
+        let mut direct = RawDirect::new(code, id, 0);
         direct.nr_segments = u8::try_from(pages)?;
         direct.segments[..pages].copy_from_slice(&segments);
         return Ok(direct.into());
@@ -219,7 +280,7 @@ fn prepare<K: Kernel>(
     let (data, tables) = granted.refs.split_at(pages);
     let segments = segments(data, block_bytes)?;
     let mut indirect = RawIndirect {
-        operation: op::READ,
+        operation: code,
         nr_segments: u16::try_from(pages)?,
         id,
         sector: 0,

@@ -8,7 +8,9 @@ use serde::Serialize;
 use crate::disk::Negotiated;
 use crate::load::{Failed, Latencies, Tally};
 use crate::measure::{Measured, Reading};
+use crate::neighbours;
 use crate::options::{Plan, WaitKind};
+use crate::run::Driven;
 use crate::usage::Usage;
 
 /// Everything that is known of a run.
@@ -32,6 +34,8 @@ pub struct Report {
     pub errors: u64,
     /// How the schedule of --rate was kept.
     pub schedule: Option<ScheduleFigures>,
+    /// The guests of --neighbours.
+    pub neighbours: Option<NeighbourFigures>,
     /// The first request that failed.
     #[serde(skip)]
     pub first_error: Option<Failed>,
@@ -93,6 +97,34 @@ pub struct ScheduleFigures {
     pub unsent: u64,
     /// Longest time between a request's due start and its true one, in nanoseconds.
     pub late_max_ns: u64,
+}
+
+/// What the neighbours did in the whole measured time.
+#[derive(Clone, Debug, Serialize)]
+pub struct NeighbourFigures {
+    /// What was asked for.
+    pub kind: neighbours::Kind,
+    /// Requests of all of them answered a second.
+    pub iops: f64,
+    /// Each of them.
+    pub guests: Vec<GuestFigures>,
+}
+
+/// What one neighbour did.
+#[derive(Clone, Debug, Serialize)]
+pub struct GuestFigures {
+    /// In a word or two.
+    pub does: &'static str,
+    /// What its disk's ends agreed on.
+    pub disk: Negotiated,
+    /// Requests answered a second.
+    pub iops: f64,
+    /// Of these with an error.
+    pub errors: u64,
+    /// Requests in flight at the end.
+    pub in_flight: u64,
+    /// Notifications to the backend a second.
+    pub notifications_sent_per_s: f64,
 }
 
 /// Figures of some time. "Per I/O" is `None` where there was none.
@@ -174,14 +206,8 @@ const POINTS_PER_HALVING: u32 = 8;
 
 impl Report {
     /// Puts a run's figures together.
-    pub fn new(
-        plan: &Plan,
-        kind: &'static str,
-        connect: Duration,
-        disks: Vec<Negotiated>,
-        measured: &Measured,
-    ) -> Report {
-        let Measured { readings, tallies } = measured;
+    pub fn new(plan: &Plan, kind: &'static str, connect: Duration, driven: &Driven) -> Report {
+        let Driven { measured: Measured { readings, tallies }, disks, neighbours } = driven;
         let of_sample = |index: usize| {
             let mut sum = Latencies::new();
             tallies.iter().for_each(|tally| sum.add(&tally.samples[index]));
@@ -200,11 +226,15 @@ impl Report {
             load: LoadAsked::new(plan),
             backend: BackendAsked::new(plan, kind),
             connect_s: connect.as_secs_f64(),
-            disks,
+            disks: disks.clone(),
             total: Figures::new(plan, first, last, &all, true),
             samples,
             errors: tallies.iter().map(|tally| tally.errors).sum(),
             schedule: plan.options.rate.map(|_| ScheduleFigures::new(tallies)),
+            neighbours: plan
+                .options
+                .neighbours
+                .map(|kind| NeighbourFigures::new(kind, first, last, neighbours)),
             first_error: tallies.iter().find_map(|tally| tally.first_error),
         }
     }
@@ -219,6 +249,31 @@ impl ScheduleFigures {
             unsent: tallies.iter().map(|tally| tally.unsent).sum(),
             late_max_ns: most(|tally| tally.late_max_ns),
         }
+    }
+}
+
+impl NeighbourFigures {
+    fn new(
+        kind: neighbours::Kind,
+        start: &Reading,
+        end: &Reading,
+        guests: &[(&'static str, Negotiated)],
+    ) -> NeighbourFigures {
+        let seconds = (end.at_ns - start.at_ns) as f64 / 1e9;
+        let counted = start.neighbours.iter().zip(&end.neighbours);
+        let guests: Vec<_> = guests
+            .iter()
+            .zip(counted)
+            .map(|((does, disk), (start, end))| GuestFigures {
+                does,
+                disk: disk.clone(),
+                iops: (end.completed - start.completed) as f64 / seconds,
+                errors: end.errors - start.errors,
+                in_flight: end.started.saturating_sub(end.completed),
+                notifications_sent_per_s: (end.notified - start.notified) as f64 / seconds,
+            })
+            .collect();
+        NeighbourFigures { kind, iops: guests.iter().map(|guest| guest.iops).sum(), guests }
     }
 }
 
@@ -393,6 +448,18 @@ impl std::fmt::Display for Report {
                 schedule.unsent
             )?;
         }
+        for guest in self.neighbours.iter().flat_map(|neighbours| &neighbours.guests) {
+            write!(
+                f,
+                "\nneighbour {} ({}): {} IOPS, {} with an error, {} in flight, {} notifications/s",
+                guest.disk.disk,
+                guest.does,
+                count(guest.iops),
+                guest.errors,
+                guest.in_flight,
+                count(guest.notifications_sent_per_s)
+            )?;
+        }
         Ok(())
     }
 }
@@ -447,6 +514,7 @@ mod test {
     use clap::Parser;
 
     use super::*;
+    use crate::neighbours::Progress;
     use crate::options::Options;
 
     fn reading(at_ns: u64, completed: u64, cpu_ns: u64) -> Reading {
@@ -459,6 +527,7 @@ mod test {
             received: 0,
             backend: Some(first),
             load_cpu_ns: Some(at_ns / 10),
+            neighbours: Default::default(),
         }
     }
 
@@ -479,7 +548,8 @@ mod test {
             reading(2 * second, 1001, 2_002_000),
         ];
         let measured = Measured { readings, tallies: vec![tally] };
-        Report::new(&plan, "echo", Duration::from_millis(1), Vec::new(), &measured)
+        let driven = Driven { measured, disks: Vec::new(), neighbours: Vec::new() };
+        Report::new(&plan, "echo", Duration::from_millis(1), &driven)
     }
 
     #[test]
@@ -528,6 +598,36 @@ mod test {
             assert!(json.pointer(path).is_some_and(|value| !value.is_null()), "{path}: {json:#}");
         }
         assert!(json.pointer("/samples/1/load_cpu_us_per_io").unwrap().is_null());
+    }
+
+    #[test]
+    fn neighbours_have_figures_of_their_own() {
+        let disk = Negotiated {
+            disk: "2:xvda".to_owned(),
+            sectors: 8,
+            sector_bytes: 512,
+            read_only: false,
+            queues: 1,
+            ring_order: 0,
+            depth: 4,
+            persistent: true,
+            indirect: false,
+            protocol: "x86_64",
+        };
+        let guests = vec![("copies", disk.clone()), ("storm", disk)];
+        let (start, mut end) = (reading(0, 0, 0), reading(2_000_000_000, 1, 1));
+        end.neighbours[0] = Progress { started: 104, completed: 100, errors: 3, notified: 0 };
+        end.neighbours[1] = Progress { notified: 50, ..Progress::default() };
+        let figures = NeighbourFigures::new(neighbours::Kind::Worst, &start, &end, &guests);
+        let json = serde_json::to_value(&figures).unwrap();
+        assert_eq!((&json["kind"], &json["iops"]), (&"worst".into(), &50.0.into()));
+        let [copies, storm] = &figures.guests[..] else { panic!("{figures:?}") };
+        assert_eq!((copies.iops, copies.errors, copies.in_flight), (50.0, 3, 4));
+        assert_eq!((storm.iops, storm.notifications_sent_per_s), (0.0, 25.0));
+        let text = Report { neighbours: Some(figures), ..report() }.to_string();
+        let line = "\nneighbour 2:xvda (copies): 50 IOPS, 3 with an error, 4 in flight, 0 \
+                    notifications/s";
+        assert!(text.contains(line), "{text}");
     }
 
     #[test]

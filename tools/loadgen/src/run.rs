@@ -1,5 +1,6 @@
 //! A whole run: the platform, the disks, the backend, the measurement, and the end of it all.
 
+use std::slice::{from_mut, from_ref};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -19,9 +20,13 @@ use crate::disk::{Disk, Negotiated};
 use crate::echo::Echo;
 use crate::kernel::{Kernel, SimKernel, XenKernel};
 use crate::measure::{Measured, Watched, measure};
+use crate::neighbours::{Neighbour, Neighbours};
 use crate::options::Plan;
 use crate::report::Report;
 use crate::toolstack::{self, Place};
+
+/// A disk, and the kernel whose frontend it is.
+type OfKernel<K> = (K, Disk<<K as Kernel>::Events>);
 
 /// How often disks that connect are looked at.
 const LOOK: Duration = Duration::from_millis(2);
@@ -43,27 +48,36 @@ fn on_stand_in(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> 
     let platform = stand_in.platform();
     let dom0 = platform.open_store()?;
     let places = toolstack::places(plan)?;
-    let kernels = domains(plan, &stand_in)?;
+    let mut kernels = domains(plan, &stand_in)?;
     let mut disks = Vec::new();
     for place in &places {
-        if !plan.options.no_toolstack {
-            toolstack::make(&dom0, plan, place)?;
-        }
-        let kernel = &kernels[place.domain];
-        disks.push((kernel, Disk::new(kernel, place.name(), place.vbd)?));
+        disks.push(make_disk(plan, place, &kernels[place.domain], &dom0)?);
+    }
+    let neighbours = Neighbours::of(plan)?;
+    let mut their_disks = Vec::new();
+    for Neighbour { plan, place, .. } in &neighbours.guests {
+        let kernel = domains(plan, &stand_in)?;
+        their_disks.push(make_disk(plan, place, &kernel[place.domain], &dom0)?);
+        kernels.extend(kernel);
     }
     let started = Instant::now();
     let mut server = Server::start(plan, &platform, &places)?;
+    // After an error it goes before the server, which does not end as long as storage hangs.
+    let mut neighbours = neighbours;
     if plan.options.command.is_empty() && !plan.options.echo {
         announce(&stand_in);
     }
-    let measured = connect(plan, &mut disks, &mut server, interrupted)
-        .map_err(|error| add_backend_errors(error, &dom0, plan, &places))
-        .and_then(|()| {
-            let connect = started.elapsed();
-            Ok((connect, drive(plan, &mut disks, &mut server, interrupted)?))
-        });
-    let (connect, (measured, negotiated)) = measured?;
+    let connect = |plan: &Plan, places: &[Place], disks: &mut [_], server: &mut Server| {
+        connect(plan, disks, server, interrupted)
+            .map_err(|error| add_backend_errors(error, &dom0, plan, places))
+    };
+    connect(plan, &places, &mut disks, &mut server)?;
+    let connect_time = started.elapsed();
+    for (Neighbour { plan, place, .. }, disk) in neighbours.guests.iter().zip(&mut their_disks) {
+        connect(plan, from_ref(place), from_mut(disk), &mut server).context("a neighbour")?;
+    }
+    let beside = (&mut neighbours, &mut their_disks[..]);
+    let driven = drive(plan, &mut disks, beside, &mut server, interrupted)?;
     let mapped: usize = kernels.iter().filter_map(Kernel::mapped).sum();
     if mapped > 0 {
         output::say(format_args!(
@@ -72,7 +86,20 @@ fn on_stand_in(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> 
     }
     let kind = server.kind();
     server.end()?;
-    Ok(Report::new(plan, kind, connect, negotiated, &measured))
+    Ok(Report::new(plan, kind, connect_time, &driven))
+}
+
+/// A disk of a domain, whose areas are made here unless the backend makes them.
+fn make_disk(
+    plan: &Plan,
+    place: &Place,
+    kernel: &SimKernel,
+    dom0: &StoreClient,
+) -> anyhow::Result<OfKernel<SimKernel>> {
+    if !plan.options.no_toolstack {
+        toolstack::make(dom0, plan, place)?;
+    }
+    Ok((kernel.clone(), Disk::new(kernel, place.name(), place.vbd)?))
 }
 
 /// The domains, each with the memory that its disks' rings and buffers take.
@@ -101,19 +128,21 @@ fn on_xen(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> {
     let vdev = plan.options.vdev.context("--xen needs --vdev")?;
     let kernel = XenKernel::open()?;
     let own = kernel.open_store()?.read(keys::OWN_DOMID)?;
-    let mut disks = [(&kernel, Disk::new(&kernel, format!("{own}:{vdev}"), vdev.id())?)];
+    let disk = Disk::new(&kernel, format!("{own}:{vdev}"), vdev.id())?;
+    let mut disks = [(kernel, disk)];
     let mut server = Server::Other { kind: "xen", pid: plan.options.pid };
     let started = Instant::now();
     connect(plan, &mut disks, &mut server, interrupted)?;
     let connect = started.elapsed();
-    let (measured, negotiated) = drive(plan, &mut disks, &mut server, interrupted)?;
-    Ok(Report::new(plan, "xen", connect, negotiated, &measured))
+    let nobody = (&mut Neighbours::default(), &mut [][..]);
+    let driven = drive(plan, &mut disks, nobody, &mut server, interrupted)?;
+    Ok(Report::new(plan, "xen", connect, &driven))
 }
 
 /// Goes on with all disks until they are connected.
 fn connect<K: Kernel>(
     plan: &Plan,
-    disks: &mut [(&K, Disk<K::Events>)],
+    disks: &mut [OfKernel<K>],
     server: &mut Server,
     interrupted: &AtomicBool,
 ) -> anyhow::Result<()> {
@@ -121,7 +150,7 @@ fn connect<K: Kernel>(
     loop {
         let mut waiting = Vec::new();
         for (kernel, disk) in disks.iter_mut() {
-            if !disk.step(*kernel, plan)? {
+            if !disk.step(kernel, plan)? {
                 waiting.push(disk.standing());
             }
         }
@@ -163,25 +192,44 @@ fn add_backend_errors(
     }
 }
 
-/// Measures with connected disks, and closes them.
+/// Connected disks that were measured, and closed.
+#[derive(Debug)]
+pub struct Driven {
+    /// What that has shown.
+    pub measured: Measured,
+    /// What each disk's ends had agreed on.
+    pub disks: Vec<Negotiated>,
+    /// The same of each neighbour, and what it does.
+    pub neighbours: Vec<(&'static str, Negotiated)>,
+}
+
+/// Measures with connected disks, beside neighbours with theirs, and closes all of them.
 fn drive<K: Kernel>(
     plan: &Plan,
-    disks: &mut [(&K, Disk<K::Events>)],
+    disks: &mut [OfKernel<K>],
+    (neighbours, their_disks): (&mut Neighbours, &mut [OfKernel<K>]),
     server: &mut Server,
     interrupted: &AtomicBool,
-) -> anyhow::Result<(Measured, Vec<Negotiated>)> {
+) -> anyhow::Result<Driven> {
     let negotiated: Vec<_> = disks.iter().filter_map(|(_, disk)| disk.negotiated(plan)).collect();
     if let Some(first) = negotiated.first() {
         tell_differences(&plan.wanted.options, plan.wanted.queues, first);
     }
+    let Neighbours { guests, storage } = neighbours;
+    let mut beside = Vec::new();
+    let mut theirs = Vec::new();
+    for (neighbour, (_, disk)) in guests.iter().zip(&mut *their_disks) {
+        theirs.extend(disk.negotiated(&neighbour.plan).map(|disk| (neighbour.habit.name, disk)));
+        beside.push((neighbour, disk));
+    }
     let connected = disks.iter_mut().map(|(_, disk)| disk).collect();
-    let measured = measure(plan, connected, server, interrupted)?;
-    for (_, disk) in disks {
+    let measured = measure(plan, connected, (beside, storage), server, interrupted)?;
+    for (_, disk) in disks.iter_mut().chain(their_disks) {
         if let Err(error) = disk.close() {
             output::say(format_args!("{error:#}"));
         }
     }
-    Ok((measured, negotiated))
+    Ok(Driven { measured, disks: negotiated, neighbours: theirs })
 }
 
 /// Says where the backend offers less than was asked for.

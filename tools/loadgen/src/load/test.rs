@@ -16,34 +16,40 @@ use polldisk::xen::{CopyDirection, GrantCopy, Grants, PageAccess, Platform};
 use super::*;
 use crate::arrivals::Schedule;
 use crate::kernel::SimKernel;
+use crate::neighbours::{Count, Guest, Progress};
 use crate::pattern::Shape;
+use crate::queue::Operation;
 
 const BLOCK_BYTES: usize = 4096;
 
 /// A queue and its backend's end, in one thread. The rings are valid as long as all of it.
-struct Ends {
-    queue: Queue<SimEvents>,
-    back: BackRing,
+pub(crate) struct Ends {
+    pub(crate) queue: Queue<SimEvents>,
+    pub(crate) back: BackRing,
     grants: SimGrants,
-    _events: SimEvents,
+    pub(crate) events: SimEvents,
     domid: DomId,
     _kernel: SimKernel,
     _stand_in: StandIn,
 }
 
 fn ends(options: Options, block_bytes: usize) -> Ends {
+    ends_for(options, block_bytes, &[Operation::Read])
+}
+
+pub(crate) fn ends_for(options: Options, block_bytes: usize, operations: &[Operation]) -> Ends {
     let stand_in = StandIn::start_temporary().unwrap();
     let platform: SimXen = stand_in.platform();
     let domid = DomId::try_from(1).unwrap();
     let pages = u32::try_from(options.device_pages()).unwrap();
     let kernel = SimKernel(Arc::new(stand_in.create_domain(domid, pages).unwrap()));
-    let queue = Queue::new(&kernel, &options, block_bytes).unwrap();
+    let queue = Queue::new(&kernel, &options, block_bytes, operations).unwrap();
     let mut grants = platform.open_grants().unwrap();
     let mut events = platform.open_events().unwrap();
     events.bind_interdomain(domid, queue.port()).unwrap();
     let ring = grants.map(domid, queue.ring_refs(), PageAccess::ReadWrite).unwrap();
     let back = BackRing::attach(SharedPage::over(ring), options.protocol).unwrap();
-    Ends { queue, back, grants, _events: events, domid, _kernel: kernel, _stand_in: stand_in }
+    Ends { queue, back, grants, events, domid, _kernel: kernel, _stand_in: stand_in }
 }
 
 fn with_depth(buffers: usize) -> Ends {
@@ -51,7 +57,7 @@ fn with_depth(buffers: usize) -> Ends {
 }
 
 /// Answers everything that waits; the requests in their order.
-fn answer(back: &mut BackRing, status: Status) -> Vec<RawRequest> {
+pub(crate) fn answer(back: &mut BackRing, status: Status) -> Vec<RawRequest> {
     let requests: Vec<_> = (0..back.requests().unwrap()).map(|_| back.take()).collect();
     for request in &requests {
         back.answer(&RawResponse::new(request.id(), request.operation(), status));
@@ -186,6 +192,39 @@ fn failed_requests_are_counted_and_the_first_is_kept() {
     assert_eq!(load.tally.errors, 2);
     assert_eq!(load.tally.first_error, Some(Failed { status: -1, is_read: true, sector: 0 }));
     assert_eq!(load.tally.samples[0].reads.len(), 0, "its latency is none");
+}
+
+#[test]
+fn a_load_drives_its_neighbours_even_where_it_has_nothing_to_do_itself() {
+    let mut ends = with_depth(1);
+    let mut neighbour = with_depth(20);
+    let (shared, count) = (shared(), Count::default());
+    let pattern = Shape { sectors: 0..64, block_bytes: 512, sequential: true, read_percent: 100 };
+    let guest = Guest {
+        queue: &mut neighbour.queue,
+        pattern: pattern.pattern(0, 1, 7).unwrap(),
+        storms: false,
+        count: &count,
+    };
+    let load =
+        load(&mut ends.queue, &shared, Arrivals::Closed, 100).beside(Some(Crowd::new(vec![guest])));
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| load.run());
+        while count.read().started < 20 {
+            std::thread::yield_now();
+        }
+        answer(&mut neighbour.back, Status::Okay);
+        while count.read().started < 40 {
+            std::thread::yield_now();
+        }
+        shared.phase.stop();
+        while answer(&mut ends.back, Status::Okay).is_empty() {
+            std::thread::yield_now();
+        }
+        // The neighbour's requests are not waited for.
+        assert_eq!(thread.join().unwrap().unwrap().started, 1);
+    });
+    assert_eq!(count.read(), Progress { started: 40, completed: 20, errors: 0, notified: 1 });
 }
 
 #[test]

@@ -1,6 +1,8 @@
 //! `blkload` against polldisk in a process of its own, on the stand-in, and against backends that
 //! fail.
 
+mod neighbours;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -289,6 +291,21 @@ fn an_interrupt_ends_the_backend_too() {
     let told = error(&blkload.wait_with_output().unwrap());
     assert!(told.contains("interrupted"), "{told}");
     assert!(!Path::new("/proc").join(backend).exists());
+}
+
+#[test]
+fn output_that_nobody_reads_is_an_error_and_no_panic() {
+    for form in ["--json=-", "--json=/dev/null"] {
+        let mut blkload = Command::new(env!("CARGO_BIN_EXE_blkload"))
+            .args(["--echo", "--wait", "busy", "--warmup", "0", "--seconds", "0.1", form])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(blkload.stdout.take());
+        let told = error(&blkload.wait_with_output().unwrap());
+        assert!(told.starts_with("blkload: cannot print: Broken pipe"), "{told}");
+    }
 }
 
 #[test]
