@@ -25,6 +25,7 @@ pub struct RawImage {
     file: Arc<DeviceHandle>,
     is_device: bool,
     is_in_memory: bool,
+    always_waits: bool,
     geometry: Geometry,
     memory_alignment: u16,
     read_only: bool,
@@ -35,6 +36,9 @@ pub struct RawImage {
 
 /// Largest block whose sectors are emulated: a page, which is what the guest's data comes in.
 const EMULATED_BLOCK_MAX: u32 = PAGE_BYTES;
+
+/// `include/uapi/linux/magic.h`.
+const FUSE_SUPER_MAGIC: libc::c_long = 0x6573_5546;
 
 /// What a page of the page cache holds.
 const PAGE_BYTES: u32 = 4096;
@@ -119,6 +123,12 @@ impl RawImage {
         self.is_in_memory && self.emulation.is_none()
     }
 
+    /// Whether each operation waits for another process: a file of FUSE.
+    #[inline]
+    pub fn always_waits(&self) -> bool {
+        self.always_waits
+    }
+
     /// Its mapping, where it is in memory and could be mapped.
     #[inline]
     pub fn mapping(&self) -> Option<&MappedFile> {
@@ -196,9 +206,9 @@ impl Opening<'_> {
         Ok(RawImage {
             mapping: is_mapped.then(|| map(&file, shape.size, self.path, read_only)).flatten(),
             tail,
-            file: Arc::new(DeviceHandle { file, claim }),
             is_device,
             is_in_memory,
+            always_waits: !is_device && filesystem(&file) == Some(FUSE_SUPER_MAGIC),
             geometry,
             // Beyond a page no page is aligned enough; the kernel asks for no such thing.
             memory_alignment: shape
@@ -215,6 +225,7 @@ impl Opening<'_> {
             }),
             emulation,
             warnings: self.warnings,
+            file: Arc::new(DeviceHandle { file, claim }),
         })
     }
 

@@ -46,7 +46,9 @@ impl HostEngine {
             return Ok(Submitted::Done(Completion { ticket, result }));
         }
         let taken = match (image.emulation(), operation) {
-            (None, IoOp::Read { .. } | IoOp::Write { .. } | IoOp::Flush) => {
+            (None, IoOp::Read { .. } | IoOp::Write { .. } | IoOp::Flush)
+                if !image.always_waits() =>
+            {
                 self.uring.submit(image.raw_fd(), operation, ticket)
             }
             _ => self.submit_specially(image, operation, ticket),
@@ -54,7 +56,8 @@ impl HostEngine {
         taken.map(|()| Submitted::UnderWay)
     }
 
-    /// What io_uring can't do by itself: smaller blocks than the storage has, and discards of devices.
+    /// What io_uring can't do by itself: smaller blocks than the storage has, and discards of devices;
+    /// and what it can't do well.
     #[cold]
     fn submit_specially(
         &mut self,
@@ -67,6 +70,7 @@ impl HostEngine {
             IoOp::Discard { offset, len, secure } if image.is_device() => {
                 offload.discard(image, *offset, *len, *secure, ticket)
             }
+            _ if image.always_waits() => uring.submit_to_wait(image.raw_fd(), operation, ticket),
             _ => uring.submit(image.raw_fd(), operation, ticket),
         };
         match image.emulation() {

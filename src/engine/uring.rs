@@ -131,6 +131,31 @@ impl Uring {
         operation: &IoOp<'_>,
         ticket: Ticket,
     ) -> Result<(), Ticket> {
+        self.push(file, operation, ticket, squeue::Flags::empty())
+    }
+
+    /// The same for a file whose operations always wait: a thread of the kernel begins with it at once.
+    ///
+    /// For files of FUSE the kernel would else try over and over, for it takes them for something that
+    /// can be polled; and where many are under way some never come back (seen with Linux 6.18).
+    #[cold]
+    pub fn submit_to_wait(
+        &mut self,
+        file: RawFd,
+        operation: &IoOp<'_>,
+        ticket: Ticket,
+    ) -> Result<(), Ticket> {
+        self.push(file, operation, ticket, squeue::Flags::ASYNC)
+    }
+
+    #[inline]
+    fn push(
+        &mut self,
+        file: RawFd,
+        operation: &IoOp<'_>,
+        ticket: Ticket,
+        flags: squeue::Flags,
+    ) -> Result<(), Ticket> {
         if self.in_flight >= 4 * limits::URING_ENTRIES as usize {
             return Err(ticket);
         }
@@ -141,7 +166,7 @@ impl Uring {
         let Some(entry) = entry(&mut self.vectors, types::Fd(file), operation) else {
             return Err(ticket);
         };
-        let entry = entry.user_data(ticket.into_user_data());
+        let entry = entry.user_data(ticket.into_user_data()).flags(flags);
         // SAFETY: the buffers stay mapped until the ticket is back (GuestBuf's contract); the
         // vectors stay in place until kick; the file is open until then (the queue holds it).
         unsafe { submission.push(&entry) }.expect("checked above that there is room");
