@@ -240,8 +240,8 @@ const _: () =
 /// Both take no time unless storage hangs: then the disk is told so, and control's helper is free again.
 pub const CLAIM_SECONDS: u64 = 10;
 
-/// Milliseconds for which somebody else who has storage is looked at before a disk is refused: so long
-/// a program may take to end, or udev and the like to look at a new device.
+/// Milliseconds that a disk waits for somebody else to let go of its storage before it is refused: a
+/// program that has just ended, or a tool that looks at a new device, takes no longer.
 pub const HOLDER_MILLISECONDS: u64 = 200;
 
 /// Loop devices on top of each other that are followed down to the file below: nobody stacks this many.

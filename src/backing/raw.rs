@@ -23,6 +23,8 @@ pub struct RawImage {
     mapping: Option<MappedFile>,
     tail: Option<Tail>,
     file: Arc<DeviceHandle>,
+    /// Of `file`: each request needs it.
+    raw_fd: RawFd,
     is_device: bool,
     is_in_memory: bool,
     always_waits: bool,
@@ -146,8 +148,9 @@ impl RawImage {
     }
 
     /// The descriptor, for the engine.
+    #[inline]
     pub fn raw_fd(&self) -> RawFd {
-        self.file.file.as_raw_fd()
+        self.raw_fd
     }
 
     /// What its admin should know.
@@ -225,6 +228,7 @@ impl Opening<'_> {
             }),
             emulation,
             warnings: self.warnings,
+            raw_fd: file.as_raw_fd(),
             file: Arc::new(DeviceHandle { file, claim }),
         })
     }

@@ -92,12 +92,16 @@ fn exclude(
     usage: Usage,
     open: impl Fn(&OpenOptions) -> io::Result<File>,
 ) -> Result<(), SharingError> {
-    let flags = libc::O_EXCL | libc::O_CLOEXEC;
-    let own = claim
-        .hold(device, || open(OpenOptions::new().read(true).custom_flags(flags)).map(Arc::new));
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_EXCL | libc::O_CLOEXEC);
+    let is_busy = |error: &io::Error| error.raw_os_error() == Some(libc::EBUSY);
+    let own = patiently(
+        || claim.hold(device, || open(&options).map(Arc::new)),
+        |own| own.as_ref().is_err_and(is_busy),
+    );
     match own {
         Ok(_) => Ok(()),
-        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+        Err(error) if is_busy(&error) => {
             let holders = holders::of_device(device);
             let only_read = !holders.is_empty() && holders.iter().all(Holder::only_reads);
             if !usage.writes && (only_read || claim.is_divided()) {
