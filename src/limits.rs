@@ -382,5 +382,9 @@ pub const MOVED_PAGE_EFFORT: u32 = 16;
 /// Both take no time unless storage hangs: then the disk is told so, and control's helper is free again.
 pub const CLAIM_SECONDS: u64 = 10;
 
+/// Milliseconds that a disk waits for somebody else to let go of its storage before it is refused: a
+/// program that has just ended, or a tool that looks at a new device, takes no longer.
+pub const HOLDER_MILLISECONDS: u64 = 200;
+
 /// Loop devices on top of each other that are followed down to the file below: nobody stacks this many.
 pub const LOOPS_ON_LOOPS_MAX: usize = 8;

@@ -24,8 +24,11 @@ pub struct RawImage {
     mapping: Option<MappedFile>,
     tail: Option<Tail>,
     file: Arc<DeviceHandle>,
+    /// Of `file`: each request needs it.
+    raw_fd: RawFd,
     is_device: bool,
     is_in_memory: bool,
+    always_waits: bool,
     geometry: Geometry,
     memory_alignment: u16,
     read_only: bool,
@@ -36,6 +39,9 @@ pub struct RawImage {
 
 /// Largest block whose sectors are emulated: a page, which is what the guest's data comes in.
 const EMULATED_BLOCK_MAX: u32 = PAGE_BYTES;
+
+/// `include/uapi/linux/magic.h`.
+const FUSE_SUPER_MAGIC: libc::c_long = 0x6573_5546;
 
 /// What a page of the page cache holds.
 const PAGE_BYTES: u32 = 4096;
@@ -120,6 +126,12 @@ impl RawImage {
         self.is_in_memory && self.emulation.is_none()
     }
 
+    /// Whether each operation waits for another process: a file of FUSE.
+    #[inline]
+    pub fn always_waits(&self) -> bool {
+        self.always_waits
+    }
+
     /// Its mapping, where it is in memory and could be mapped.
     #[inline]
     pub fn mapping(&self) -> Option<&MappedFile> {
@@ -137,8 +149,9 @@ impl RawImage {
     }
 
     /// The descriptor, for the engine.
+    #[inline]
     pub fn raw_fd(&self) -> RawFd {
-        self.file.file.as_raw_fd()
+        self.raw_fd
     }
 
     /// What its admin should know.
@@ -197,9 +210,9 @@ impl Opening<'_> {
         Ok(RawImage {
             mapping: is_mapped.then(|| map(&file, shape.size, self.path, read_only)).flatten(),
             tail,
-            file: Arc::new(DeviceHandle { file, claim }),
             is_device,
             is_in_memory,
+            always_waits: !is_device && filesystem(&file) == Some(FUSE_SUPER_MAGIC),
             geometry,
             // Beyond a page no page is aligned enough; the kernel asks for no such thing.
             memory_alignment: shape
@@ -216,6 +229,8 @@ impl Opening<'_> {
             }),
             emulation,
             warnings: self.warnings,
+            raw_fd: file.as_raw_fd(),
+            file: Arc::new(DeviceHandle { file, claim }),
         })
     }
 

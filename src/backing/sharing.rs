@@ -5,12 +5,14 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::claims::{Claim, Reason, Refusal, Usage};
 use super::device;
 use super::holders::{self, Holder};
 use super::locks::{self, LockError};
 use super::storage::{Located, Loop, Storage};
+use crate::limits::HOLDER_MILLISECONDS;
 
 /// Why storage is not given to a disk.
 #[derive(Debug)]
@@ -57,7 +59,7 @@ pub fn claim(located: &Located, usage: Usage, user: &str) -> Result<Claim, Shari
 pub fn lock(claim: &Claim, file: &Arc<File>, usage: Usage) -> Result<Option<String>, SharingError> {
     let [storage @ Storage::File { .. }, ..] = *claim.storages() else { return Ok(None) };
     let held = claim.hold(storage, || Ok(file.clone())).map_err(SharingError::Open)?;
-    match locks::lock(&held, usage) {
+    match lock_patiently(&held, usage) {
         Ok(()) => Ok(None),
         Err(LockError::Taken) => Err(locked(storage)),
         Err(LockError::Unsupported(error)) => Ok(Some(format!(
@@ -76,7 +78,7 @@ fn lock_below(claim: &Claim, usage: Usage) -> Result<(), SharingError> {
         let file = Loop::of_device(disk).and_then(|device| device.open_file());
         file.map(Arc::new).ok_or(io::ErrorKind::NotFound.into())
     };
-    match claim.hold(file, open).map(|open| locks::lock(&open, usage)) {
+    match claim.hold(file, open).map(|open| lock_patiently(&open, usage)) {
         Ok(Err(LockError::Taken)) => Err(locked(file)),
         _ => Ok(()),
     }
@@ -88,14 +90,18 @@ fn exclude(
     claim: &Claim,
     device: Storage,
     usage: Usage,
-    open: impl FnOnce(&OpenOptions) -> io::Result<File>,
+    open: impl Fn(&OpenOptions) -> io::Result<File>,
 ) -> Result<(), SharingError> {
-    let flags = libc::O_EXCL | libc::O_CLOEXEC;
-    let own = claim
-        .hold(device, || open(OpenOptions::new().read(true).custom_flags(flags)).map(Arc::new));
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(libc::O_EXCL | libc::O_CLOEXEC);
+    let is_busy = |error: &io::Error| error.raw_os_error() == Some(libc::EBUSY);
+    let own = patiently(
+        || claim.hold(device, || open(&options).map(Arc::new)),
+        |own| own.as_ref().is_err_and(is_busy),
+    );
     match own {
         Ok(_) => Ok(()),
-        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+        Err(error) if is_busy(&error) => {
             let holders = holders::of_device(device);
             let only_read = !holders.is_empty() && holders.iter().all(Holder::only_reads);
             if !usage.writes && (only_read || claim.is_divided()) {
@@ -105,6 +111,22 @@ fn exclude(
             Err(writer.map_or_else(in_use_by_somebody, |holder| in_use_by(holder, usage)))
         }
         Err(error) => Err(SharingError::Open(error)),
+    }
+}
+
+fn lock_patiently(file: &File, usage: Usage) -> Result<(), LockError> {
+    patiently(|| locks::lock(file, usage), |locked| matches!(locked, Err(LockError::Taken)))
+}
+
+/// Tries again for a while, as long as somebody else has it.
+fn patiently<T>(mut attempt: impl FnMut() -> T, is_taken: impl Fn(&T) -> bool) -> T {
+    let deadline = Instant::now() + Duration::from_millis(HOLDER_MILLISECONDS);
+    loop {
+        let outcome = attempt();
+        if !is_taken(&outcome) || Instant::now() >= deadline {
+            return outcome;
+        }
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

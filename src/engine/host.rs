@@ -38,7 +38,7 @@ impl HostEngine {
             return Submitted::Done(Completion { ticket, result });
         }
         match (image.emulation(), operation) {
-            (None, IoOp::Read { .. } | IoOp::Write { .. }) => {
+            (None, IoOp::Read { .. } | IoOp::Write { .. }) if !image.always_waits() => {
                 self.transport.uring.submit(image.raw_fd(), operation, ticket)
             }
             (None, IoOp::Flush) => self.transport.flush(image.raw_fd(), ticket),
@@ -46,7 +46,8 @@ impl HostEngine {
         }
     }
 
-    /// Discards, and everything for guests that see smaller blocks than the storage has.
+    /// Discards, everything for guests that see smaller blocks than the storage has, and what io_uring
+    /// can't do well.
     #[cold]
     fn submit_specially(
         &mut self,
@@ -61,7 +62,7 @@ impl HostEngine {
             None => below(&target, operation, ticket),
             Some(locks) => match tail::side(operation, image.tail(), &mut self.parts) {
                 Side::Blocks(part) => self.emulation.submit(locks, &target, &part, ticket, below),
-                Side::Tail(file) => below(&Target { file, device: None }, operation, ticket),
+                Side::Tail(file) => below(&target.by(file), operation, ticket),
             },
         }
     }

@@ -31,13 +31,20 @@ pub struct Target {
     pub file: RawFd,
     /// For a thread, where it is a device.
     pub device: Option<Arc<DeviceHandle>>,
+    /// The kernel can't begin with a transfer and go on later.
+    always_waits: bool,
 }
 
 impl Target {
     /// That of an image.
     pub fn of(image: &RawImage) -> Target {
         let device = image.is_device().then(|| image.device_handle());
-        Target { file: image.raw_fd(), device }
+        Target { file: image.raw_fd(), device, always_waits: image.always_waits() }
+    }
+
+    /// The same by another descriptor.
+    pub fn by(&self, file: RawFd) -> Target {
+        Target { file, ..self.clone() }
     }
 }
 
@@ -54,6 +61,9 @@ impl Transport {
     pub fn submit(&mut self, to: &Target, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
         let uring = &mut self.uring;
         match *operation {
+            IoOp::Read { .. } | IoOp::Write { .. } if to.always_waits => {
+                uring.submit_to_wait(to.file, operation, ticket)
+            }
             IoOp::Read { .. } | IoOp::Write { .. } => uring.submit(to.file, operation, ticket),
             IoOp::Flush => self.flush(to.file, ticket),
             IoOp::Discard { offset, len, secure } => match &to.device {

@@ -127,9 +127,34 @@ impl Uring {
     /// each step after that.
     #[inline]
     pub fn submit(&mut self, file: RawFd, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
+        self.submit_as(file, operation, ticket, squeue::Flags::empty())
+    }
+
+    /// The same for a file whose operations always wait: a thread of the kernel begins with it at once.
+    ///
+    /// For files of FUSE the kernel would else try over and over, for it takes them for something that
+    /// can be polled; and where many are under way some never come back (seen with Linux 6.18).
+    #[cold]
+    pub fn submit_to_wait(
+        &mut self,
+        file: RawFd,
+        operation: &IoOp<'_>,
+        ticket: Ticket,
+    ) -> Submitted {
+        self.submit_as(file, operation, ticket, squeue::Flags::ASYNC)
+    }
+
+    #[inline]
+    fn submit_as(
+        &mut self,
+        file: RawFd,
+        operation: &IoOp<'_>,
+        ticket: Ticket,
+        flags: squeue::Flags,
+    ) -> Submitted {
         let user_data = ticket.into_user_data();
-        let taken = self.push(file, operation, user_data)
-            || (self.enter().is_ok() && self.push(file, operation, user_data));
+        let taken = self.push(file, operation, user_data, flags)
+            || (self.enter().is_ok() && self.push(file, operation, user_data, flags));
         if !taken {
             return Submitted::Full(Ticket::from_user_data(user_data));
         }
@@ -149,7 +174,13 @@ impl Uring {
     /// Puts an operation where the kernel takes it; `false`: there is no room before it has taken what
     /// is there.
     #[inline(always)]
-    fn push(&mut self, file: RawFd, operation: &IoOp<'_>, user_data: u64) -> bool {
+    fn push(
+        &mut self,
+        file: RawFd,
+        operation: &IoOp<'_>,
+        user_data: u64,
+        flags: squeue::Flags,
+    ) -> bool {
         let mut submission = self.ring.submission();
         if submission.is_full() {
             return false;
@@ -159,7 +190,7 @@ impl Uring {
         };
         // SAFETY: the buffers stay mapped until the ticket is back (GuestBuf's contract); the
         // vectors stay in place until kick; the file is open until then (the queue holds it).
-        unsafe { submission.push(&entry.user_data(user_data)) }.is_ok()
+        unsafe { submission.push(&entry.user_data(user_data).flags(flags)) }.is_ok()
     }
 
     /// Submits what was taken, and lets the kernel finish completions that wait for this thread.

@@ -4,13 +4,20 @@
 //! a missing tool is a failure.
 
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
+use std::time::Duration;
 
 /// Runs a tool; what it printed. `None`, loudly, where it is missing or this user may not.
 pub fn run(command: &mut Command) -> Option<String> {
+    let outcome = command.output();
+    judge(command, outcome)
+}
+
+fn judge(command: &Command, outcome: io::Result<Output>) -> Option<String> {
     let program = command.get_program().to_string_lossy().into_owned();
-    match command.output() {
+    match outcome {
         Err(error) => {
             assert!(!is_required(), "{program}: {error}");
             eprintln!("skipped: {program} is missing ({error})");
@@ -79,7 +86,22 @@ impl Mounted {
         if folder.file_name().is_some() && !folder.exists() {
             std::fs::create_dir(folder).unwrap();
         }
-        run(Command::new("mount").args(options).arg(what).arg(folder))?;
+        let mut mount = Command::new("mount");
+        mount.args(options).arg(what).arg(folder);
+        let is_busy = |outcome: &io::Result<Output>| {
+            let said = outcome.as_ref().map(|output| String::from_utf8_lossy(&output.stderr));
+            said.is_ok_and(|said| said.contains("busy"))
+        };
+        let mut outcome = mount.output();
+        // A program that another test starts has what was open here, until it runs.
+        for _ in 0..100 {
+            if !is_busy(&outcome) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+            outcome = mount.output();
+        }
+        judge(&mount, outcome)?;
         Some(Mounted { folder: folder.to_owned() })
     }
 

@@ -53,6 +53,10 @@ fn add(sockets: &Path, domid: u32) -> Result<(), String> {
 
 /// Nodes as libxl writes them before the script runs.
 fn describe(store: &impl Xs, domid: u32, target: &str) {
+    describe_with(store, domid, target, "w");
+}
+
+fn describe_with(store: &impl Xs, domid: u32, target: &str, mode: &str) {
     let frontend = format!("/local/domain/{domid}/device/vbd/{VBD}");
     let own = [("backend", &*area(domid)), ("backend-id", "0"), ("state", "1")];
     own.iter().for_each(|(node, value)| store.write(&format!("{frontend}/{node}"), value).unwrap());
@@ -60,7 +64,7 @@ fn describe(store: &impl Xs, domid: u32, target: &str) {
         ("frontend", &*frontend),
         ("frontend-id", &*domid.to_string()),
         ("params", target),
-        ("mode", "w"),
+        ("mode", mode),
         ("device-type", "disk"),
         ("script", "/etc/xen/scripts/block-polldisk"),
         ("online", "1"),
@@ -142,4 +146,21 @@ fn the_script_passes_on_what_the_daemon_found() {
     until("the daemon has refused it", || node("hotplug-status").as_deref() == Some("error"));
     assert!(add(rig.sockets(), 20).is_err());
     assert!(node("hotplug-error").unwrap().contains("/nowhere.img"));
+}
+
+#[test]
+fn disks_whose_mode_says_so_share_an_image() {
+    let rig = Rig::start();
+    let path = rig.image("cluster.img");
+    let node = |domid, node: &str| rig.dom0.read(&format!("{}/{node}", area(domid))).ok();
+    let _domains = [1, 2, 3].map(|domid| rig.domain(domid));
+    for domid in [1, 2] {
+        describe_with(&rig.dom0, domid, &raw(&path), "w!");
+        until("the backend is in InitWait", || node(domid, "state").as_deref() == Some("2"));
+        assert_eq!(node(domid, "hotplug-error"), None);
+    }
+    describe(&rig.dom0, 3, &raw(&path));
+    until("the third is refused", || node(3, "hotplug-status").as_deref() == Some("error"));
+    let error = node(3, "hotplug-error").unwrap();
+    assert!(error.contains("disk xvda of domain") && error.contains("shareable"), "{error}");
 }

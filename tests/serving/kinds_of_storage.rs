@@ -2,7 +2,7 @@
 //! O_DIRECT, devices that can't be written; and that finding it out changes nothing.
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -12,6 +12,7 @@ use polldisk::sim::blkfront::device::Options;
 use polldisk::sim::blkfront::load::Load;
 use polldisk::xen::PageAccess;
 
+use crate::fuse;
 use crate::host::{self, LoopDevice, Mounted};
 use crate::rig::{Guest, IMAGE_BYTES, Rig, ask, load, raw, raw_request, run_verified, whole};
 
@@ -132,6 +133,41 @@ fn where_o_direct_is_refused_an_image_is_served_through_the_page_cache() {
     run_verified(&mut device, Load { zeroed: false, ..load(2, 1536) }, 1_000);
     guest.close(device);
     rig.detach_by_force(1);
+}
+
+#[test]
+fn where_direct_reads_fail_an_image_is_served_through_the_page_cache_and_synced() {
+    let rig = Rig::start();
+    let Some(filesystem) = fuse::Filesystem::mount(&rig.images().join("fuse")) else { return };
+    let path = filesystem.folder().join("disk.img");
+    let direct = File::options().read(true).custom_flags(libc::O_DIRECT).open(&path);
+    assert!(direct.is_ok(), "the filesystem lets it be opened");
+    drop(direct);
+    let refusal = open(",direct=required", &path, false).map(drop).unwrap_err();
+    assert!(refusal.contains("O_DIRECT"), "{refusal}");
+    let told = warnings("", &path);
+    assert!(told.contains("O_DIRECT") && told.contains("page cache"), "{told}");
+    let guest = rig.guest(1, &raw(&path));
+    let mut device = guest.connect(Options::default());
+    run_verified(&mut device, load(1, 4096), 500);
+    let before = filesystem.syncs();
+    assert_eq!(ask(&mut device, &[raw_request(op::FLUSH_DISKCACHE, 0, 0, &[])]), [0]);
+    assert!(filesystem.syncs() > before, "a flush reaches the storage");
+    guest.close(device);
+    rig.detach_by_force(1);
+}
+
+#[test]
+fn an_image_on_a_filesystem_whose_server_died_is_refused() {
+    let folder = folder();
+    let Some(mut filesystem) = fuse::Filesystem::mount(&folder.path().join("fuse")) else { return };
+    let path = filesystem.folder().join("disk.img");
+    drop(open("", &path, false).unwrap());
+    filesystem.die();
+    for read_only in [false, true] {
+        let refusal = open("", &path, read_only).map(drop).unwrap_err();
+        assert!(refusal.contains("disk.img"), "{refusal}");
+    }
 }
 
 #[test]

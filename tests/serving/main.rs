@@ -3,6 +3,7 @@
 mod cli;
 mod discard;
 mod drives;
+mod fuse;
 mod guests_that_vanish;
 mod host;
 mod hostile_nodes;
