@@ -381,7 +381,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     fn tend_drained(&mut self, now_ns: u64) {
         let mut draining = std::mem::take(&mut self.draining);
         draining.retain(|index| {
-            if self.queues[*index].queue.is_paused() {
+            let Served { queue, replacements, .. } = &self.queues[*index];
+            if !replacements.is_empty() && queue.is_paused() {
                 self.replace_image(*index, now_ns);
             }
             let Served { queue, replacements, leaving, .. } = &self.queues[*index];
@@ -501,7 +502,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     fn take_in_turns(&mut self, now_ns: u64, clock_ns: impl Fn() -> u64) -> bool {
         let count = self.polled.len();
         let first = self.turns.begin(count);
-        let limit = self.turns.limit(self.polled.iter().map(|index| self.queues[*index].used));
+        let polled = self.polled.iter().map(|index| &self.queues[*index]);
+        let limit = self.turns.limit(now_ns, polled.map(|it| (it.used, it.last_work_ns)));
         let mut worked = false;
         let mut put_off: Option<(TimeUsed, usize)> = None;
         let mut since_ns = clock_ns();
