@@ -375,7 +375,10 @@ pub const REQUEST_EFFORT: u32 = 8;
 /// ... each of its segments this, for the kernel has to look at it,
 pub const SEGMENT_EFFORT: u32 = 1;
 
-/// ... and each page that the worker copies.
+/// ... so many bytes of a discard 1, for of a file in memory the worker forgets which pages are there,
+pub const DISCARD_BYTES_PER_EFFORT: u64 = 4 << 20;
+
+/// ... and each page that the worker copies this.
 pub const MOVED_PAGE_EFFORT: u32 = 16;
 
 /// Seconds that opening an image waits for another disk that is opening or closing the same storage.

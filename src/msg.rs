@@ -273,10 +273,17 @@ impl EventSender {
     /// Sends, for who may wait for a while where control is thousands of events behind, as with the last
     /// words of a thread. Where control has ended there is nobody left to tell.
     pub fn send(&self, event: Event) {
+        self.wait_and_send(event);
+    }
+
+    /// The same; whether it was sent.
+    fn wait_and_send(&self, event: Event) -> bool {
         let patience = Duration::from_secs(limits::FAREWELL_SECONDS);
-        if self.events.send_timeout(event, patience).is_ok() {
+        let sent = self.events.send_timeout(event, patience).is_ok();
+        if sent {
             self.bell.ring();
         }
+        sent
     }
 }
 
@@ -308,10 +315,13 @@ impl Outbox {
         self.kept.is_empty()
     }
 
-    /// Tells what is left, where nobody will offer it again.
+    /// Tells what is left, where nobody will offer it again; waits for a while for a control that is
+    /// behind.
     pub fn close(&mut self) {
         while let Some(event) = self.kept.pop_front() {
-            self.sender.send(event);
+            if !self.sender.wait_and_send(event) {
+                return;
+            }
         }
     }
 }

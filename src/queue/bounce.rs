@@ -85,6 +85,9 @@ impl BouncePool {
     /// The first run of `count` free pages.
     fn find_run(&self, count: usize) -> Option<usize> {
         let mut first = self.next(0, true);
+        if count == 1 {
+            return (first < self.pages).then_some(first);
+        }
         while first + count <= self.pages {
             let end = self.next(first, false);
             if end - first >= count {

@@ -92,10 +92,12 @@ impl Queue {
         }
         io.scratch.unmapped = unmapped;
         io.scratch.unmapped.clear();
-        let (slots, stalled) = (&mut self.slots, &self.stalled);
-        let goes_on =
-            |slot: &u32| !slots.get_mut(*slot).is_to_be_fetched() && !stalled.contains(slot);
-        io.scratch.fresh.retain(goes_on);
+        if !self.stalled.is_empty() || !self.fetched.is_empty() {
+            let (slots, stalled) = (&mut self.slots, &self.stalled);
+            io.scratch
+                .fresh
+                .retain(|slot| !slots.get_mut(*slot).is_to_be_fetched() && !stalled.contains(slot));
+        }
     }
 
     /// Points segments of one slot at their pages, now that more of them are mapped; `false`: not
@@ -161,9 +163,14 @@ impl Queue {
     pub(super) fn copy_reads_out<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
         let mut waiting = std::mem::take(&mut self.copied_out);
         self.copy(io, waiting.iter(), CopyDirection::ToGuest);
-        while let Some(slot) = waiting.pop_front_if(|slot| self.slots.get_mut(*slot).is_copied()) {
-            let failed = self.slots.get_mut(slot).failed;
-            self.answer(io, slot, if failed { Status::Error } else { Status::Okay });
+        while let Some(index) = waiting.front().copied() {
+            let slot = self.slots.get_mut(index);
+            if !slot.is_copied() {
+                break;
+            }
+            let status = if slot.failed { Status::Error } else { Status::Okay };
+            waiting.pop_front();
+            self.answer(io, index, status);
         }
         self.copied_out = waiting;
     }

@@ -38,8 +38,9 @@ use crate::blkif::ring::{BackRing, RingFault};
 use crate::budget::GrantShare;
 use crate::engine::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
 use crate::limits::{
-    BOUNCE_PAGES_COMMON, MOVED_PAGE_EFFORT, REQUEST_EFFORT, REQUESTS_COMMON, REQUESTS_PER_PASS,
-    REQUESTS_PER_QUEUE, RESPONSES_HELD_BACK, SEGMENT_EFFORT, SEGMENTS_PER_REQUEST,
+    BOUNCE_PAGES_COMMON, DISCARD_BYTES_PER_EFFORT, MOVED_PAGE_EFFORT, REQUEST_EFFORT,
+    REQUESTS_COMMON, REQUESTS_PER_PASS, REQUESTS_PER_QUEUE, RESPONSES_HELD_BACK, SEGMENT_EFFORT,
+    SEGMENTS_PER_REQUEST,
 };
 use crate::metrics::{LatencyLog, QueueCounters};
 use crate::msg::{Connect, Mapping, Outbox, QueueKey};
@@ -496,7 +497,9 @@ impl Queue {
                 Ok(request) => {
                     let (index, slot) = self.slots.take();
                     slot.begin(request, 0, None, io.now_ns);
+                    let parts = request.len_bytes / DISCARD_BYTES_PER_EFFORT;
                     self.spend_on_request(0);
+                    self.spend(u32::try_from(parts).unwrap_or(u32::MAX));
                     io.scratch.fresh.push(index);
                 }
                 Err(fault) => self.refuse(raw.id, op::DISCARD, fault),

@@ -31,6 +31,7 @@ use crate::msg::{Command, CommandReceiver, Connect, Event, Outbox, QueueKey, Rep
 use crate::park::{self, Patience, Pause};
 use crate::queue::{Queue, Resources};
 use crate::units::Port;
+use crate::xen::shm::PAGE_BYTES;
 use crate::xen::{Events, Platform, PlatformError};
 
 pub use thread::{Setup, SpawnError, WorkerThread, serve, spawn, spawn_all};
@@ -89,8 +90,8 @@ struct Served {
     unmasked: bool,
     last_work_ns: u64,
     used: TimeUsed,
-    /// The effort of its turn in this pass.
-    spent: u32,
+    /// Its part in what all do together next, in any unit.
+    part: u64,
     /// What it gets, one after the other, once it is drained.
     replacements: Vec<ReplaceImage>,
     /// It is to be disconnected once it is drained.
@@ -160,8 +161,13 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     /// something happens.
     fn is_to_sleep(&mut self, pause: Pause) -> io::Result<bool> {
         self.arm_idle(pause)?;
-        let something_freed = !self.waiting.is_empty() && self.freed != self.resources.freed;
-        Ok(self.polled.is_empty() && !something_freed && !pause.spins)
+        Ok(self.polled.is_empty() && !self.has_new_for_waiting() && !pause.spins)
+    }
+
+    /// Whether something was given back since those that wait were looked at.
+    #[inline]
+    fn has_new_for_waiting(&self) -> bool {
+        !self.waiting.is_empty() && self.freed != self.resources.freed
     }
 
     /// As [`Worker::run`] does it after a pass without work, where it never spins: whether the worker
@@ -217,30 +223,44 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         if self.event_check_is_due(now_ns) {
             worked |= self.take_events(now_ns)?;
         }
-        if self.freed != self.resources.freed {
+        if self.has_new_for_waiting() {
             self.look_at_waiting(now_ns);
         }
-        let take_turns = self.polled.len() > 1;
-        if take_turns {
-            worked |= self.take_in_turns(now_ns, &clock_ns);
-            self.kick_in_turns(&clock_ns)?;
+        worked |= if self.polled.len() > 1 {
+            self.serve_in_turns(now_ns, &clock_ns)?
         } else {
-            worked |= self.take_alone(now_ns);
-            self.resources.engine.kick()?;
-        }
-        worked |= self.take_completions(&clock_ns);
+            self.serve_alone(now_ns, &clock_ns)?
+        };
         if worked {
-            if take_turns {
-                self.finish_in_turns(&clock_ns)?
-            } else {
-                self.finish_alone()?
-            };
             self.last_work_ns = now_ns;
         }
         if !self.draining.is_empty() {
             self.tend_drained(now_ns);
         }
         Ok(if worked { Progress::Worked } else { Progress::Idle })
+    }
+
+    /// Requests, storage and responses, where one queue at most is polled.
+    #[inline]
+    fn serve_alone(&mut self, now_ns: u64, clock_ns: impl Fn() -> u64) -> io::Result<bool> {
+        let mut worked = self.take_alone(now_ns);
+        self.resources.engine.kick()?;
+        worked |= self.take_completions(clock_ns);
+        if worked {
+            self.finish_alone()?;
+        }
+        Ok(worked)
+    }
+
+    /// The same, where several are.
+    fn serve_in_turns(&mut self, now_ns: u64, clock_ns: impl Fn() -> u64) -> io::Result<bool> {
+        let mut worked = self.take_in_turns(now_ns, &clock_ns);
+        self.kick_in_turns(&clock_ns)?;
+        worked |= self.take_completions_in_turns(&clock_ns);
+        if worked {
+            self.finish_in_turns(&clock_ns)?;
+        }
+        Ok(worked)
     }
 
     /// Unmaps granted pages that have long been idle. Once none is mapped and no queue is active
@@ -361,7 +381,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     fn tend_drained(&mut self, now_ns: u64) {
         let mut draining = std::mem::take(&mut self.draining);
         draining.retain(|index| {
-            if self.queues[*index].queue.is_paused() {
+            let Served { queue, replacements, .. } = &self.queues[*index];
+            if !replacements.is_empty() && queue.is_paused() {
                 self.replace_image(*index, now_ns);
             }
             let Served { queue, replacements, leaving, .. } = &self.queues[*index];
@@ -461,7 +482,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     fn take_turn(&mut self, index: usize, effort: u32, now_ns: u64) -> bool {
         let served = &mut self.queues[index];
         let taken = served.queue.take(&mut self.resources, effort);
-        served.spent = effort - served.queue.effort_left();
+        served.part = u64::from(effort - served.queue.effort_left());
         match taken {
             Ok(worked) => {
                 if worked {
@@ -481,7 +502,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     fn take_in_turns(&mut self, now_ns: u64, clock_ns: impl Fn() -> u64) -> bool {
         let count = self.polled.len();
         let first = self.turns.begin(count);
-        let limit = self.turns.limit(self.polled.iter().map(|index| self.queues[*index].used));
+        let polled = self.polled.iter().map(|index| &self.queues[*index]);
+        let limit = self.turns.limit(now_ns, polled.map(|it| (it.used, it.last_work_ns)));
         let mut worked = false;
         let mut put_off: Option<(TimeUsed, usize)> = None;
         let mut since_ns = clock_ns();
@@ -490,7 +512,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             let served = &mut self.queues[index];
             if served.used > limit {
                 served.queue.put_off();
-                served.spent = 0;
+                served.part = 0;
                 if put_off.is_none_or(|(used, _)| served.used < used)
                     && served.queue.has_work(self.resources.freed)
                 {
@@ -515,18 +537,33 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         *since_ns = now_ns;
     }
 
-    /// Starts what was taken. The time that takes is charged to the queues by what each had taken.
+    /// Starts what was taken. The time that takes is charged to the queues by the effort of each.
     fn kick_in_turns(&mut self, clock_ns: impl Fn() -> u64) -> io::Result<()> {
         let since_ns = clock_ns();
         self.resources.engine.kick()?;
-        let time_ns = clock_ns().saturating_sub(since_ns);
-        let spent = self.polled.iter().map(|index| u64::from(self.queues[*index].spent));
-        let all = spent.sum::<u64>().max(1);
-        for index in &self.polled {
-            let Served { used, spent, .. } = &mut self.queues[*index];
-            self.turns.charge(used, time_ns * u64::from(*spent) / all);
-        }
+        self.charge_parts(clock_ns().saturating_sub(since_ns));
         Ok(())
+    }
+
+    /// Charges all queues for what they did together, each for its part.
+    fn charge_parts(&mut self, time_ns: u64) {
+        let all: u64 = self.polled.iter().map(|index| self.queues[*index].part).sum();
+        for index in &self.polled {
+            let Served { used, part, .. } = &mut self.queues[*index];
+            let part = std::mem::take(part);
+            self.turns.charge(used, time_ns.saturating_mul(part) / all.max(1));
+        }
+    }
+
+    /// As [`Worker::take_completions`]. The time that takes is charged to the queues by the data of each,
+    /// which the engine may have had to copy.
+    fn take_completions_in_turns(&mut self, clock_ns: impl Fn() -> u64) -> bool {
+        let since_ns = clock_ns();
+        let worked = self.take_completions(&clock_ns);
+        if worked {
+            self.charge_parts(clock_ns().saturating_sub(since_ns));
+        }
+        worked
     }
 
     #[inline]
@@ -540,8 +577,9 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             self.resources.freed += 1;
             for Completion { ticket, result } in done.drain(..) {
                 self.poll_queue(ticket.queue(), now_ns);
-                let queue = &mut self.queues[ticket.queue()].queue;
-                queue.complete(&mut self.resources, ticket.slot(), result);
+                let served = &mut self.queues[ticket.queue()];
+                served.part += PAGE_BYTES as u64 + u64::try_from(result).unwrap_or(0);
+                served.queue.complete(&mut self.resources, ticket.slot(), result);
             }
         }
         self.done = done;
@@ -617,7 +655,7 @@ impl Served {
             unmasked: true,
             last_work_ns: now_ns,
             used: TimeUsed::default(),
-            spent: 0,
+            part: 0,
             replacements: Vec::new(),
             leaving: false,
         }

@@ -7,13 +7,17 @@
 //!
 //! Where the round starts rotates, so that none is always first at what all share.
 
-/// How much more time than the least served a queue may have had and still have its turn: about a turn,
-/// so that equal queues are not put off in turn.
-const SLACK_NS: u64 = 10_000;
+/// How much more time than the least served a queue may have had and still have its turn. Equal guests
+/// differ by less, so that all of them go on having their turns in one pass.
+const SLACK_NS: u64 = 50_000;
 
 /// How far a queue may be behind: what it did not use before that is lost. So a queue that begins after a
 /// long time keeps the others waiting for no longer than this.
-const LAG_MAX_NS: u64 = 100_000;
+const LAG_MAX_NS: u64 = 4 * SLACK_NS;
+
+/// For so long after it last had work a queue is expected back, and nobody is put off for one that is
+/// not. Who comes more seldom than that has waited for a few turns of others for a small part of it.
+const EXPECTED_NS: u64 = 200_000;
 
 /// How the time of a worker is shared.
 #[derive(Debug, Default)]
@@ -42,10 +46,12 @@ impl Turns {
         self.first
     }
 
-    /// The most that a queue may have had to have its turn, where all that are polled had these times.
-    pub fn limit(&self, used: impl Iterator<Item = TimeUsed>) -> TimeUsed {
-        let least_ns = used.map(|used| self.counted_ns(used)).min().unwrap_or(0);
-        TimeUsed(least_ns.saturating_add(SLACK_NS))
+    /// The most that a queue may have had to have its turn at `now_ns`, where all that are polled had
+    /// these times, and work at those.
+    pub fn limit(&self, now_ns: u64, queues: impl Iterator<Item = (TimeUsed, u64)>) -> TimeUsed {
+        let expected = queues.filter(|(_, work_ns)| now_ns.saturating_sub(*work_ns) < EXPECTED_NS);
+        let least_ns = expected.map(|(used, _)| self.counted_ns(used)).min();
+        TimeUsed(least_ns.map_or(u64::MAX, |least_ns| least_ns.saturating_add(SLACK_NS)))
     }
 
     /// Takes note of time that a queue has had.
@@ -72,11 +78,13 @@ mod test {
         ready_at_ns: u64,
         used: TimeUsed,
         had_ns: u64,
+        worked_ns: u64,
     }
 
     impl Guest {
         fn new(turn_ns: u64, thinks_ns: u64) -> Guest {
-            Guest { turn_ns, thinks_ns, ready_at_ns: 0, used: TimeUsed::default(), had_ns: 0 }
+            let used = TimeUsed::default();
+            Guest { turn_ns, thinks_ns, ready_at_ns: 0, used, had_ns: 0, worked_ns: 0 }
         }
     }
 
@@ -85,7 +93,8 @@ mod test {
         let (mut turns, mut now_ns) = (Turns::default(), 0);
         while now_ns < lasts_ns {
             let first = turns.begin(guests.len());
-            let limit = turns.limit(guests.iter().map(|guest| guest.used));
+            let all = guests.iter().map(|guest| (guest.used, guest.worked_ns));
+            let limit = turns.limit(now_ns, all);
             let count = guests.len();
             let order = (0..count).map(|nth| (first + nth) % count);
             let mut put_off: Vec<usize> = Vec::new();
@@ -96,6 +105,7 @@ mod test {
                 }
                 *now_ns += guest.turn_ns;
                 guest.had_ns += guest.turn_ns;
+                guest.worked_ns = *now_ns;
                 turns.charge(&mut guest.used, guest.turn_ns);
                 guest.ready_at_ns = *now_ns + guest.thinks_ns;
                 true
@@ -145,13 +155,29 @@ mod test {
         let mut turns = Turns::default();
         let (mut busy, mut slept) = (TimeUsed::default(), TimeUsed::default());
         turns.charge(&mut busy, SECOND);
-        assert!(busy > turns.limit([busy, slept].into_iter()));
+        let now_ns = SECOND;
+        let is_ahead = |turns: &Turns, busy, slept| {
+            busy > turns.limit(now_ns, [(busy, now_ns), (slept, now_ns)].into_iter())
+        };
+        assert!(is_ahead(&turns, busy, slept));
         let mut turns_until_level = 0;
-        while busy > turns.limit([busy, slept].into_iter()) {
+        while is_ahead(&turns, busy, slept) {
             turns.charge(&mut slept, 10_000);
             turns_until_level += 1;
         }
         assert!(turns_until_level <= LAG_MAX_NS / 10_000);
+    }
+
+    #[test]
+    fn nobody_is_put_off_for_one_that_is_not_expected_back() {
+        let mut turns = Turns::default();
+        let (mut busy, idle) = (TimeUsed::default(), TimeUsed::default());
+        turns.charge(&mut busy, SECOND);
+        for (idle_ns, has_turn) in [(0, false), (EXPECTED_NS - 1, false), (EXPECTED_NS, true)] {
+            let queues = [(busy, SECOND), (idle, SECOND - idle_ns)];
+            assert_eq!(busy <= turns.limit(SECOND, queues.into_iter()), has_turn);
+        }
+        assert!(busy <= turns.limit(SECOND, std::iter::once((idle, 0))), "nobody is expected");
     }
 
     #[test]

@@ -137,7 +137,7 @@ fn small_reads_beside_greedy_guests_are_as_fast_as_beside_their_like() {
     const LASTS_NS: u64 = 50_000_000;
     let flushes = Load { operation: op::FLUSH_DISKCACHE, depth: 32, pages: 0, ..small(0) };
     let flushes = Load { shape: Shape::mapped(32), ..flushes };
-    for thinks_ns in [0, 20_000, 100_000] {
+    for thinks_ns in [0, 20_000, 100_000, 400_000] {
         let victim = small(thinks_ns);
         let beside = |others: [Load; 4]| {
             let [one, two, three, four] = others;
@@ -169,4 +169,27 @@ fn greedy_guests_have_what_others_leave_and_equal_shares_of_it() {
     assert!(least * 10 >= most * 7, "{pages:?}");
     let copied = pages.iter().sum::<usize>() as u64;
     assert!(copied * PAGE_NS > 60_000_000, "the worker is kept busy with copies: {copied} pages");
+}
+
+#[test]
+fn a_queue_without_work_breaks_up_no_turns_of_others() {
+    let (stand_in, clock) = (StandIn::start_temporary().unwrap(), Clock::default());
+    let (engine, script) = storage();
+    script.borrow_mut().clock = Some(Arc::clone(&clock.0));
+    let platform = Timed(stand_in.platform(), clock.clone());
+    let mut bench: Bench<Timed, Scripted> = Bench::on(platform, engine, stand_in);
+    for _ in 0..3 {
+        bench.guest(Shape::mapped(32));
+    }
+    let (idle, busy) = (0, [1, 2]);
+    bench.ask(idle, op::READ, 1, 1);
+    for pass in 0..1000 {
+        let answers = busy.map(|guest| {
+            let answers = bench.answers(guest);
+            bench.ask(guest, op::READ, 32, 1);
+            answers
+        });
+        bench.worker.poll_once(|| clock.add(LOOK_NS)).unwrap();
+        assert!(pass < 100 || answers.iter().all(|count| *count > 0), "{pass}: {answers:?}");
+    }
 }
