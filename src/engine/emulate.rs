@@ -10,7 +10,6 @@
 //! The memory is a worker's, a part of it guaranteed to each queue. What finds none, or finds its block
 //! taken, is parked: it goes on when something was given back, by this worker or, of blocks, another.
 
-use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Wake, Waker};
@@ -123,7 +122,7 @@ impl From<Submitted> for Begun {
 struct Job {
     /// Whose it is.
     ticket: Ticket,
-    file: RawFd,
+    target: Target,
     work: Work,
     /// `None` for [`Work::Straight`].
     piece: Option<Piece>,
@@ -212,13 +211,13 @@ impl Emulation {
         match *operation {
             IoOp::Flush => below(operation, ticket).into(),
             IoOp::Discard { offset, len, secure } => {
-                self.discard(locks, target.file, (offset, len, secure), ticket, below)
+                self.discard(locks, target, (offset, len, secure), ticket, below)
             }
             IoOp::Read { offset, buffers } => {
-                self.read(locks, target.file, offset, buffers, ticket, below)
+                self.read(locks, target, offset, buffers, ticket, below)
             }
             IoOp::Write { offset, buffers } => {
-                self.write(locks, target.file, offset, buffers, ticket, below)
+                self.write(locks, target, offset, buffers, ticket, below)
             }
         }
     }
@@ -226,7 +225,7 @@ impl Emulation {
     fn read(
         &mut self,
         locks: &Arc<BlockLocks>,
-        file: RawFd,
+        target: &Target,
         offset: u64,
         buffers: &[GuestBuf],
         ticket: Ticket,
@@ -245,14 +244,20 @@ impl Emulation {
             return Begun::Waits(ticket);
         };
         let offset = piece.start;
-        let job = Job { ticket, file, work: Work::Read, piece: Some(piece), _lock: None };
+        let job = Job {
+            ticket,
+            target: target.clone(),
+            work: Work::Read,
+            piece: Some(piece),
+            _lock: None,
+        };
         self.start(job, |parts, ticket| below(&IoOp::Read { offset, buffers: parts }, ticket))
     }
 
     fn write(
         &mut self,
         locks: &Arc<BlockLocks>,
-        file: RawFd,
+        target: &Target,
         offset: u64,
         buffers: &[GuestBuf],
         ticket: Ticket,
@@ -273,8 +278,13 @@ impl Emulation {
                 return Begun::Waits(ticket);
             };
             let offset = piece.start;
-            let job =
-                Job { ticket, file, work: Work::Modify, piece: Some(piece), _lock: Some(lock) };
+            let job = Job {
+                ticket,
+                target: target.clone(),
+                work: Work::Modify,
+                piece: Some(piece),
+                _lock: Some(lock),
+            };
             return self
                 .start(job, |parts, ticket| below(&IoOp::Read { offset, buffers: parts }, ticket));
         }
@@ -299,16 +309,17 @@ impl Emulation {
             piece.fill();
             (Work::Write, Some(piece))
         };
-        self.start(Job { ticket, file, work, piece, _lock: Some(lock) }, |parts, ticket| {
-            below(&IoOp::Write { offset, buffers: parts }, ticket)
-        })
+        self.start(
+            Job { ticket, target: target.clone(), work, piece, _lock: Some(lock) },
+            |parts, ticket| below(&IoOp::Write { offset, buffers: parts }, ticket),
+        )
     }
 
     /// Whole blocks are given back; the parts of blocks at both ends stay as they are.
     fn discard(
         &mut self,
         locks: &Arc<BlockLocks>,
-        file: RawFd,
+        target: &Target,
         (offset, len, secure): (u64, u64, bool),
         ticket: Ticket,
         mut below: impl FnMut(&IoOp<'_>, Ticket) -> Submitted,
@@ -322,7 +333,13 @@ impl Emulation {
             return Begun::Waits(ticket);
         };
         let (offset, len) = (first * block, (end - first) * block);
-        let job = Job { ticket, file, work: Work::Straight, piece: None, _lock: Some(lock) };
+        let job = Job {
+            ticket,
+            target: target.clone(),
+            work: Work::Straight,
+            piece: None,
+            _lock: Some(lock),
+        };
         self.start(job, |_, ticket| below(&IoOp::Discard { offset, len, secure }, ticket))
     }
 
@@ -441,9 +458,8 @@ impl Emulation {
         let Some(piece) = &job.piece else { return };
         piece.list(&mut self.parts);
         let write = IoOp::Write { offset: piece.start, buffers: &self.parts };
-        let target = Target { file: job.file, device: None };
         let ticket = job_ticket(job.ticket.queue(), number);
-        if let Submitted::Full(_) = below(&target, &write, ticket) {
+        if let Submitted::Full(_) = below(&job.target, &write, ticket) {
             self.owed.push(number);
         }
     }

@@ -32,7 +32,7 @@ pub struct Target {
     /// For a thread, where it is a device.
     pub device: Option<Arc<DeviceHandle>>,
     /// The kernel can't begin with a transfer and go on later.
-    always_waits: bool,
+    pub always_waits: bool,
 }
 
 impl Target {
