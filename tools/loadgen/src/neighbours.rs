@@ -161,7 +161,7 @@ impl Neighbours {
             if kind != Kind::Worst {
                 return Err(error.context("--neighbours hung: cannot make storage that hangs"));
             }
-            eprintln!("no neighbour has storage that hangs: {error:#}");
+            polldisk::output::say(format_args!("no neighbour has storage that hangs: {error:#}"));
             for habit in habits.iter_mut().filter(|habit| habit.holds == Holds::Hung) {
                 *habit = INDIRECT;
             }
