@@ -5,11 +5,11 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs::{self, Metadata};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::device;
+use super::mounts::{self, unescaped};
 use super::storage::{Loop, Storage};
 
 /// One user of storage.
@@ -162,7 +162,7 @@ fn made_of(number: u64) -> Vec<Holder> {
 
 /// Where devices are mounted, in our view of filesystems.
 fn mounts(is_one: impl Fn(u64) -> bool) -> Vec<Holder> {
-    let table = fs::read("/proc/self/mountinfo").unwrap_or_default();
+    let table = mounts::table();
     table.split(|byte| *byte == b'\n').filter_map(|line| mount(line, &is_one)).collect()
 }
 
@@ -192,27 +192,6 @@ fn swaps() -> Vec<(PathBuf, Metadata)> {
     let paths = lines.filter_map(|line| line.split(|byte| byte.is_ascii_whitespace()).next());
     let paths = paths.filter(|path| path.starts_with(b"/")).map(unescaped);
     paths.filter_map(|path| fs::metadata(&path).ok().map(|metadata| (path, metadata))).collect()
-}
-
-/// A path of `/proc`, where blanks and the like are octal: `\040`.
-fn unescaped(text: &[u8]) -> PathBuf {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text;
-    while let [first, after @ ..] = rest {
-        let octal = after.get(..3).filter(|_| *first == b'\\');
-        let octal = octal.and_then(|digits| std::str::from_utf8(digits).ok());
-        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &after[3..];
-            }
-            None => {
-                bytes.push(*first);
-                rest = after;
-            }
-        }
-    }
-    PathBuf::from(std::ffi::OsStr::from_bytes(&bytes))
 }
 
 /// Other programs with something open for which both say yes: `looks_like` is shown where the

@@ -11,6 +11,7 @@ mod hint;
 mod holders;
 mod locks;
 mod mapped;
+pub mod mounts;
 mod null;
 mod raw;
 mod sharing;

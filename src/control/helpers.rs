@@ -11,7 +11,6 @@
 //! free for everybody else.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs;
 use std::ops::Deref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -21,7 +20,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender, unbounded};
 
 use super::key::DiskKey;
-use crate::backing::{Access, Backing, BackingError, Contents, Image, Spec};
+use crate::backing::{Access, Backing, BackingError, Contents, Image, Spec, mounts};
 use crate::limits;
 use crate::park::Doorbell;
 
@@ -372,42 +371,13 @@ impl Places {
     /// The folder of a file and the mount that it is on, by their names alone: to look them up could
     /// already hang. A node below `/dev` is a device of its own.
     fn of(path: &Path) -> Places {
-        let mount = mount_of(path, &fs::read_to_string("/proc/self/mountinfo").unwrap_or_default());
+        let mount = mounts::point_of(path);
         let folder = match path.starts_with("/dev") {
             true => path,
             false => path.parent().unwrap_or(path),
         };
         Places(vec![Place::Folder(folder.to_owned()), Place::Mount(mount)])
     }
-}
-
-/// The longest mount point in `mountinfo` (proc(5)) that `path` lies below.
-fn mount_of(path: &Path, mountinfo: &str) -> PathBuf {
-    let points = mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).map(unescaped);
-    let above = points.filter(|point| path.starts_with(point));
-    above.max_by_key(|point| point.as_os_str().len()).unwrap_or_else(|| PathBuf::from("/"))
-}
-
-/// A name of mountinfo, in which blanks and the like are written as three octal digits.
-fn unescaped(name: &str) -> PathBuf {
-    use std::os::unix::ffi::OsStringExt;
-    let mut bytes = Vec::with_capacity(name.len());
-    let mut rest = name.as_bytes();
-    while let Some((first, after)) = rest.split_first() {
-        let digits = after.get(..3).filter(|_| *first == b'\\');
-        let code = digits.and_then(|digits| std::str::from_utf8(digits).ok());
-        match code.and_then(|code| u8::from_str_radix(code, 8).ok()) {
-            Some(byte) => {
-                bytes.push(byte);
-                rest = &after[3..];
-            }
-            None => {
-                bytes.push(*first);
-                rest = after;
-            }
-        }
-    }
-    PathBuf::from(std::ffi::OsString::from_vec(bytes))
 }
 
 fn refusal(spec: &Spec, what: String, mend: &str) -> BackingError {

@@ -1,3 +1,4 @@
+use std::fs;
 use std::fs::File;
 use std::os::fd::AsFd;
 
@@ -125,23 +126,6 @@ fn what_is_dropped_is_closed_by_a_helper() {
     drop(backing);
     assert!(rig.helpers.finish(Instant::now() + Duration::from_secs(60)));
     assert_ne!(fs::read_link(&link).ok(), Some(path));
-}
-
-#[test]
-fn a_mount_is_found_by_its_name_alone() {
-    let mountinfo = "22 1 8:1 / / rw - ext4 /dev/a rw\n\
-        30 22 0:5 / /dev rw - devtmpfs udev rw\n\
-        31 22 0:50 / /srv/my\\040disks rw - nfs4 server:/x rw\n\
-        32 22 0:51 / /srv rw - nfs4 server:/y rw\n";
-    for (path, mount) in [
-        ("/srv/my disks/a.img", "/srv/my disks"),
-        ("/srv/my disk/a.img", "/srv"),
-        ("/srvx/a.img", "/"),
-        ("/dev/sda", "/dev"),
-    ] {
-        assert_eq!(mount_of(Path::new(path), mountinfo), Path::new(mount), "{path}");
-    }
-    assert_eq!(mount_of(Path::new("/a"), ""), Path::new("/"));
 }
 
 #[test]
