@@ -72,7 +72,7 @@ fn columns() -> Option<usize> {
 }
 
 /// All that is printed: a table, in which targets are shortened until it fits `columns`, and below it
-/// why disks failed.
+/// why disks failed, and what is not as it should be with storage that is served all the same.
 fn page(disks: &[DiskRates], columns: Option<usize>) -> String {
     let widest = disks.iter().map(|disk| console::measure_text_width(&target(disk))).max();
     let widest = widest.unwrap_or(0);
@@ -81,14 +81,19 @@ fn page(disks: &[DiskRates], columns: Option<usize>) -> String {
     if excess > 0 {
         page = disk_table(disks, widest.saturating_sub(excess).max(TARGET_COLUMNS_MIN));
     }
-    let failing = disks.iter().map(|rates| &rates.disk).filter(|disk| !disk.failure.is_empty());
-    let failures = failing
-        .map(|disk| format!("\n{} {}: {}", disk.domid, disk.vdev, printable(&disk.failure)))
-        .collect::<String>();
-    match failures.as_str() {
+    let remarks = disks.iter().flat_map(|rates| remarks(&rates.disk)).collect::<String>();
+    match remarks.as_str() {
         "" => page,
-        failures => format!("{page}\n{failures}"),
+        remarks => format!("{page}\n{remarks}"),
     }
+}
+
+/// A line for each thing that is wrong with a disk.
+fn remarks(disk: &DiskReport) -> impl Iterator<Item = String> {
+    let failure = (!disk.failure.is_empty()).then(|| disk.failure.clone());
+    let warnings = disk.warnings.iter().map(|warning| format!("warning: {warning}"));
+    let line = |text: String| format!("\n{} {}: {}", disk.domid, disk.vdev, printable(&text));
+    failure.into_iter().chain(warnings).map(line)
 }
 
 /// However narrow a terminal is, so much of a target is shown.
@@ -172,5 +177,13 @@ mod test {
         let lines: Vec<&str> = page.lines().collect();
         assert_eq!(lines[4..], ["", "6 xvda: it\\nfailed", "7 xvda: so did it"], "{page}");
         assert!(lines[..4].iter().all(|line| !line.contains("failed")), "{page}");
+    }
+
+    #[test]
+    fn warnings_stand_there_too() {
+        let mut disk = disk(5, "raw:/a", "");
+        disk.disk.warnings = vec!["its last 7 bytes fill no sector".to_owned()];
+        let page = page(&[disk], None);
+        assert!(page.ends_with("\n\n5 xvda: warning: its last 7 bytes fill no sector"), "{page}");
     }
 }

@@ -153,6 +153,7 @@ pub mod test {
             kind: "vbd".to_owned(),
             state: "Connected".to_owned(),
             failure: String::new(),
+            warnings: Vec::new(),
             target: "null:8G".to_owned(),
             backing: "null".to_owned(),
             read_only: false,

@@ -242,3 +242,17 @@ fn the_daemon_ends_although_an_open_hangs() {
     rig.stop();
     drop(lease);
 }
+
+#[test]
+fn what_is_not_as_it_should_be_with_storage_is_told_by_log_and_list() {
+    crate::log::keep();
+    let rig = Rig::start();
+    rig.guest(76);
+    let path = rig.folder().join("odd.img");
+    File::create(&path).unwrap().set_len((1 << 20) + 7).unwrap();
+    rig.attach(76, "xvda", &format!("raw:{}", path.display())).unwrap();
+    let warnings = rig.list()[0].warnings.clone();
+    assert!(warnings.len() == 1 && warnings[0].contains("last 7 bytes"), "{warnings:?}");
+    assert_eq!(crate::log::lines(&["vbd/76/", "odd.img", "last 7 bytes"]).len(), 1);
+    assert_eq!(rig.list()[0].failure, "");
+}

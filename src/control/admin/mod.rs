@@ -239,6 +239,7 @@ fn report(disk: &Disk, now: Instant) -> DiskReport {
         kind: key.kind.to_string(),
         state: disk.machine().backend().to_string(),
         failure: disk.failure().to_owned(),
+        warnings: disk.backing().map(|backing| backing.warnings().to_vec()).unwrap_or_default(),
         target: description.map(|description| description.target.clone()).unwrap_or_default(),
         backing: match disk.backing().map(|backing| &**backing.image()) {
             Some(Image::Raw(_)) => "raw",

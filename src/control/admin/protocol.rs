@@ -118,6 +118,10 @@ pub struct DiskReport {
     pub state: String,
     /// Why it failed last; empty where it did not.
     pub failure: String,
+    /// What is not as it should be with its storage, which is served all the same: each one sentence
+    /// about "it".
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// What holds its contents, as it was named.
     pub target: String,
     /// The kind of backing, `empty` for a drive without a medium; empty while none is open.
