@@ -295,10 +295,12 @@ const _: () = assert!(RING_PAGE_ORDER_DEFAULT <= RING_PAGE_ORDER_MAX);
 const _: () =
     assert!(URING_ENTRIES as usize * SEGMENTS_PER_REQUEST >= INDIRECT_SEGMENTS_MAX as usize);
 
-/// What a queue's turn in a pass may cost where others have work too, in sixteenths of a page that the
-/// worker itself moves, which takes it about 20 ns each. So a turn lasts some microseconds, however much
-/// the guest asks for, and nobody waits for long behind anybody.
-pub const TURN_EFFORT: u32 = 256;
+/// What a queue's turn in a pass may cost where others have work too, in units of about 10 ns of the
+/// worker's time: a full one-page ring of requests for a page each, or 16 pages that the worker itself
+/// copies. So a turn lasts some microseconds, however much the guest asks for, and nobody waits for long
+/// behind anybody.
+pub const TURN_EFFORT: u32 = 512;
+const _: () = assert!(TURN_EFFORT == 32 * (REQUEST_EFFORT + SEGMENT_EFFORT));
 
 /// ... for one that has had more than its share, while those who have not are about to come back,
 pub const TURN_EFFORT_AHEAD: u32 = TURN_EFFORT / 4;
@@ -308,13 +310,13 @@ const _: () = assert!(TURN_EFFORT_AHEAD >= MOVED_PAGE_EFFORT);
 pub const TURN_EFFORT_ALONE: u32 = 32 * TURN_EFFORT;
 
 /// Of the effort a request costs this,
-pub const REQUEST_EFFORT: u32 = 8;
+pub const REQUEST_EFFORT: u32 = 15;
 
 /// ... each of its segments this, for the kernel has to look at it,
 pub const SEGMENT_EFFORT: u32 = 1;
 
 /// ... so many bytes of a discard 1, for of a file in memory the worker forgets which pages are there,
-pub const DISCARD_BYTES_PER_EFFORT: u64 = 4 << 20;
+pub const DISCARD_BYTES_PER_EFFORT: u64 = 2 << 20;
 
 /// ... and each page that the worker copies this.
-pub const MOVED_PAGE_EFFORT: u32 = 16;
+pub const MOVED_PAGE_EFFORT: u32 = 32;
