@@ -60,7 +60,7 @@ pub const RINGS_RESERVED: usize = 4096;
 pub const MAPPINGS_RESERVED: usize = RINGS_RESERVED + 4096;
 
 /// Pages that Xen lets dom0 map: 1024 frames of its maptrack (`gnttab_max_maptrack_frames`), 256 entries
-/// each, two for each page where dom0 is a PV domain.
+/// each, two for each page if dom0 is a PV domain.
 pub const PAGES_MAPPED_MAX: usize = 1024 * 256 / 2;
 
 /// Of these, those for guests' data: the reserved rings have four pages each.
@@ -295,7 +295,7 @@ const _: () = assert!(RING_PAGE_ORDER_DEFAULT <= RING_PAGE_ORDER_MAX);
 const _: () =
     assert!(URING_ENTRIES as usize * SEGMENTS_PER_REQUEST >= INDIRECT_SEGMENTS_MAX as usize);
 
-/// What a queue's turn in a pass may cost where others have work too, in units of about 10 ns of the
+/// What a queue's turn in a pass may cost while others have work too, in units of about 10 ns of the
 /// worker's time: a full one-page ring of requests for a page each, or 16 pages that the worker itself
 /// copies. So a turn lasts some microseconds, however much the guest asks for, and nobody waits for long
 /// behind anybody.
@@ -306,7 +306,7 @@ const _: () = assert!(TURN_EFFORT == 32 * (REQUEST_EFFORT + SEGMENT_EFFORT));
 pub const TURN_EFFORT_AHEAD: u32 = TURN_EFFORT / 4;
 const _: () = assert!(TURN_EFFORT_AHEAD >= MOVED_PAGE_EFFORT);
 
-/// ... and where no other has work: still so little that one that wakes up does not wait for long.
+/// ... and while no other has work: still little enough that one that wakes up does not wait for long.
 pub const TURN_EFFORT_ALONE: u32 = 32 * TURN_EFFORT;
 
 /// Of the effort a request costs this,
@@ -315,7 +315,7 @@ pub const REQUEST_EFFORT: u32 = 15;
 /// ... each of its segments this, for the kernel has to look at it,
 pub const SEGMENT_EFFORT: u32 = 1;
 
-/// ... so many bytes of a discard 1, for of a file in memory the worker forgets which pages are there,
+/// ... this number of bytes of a discard 1, because the worker notes which pages of a file in memory are gone,
 pub const DISCARD_BYTES_PER_EFFORT: u64 = 2 << 20;
 
 /// ... and each page that the worker copies this.

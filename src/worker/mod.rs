@@ -7,7 +7,7 @@
 //! notification storm of a guest therefore costs a busy worker nothing (XSA-332).
 //!
 //! A queue that waits for what others have of the worker's pools is neither: it is looked at again once
-//! something was given back. Where several queues have work they take turns ([`turns`]).
+//! something was given back. If several queues have work they take turns ([`turns`]).
 
 mod thread;
 mod turns;
@@ -170,8 +170,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         !self.waiting.is_empty() && self.freed != self.resources.freed
     }
 
-    /// As [`Worker::run`] does it after a pass without work, where it never spins: whether the worker
-    /// would sleep now until something happens.
+    /// What [`Worker::run`] does after a pass without work, for a worker that never spins: whether it would
+    /// sleep now until something happens.
     pub fn arm(&mut self) -> io::Result<bool> {
         let pause = Pause { lasted_ns: 0, spins: false, limit_ns: 0 };
         if !self.is_to_sleep(pause)? {
@@ -240,7 +240,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(if worked { Progress::Worked } else { Progress::Idle })
     }
 
-    /// Requests, storage and responses, where one queue at most is polled.
+    /// Requests, storage and responses, while one queue at most is polled.
     #[inline]
     fn serve_alone(&mut self, now_ns: u64, clock_ns: impl Fn() -> u64) -> io::Result<bool> {
         let mut worked = self.take_alone(now_ns);
@@ -252,7 +252,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(worked)
     }
 
-    /// The same, where several are.
+    /// The same, while several are.
     fn serve_in_turns(&mut self, now_ns: u64, clock_ns: impl Fn() -> u64) -> io::Result<bool> {
         let mut watch = Stopwatch { clock_ns: &clock_ns, since_ns: clock_ns() };
         let mut worked = self.take_in_turns(now_ns, &mut watch);
@@ -571,7 +571,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         worked
     }
 
-    /// Ends the pass for the queues that are polled, where at its beginning there was one at most.
+    /// Ends the pass for the queues that are polled, of which there was one at most when it began.
     #[inline]
     fn finish_alone(&mut self) -> io::Result<()> {
         for index in &self.polled {
