@@ -2,7 +2,7 @@
 //! the process, whatever domains there are.
 //!
 //! A [`GrantBudget`] is a domain's, within the [`HostBudget`] of all. Each of its queues takes a
-//! [`GrantShare`] of both before it maps. Nobody waits: where nothing is left, the data is copied.
+//! [`GrantShare`] of both before it maps. Nobody waits: if nothing is left, the data is copied.
 //!
 //! The process's own bounds are on pages, for Xen lets dom0 map only that many, and on mappings, of
 //! which each mmap makes one however few pages it has. Of both a reserve is left to rings, which can't be
@@ -27,11 +27,11 @@ pub struct GrantBudget {
     host: Arc<HostBudget>,
 }
 
-/// What a process may have mapped where nobody says otherwise: `DEFAULT_MAX_MAP_COUNT` of Linux.
+/// How many mappings a process may have unless the host says otherwise: `DEFAULT_MAX_MAP_COUNT` of Linux.
 const MAX_MAP_COUNT: usize = 65530;
 
 impl HostBudget {
-    /// So many pages, in at most so many mappings.
+    /// This number of pages, in at most this number of mappings.
     pub fn new(pages: usize, mappings: usize) -> HostBudget {
         HostBudget { pages: AtomicUsize::new(pages), mappings: AtomicUsize::new(mappings) }
     }
@@ -56,7 +56,7 @@ impl GrantBudget {
         GrantBudget { left: AtomicUsize::new(pages), host }
     }
 
-    /// Pages that can be had now.
+    /// Pages that could be taken now.
     pub fn left(&self) -> usize {
         self.left.load(Ordering::Relaxed).min(self.host.pages.load(Ordering::Relaxed))
     }
@@ -96,12 +96,12 @@ impl GrantShare {
         self.pages
     }
 
-    /// Pages that can be had now, in some mapping.
+    /// Pages it could take now, and a mapping for them.
     pub fn left(&self) -> usize {
         if self.left_mappings() == 0 { 0 } else { self.budget.left() }
     }
 
-    /// Mappings that can be had now.
+    /// Mappings it could take now.
     pub fn left_mappings(&self) -> usize {
         self.budget.host.mappings.load(Ordering::Relaxed)
     }
@@ -115,7 +115,7 @@ impl GrantShare {
         allowed
     }
 
-    /// Takes `wanted` pages in so many mappings, or none; says whether.
+    /// Takes `wanted` pages and `mappings` for them, or none; says whether.
     pub fn take_all(&mut self, wanted: usize, mappings: usize) -> bool {
         let taken = self.take(wanted);
         let enough = taken == wanted && self.take_mappings(mappings);
@@ -125,7 +125,7 @@ impl GrantShare {
         enough
     }
 
-    /// Takes so many mappings for pages that are taken, or none; says whether.
+    /// Takes `wanted` mappings for pages that are taken, or none; says whether.
     pub fn take_mappings(&mut self, wanted: usize) -> bool {
         let taken = take(&self.budget.host.mappings, wanted);
         self.mappings += taken;
@@ -138,7 +138,7 @@ impl GrantShare {
     /// Gives back pages, which are mapped no more.
     ///
     /// # Panics
-    /// Where it does not have that many.
+    /// If it does not have that many.
     pub fn give_back(&mut self, pages: usize) {
         self.pages = self.pages.checked_sub(pages).expect("pages are given back once");
         self.budget.host.pages.fetch_add(pages, Ordering::Release);
@@ -148,7 +148,7 @@ impl GrantShare {
     /// Gives back mappings, which are no more.
     ///
     /// # Panics
-    /// Where it does not have that many.
+    /// If it does not have that many.
     pub fn give_back_mappings(&mut self, count: usize) {
         self.mappings = self.mappings.checked_sub(count).expect("mappings are given back once");
         self.budget.host.mappings.fetch_add(count, Ordering::Release);

@@ -60,7 +60,7 @@ pub const RINGS_RESERVED: usize = 4096;
 pub const MAPPINGS_RESERVED: usize = RINGS_RESERVED + 4096;
 
 /// Pages that Xen lets dom0 map: 1024 frames of its maptrack (`gnttab_max_maptrack_frames`), 256 entries
-/// each, two for each page where dom0 is a PV domain.
+/// each, two for each page if dom0 is a PV domain.
 pub const PAGES_MAPPED_MAX: usize = 1024 * 256 / 2;
 
 /// Of these, those for guests' data: the reserved rings have four pages each.
@@ -357,29 +357,31 @@ const _: () = assert!(RING_PAGE_ORDER_DEFAULT <= RING_PAGE_ORDER_MAX);
 const _: () =
     assert!(URING_ENTRIES as usize * SEGMENTS_PER_REQUEST >= INDIRECT_SEGMENTS_MAX as usize);
 
-/// What a queue's turn in a pass may cost where others have work too, in sixteenths of a page that the
-/// worker itself moves, which takes it about 20 ns each. So a turn lasts some microseconds, however much
-/// the guest asks for, and nobody waits for long behind anybody.
-pub const TURN_EFFORT: u32 = 256;
+/// What a queue's turn in a pass may cost while others have work too, in units of about 10 ns of the
+/// worker's time: a full one-page ring of requests for a page each, or 16 pages that the worker itself
+/// copies. So a turn lasts some microseconds, however much the guest asks for, and nobody waits for long
+/// behind anybody.
+pub const TURN_EFFORT: u32 = 512;
+const _: () = assert!(TURN_EFFORT == 32 * (REQUEST_EFFORT + SEGMENT_EFFORT));
 
 /// ... for one that has had more than its share, while those who have not are about to come back,
 pub const TURN_EFFORT_AHEAD: u32 = TURN_EFFORT / 4;
 const _: () = assert!(TURN_EFFORT_AHEAD >= MOVED_PAGE_EFFORT);
 
-/// ... and where no other has work: still so little that one that wakes up does not wait for long.
+/// ... and while no other has work: still little enough that one that wakes up does not wait for long.
 pub const TURN_EFFORT_ALONE: u32 = 32 * TURN_EFFORT;
 
 /// Of the effort a request costs this,
-pub const REQUEST_EFFORT: u32 = 8;
+pub const REQUEST_EFFORT: u32 = 15;
 
 /// ... each of its segments this, for the kernel has to look at it,
 pub const SEGMENT_EFFORT: u32 = 1;
 
-/// ... so many bytes of a discard 1, for of a file in memory the worker forgets which pages are there,
-pub const DISCARD_BYTES_PER_EFFORT: u64 = 4 << 20;
+/// ... this number of bytes of a discard 1, because the worker notes which pages of a file in memory are gone,
+pub const DISCARD_BYTES_PER_EFFORT: u64 = 2 << 20;
 
 /// ... and each page that the worker copies this.
-pub const MOVED_PAGE_EFFORT: u32 = 16;
+pub const MOVED_PAGE_EFFORT: u32 = 32;
 
 /// Seconds that opening an image waits for another disk that is opening or closing the same storage.
 /// Both take no time unless storage hangs: then the disk is told so, and control's helper is free again.

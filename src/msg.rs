@@ -257,7 +257,7 @@ impl CommandSender {
 }
 
 impl EventSender {
-    /// Sends, or gives back what control has no room for now. Where control has ended there is nobody
+    /// Sends, or gives back what control has no room for now. If control has ended there is nobody
     /// left to tell.
     fn try_send(&self, event: Event) -> Result<(), Event> {
         match self.events.try_send(event) {
@@ -270,8 +270,8 @@ impl EventSender {
         }
     }
 
-    /// Sends, for who may wait for a while where control is thousands of events behind, as with the last
-    /// words of a thread. Where control has ended there is nobody left to tell.
+    /// Sends; waits for a while if control is thousands of events behind, as a thread may with its last
+    /// words. If control has ended there is nobody left to tell.
     pub fn send(&self, event: Event) {
         self.wait_and_send(event);
     }
@@ -315,8 +315,7 @@ impl Outbox {
         self.kept.is_empty()
     }
 
-    /// Tells what is left, where nobody will offer it again; waits for a while for a control that is
-    /// behind.
+    /// Tells what is left, once nobody will offer it again; waits for a while if control is behind.
     pub fn close(&mut self) {
         while let Some(event) = self.kept.pop_front() {
             if !self.sender.wait_and_send(event) {

@@ -53,7 +53,7 @@ impl Pool {
     /// Gives back `count`.
     ///
     /// # Panics
-    /// Where the holder does not have that many.
+    /// If the holder does not have that many.
     #[inline]
     pub fn give_back(&mut self, share: &mut Share, count: usize) {
         let used = share.used.checked_sub(count).expect("what is given back was taken");
@@ -113,7 +113,7 @@ impl<T> Lanes<T> {
     /// Gives back one that a holder has.
     ///
     /// # Panics
-    /// Where it has none.
+    /// If it has none.
     pub fn give_back(&mut self, holder: usize) {
         self.pool.give_back(&mut self.lanes[holder].share, 1);
     }

@@ -194,7 +194,7 @@ impl Shared {
             Ok(()) => 0,
             Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
         };
-        // Where the worker has ended nobody waits for it.
+        // Once the worker has ended nobody waits for it.
         let _ = self.results.send(Completion { ticket, result });
         self.bell.ring();
     }

@@ -1,4 +1,4 @@
-//! Where operations on whole blocks go: io_uring, or a thread where the kernel has no asynchronous form.
+//! Where operations on whole blocks go: to io_uring, or to a thread if the kernel has no asynchronous form.
 //!
 //! Reads and writes go to the kernel as they come. Flushes and discards take a kernel's thread each
 //! for as long as they last, so there are few of them at a time; the others are parked.
@@ -29,7 +29,7 @@ pub struct Transport {
 pub struct Target {
     /// For io_uring.
     pub file: RawFd,
-    /// For a thread, where it is a device.
+    /// For a thread, if it is a device.
     pub device: Option<Arc<DeviceHandle>>,
     /// The kernel can't begin with a transfer and go on later.
     pub always_waits: bool,

@@ -12,7 +12,7 @@ pub struct BouncePool {
     memory: Option<LocalPages>,
     registration: Option<Registration>,
     pages: usize,
-    /// A bit for each page that can be had.
+    /// A bit for each page that is free.
     free: Box<[u64]>,
     free_count: usize,
 }
@@ -27,7 +27,7 @@ pub enum Whose {
 }
 
 impl BouncePool {
-    /// For so many pages.
+    /// Of `pages` pages.
     pub fn new(pages: usize) -> BouncePool {
         let bits = |word: usize| u64::MAX >> (64 - (pages - word * 64).min(64));
         let free = (0..pages.div_ceil(64)).map(bits).collect();

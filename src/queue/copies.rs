@@ -27,7 +27,7 @@ impl CopyBatch {
         self.owners.push(owner);
     }
 
-    /// Does all of them, and says how many that were. Where a whole system call is refused, each copy of
+    /// Does all of them, and says how many that were. If a whole system call is refused, each copy of
     /// it has failed.
     pub fn run<G: Grants>(&mut self, grants: &mut G, frontend: DomId) -> usize {
         for batch in self.copies.chunks_mut(SEGMENTS_PER_COPY_BATCH) {

@@ -24,8 +24,8 @@ pub struct Indirect {
 }
 
 impl Queue {
-    /// Begins an indirect request. Where there is no table for it, it waits in [`Queue::parked`], and
-    /// the ring behind it.
+    /// Begins an indirect request. If there is no table for it, it waits in [`Queue::parked`], and the
+    /// ring behind it.
     pub(super) fn take_indirect<G, E>(&mut self, io: &mut Resources<G, E>, head: IndirectHead) {
         match io.tables.take(&mut self.tables) {
             Some(table) => {

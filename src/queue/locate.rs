@@ -202,7 +202,7 @@ impl Queue {
     }
 }
 
-/// What copying so many segments costs; no more than a turn's effort, by which they were counted.
+/// What copying `count` segments costs; no more than a turn's effort, by which they were counted.
 fn segments_effort(count: usize) -> u32 {
     u32::try_from(count).expect("at most a request's segments") * MOVED_PAGE_EFFORT
 }

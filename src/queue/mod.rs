@@ -768,7 +768,7 @@ impl Queue {
     }
 }
 
-/// Where one that was taken off a list is at its end again, beside so many others, it stays the first.
+/// If a slot that was taken off a list is at its end again, beside the `others`, it stays the first.
 fn stays_first(list: &mut VecDeque<u32>, others: usize) -> bool {
     let is_back = list.len() > others;
     if is_back {

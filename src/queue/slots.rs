@@ -303,7 +303,7 @@ impl Slot {
         show(&buffers[..count.min(buffers.len())])
     }
 
-    /// What is left after a short transfer. It is copied only where that ended inside of a buffer, which
+    /// What is left after a short transfer. It is copied only if that ended inside a buffer, which
     /// is rare.
     #[cold]
     fn rest(&self) -> Cow<'_, [GuestBuf]> {

@@ -99,7 +99,7 @@ impl TransientGrants {
     }
 }
 
-/// How many mappings so many pages are in.
+/// How many mappings `pages` pages take.
 fn mappings(pages: usize) -> usize {
     pages.div_ceil(GRANTS_PER_MAP_BATCH)
 }

@@ -7,7 +7,7 @@
 //! notification storm of a guest therefore costs a busy worker nothing (XSA-332).
 //!
 //! A queue that waits for what others have of the worker's pools is neither: it is looked at again once
-//! something was given back. Where several queues have work they take turns ([`turns`]).
+//! something was given back. If several queues have work they take turns ([`turns`]).
 
 mod thread;
 mod turns;
@@ -170,8 +170,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         !self.waiting.is_empty() && self.freed != self.resources.freed
     }
 
-    /// As [`Worker::run`] does it after a pass without work, where it never spins: whether the worker
-    /// would sleep now until something happens.
+    /// What [`Worker::run`] does after a pass without work, for a worker that never spins: whether it would
+    /// sleep now until something happens.
     pub fn arm(&mut self) -> io::Result<bool> {
         let pause = Pause { lasted_ns: 0, spins: false, limit_ns: 0 };
         if !self.is_to_sleep(pause)? {
@@ -240,7 +240,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(if worked { Progress::Worked } else { Progress::Idle })
     }
 
-    /// Requests, storage and responses, where one queue at most is polled.
+    /// Requests, storage and responses, while one queue at most is polled.
     #[inline]
     fn serve_alone(&mut self, now_ns: u64, clock_ns: impl Fn() -> u64) -> io::Result<bool> {
         let mut worked = self.take_alone(now_ns);
@@ -252,13 +252,20 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(worked)
     }
 
-    /// The same, where several are.
+    /// The same, while several are.
     fn serve_in_turns(&mut self, now_ns: u64, clock_ns: impl Fn() -> u64) -> io::Result<bool> {
-        let mut worked = self.take_in_turns(now_ns, &clock_ns);
-        self.kick_in_turns(&clock_ns)?;
-        worked |= self.take_completions_in_turns(&clock_ns);
+        let mut watch = Stopwatch { clock_ns: &clock_ns, since_ns: clock_ns() };
+        let mut worked = self.take_in_turns(now_ns, &mut watch);
+        // The time to submit is charged to the queues by the effort of each.
+        self.resources.engine.kick()?;
+        self.charge_parts(watch.lap_ns());
+        if self.take_completions(&clock_ns) {
+            worked = true;
+            // And this by the data of each, which the engine may have had to copy.
+            self.charge_parts(watch.lap_ns());
+        }
         if worked {
-            self.finish_in_turns(&clock_ns)?;
+            self.finish_in_turns(&mut watch)?;
         }
         Ok(worked)
     }
@@ -499,14 +506,13 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     }
 
     /// The turns of all queues that are polled, but for those that had more than their share.
-    fn take_in_turns(&mut self, now_ns: u64, clock_ns: impl Fn() -> u64) -> bool {
+    fn take_in_turns(&mut self, now_ns: u64, watch: &mut Stopwatch<impl Fn() -> u64>) -> bool {
         let count = self.polled.len();
         let first = self.turns.begin(count);
         let polled = self.polled.iter().map(|index| &self.queues[*index]);
         let limit = self.turns.limit(now_ns, polled.map(|it| (it.used, it.last_work_ns)));
         let mut worked = false;
         let mut put_off: Option<(TimeUsed, usize)> = None;
-        let mut since_ns = clock_ns();
         for nth in 0..count {
             let index = self.polled[wrapped(first + nth, count)];
             let served = &mut self.queues[index];
@@ -520,29 +526,19 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 }
             } else if self.take_turn(index, TURN_EFFORT, now_ns) {
                 worked = true;
-                self.charge(index, &mut since_ns, &clock_ns);
+                self.charge(index, watch.lap_ns());
             }
         }
         if !worked && let Some((_, index)) = put_off {
             worked = self.take_turn(index, TURN_EFFORT_AHEAD, now_ns);
-            self.charge(index, &mut since_ns, &clock_ns);
+            self.charge(index, watch.lap_ns());
         }
         worked
     }
 
-    /// Charges a queue for the time since then.
-    fn charge(&mut self, index: usize, since_ns: &mut u64, clock_ns: impl Fn() -> u64) {
-        let now_ns = clock_ns();
-        self.turns.charge(&mut self.queues[index].used, now_ns.saturating_sub(*since_ns));
-        *since_ns = now_ns;
-    }
-
-    /// Starts what was taken. The time that takes is charged to the queues by the effort of each.
-    fn kick_in_turns(&mut self, clock_ns: impl Fn() -> u64) -> io::Result<()> {
-        let since_ns = clock_ns();
-        self.resources.engine.kick()?;
-        self.charge_parts(clock_ns().saturating_sub(since_ns));
-        Ok(())
+    /// Charges a queue for its time.
+    fn charge(&mut self, index: usize, time_ns: u64) {
+        self.turns.charge(&mut self.queues[index].used, time_ns);
     }
 
     /// Charges all queues for what they did together, each for its part.
@@ -553,17 +549,6 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             let part = std::mem::take(part);
             self.turns.charge(used, time_ns.saturating_mul(part) / all.max(1));
         }
-    }
-
-    /// As [`Worker::take_completions`]. The time that takes is charged to the queues by the data of each,
-    /// which the engine may have had to copy.
-    fn take_completions_in_turns(&mut self, clock_ns: impl Fn() -> u64) -> bool {
-        let since_ns = clock_ns();
-        let worked = self.take_completions(&clock_ns);
-        if worked {
-            self.charge_parts(clock_ns().saturating_sub(since_ns));
-        }
-        worked
     }
 
     #[inline]
@@ -586,7 +571,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         worked
     }
 
-    /// Ends the pass for the queues that are polled, where at its beginning there was one at most.
+    /// Ends the pass for the queues that are polled, of which there was one at most when it began.
     #[inline]
     fn finish_alone(&mut self) -> io::Result<()> {
         for index in &self.polled {
@@ -599,10 +584,9 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     }
 
     /// Ends the pass for the queues that are polled, from the same one on as it began.
-    fn finish_in_turns(&mut self, clock_ns: impl Fn() -> u64) -> io::Result<()> {
+    fn finish_in_turns(&mut self, watch: &mut Stopwatch<impl Fn() -> u64>) -> io::Result<()> {
         let count = self.polled.len();
         let first = self.turns.first();
-        let mut since_ns = clock_ns();
         for nth in 0..count {
             let index = self.polled[wrapped(first + nth, count)];
             let queue = &mut self.queues[index].queue;
@@ -612,7 +596,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             } else if !copies {
                 continue;
             }
-            self.charge(index, &mut since_ns, &clock_ns);
+            self.charge(index, watch.lap_ns());
         }
         Ok(())
     }
@@ -659,6 +643,20 @@ impl Served {
             replacements: Vec::new(),
             leaving: false,
         }
+    }
+}
+
+/// Tells how long each of several things has taken, one after the other.
+struct Stopwatch<C> {
+    clock_ns: C,
+    since_ns: u64,
+}
+
+impl<C: Fn() -> u64> Stopwatch<C> {
+    /// The time since this was asked last.
+    fn lap_ns(&mut self) -> u64 {
+        let since_ns = std::mem::replace(&mut self.since_ns, (self.clock_ns)());
+        self.since_ns.saturating_sub(since_ns)
     }
 }
 

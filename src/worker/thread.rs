@@ -144,7 +144,7 @@ fn prepare<P: Platform>(setup: Setup<P>) -> Result<Worker<P, HostEngine>, SpawnE
 
 /// Has a worker run to its end; why it ended, unless it was told to.
 ///
-/// Where it ended in disorder, by an error or a panic, the kernel may still write to its memory for what
+/// If it ended in disorder, by an error or a panic, the kernel may still write to its memory for what
 /// is in flight. Then all of it stays, mappings and all, until the process ends.
 pub fn serve<P: Platform, E: Engine<Target = Image>>(worker: Worker<P, E>) -> Option<String> {
     let mut worker = ManuallyDrop::new(worker);

@@ -1,11 +1,11 @@
-//! Whose turn it is, where several queues of a worker have work.
+//! Whose turn it is, if several queues of a worker have work.
 //!
 //! Each has an equal share of the worker's time. A queue that had more than the one that had the least is
 //! put off for as long as others have work, so that one request of a guest that asks for little need not
-//! wait behind all that another can think of. Nobody is put off for nothing: where no other had work, the
+//! wait behind all that another can think of. Nobody is put off for nothing: if no other had work, the
 //! one of them that had the least has a turn after all.
 //!
-//! Where the round starts rotates, so that none is always first at what all share.
+//! Each round starts with another queue, so that none is always first at what all share.
 
 /// How much more time than the least served a queue may have had and still have its turn. Equal guests
 /// differ by less, so that all of them go on having their turns in one pass.
@@ -46,8 +46,8 @@ impl Turns {
         self.first
     }
 
-    /// The most that a queue may have had to have its turn at `now_ns`, where all that are polled had
-    /// these times, and work at those.
+    /// The most that a queue may have had to have its turn at `now_ns`; of each that is polled, the time it
+    /// has had and when it last had work.
     pub fn limit(&self, now_ns: u64, queues: impl Iterator<Item = (TimeUsed, u64)>) -> TimeUsed {
         let expected = queues.filter(|(_, work_ns)| now_ns.saturating_sub(*work_ns) < EXPECTED_NS);
         let least_ns = expected.map(|(used, _)| self.counted_ns(used)).min();

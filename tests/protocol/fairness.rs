@@ -35,7 +35,7 @@ impl Clock {
     }
 }
 
-/// The stand-in, where copies take their time.
+/// The stand-in, with copies that take their time.
 #[derive(Clone)]
 struct Timed(SimXen, Clock);
 
@@ -83,7 +83,7 @@ impl Grants for TimedGrants {
     }
 }
 
-/// What a guest does all the time: so many requests in flight, each of so many pages.
+/// What a guest does all the time: `depth` requests in flight, each of `pages` pages.
 #[derive(Clone, Copy)]
 struct Load {
     shape: Shape,

@@ -74,7 +74,7 @@ impl Drop for Frozen<'_> {
     }
 }
 
-/// Runs a tool; what it says where it fails.
+/// Runs a tool; what it says if it fails.
 fn run(tool: &str, with: impl FnOnce(&mut Command) -> &mut Command) -> Result<(), String> {
     let output = with(&mut Command::new(tool)).output().unwrap();
     let said = || String::from_utf8_lossy(&output.stderr).into_owned();

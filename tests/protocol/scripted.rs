@@ -31,7 +31,7 @@ use polldisk::xen::shm::{GuestBuf, Registration};
 /// Passes until everything that can happen has happened.
 const PASSES_MAX: usize = 100_000;
 
-/// What it costs to submit an operation, where there is a clock.
+/// What it costs to submit an operation, if there is a clock.
 const SUBMIT_NS: u64 = 300;
 
 /// Bytes of every disk.
@@ -189,7 +189,7 @@ impl Shape {
         Shape { options, mapping: Mapping::Kept, indirect_segments: 0 }
     }
 
-    /// Indirect requests of at most so many segments, on a ring of `1 << ring_order` pages.
+    /// Indirect requests of at most `segments` segments, on a ring of `1 << ring_order` pages.
     pub fn indirect(self, segments: usize, ring_order: u32) -> Shape {
         let options = Options { segments: segments.max(12), ring_order, ..self.options };
         let indirect_segments = u16::try_from(options.segments).unwrap();
