@@ -126,7 +126,7 @@ pub struct Disk {
 pub struct Footprint {
     /// Open file descriptors.
     pub fds: usize,
-    /// Threads, besides those that start when they are first needed and then stay.
+    /// Threads, besides those that come and go as they are needed.
     pub threads: usize,
     /// Mappings of granted pages.
     pub grant_mappings: usize,
@@ -168,11 +168,12 @@ impl Daemon {
     /// What it holds now.
     pub fn footprint(&self, dom0: &mut Agent) -> Result<Footprint> {
         let proc = format!("/proc/{}", self.pid);
-        // Two kinds of thread start when they are first needed and stay: the kernel's io_uring
-        // workers, iou-wrk-N, and the discard thread of each of the daemon's workers.
+        // Some threads start when they are needed and end when they have had nothing to do for a
+        // while: the kernel's for io_uring (iou-wrk-N), those that discard, and those that open and
+        // close storage.
         let text = dom0.ask(&format!(
             "ls {proc}/fd | wc -l
-             grep -LE '^(iou-wrk|discard)' {proc}/task/*/comm | wc -l
+             grep -LE '^(iou-wrk|discard|storage)' {proc}/task/*/comm | wc -l
              grep -c gntdev {proc}/maps || true"
         ))?;
         parse_footprint(&text).with_context(|| format!("the daemon's footprint: {text}"))
