@@ -377,16 +377,18 @@ impl<S: Store> Registry<S> {
         let result = match self.disks.contains_key(key) {
             true => self
                 .with_disk(key, now, |disk, around| {
+                    // One that can't be looked at is no reason not to look at the others.
+                    let mut result = Ok(());
                     if ends.backend {
-                        disk.look_at_backend(around)?;
+                        result = disk.look_at_backend(around);
                     }
                     if let Some(params) = ends.params.filter(|_| !disk.is_forgotten()) {
-                        disk.look_at_medium(params, around)?;
+                        result = result.and(disk.look_at_medium(params, around));
                     }
                     if ends.frontend && !disk.is_forgotten() {
-                        disk.look_at_frontend(around)?;
+                        result = result.and(disk.look_at_frontend(around));
                     }
-                    Ok(())
+                    result
                 })
                 .unwrap_or(Ok(())),
             false if ends.backend && !self.stopping => self.consider(key, None, now),
