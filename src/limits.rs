@@ -276,7 +276,11 @@ pub const DRAIN_SECONDS: u64 = 30;
 /// Threads that open and close storage. Each may be stuck in storage that hangs.
 pub const HELPERS_MAX: usize = 64;
 
-/// Of these in one folder, or at one device: enough for a thousand images that are opened in a row, and few
+/// Of these at one file or device: whoever opens what hangs over and over leaves room for the other files of the
+/// folder.
+pub const HELPERS_PER_FILE: usize = 2;
+
+/// Of these in one folder: enough for a thousand images that are opened in a row, and few
 /// where the folder hangs.
 pub const HELPERS_PER_FOLDER: usize = 4;
 
@@ -310,8 +314,11 @@ pub const STORE_RETRY_SECONDS: u64 = 5;
 /// Text of an `error` node: what fits beside its path in one xenstore message.
 pub const ERROR_TEXT_MAX: usize = 1024;
 
-const _: () =
-    assert!(HELPERS_PER_FOLDER < HELPERS_PER_MOUNT && 4 * HELPERS_PER_MOUNT < HELPERS_MAX);
+const _: () = assert!(
+    HELPERS_PER_FILE < HELPERS_PER_FOLDER
+        && HELPERS_PER_FOLDER < HELPERS_PER_MOUNT
+        && 4 * HELPERS_PER_MOUNT < HELPERS_MAX
+);
 const _: () = assert!(REQUESTS_PER_PASS * SEGMENTS_PER_REQUEST >= GRANTS_PER_MAP_BATCH);
 const _: () = assert!(PERSISTENT_GRANTS_PER_QUEUE >= GRANTS_PER_MAP_BATCH);
 const _: () = assert!(PERSISTENT_GRANTS_PER_QUEUE >= INDIRECT_SEGMENTS_MAX as usize);

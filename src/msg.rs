@@ -169,6 +169,12 @@ pub struct StorageFailure {
     pub errors_so_far: u64,
 }
 
+/// Whether a positive errno says that storage is full, whatever was asked for: a flush may find that
+/// first.
+pub fn is_full(errno: i32) -> bool {
+    matches!(errno, libc::ENOSPC | libc::EDQUOT)
+}
+
 /// The sending end of one worker's commands.
 #[derive(Clone, Debug)]
 pub struct CommandSender {

@@ -20,7 +20,7 @@ use crate::backing::{Backing, Geometry, Image};
 use crate::blkif::features::{DiskOffer, Offer};
 use crate::blkif::request::DiskRules;
 use crate::limits;
-use crate::msg::StorageFailure;
+use crate::msg::{StorageFailure, is_full};
 use crate::units::DomId;
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::{Store, if_there};
@@ -523,7 +523,7 @@ impl Disk {
             "storage failed a {operation} of {len_bytes} bytes at byte {offset_bytes}: {}",
             io::Error::from_raw_os_error(*errno)
         );
-        if matches!(*errno, libc::ENOSPC | libc::EDQUOT) && !self.is_full {
+        if is_full(*errno) && !self.is_full {
             self.is_full = true;
             guest_log!(around, self.key.domid, error, disk = %self.key, target, "{NO_SPACE}");
         }

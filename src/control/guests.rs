@@ -53,6 +53,11 @@ impl Guests {
         self.known.get(&domid).is_some_and(|guest| guest.introduced)
     }
 
+    /// All of them.
+    pub fn domains(&self) -> impl Iterator<Item = DomId> {
+        self.known.keys().copied()
+    }
+
     /// Forgets a domain that exists no more.
     pub fn forget(&mut self, domid: DomId) {
         self.known.remove(&domid);

@@ -6,9 +6,9 @@
 //! ([`OpenBacking`]).
 //!
 //! Threads are made as they are needed, `limits::HELPERS_MAX` at most. Storage that hangs keeps the
-//! threads that went into it, so there are never more than a few in one folder
-//! (`limits::HELPERS_PER_FOLDER`) and on one mount (`limits::HELPERS_PER_MOUNT`): the others stay
-//! free for everybody else.
+//! threads that went into it, so there are never more than a few at one file
+//! (`limits::HELPERS_PER_FILE`), in one folder (`limits::HELPERS_PER_FOLDER`) and on one mount
+//! (`limits::HELPERS_PER_MOUNT`): the others stay free for everybody else.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Deref;
@@ -114,7 +114,9 @@ enum Task {
 /// What a job may get stuck in.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Place {
-    /// A file's folder, or a device.
+    /// A file or device.
+    File(PathBuf),
+    /// A file's folder.
     Folder(PathBuf),
     /// By its mount point.
     Mount(PathBuf),
@@ -124,6 +126,7 @@ impl Place {
     /// How many jobs may be there together.
     fn most(&self) -> usize {
         match self {
+            Place::File(_) => limits::HELPERS_PER_FILE,
             Place::Folder(_) => limits::HELPERS_PER_FOLDER,
             Place::Mount(_) => limits::HELPERS_PER_MOUNT,
         }
@@ -368,15 +371,13 @@ impl State {
 }
 
 impl Places {
-    /// The folder of a file and the mount that it is on, by their names alone: to look them up could
-    /// already hang. A node below `/dev` is a device of its own.
+    /// A file, its folder and the mount that it is on, by their names alone: to look them up could
+    /// already hang. Devices have nothing to do with others of their folder.
     fn of(path: &Path) -> Places {
-        let mount = mounts::point_of(path);
-        let folder = match path.starts_with("/dev") {
-            true => path,
-            false => path.parent().unwrap_or(path),
-        };
-        Places(vec![Place::Folder(folder.to_owned()), Place::Mount(mount)])
+        let folder = path.parent().filter(|_| !path.starts_with("/dev"));
+        let folder = folder.map(|folder| Place::Folder(folder.to_owned()));
+        let (file, mount) = (Place::File(path.to_owned()), Place::Mount(mounts::point_of(path)));
+        Places([file].into_iter().chain(folder).chain([mount]).collect())
     }
 }
 

@@ -293,13 +293,18 @@ impl<S: Store> Registry<S> {
     }
 
     /// A domain that is gone takes its disks along, whether its toolstack cleans up or not.
+    /// One without disks is forgotten, so that nobody takes the next one with its number for it.
     fn look_for_ended_domains(&mut self, now: Instant) {
-        let domains: BTreeSet<DomId> = self.disks.keys().map(|key| key.domid).collect();
+        let with_disks = self.disks.keys().map(|key| key.domid);
+        let domains: BTreeSet<DomId> = with_disks.chain(self.guests.domains()).collect();
         for domid in domains {
             match self.store.is_domain_introduced(domid) {
                 Ok(exists) => {
                     if self.guests.has_ended(domid, exists) {
                         self.end_domain(domid, now);
+                    }
+                    if !exists && !self.disks.keys().any(|key| key.domid == domid) {
+                        self.guests.forget(domid);
                     }
                 }
                 Err(error) => {
@@ -310,11 +315,14 @@ impl<S: Store> Registry<S> {
     }
 
     fn end_domain(&mut self, domid: DomId, now: Instant) {
-        tracing::info!(%domid, "the guest is gone; its disks are closed");
-        for key in self.keys().into_iter().filter(|key| key.domid == domid) {
+        let disks: Vec<DiskKey> =
+            self.disks.keys().filter(|key| key.domid == domid).cloned().collect();
+        if !disks.is_empty() {
+            tracing::info!(%domid, "the guest is gone; its disks are closed");
+        }
+        for key in disks {
             self.with_disk(&key, now, |disk, around| disk.step(Input::DomainGone, around));
         }
-        self.guests.forget(domid);
     }
 
     fn list_kind(&mut self, kind: &Arc<str>) {
@@ -369,16 +377,18 @@ impl<S: Store> Registry<S> {
         let result = match self.disks.contains_key(key) {
             true => self
                 .with_disk(key, now, |disk, around| {
+                    // One that can't be looked at is no reason not to look at the others.
+                    let mut result = Ok(());
                     if ends.backend {
-                        disk.look_at_backend(around)?;
+                        result = disk.look_at_backend(around);
                     }
                     if let Some(params) = ends.params.filter(|_| !disk.is_forgotten()) {
-                        disk.look_at_medium(params, around)?;
+                        result = result.and(disk.look_at_medium(params, around));
                     }
                     if ends.frontend && !disk.is_forgotten() {
-                        disk.look_at_frontend(around)?;
+                        result = result.and(disk.look_at_frontend(around));
                     }
-                    Ok(())
+                    result
                 })
                 .unwrap_or(Ok(())),
             false if ends.backend && !self.stopping => self.consider(key, None, now),

@@ -7,13 +7,13 @@ use super::{Queue, Resources};
 use crate::blkif::Status;
 use crate::blkif::request::{Kind, Request};
 use crate::limits::{IN_FLIGHT_TOLD, SPACE_REPORT_NS};
-use crate::msg::{Event, InFlight, InFlightRequest, StorageFailure};
+use crate::msg::{Event, InFlight, InFlightRequest, StorageFailure, is_full};
 
 /// What was told to control of a queue's storage.
 #[derive(Debug, Default)]
 pub struct Reports {
     failures: u64,
-    /// Control was told that a write found no room, and not yet that one succeeded after it.
+    /// Control was told that something found no room, and not yet that one succeeded after it.
     is_full: bool,
     /// When control was last told of either.
     space_told_ns: Option<u64>,
@@ -108,10 +108,7 @@ impl Queue {
         errno: i32,
     ) -> Status {
         let request = self.slots.get_mut(slot).request;
-        let writes =
-            matches!(request.kind, Kind::Write | Kind::FlushThenWrite | Kind::FlushedWrite);
-        let is_full = writes && matches!(errno, libc::ENOSPC | libc::EDQUOT);
-        if let Some(errors_so_far) = self.reports.failed(is_full, io.now_ns) {
+        if let Some(errors_so_far) = self.reports.failed(is_full(errno), io.now_ns) {
             let failure = StorageFailure {
                 operation: in_words(request.kind),
                 offset_bytes: request.offset_bytes,

@@ -195,6 +195,31 @@ fn the_end_of_another_domain_ends_no_disk_of_one_that_is_only_being_made() {
 }
 
 #[test]
+fn a_domid_that_is_used_again_is_not_taken_for_the_domain_that_had_it_before() {
+    let rig = Rig::start();
+    rig.guest(7);
+    // A domain whose toolstack cleaned up before it ended.
+    rig.guest(5);
+    let areas = rig.toolstack_disk(5, xvd(0).0, "null:1G");
+    rig.wait_state(&areas.backend, 2);
+    rig.toolstack_removes(&areas, true);
+    rig.wait_state(&areas.backend, 6);
+    rig.dom0.rm(&areas.backend).unwrap();
+    until("it is forgotten", || rig.list().is_empty());
+    rig.server().release(crate::rig::domid(5)).unwrap();
+    rig.list();
+    // Another one with its number, which is still being built.
+    let areas = rig.toolstack_disk(5, xvd(0).0, "null:1G");
+    rig.wait_state(&areas.backend, 2);
+    rig.server().release(crate::rig::domid(7)).unwrap();
+    rig.list();
+    rig.list();
+    assert_eq!(rig.state(&areas.backend), Some(2));
+    let guest = rig.guest(5);
+    guest.connect(&rig, &areas);
+}
+
+#[test]
 fn a_daemon_that_ends_beside_hung_storage_ends_and_says_what_is_left() {
     crate::log::keep();
     let mut rig = Rig::start();

@@ -3,6 +3,7 @@
 
 use super::rig::Rig;
 use super::{XVDA, XVDB};
+use polldisk::xen::Store;
 use xenstore_rs::Xs;
 
 /// An ending that `echo` or a C program leaves.
@@ -91,4 +92,25 @@ fn an_online_that_nobody_can_read_takes_no_disk_away() {
     rig.wait_state(&other.backend, 2);
     assert!(rig.read(&areas.error).unwrap().contains("online = \"abc\""));
     assert_eq!((rig.state(&areas.backend), rig.served(5)), (Some(4), 1));
+}
+
+#[test]
+fn an_online_that_nobody_can_read_hides_nothing_else_that_happens_at_the_same_time() {
+    let rig = Rig::start();
+    let guest = rig.guest(5);
+    // As often as it takes for both to be seen at once.
+    for _ in 0..50 {
+        let areas = rig.toolstack_disk(5, XVDA, "null:1G");
+        guest.connect(&rig, &areas);
+        rig.dom0
+            .atomically(|span| {
+                span.rm(&areas.frontend)?;
+                span.write(&format!("{}/online", areas.backend), "abc")
+            })
+            .unwrap();
+        super::until("its ring is disconnected", || rig.served(5) == 0);
+        rig.toolstack_removes(&areas, false);
+        super::until("it is gone", || rig.list().is_empty());
+        rig.dom0.rm(&areas.backend).unwrap();
+    }
 }

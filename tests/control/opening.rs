@@ -71,6 +71,22 @@ fn an_open_that_hangs_costs_its_own_disk_only() {
 }
 
 #[test]
+fn a_file_that_is_asked_for_over_and_over_while_it_hangs_holds_up_no_other_in_its_folder() {
+    let rig = Rig::start();
+    let guest = rig.guest(5);
+    let lease = Lease::on(rig.folder(), "hung.img");
+    for number in 1..10 {
+        rig.toolstack_disk(5, xvd(number).0, &lease.target());
+    }
+    until("they are being opened", || rig.list().len() == 9);
+    let other = rig.folder().join("other.img");
+    File::create(&other).unwrap().set_len(1 << 20).unwrap();
+    let areas = rig.toolstack_disk(5, XVDA, &format!("raw:{}", other.display()));
+    guest.connect(&rig, &areas);
+    drop(lease);
+}
+
+#[test]
 fn an_open_that_takes_too_long_fails_with_a_reason_and_its_late_answer_changes_nothing() {
     let rig = Rig::start();
     let guest = rig.guest(5);

@@ -2,7 +2,7 @@
 
 use polldisk::blkif::op;
 use polldisk::limits::{IN_FLIGHT_TOLD, WORKER_EVENTS};
-use polldisk::msg::{Command, Event, InFlight, InFlightRequest, StorageFailure};
+use polldisk::msg::{Command, Event, InFlight, InFlightRequest, StorageFailure, is_full};
 use polldisk::worker::serve;
 
 use crate::draw::ERROR;
@@ -85,6 +85,24 @@ fn control_is_told_what_storage_fails_ever_more_seldom_and_when_it_has_room_agai
     assert_eq!(play(9 * SECOND, None, op::WRITE, 20), [], "once");
     let failures = play(10 * SECOND, Some(libc::ENOSPC), op::WRITE, 3);
     assert_eq!(failures.len(), 1, "whatever its number: {failures:?}");
+}
+
+#[test]
+fn whatever_found_storage_full_a_write_that_succeeds_later_takes_it_back() {
+    for (operation, pages) in [(op::WRITE, 1), (op::FLUSH_DISKCACHE, 0), (op::WRITE_BARRIER, 1)] {
+        let (mut bench, script) = bench();
+        let guest = bench.guest(Shape::mapped(32));
+        script.borrow_mut().errno = Some(libc::ENOSPC);
+        bench.ask(guest, operation, 1, pages);
+        assert!(bench.settle());
+        let [Some(failure)] = &told(&bench)[..] else { panic!("one failure is told") };
+        assert!(is_full(failure.errno));
+        script.borrow_mut().errno = None;
+        bench.now_ns = 2 * SECOND;
+        bench.ask(guest, op::WRITE, 1, 1);
+        assert!(bench.settle());
+        assert_eq!(told(&bench), [None], "{}", failure.operation);
+    }
 }
 
 #[test]
