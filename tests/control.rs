@@ -1,5 +1,7 @@
 //! The control plane as guests, the toolstack and the admin meet it.
 
+#[path = "control/chaos.rs"]
+mod chaos;
 #[path = "control/drives.rs"]
 mod drives;
 #[path = "control/endings.rs"]

@@ -647,7 +647,11 @@ impl Queue {
                         return;
                     }
                 }
-                Submitted::Full(_) => return self.refused.push_back(slot_index),
+                Submitted::Full(_) => {
+                    // Here, for not every step begins in a turn that looks what waits at its end.
+                    self.waits_since.get_or_insert(io.freed);
+                    return self.refused.push_back(slot_index);
+                }
             }
         }
     }

@@ -228,6 +228,22 @@ fn a_medium_that_hangs_leaves_the_one_that_is_in_to_the_guest() {
 }
 
 #[test]
+fn what_is_named_while_a_first_name_hangs_is_opened_when_that_fails() {
+    let rig = Rig::start();
+    let guest = rig.guest(5);
+    let lease = Lease::on(rig.folder(), "hung.iso");
+    let target = lease.target();
+    let nodes = [("params", target.as_str()), ("device-type", "cdrom"), ("removable", "1")];
+    let areas = rig.toolstack_disk_with(5, XVDA, &nodes);
+    until("it is being opened", || rig.list().len() == 1);
+    rig.toolstack_sets_medium(&areas, "null:2G");
+    guest.connect(&rig, &areas);
+    assert_eq!(rig.node(&areas.backend, "sectors").as_deref(), Some("4194304"));
+    assert_eq!((rig.list()[0].target.as_str(), rig.read(&areas.error)), ("null:2G", None));
+    drop(lease);
+}
+
+#[test]
 fn one_medium_after_another_is_wanted_while_the_first_still_hangs() {
     let rig = Rig::start();
     let guest = rig.guest(5);

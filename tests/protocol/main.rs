@@ -7,6 +7,7 @@
 
 mod alone;
 mod budget;
+mod chaos;
 mod daemon;
 mod draw;
 mod exhaustion;

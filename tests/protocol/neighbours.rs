@@ -140,6 +140,23 @@ fn what_storage_has_no_room_for_is_asked_for_again_only_after_a_completion() {
 }
 
 #[test]
+fn a_barrier_that_storage_has_no_room_for_is_asked_for_again_after_anothers_completion() {
+    let (mut bench, script) = bench();
+    let [greedy, guest] = [8, 8].map(|buffers| bench.guest(Shape::mapped(buffers)));
+    script.borrow_mut().room = Some(1);
+    script.borrow_mut().hung.insert(greedy);
+    bench.ask(greedy, op::READ, 1, 1);
+    assert!(bench.settle());
+    bench.ask(guest, op::WRITE_BARRIER, 1, 1);
+    bench.ask(guest, op::READ, 4, 1);
+    assert!(bench.settle());
+    assert_eq!(bench.answers(guest), 0);
+    script.borrow_mut().hung.clear();
+    assert!(bench.settle());
+    assert_eq!([greedy, guest].map(|guest| bench.answers(guest)), [1, 5]);
+}
+
+#[test]
 fn a_barrier_that_waits_for_storage_lets_the_worker_sleep() {
     let (mut bench, script) = bench();
     let guest = bench.guest(Shape::mapped(8));

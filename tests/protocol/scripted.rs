@@ -71,6 +71,7 @@ pub enum Failure {
 #[derive(Debug)]
 pub struct Taken {
     pub ticket: Ticket,
+    pub is_flush: bool,
     bytes: i32,
 }
 
@@ -113,7 +114,8 @@ impl Engine for Scripted {
         if let Some(clock) = &script.clock {
             clock.fetch_add(SUBMIT_NS, Ordering::Relaxed);
         }
-        script.taken.push(Taken { ticket, bytes });
+        let is_flush = matches!(operation, IoOp::Flush);
+        script.taken.push(Taken { ticket, is_flush, bytes });
         match operation {
             IoOp::Flush if script.parks_flushes => Submitted::Parked,
             _ => Submitted::Started,
@@ -132,11 +134,12 @@ impl Engine for Scripted {
     fn reap(&mut self, done: &mut Vec<Completion>) {
         let Script { hung, per_reap, errno, taken, .. } = &mut *self.script.borrow_mut();
         let mut left = per_reap.unwrap_or(usize::MAX);
-        for Taken { ticket, bytes } in std::mem::take(taken) {
-            if hung.contains(&ticket.queue()) || left == 0 {
-                taken.push(Taken { ticket, bytes });
+        for it in std::mem::take(taken) {
+            if hung.contains(&it.ticket.queue()) || left == 0 {
+                taken.push(it);
             } else {
                 left -= 1;
+                let Taken { ticket, bytes, .. } = it;
                 done.push(Completion { ticket, result: errno.map_or(bytes, |errno| -errno) });
             }
         }

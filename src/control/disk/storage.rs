@@ -126,6 +126,9 @@ impl Disk {
             Ok(backing) => backing,
             Err(failure) => {
                 tracing::error!(disk = %self.key, "cannot be opened: {}", failure.text);
+                if self.names_another_target(around) {
+                    return self.open(around);
+                }
                 self.failure = failure;
                 return match hotplug {
                     Some(Hotplug::Ours) => vec![Input::OpenFailedScript],
@@ -147,6 +150,13 @@ impl Disk {
             true => vec![Input::Opened, Input::Ready],
             false => vec![Input::Opened],
         }
+    }
+
+    /// Whether `params` was written while storage was being opened, and is not what that was.
+    fn names_another_target<S: Store>(&mut self, around: &Surroundings<'_, S>) -> bool {
+        let opened = self.description.as_ref().map(|description| &description.target);
+        self.params_event.take().is_some()
+            && matches!(self.target(around.store), Ok(Some(target)) if Some(&target) != opened)
     }
 
     /// Tells the admin, once, what is not as it should be with storage that is served all the same.

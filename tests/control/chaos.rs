@@ -1,0 +1,252 @@
+//! Toolstack, guests, workers and hung storage do anything in any order; in the end everything can be
+//! taken away, and the next disk works.
+
+use std::thread::JoinHandle;
+
+use polldisk::control::admin::client::request;
+use polldisk::control::admin::protocol::{Attach, Detach, Eject, Insert, Request};
+use polldisk::msg::Event;
+use polldisk::units::VbdId;
+use polldisk::xen::Store;
+use polldisk::xen::vdev::Vdev;
+use xenstore_rs::Xs;
+
+use crate::rig::{Areas, BAD_GRANT, Guest, Rig, domid, until, xvd};
+
+const DOMAINS: [u32; 2] = [5, 6];
+const DISKS: u32 = 3;
+const STEPS: usize = 80;
+const ROUNDS: u64 = 40;
+
+/// Names the one round that is to be played.
+const SEED: &str = "POLLDISK_CHAOS_SEED";
+
+/// The xorshift of Marsaglia, 2003.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 >> 33).unwrap() % end
+    }
+
+    fn of<T: Copy>(&mut self, choice: &[T]) -> T {
+        choice[self.below(choice.len())]
+    }
+}
+
+struct Play<'a> {
+    rig: &'a Rig,
+    random: Random,
+    /// Of domains that exist.
+    guests: [Option<Guest>; DOMAINS.len()],
+    /// Who waits for the daemon to do something.
+    asked: Vec<JoinHandle<()>>,
+}
+
+impl Play<'_> {
+    fn step(&mut self) {
+        let guest = self.random.below(DOMAINS.len());
+        let vbd = xvd(u32::try_from(self.random.below(DISKS as usize)).unwrap()).0;
+        let areas = Areas::new(DOMAINS[guest], vbd);
+        match self.random.below(13) {
+            0 | 1 => self.make(DOMAINS[guest], vbd, &areas),
+            2 => self.toolstack(&areas),
+            3 => self.storage(),
+            4 => self.workers(),
+            5 => std::thread::sleep(std::time::Duration::from_micros(500)),
+            // It exists no more, or again.
+            6 if self.random.below(4) == 0 => {
+                if self.guests[guest].take().is_some() {
+                    self.rig.server().release(domid(DOMAINS[guest])).unwrap();
+                }
+            }
+            6 => self.introduce(guest),
+            7 => self.admin(DOMAINS[guest], vbd),
+            8 | 9 => self.go_on(&areas, guest),
+            _ => self.guest(guest, &areas),
+        }
+    }
+
+    fn introduce(&mut self, guest: usize) {
+        self.guests[guest].get_or_insert_with(|| self.rig.guest(DOMAINS[guest]));
+    }
+
+    fn make(&mut self, domid: u32, vbd: u32, areas: &Areas) {
+        if self.rig.read(&areas.backend).is_some() {
+            return;
+        }
+        let target = self.random.of(&["null:1G", "null:2G", "raw:/nowhere/at/all", "bad"]);
+        let nodes: &[(&str, &str)] = match self.random.below(5) {
+            0 | 1 => &[("device-type", "cdrom"), ("removable", "1")],
+            2 => &[("script", "/etc/xen/scripts/block-polldisk")],
+            _ => &[],
+        };
+        let nodes = [&[("params", target)], nodes].concat();
+        self.rig.toolstack_disk_with(domid, vbd, &nodes);
+    }
+
+    fn toolstack(&mut self, areas: &Areas) {
+        let dom0 = &self.rig.dom0;
+        let write = |node: &str, value: &str| {
+            let _ = dom0.atomically(|span| {
+                span.read(&format!("{}/frontend", areas.backend))?;
+                span.write(&format!("{}/{node}", areas.backend), value)
+            });
+        };
+        match self.random.below(10) {
+            0 => drop(dom0.rm(&areas.backend)),
+            1 => drop(dom0.rm(&areas.frontend)),
+            2 => {
+                let _ = dom0.atomically(|span| {
+                    span.rm(&areas.backend)?;
+                    span.rm(&areas.frontend)
+                });
+            }
+            3 => write("state", self.random.of(&["0", "1", "2", "3", "4", "5", "6", "7", "x", ""])),
+            4 => write("online", self.random.of(&["0", "1", "1\n", "y"])),
+            5 => write("hotplug-status", self.random.of(&["connected", "error"])),
+            6 | 7 => {
+                let target = self.random.of(&["", "null:1G", "aio:null:3G", "raw:/nowhere"]);
+                write("params", target);
+            }
+            8 => {
+                write("online", "0");
+                write("state", "5");
+            }
+            _ => {
+                let _ = dom0.rm(&areas.frontend);
+                write("online", "0");
+                write("state", "5");
+            }
+        }
+    }
+
+    fn storage(&mut self) {
+        match self.random.below(4) {
+            0 => self.rig.plane().hold = true,
+            1 => self.rig.plane().hangs = true,
+            _ => self.rig.release(),
+        }
+    }
+
+    /// Asks the daemon for something and does not wait for it.
+    fn admin(&mut self, domid: u32, vbd: u32) {
+        let vdev = Vdev::from(VbdId(vbd)).to_string();
+        let target = self.random.of(&["null:1G", "null:2G", "raw:/nowhere", ""]).to_owned();
+        let asked = match self.random.below(5) {
+            0 => Request::Detach(Detach { domid, vdev, force: true }),
+            1 => Request::Insert(Insert { domid, vdev, target }),
+            2 => Request::Eject(Eject { domid, vdev }),
+            _ => {
+                let cdrom = self.random.below(2) == 0;
+                Request::Attach(Attach { domid, vdev, target, cdrom, ..Attach::default() })
+            }
+        };
+        let path = self.rig.admin_path();
+        self.asked.push(std::thread::spawn(move || drop(request(&path, &asked))));
+    }
+
+    fn workers(&mut self) {
+        let served: Vec<_> = self.rig.plane().serving.keys().copied().collect();
+        if let Some(queue) = served.first().copied() {
+            let event = match self.random.below(3) {
+                0 => Event::RingFault(queue, "a broken ring".to_owned()),
+                1 => Event::ImageReplaced(queue),
+                _ => Event::SpaceLeft(queue),
+            };
+            self.rig.worker_events.send(event);
+        }
+    }
+
+    fn guest(&mut self, guest: usize, areas: &Areas) {
+        let Some(guest) = &self.guests[guest] else { return };
+        let node = |node: &str| format!("{}/{node}", areas.frontend);
+        match self.random.below(8) {
+            0 => drop(guest.store.rm(&node("state"))),
+            1 => drop(guest.store.rm(&node("ring-ref"))),
+            _ => {
+                let state =
+                    self.random.of(&["1", "2", "3", "4", "5", "6", "7", "8", "0", "-1", "4\n"]);
+                drop(guest.store.write(&node("state"), state));
+            }
+        }
+    }
+
+    /// As a frontend that goes on from where it is.
+    fn go_on(&mut self, areas: &Areas, guest: usize) {
+        let Some(guest) = &self.guests[guest] else { return };
+        let backend = self.rig.state(&areas.backend);
+        let ring = self.random.of(&[8, 9, BAD_GRANT]).to_string();
+        let next = match backend {
+            Some(2) => {
+                for (node, value) in [
+                    ("ring-ref", ring.as_str()),
+                    ("event-channel", "9"),
+                    ("protocol", "x86_64-abi"),
+                ] {
+                    let _ = guest.store.write(&format!("{}/{node}", areas.frontend), value);
+                }
+                "3"
+            }
+            Some(4) => "4",
+            Some(5) => "6",
+            Some(6) => "1",
+            _ => return,
+        };
+        let _ = guest.store.write(&format!("{}/state", areas.frontend), next);
+    }
+
+    /// As a toolstack that wants everything to be gone.
+    fn end(&mut self) {
+        self.rig.release();
+        // What is asked for takes no longer once nothing hangs.
+        for asked in self.asked.drain(..) {
+            asked.join().unwrap();
+        }
+        for domid in DOMAINS {
+            for number in 0..DISKS {
+                let areas = Areas::new(domid, xvd(number).0);
+                let _ = self.rig.dom0.rm(&areas.frontend);
+                let _ = self.rig.dom0.atomically(|span| {
+                    span.read(&format!("{}/frontend", areas.backend))?;
+                    span.write(&format!("{}/online", areas.backend), "0")?;
+                    span.write(&format!("{}/state", areas.backend), "5")
+                });
+            }
+        }
+        until("all disks are forgotten", || self.rig.list().is_empty());
+        until("nothing is served", || self.rig.plane().serving.is_empty());
+        assert_eq!(self.rig.plane().doubles, 0);
+        for domid in DOMAINS {
+            for number in 0..DISKS {
+                let areas = Areas::new(domid, xvd(number).0);
+                let state = self.rig.state(&areas.backend);
+                assert!(matches!(state, None | Some(6)), "{areas:?}: {state:?}");
+                let _ = self.rig.dom0.rm(&areas.backend);
+            }
+        }
+    }
+}
+
+#[test]
+fn whatever_happens_in_any_order_everything_can_be_taken_away_and_the_next_disk_works() {
+    let rig = Rig::start();
+    let guests = DOMAINS.map(|domid| Some(rig.guest(domid)));
+    let mut play = Play { rig: &rig, random: Random(1), guests, asked: Vec::new() };
+    let asked = std::env::var(SEED).ok().map(|seed| seed.parse().expect("a number"));
+    for seed in asked.map_or(1..=ROUNDS, |seed: u64| seed..=seed) {
+        println!("{SEED}={seed}");
+        play.random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        (0..STEPS).for_each(|_| play.step());
+        play.end();
+        for (number, domid) in DOMAINS.into_iter().enumerate() {
+            play.introduce(number);
+            let areas = rig.toolstack_disk(domid, xvd(0).0, "null:1G");
+            play.guests[number].as_ref().unwrap().connect(&rig, &areas);
+        }
+        play.end();
+    }
+}
