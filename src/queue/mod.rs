@@ -330,7 +330,7 @@ impl Queue {
         }
         match self.barrier {
             // Their own completions bring the worker back.
-            Barrier::Waits(_) => self.ring.in_flight() == 1,
+            Barrier::Waits(_) => self.barrier_may_begin(),
             Barrier::Began(_) => false,
             Barrier::None if self.stopped => false,
             Barrier::None => self.before_pause.map_or_else(|| self.ring.arm(), |left| left > 0),
@@ -361,9 +361,16 @@ impl Queue {
     pub fn has_work(&self, freed: u64) -> bool {
         let takes = !self.stopped && self.barrier == Barrier::None && self.before_pause != Some(0);
         let tries = self.waits_since.is_some_and(|since| since != freed);
-        let finds =
-            || self.waits_since.is_none() && takes && !matches!(self.ring.requests(), Ok(0));
+        let finds = || {
+            self.waits_since.is_none()
+                && (self.barrier_may_begin() || takes && !matches!(self.ring.requests(), Ok(0)))
+        };
         self.has_unfinished() || tries || finds()
+    }
+
+    /// Whether a barrier waits for nothing but its turn.
+    fn barrier_may_begin(&self) -> bool {
+        matches!(self.barrier, Barrier::Waits(_)) && self.ring.in_flight() == 1
     }
 
     /// Asks the frontend for no notification any more, until [`Queue::arm`].
@@ -539,7 +546,7 @@ impl Queue {
     #[cold]
     fn try_barrier<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
         if let Barrier::Waits(slot) = self.barrier
-            && self.ring.in_flight() == 1
+            && self.barrier_may_begin()
         {
             self.barrier = Barrier::Began(slot);
             io.scratch.fresh.push(slot);

@@ -193,3 +193,30 @@ fn a_queue_without_work_breaks_up_no_turns_of_others() {
         assert!(pass < 100 || answers.iter().all(|count| *count > 0), "{pass}: {answers:?}");
     }
 }
+
+#[test]
+fn a_barrier_has_its_turn_although_another_guest_is_about_to_come_back() {
+    let (stand_in, clock) = (StandIn::start_temporary().unwrap(), Clock::default());
+    let (engine, script) = storage();
+    script.borrow_mut().clock = Some(Arc::clone(&clock.0));
+    let platform = Timed(stand_in.platform(), clock.clone());
+    let mut bench: Bench<Timed, Scripted> = Bench::on(platform, engine, stand_in);
+    let [seldom, busy] = [8, 32].map(|buffers| bench.guest(Shape::mapped(buffers)));
+    let (mut asks_ns, mut asked_ns) = (0, clock.now_ns());
+    while clock.now_ns() < 50_000_000 {
+        bench.answers(seldom);
+        if clock.now_ns() >= asks_ns {
+            bench.ask(seldom, op::READ, 1, 1);
+            asks_ns = clock.now_ns() + 100_000;
+        }
+        bench.answers(busy);
+        if bench.guests[busy].in_flight() == 0 {
+            bench.ask(busy, op::READ, 20, 1);
+            bench.ask(busy, op::WRITE_BARRIER, 1, 1);
+            asked_ns = clock.now_ns();
+        }
+        bench.worker.poll_once(|| clock.add(LOOK_NS)).unwrap();
+        let waits_ns = clock.now_ns() - asked_ns;
+        assert!(waits_ns < 1_000_000, "a barrier waits for {waits_ns} ns");
+    }
+}
