@@ -25,6 +25,7 @@ pub use spec::{Contents, DataPath, Direct, DiskOptions, Spec};
 
 use std::sync::Arc;
 
+use crate::limits;
 use crate::units::{Bytes, SECTOR_BYTES, Sectors};
 
 /// How a disk wants to use its storage.
@@ -219,6 +220,14 @@ impl BackingError {
     fn new(target: &str, what: &str, mend: &str, source: Option<std::io::Error>) -> BackingError {
         let [target, what, mend] = [target, what, mend].map(printable);
         BackingError { target, what, mend, source }
+    }
+
+    /// Its storage has not been opened within `limits::OPEN_SECONDS`.
+    pub fn too_slow(target: &str) -> BackingError {
+        let what = format!("it could not be opened within {} s", limits::OPEN_SECONDS);
+        let mend = "see whether its storage answers (a hung server or automount, a lease), and then \
+                    try again";
+        BackingError::new(target, &what, mend, None)
     }
 }
 

@@ -1,15 +1,20 @@
 //! `polldisk check-target`.
 
+use std::io::Read;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
 
-use anyhow::{anyhow, bail};
+use anyhow::{Context, anyhow, bail};
 use clap::{Args, ValueEnum};
-use polldisk::backing::{Access, Spec};
+use polldisk::backing::{Access, BackingError, Spec};
 use polldisk::config::ADMIN_SOCKET;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{DiskReport, Reply, Request};
-use polldisk::output;
 use polldisk::text::printable;
+use polldisk::{limits, output};
+use serde::{Deserialize, Serialize};
 
 /// Tell whether a disk could have a target, and if not, why
 ///
@@ -33,6 +38,17 @@ pub struct CheckTarget {
     /// The daemon's socket
     #[arg(long, value_name = "PATH", default_value = ADMIN_SOCKET)]
     admin: PathBuf,
+    /// Open it in this process, however long that takes, and print what came of it as JSON
+    #[arg(long, hide = true)]
+    opens: bool,
+}
+
+/// What came of opening a target.
+#[derive(Debug, Serialize, Deserialize)]
+struct Verdict {
+    warnings: Vec<String>,
+    /// Why it can't be served, on one line.
+    refusal: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -50,11 +66,22 @@ enum Mode {
 impl CheckTarget {
     /// Opens it, or asks the daemon. The reason is one line, as the daemon writes it.
     pub fn run(self) -> anyhow::Result<()> {
+        if self.opens {
+            output::print(serde_json::to_string(&self.open())?)?;
+            return Ok(());
+        }
         match self.served() {
             Some(disk) if disk.failure.is_empty() => Ok(()),
             Some(disk) => bail!("{}", disk.failure),
-            None => self.open().map_err(|error| anyhow!("{error:#}")),
+            None => self.tell(ask_child(&self.target)?),
         }
+    }
+
+    fn tell(&self, verdict: Verdict) -> anyhow::Result<()> {
+        for warning in verdict.warnings {
+            output::say(printable(&format!("polldisk: {}: {warning}", self.target)));
+        }
+        verdict.refusal.map_or(Ok(()), |refusal| bail!(refusal))
     }
 
     /// The disk, where the daemon has the target in it.
@@ -67,16 +94,46 @@ impl CheckTarget {
         disks.into_iter().find(is_it)
     }
 
-    fn open(&self) -> anyhow::Result<()> {
+    fn open(&self) -> Verdict {
         let access = Access {
             read_only: matches!(self.mode, Mode::Read | Mode::ReadShared),
             shareable: matches!(self.mode, Mode::ReadShared | Mode::WriteShared),
             ..Access::default()
         };
-        let backing = self.target.parse::<Spec>()?.open(&access)?;
-        for warning in backing.warnings() {
-            output::say(printable(&format!("polldisk: {}: {warning}", self.target)));
+        let opened = self.target.parse::<Spec>().and_then(|spec| spec.open(&access));
+        match opened {
+            Ok(backing) => Verdict { warnings: backing.warnings().to_vec(), refusal: None },
+            Err(error) => {
+                Verdict { warnings: Vec::new(), refusal: Some(format!("{:#}", anyhow!(error))) }
+            }
         }
-        Ok(())
     }
+}
+
+/// Has a child open the target, for `limits::OPEN_SECONDS` at most. A process that opens storage which
+/// hangs may not even be killed; so that is not the one that others wait for, and it keeps none of
+/// their descriptors.
+fn ask_child(target: &str) -> anyhow::Result<Verdict> {
+    let mut child = Command::new("/proc/self/exe")
+        .args(["check-target", "--opens"])
+        .args(std::env::args_os().skip(2))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .context("cannot start a process that opens the target")?;
+    let mut pipe = child.stdout.take().context("a child without standard output")?;
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut answer = String::new();
+        let read = pipe.read_to_string(&mut answer).map(|_| answer);
+        // Nobody waits for it any more.
+        let _ = sender.send(read);
+    });
+    let Ok(answer) = receiver.recv_timeout(Duration::from_secs(limits::OPEN_SECONDS)) else {
+        // It ends as soon as storage lets it.
+        let _ = child.kill();
+        return Err(BackingError::too_slow(target).into());
+    };
+    serde_json::from_str(&answer?).context("the process that opens the target has failed")
 }

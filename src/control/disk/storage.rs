@@ -170,12 +170,5 @@ impl Disk {
 
 /// Why an open is not waited for any longer.
 pub fn too_slow(target: &str) -> Failure {
-    Failure {
-        errno: libc::ETIMEDOUT,
-        text: format!(
-            "{target}: it could not be opened within {} s; see whether its storage answers (a hung \
-             server or automount, a lease), and then attach the disk again",
-            limits::OPEN_SECONDS
-        ),
-    }
+    Failure { errno: libc::ETIMEDOUT, text: BackingError::too_slow(target).to_string() }
 }

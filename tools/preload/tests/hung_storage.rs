@@ -1,4 +1,5 @@
-//! The daemon beside storage that never answers: it ends all the same, and says what was left.
+//! Storage that never answers: the daemon ends all the same, and says what was left; nor does a check
+//! of a target hang.
 
 mod rig;
 
@@ -146,4 +147,34 @@ fn a_daemon_beside_hung_storage_ends_and_names_the_requests_that_were_left() {
     ] {
         assert!(said.contains(&part), "it does not say {part}:\n{said}");
     }
+}
+
+#[test]
+fn a_check_of_a_target_on_hung_storage_ends_with_a_reason() {
+    let Some(mut hung) = HungDevice::new() else { return };
+    let image = hung.mount_point().join("other.img");
+    File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    hung.freeze();
+    let mut check = Command::new(rig::polldisk())
+        .arg("check-target")
+        .arg(&image)
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stderr = check.stderr.take().unwrap();
+    let said = std::thread::spawn(move || {
+        let mut said = String::new();
+        stderr.read_to_string(&mut said).map(|_| said)
+    });
+    // What a script reads ends, too: nothing that still hangs keeps it open.
+    rig::until("it has said all", || said.is_finished());
+    let mut status = None;
+    rig::until("it has ended", || {
+        status = check.try_wait().unwrap();
+        status.is_some()
+    });
+    let said = said.join().unwrap().unwrap();
+    assert!(!status.unwrap().success(), "{said}");
+    assert!(said.contains("other.img: it could not be opened within"), "{said}");
 }
