@@ -457,6 +457,8 @@ fn detach_of_a_disk_in_use_says_so_and_how_to_force_it() {
     let refusal = rig.detach(5, "xvdb", false).unwrap_err();
     assert!(refusal.contains("has not let go") && refusal.contains("--force"), "{refusal}");
     assert_eq!(rig.served(5), 1, "the guest goes on");
+    let refusal = rig.attach(5, "xvdb", "null:1G").unwrap_err();
+    assert!(refusal.contains("has not let go") && refusal.contains("--force"), "{refusal}");
 }
 
 #[test]

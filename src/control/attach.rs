@@ -38,6 +38,12 @@ pub enum AttachError {
          `polldisk list` no longer shows it, or choose another vdev"
     )]
     Draining(DomId, Vdev),
+    /// The guest's disk is being taken away, and the guest has not let go of it yet.
+    #[error(
+        "domain {0} has not let go of the disk {1} that it had before; unmount it in the guest, or take \
+         it away with `polldisk detach --domid {0} --vdev {1} --force`, and then attach it again"
+    )]
+    Held(DomId, Vdev),
     /// Its storage is still being opened.
     #[error("disk {1} of domain {0} is still being opened; try again when that is done")]
     Opening(DomId, Vdev),

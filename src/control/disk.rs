@@ -212,6 +212,11 @@ impl Disk {
         !self.machine.online() || self.machine.is_gone()
     }
 
+    /// Whether it ends as soon as its requests in flight are answered, without its guest.
+    pub fn is_draining(&self) -> bool {
+        self.machine.link() == Link::Disconnecting || self.machine.is_gone()
+    }
+
     /// When it was found.
     pub fn since(&self) -> Instant {
         self.since

@@ -141,6 +141,20 @@ fn a_disk_is_not_attached_where_one_still_drains() {
 }
 
 #[test]
+fn a_detach_that_waits_for_storage_says_so_and_not_that_the_guest_has_to_let_go() {
+    let rig = Rig::start();
+    let guest = rig.guest(5);
+    rig.attach(5, "xvdb", "null:1G").unwrap();
+    guest.connect(&rig, &Areas::new(5, XVDB));
+    rig.plane().hangs = true;
+    let refusal = rig.detach(5, "xvdb", true).unwrap_err();
+    assert!(refusal.contains("storage has not answered"), "{refusal}");
+    assert!(!refusal.contains("--force"), "{refusal}");
+    rig.release();
+    until("it is gone", || rig.list().is_empty());
+}
+
+#[test]
 fn a_guest_that_is_gone_takes_its_disks_along_whatever_its_toolstack_leaves() {
     let rig = Rig::start();
     let (guest, other) = (rig.guest(5), rig.guest(6));

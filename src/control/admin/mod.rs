@@ -186,6 +186,7 @@ impl Job {
             },
             Wait::Detach(key) => match registry.disk(key) {
                 None => Reply::Done,
+                Some(disk) if late && disk.is_draining() => Reply::Error { message: drains(key) },
                 Some(_) if late => Reply::Error { message: held(key) },
                 Some(_) => return None,
             },
@@ -213,6 +214,16 @@ fn held(key: &DiskKey) -> String {
         "domain {domid} has not let go of {vdev} in {seconds} s; unmount it in the guest, or take \
          it away with `polldisk detach --domid {domid} --vdev {vdev} --force`",
         domid = key.domid,
+        seconds = limits::DETACH_SECONDS,
+    )
+}
+
+fn drains(key: &DiskKey) -> String {
+    format!(
+        "storage has not answered all requests of disk {vdev} of domain {domid} in {seconds} s; the \
+         disk goes as soon as it has (see the host's log for what it waits for)",
+        domid = key.domid,
+        vdev = Vdev::from(key.vbd),
         seconds = limits::DETACH_SECONDS,
     )
 }

@@ -104,10 +104,11 @@ impl<S: Store> Registry<S> {
         for kind in &self.kinds {
             if let Some(disk) = self.disks.get(&DiskKey { kind: kind.clone(), ..key.clone() }) {
                 let (domid, vdev) = (key.domid, key.vbd.into());
-                return match disk.is_leaving() {
-                    true => Err(AttachError::Draining(domid, vdev)),
-                    false => Err(AttachError::Taken(domid, vdev)),
-                };
+                return Err(match disk.is_leaving() {
+                    true if disk.is_draining() => AttachError::Draining(domid, vdev),
+                    true => AttachError::Held(domid, vdev),
+                    false => AttachError::Taken(domid, vdev),
+                });
             }
         }
         Ok(())
