@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use clap::builder::NonEmptyStringValueParser;
 use polldisk::config::ADMIN_SOCKET;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{self, Request};
@@ -19,6 +20,7 @@ pub struct Attach {
     /// What holds its contents: raw:/path/to/file-or-device, or null:SIZE; options go before the
     /// colon, as in raw,data-path=copy:/path
     #[arg(long, value_name = "SPEC", required_unless_present_any = ["cdrom", "removable"])]
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
     target: Option<String>,
     /// The guest may not write
     #[arg(long)]
@@ -59,7 +61,7 @@ pub struct Insert {
     #[arg(long, value_name = "NAME")]
     vdev: String,
     /// The medium, such as raw:/path/to/image.iso
-    #[arg(long, value_name = "SPEC")]
+    #[arg(long, value_name = "SPEC", value_parser = NonEmptyStringValueParser::new())]
     target: String,
     #[command(flatten)]
     daemon: Daemon,

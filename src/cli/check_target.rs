@@ -7,6 +7,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, ValueEnum};
 use polldisk::backing::{Access, BackingError, Spec};
 use polldisk::config::ADMIN_SOCKET;
@@ -24,7 +25,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Args, Debug)]
 pub struct CheckTarget {
     /// What the disk shall hold, as in `attach --target`
-    #[arg(value_name = "SPEC")]
+    #[arg(value_name = "SPEC", value_parser = NonEmptyStringValueParser::new())]
     target: String,
     /// How the guest uses it, as the toolstack says it: r or w, with ! where others may write, too
     #[arg(long, value_name = "MODE", default_value = "w")]

@@ -4,19 +4,25 @@ use std::fmt;
 use std::io::IsTerminal;
 use std::os::fd::{AsFd, AsRawFd};
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use polldisk::output::{self, QueuedLines};
 use polldisk::text::printable;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::FormatFields;
 use tracing_subscriber::fmt::format::{Writer, debug_fn};
 
 /// Starts logging at `filter`. Under systemd the journal adds the time, so lines carry none.
 pub fn start(filter: &str) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(filter).with_context(|| {
-        format!("--log {filter}: give error, warn, info, debug or trace, or module=level pairs")
-    })?;
+    let advice = || {
+        format!(
+            "--log {filter}: give error, warn, info, debug or trace, or module=level pairs such as \
+             polldisk::control=debug"
+        )
+    };
+    ensure!(filter.split(',').all(names_level_or_module), advice());
+    let filter = EnvFilter::try_new(filter).with_context(advice)?;
     output::start_queue().context("cannot start the thread of the log")?;
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -31,6 +37,15 @@ pub fn start(filter: &str) -> anyhow::Result<()> {
     }
     Ok(())
 }
+
+/// Whether a part of a filter is a level or about a module of ours. [`EnvFilter`] takes any other word for
+/// a module, too, and logs nothing.
+fn names_level_or_module(part: &str) -> bool {
+    let name = part.split(['=', '[']).next().unwrap_or_default().trim();
+    name.parse::<LevelFilter>().is_ok() || name == OURS || name.starts_with(&format!("{OURS}::"))
+}
+
+const OURS: &str = "polldisk";
 
 /// How an event's fields are written.
 fn fields() -> impl for<'a> FormatFields<'a> + Send + Sync + 'static {
