@@ -76,7 +76,7 @@ mod test {
         for command in cli.get_subcommands_mut() {
             let words = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
             let page = words(command.render_long_help().to_string());
-            for argument in command.get_arguments().filter(|argument| !argument.is_hide_set()) {
+            for argument in command.get_arguments().filter(|it| !it.is_hide_set()) {
                 let help = argument.get_long_help().or(argument.get_help());
                 let help = words(help.map(ToString::to_string).unwrap_or_default());
                 assert!(page.contains(&help), "{} --help lacks \"{help}\"", command.get_name());

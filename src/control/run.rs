@@ -26,7 +26,7 @@ pub struct Config {
     pub admin_path: Option<PathBuf>,
     /// What frontends are offered.
     pub offer: Offer,
-    /// Whether SIGTERM and SIGINT end it. Only one thread of a process should have that.
+    /// Whether SIGTERM and SIGINT end it, and SIGHUP does not. Only one thread of a process should have that.
     pub signals: bool,
 }
 
@@ -126,7 +126,7 @@ impl<'a, P: Platform> Control<'a, P> {
         listen(&poll, &events.bell, WORKERS)?;
         listen(&poll, stop, STOP)?;
         let signals =
-            config.signals.then(|| take_signals(&poll)).transpose().map_err(ControlError::Wait)?;
+            config.signals.then(|| watch_signals(&poll)).transpose().map_err(ControlError::Wait)?;
         let admin = config
             .admin_path
             .as_deref()
@@ -257,7 +257,7 @@ impl<'a, P: Platform> Control<'a, P> {
 
     fn wake(&mut self, token: Token, now: Instant) {
         match token {
-            SIGNALS if self.has_signal() => self.end(now),
+            SIGNALS => self.take_signals(now),
             STOP => self.end(now),
             ADMIN => {
                 if let Some(admin) = &mut self.admin {
@@ -274,8 +274,18 @@ impl<'a, P: Platform> Control<'a, P> {
         }
     }
 
-    fn has_signal(&mut self) -> bool {
-        self.signals.as_mut().is_some_and(|signals| signals.pending().last().is_some())
+    fn take_signals(&mut self, now: Instant) {
+        let Some(signals) = &mut self.signals else { return };
+        let (hangups, ends): (Vec<_>, Vec<_>) =
+            signals.pending().partition(|signal| *signal == libc::SIGHUP);
+        if !hangups.is_empty() {
+            tracing::info!(
+                "SIGHUP changes nothing: options are read at the start only; SIGTERM ends polldisk"
+            );
+        }
+        if !ends.is_empty() {
+            self.end(now);
+        }
     }
 
     /// Begins to end; asked again, gives up what is still in flight.
@@ -352,8 +362,10 @@ fn listen(poll: &Poll, source: &impl AsFd, token: Token) -> Result<(), ControlEr
         .map_err(ControlError::Wait)
 }
 
-fn take_signals(poll: &Poll) -> io::Result<Signals> {
-    let mut signals = Signals::new([libc::SIGTERM, libc::SIGINT])?;
+/// By default a SIGHUP, of a terminal that is closed or an admin who wants a file read again, would end
+/// the process at once, and guests' requests would be left.
+fn watch_signals(poll: &Poll) -> io::Result<Signals> {
+    let mut signals = Signals::new([libc::SIGTERM, libc::SIGINT, libc::SIGHUP])?;
     poll.registry().register(&mut signals, SIGNALS, Interest::READABLE)?;
     Ok(signals)
 }

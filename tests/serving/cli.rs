@@ -118,7 +118,7 @@ fn what_was_typed_moves_no_cursor_when_it_is_quoted() {
 
 /// Commands that print, with the status of each that could.
 const PRINTING: [(&[&str], i32); 5] = [
-    (&["demo", "--seconds", "0.1", "--size", "32M"], 0),
+    (&["demo", "--seconds", "1", "--size", "32M"], 0),
     (&["--help"], 0),
     (&["serve", "--help"], 0),
     (&["list", "--admin", "/nonexistent"], 1),

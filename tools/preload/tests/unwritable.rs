@@ -29,6 +29,14 @@ fn serve_with(stderr: Stdio) -> ExitStatus {
 
 /// A guest that comes and goes, which makes log lines, then SIGTERM. How polldisk ended.
 fn serve(set_up: impl FnOnce(Command) -> Command) -> ExitStatus {
+    serve_through(set_up, |_| ())
+}
+
+/// The same with something that happens before the guest comes.
+fn serve_through(
+    set_up: impl FnOnce(Command) -> Command,
+    happens: impl FnOnce(&Daemon),
+) -> ExitStatus {
     let stand_in = StandIn::start_temporary().unwrap();
     let guest = Arc::new(stand_in.create_domain(rig::domid(GUEST), 512).unwrap());
     let admin = stand_in.folder().join("admin.sock");
@@ -39,6 +47,7 @@ fn serve(set_up: impl FnOnce(Command) -> Command) -> ExitStatus {
         daemon.assert_running();
         request(&admin, &Request::List).is_ok()
     });
+    happens(&daemon);
     for _ in 0..20 {
         let attach = Attach {
             domid: GUEST,
@@ -69,10 +78,14 @@ impl Daemon {
         assert_eq!(self.0.try_wait().unwrap(), None, "it has ended");
     }
 
+    fn signal(&self, signal: &str) {
+        let sent = Command::new("kill").args([signal, &self.0.id().to_string()]).status();
+        assert!(sent.unwrap().success());
+    }
+
     /// Sends SIGTERM and waits for the end.
     fn end(mut self) -> ExitStatus {
-        let pid = self.0.id().to_string();
-        assert!(Command::new("kill").arg(pid).status().unwrap().success());
+        self.signal("-TERM");
         let mut status = None;
         rig::until("polldisk has ended", || {
             status = self.0.try_wait().unwrap();
@@ -101,6 +114,20 @@ fn polldisk_serves_on_where_the_reader_of_its_log_has_ended() {
     let (reader, writer) = io::pipe().unwrap();
     drop(reader);
     assert!(serve_with(writer.into()).success());
+}
+
+#[test]
+fn polldisk_serves_on_where_its_terminal_goes_away() {
+    let (reader, writer) = io::pipe().unwrap();
+    let with_terminal = |mut command: Command| {
+        command.stderr(writer);
+        command
+    };
+    let status = serve_through(with_terminal, |daemon| {
+        drop(reader);
+        daemon.signal("-HUP");
+    });
+    assert!(status.success());
 }
 
 #[test]
