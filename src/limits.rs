@@ -276,12 +276,12 @@ pub const DRAIN_SECONDS: u64 = 30;
 /// Threads that open and close storage. Each may be stuck in storage that hangs.
 pub const HELPERS_MAX: usize = 64;
 
-/// Of these at one file or device: whoever opens what hangs over and over leaves room for the other files of the
-/// folder.
+/// Of these at one file or device: whoever opens what hangs over and over leaves room for the other files
+/// of the folder.
 pub const HELPERS_PER_FILE: usize = 2;
 
-/// Of these in one folder: enough for a thousand images that are opened in a row, and few
-/// where the folder hangs.
+/// Of these in one folder: enough for a thousand images that are opened in a row, and few where the
+/// folder hangs.
 pub const HELPERS_PER_FOLDER: usize = 4;
 
 /// Of these on one mount, whatever its folders: a few mounts that hang leave threads for the others.
