@@ -218,11 +218,12 @@ fn a_load_drives_its_neighbours_even_where_it_has_nothing_to_do_itself() {
             std::thread::yield_now();
         }
         shared.phase.stop();
-        while answer(&mut ends.back, Status::Okay).is_empty() {
+        // It may start one more before it sees that. The neighbour's requests are not waited for.
+        while !thread.is_finished() {
+            answer(&mut ends.back, Status::Okay);
             std::thread::yield_now();
         }
-        // The neighbour's requests are not waited for.
-        assert_eq!(thread.join().unwrap().unwrap().started, 1);
+        assert!((1..=2).contains(&thread.join().unwrap().unwrap().started));
     });
     assert_eq!(count.read(), Progress { started: 40, completed: 20, errors: 0, notified: 1 });
 }
