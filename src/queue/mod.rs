@@ -156,6 +156,8 @@ pub struct Queue {
     interrupted: VecDeque<u32>,
     /// What is left of the turn.
     effort: u32,
+    /// Operations of the turn that go to storage with the next kick.
+    started: u32,
     mapped: Mapped,
     counters: Arc<QueueCounters>,
     latency: LatencyLog,
@@ -240,6 +242,7 @@ impl Queue {
             copied_out: list(),
             interrupted: list(),
             effort: 0,
+            started: 0,
             mapped: match connect.mapping {
                 Mapping::Kept => Mapped::Kept(PersistentGrants::new(share)),
                 Mapping::PerRequest => Mapped::PerRequest(TransientGrants::new(share)),
@@ -347,9 +350,9 @@ impl Queue {
         self.effort = 0;
     }
 
-    /// What is left of the effort of its turn.
-    pub fn effort_left(&self) -> u32 {
-        self.effort
+    /// Takes out how many operations go to storage with the next kick.
+    pub fn take_started(&mut self) -> u32 {
+        std::mem::take(&mut self.started)
     }
 
     /// Whether it waits for something that others have.
@@ -648,7 +651,11 @@ impl Queue {
                 return self.interrupted.push_back(slot_index);
             }
             match self.submit_step(&mut io.engine, slot_index) {
-                Submitted::Started | Submitted::Parked => return,
+                Submitted::Started => {
+                    self.started += 1;
+                    return;
+                }
+                Submitted::Parked => return,
                 Submitted::Done(Completion { result, .. }) => {
                     if !self.finish_step(io, slot_index, result) {
                         return;

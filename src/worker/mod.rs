@@ -256,7 +256,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     fn serve_in_turns(&mut self, now_ns: u64, clock_ns: impl Fn() -> u64) -> io::Result<bool> {
         let mut watch = Stopwatch { clock_ns: &clock_ns, since_ns: clock_ns() };
         let mut worked = self.take_in_turns(now_ns, &mut watch);
-        // The time to submit is charged to the queues by the effort of each.
+        // The time to submit is charged to the queues by the operations of each: one whose data the worker
+        // moves itself, or whose storage is nothing, has none.
         self.resources.engine.kick()?;
         self.charge_parts(watch.lap_ns());
         if self.take_completions(&clock_ns) {
@@ -489,7 +490,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     fn take_turn(&mut self, index: usize, effort: u32, now_ns: u64) -> bool {
         let served = &mut self.queues[index];
         let taken = served.queue.take(&mut self.resources, effort);
-        served.part = u64::from(effort - served.queue.effort_left());
+        served.part = u64::from(served.queue.take_started());
         match taken {
             Ok(worked) => {
                 if worked {
