@@ -6,7 +6,10 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, major, minor};
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags};
+use rustix::process::geteuid;
+
+use super::device;
 
 /// A cause and its remedy, as a `BackingError` tells them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +33,7 @@ pub(super) fn empty(is_device: bool) -> Advice {
     }
 }
 
-/// Why `path` could not be opened with O_DIRECT.
+/// Why `path` could not be found or opened.
 pub(super) fn on_open(path: &Path, error: &io::Error) -> Advice {
     let metadata = std::fs::metadata(path).ok();
     match error.raw_os_error().unwrap_or(0) {
@@ -82,9 +85,10 @@ pub(super) fn on_open(path: &Path, error: &io::Error) -> Advice {
     }
 }
 
-const READ_ONLY_DEVICE: Advice = advice(
+pub(super) const READ_ONLY_DEVICE: Advice = advice(
     "the device is read-only",
-    "attach the disk read-only (mode r), or make the device writable (blockdev --setrw)",
+    "attach the disk read-only (mode r), or let it be written (blockdev --setrw, lvchange -p rw, \
+     losetup without -r)",
 );
 
 fn is_block_device(metadata: Option<&Metadata>) -> bool {
@@ -92,14 +96,12 @@ fn is_block_device(metadata: Option<&Metadata>) -> bool {
 }
 
 fn is_read_only_device(metadata: &Metadata) -> bool {
-    let (major, minor) = (major(metadata.rdev()), minor(metadata.rdev()));
-    std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro"))
-        .is_ok_and(|text| metadata.file_type().is_block_device() && text.trim() == "1")
+    metadata.file_type().is_block_device() && device::is_read_only(metadata.rdev())
 }
 
 /// EACCES: the permissions of the file or a folder above say no. Root meets that where others decide.
 fn forbidden(metadata: Option<&Metadata>) -> Advice {
-    match is_root() {
+    match geteuid().is_root() {
         false => advice("no permission to open it", "run polldisk as a user who may, usually root"),
         true if metadata.is_some_and(is_read_only_device) => READ_ONLY_DEVICE,
         true => advice(
@@ -121,7 +123,7 @@ fn not_permitted(path: &Path) -> Advice {
             "it may only be appended to",
             "attach the disk read-only (mode r), or let it be changed (chattr -a)",
         ),
-        _ if is_root() => advice(
+        _ if geteuid().is_root() => advice(
             "the host does not let this process open it",
             "see the rules for devices of its container or service (DeviceAllow= under systemd)",
         ),
@@ -133,11 +135,6 @@ fn not_permitted(path: &Path) -> Advice {
 fn protection(path: &Path) -> StatxAttributes {
     rustix::fs::statx(CWD, path, AtFlags::empty(), StatxFlags::empty())
         .map_or(StatxAttributes::empty(), |stat| stat.stx_attributes)
-}
-
-/// Whether this process is root: its own folder is its effective user's.
-fn is_root() -> bool {
-    std::fs::metadata("/proc/self").is_ok_and(|metadata| metadata.uid() == 0)
 }
 
 #[cfg(test)]

@@ -27,6 +27,7 @@ pub use spec::{Contents, DataPath, Direct, DiskOptions, Spec};
 use std::sync::Arc;
 
 use crate::limits;
+use crate::text::printable;
 use crate::units::{Bytes, SECTOR_BYTES, Sectors};
 
 /// How a disk wants to use its storage.
@@ -218,8 +219,14 @@ pub struct BackingError {
 }
 
 impl BackingError {
-    fn new(target: &str, what: &str, mend: &str, source: Option<std::io::Error>) -> BackingError {
-        let [target, what, mend] = [target, what, mend].map(printable);
+    /// Each text is made fit for one line, whatever is in the names of files.
+    pub fn new(
+        target: &str,
+        what: &str,
+        mend: &str,
+        source: Option<std::io::Error>,
+    ) -> BackingError {
+        let [target, what, mend] = [target, what, mend].map(|text| printable(text).into_owned());
         BackingError { target, what, mend, source }
     }
 
@@ -230,16 +237,4 @@ impl BackingError {
                     try again";
         BackingError::new(target, &what, mend, None)
     }
-}
-
-/// Text as one line, whatever is in the names of files.
-fn printable(text: &str) -> String {
-    let mut printable = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character.is_control() {
-            true => printable.extend(character.escape_default()),
-            false => printable.push(character),
-        }
-    }
-    printable
 }

@@ -1,5 +1,4 @@
 //! A raw image: a regular file or a block device, opened with O_DIRECT where that can be.
-#![allow(unsafe_code)]
 
 use std::fs::{File, FileType, Metadata, OpenOptions};
 use std::io;
@@ -7,6 +6,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
+
+use rustix::fs::{AtFlags, FallocateFlags, FsWord, OFlags, StatxFlags};
 
 use super::advice::{self, Advice};
 use super::claims::{Claim, Usage};
@@ -39,9 +40,6 @@ pub struct RawImage {
 
 /// Largest block whose sectors are emulated: a page, which is what the guest's data comes in.
 const EMULATED_BLOCK_MAX: u32 = PAGE_BYTES;
-
-/// `include/uapi/linux/magic.h`.
-const FUSE_SUPER_MAGIC: libc::c_long = 0x6573_5546;
 
 /// What a page of the page cache holds.
 const PAGE_BYTES: u32 = 4096;
@@ -194,12 +192,13 @@ impl Opening<'_> {
         let file = Arc::new(file);
         let unlocked = sharing::lock(&claim, &file, self.usage).map_err(|why| self.shared(why))?;
         self.warnings.extend(unlocked);
-        leave_access_time(&file, shape.is_direct);
+        leave_access_time(&file);
         let emulation = self.emulation(&shape, &claim)?;
         let geometry = self.geometry(&shape, emulation.is_some())?;
         let read_only = !self.usage.writes;
-        let is_device = located.metadata.file_type().is_block_device();
-        let is_in_memory = !is_device && filesystem(&file) == Some(libc::TMPFS_MAGIC);
+        let is_device = shape.is_device;
+        let lies_on = if is_device { None } else { filesystem(&file) };
+        let is_in_memory = lies_on == Some(libc::TMPFS_MAGIC);
         let is_mapped = is_in_memory && emulation.is_none();
         let tail = match shape.sector_bytes {
             block if geometry.size.0.is_multiple_of(block.into()) => None,
@@ -212,7 +211,7 @@ impl Opening<'_> {
             tail,
             is_device,
             is_in_memory,
-            always_waits: !is_device && filesystem(&file) == Some(FUSE_SUPER_MAGIC),
+            always_waits: lies_on == Some(libc::FUSE_SUPER_MAGIC),
             geometry,
             // Beyond a page no page is aligned enough; the kernel asks for no such thing.
             memory_alignment: shape
@@ -273,9 +272,8 @@ impl Opening<'_> {
             && self.usage.writes
             && device::is_read_only(located.metadata.rdev())
         {
-            let mend = "attach the disk read-only (mode r), or let it be written \
-                        (blockdev --setrw, lvchange -p rw, losetup without -r)";
-            return Err(self.fail("the device is read-only", mend, None));
+            let Advice { what, mend } = advice::READ_ONLY_DEVICE;
+            return Err(self.fail(what, mend, None));
         }
         Ok(located)
     }
@@ -378,8 +376,8 @@ impl Opening<'_> {
     fn tail(&self, located: &Located, size: Bytes) -> Result<Tail, BackingError> {
         let file = self.open_file(located, 0).map_err(|error| self.cannot_open(error))?;
         // Without reading ahead, which would put blocks into the page cache that are written directly.
-        // SAFETY: no pointers.
-        unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
+        // A filesystem that takes no advice is served all the same.
+        let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
         Ok(Tail { start: size.0 / u64::from(PAGE_BYTES) * u64::from(PAGE_BYTES), file })
     }
 
@@ -429,7 +427,6 @@ struct Shape {
     memory_alignment: u32,
     discard: Option<Discard>,
     is_device: bool,
-    is_direct: bool,
 }
 
 impl Shape {
@@ -452,7 +449,6 @@ fn device_shape(file: &File, writes: bool) -> io::Result<Shape> {
         memory_alignment: direct.map_or(512, |direct| direct.memory),
         discard: writes.then(|| device::discard_limits(file, sector_bytes)).flatten(),
         is_device: true,
-        is_direct: true,
     })
 }
 
@@ -468,7 +464,6 @@ fn file_shape(located: &Located, file: &File, writes: bool) -> io::Result<Shape>
     let shape = buffered_shape(located, file, writes)?.with_blocks_of(sector_bytes);
     Ok(Shape {
         memory_alignment: direct.map_or(sector_bytes, |direct| direct.memory),
-        is_direct: true,
         ..shape
     })
 }
@@ -484,16 +479,15 @@ fn buffered_shape(located: &Located, file: &File, writes: bool) -> io::Result<Sh
         memory_alignment: 1,
         discard: writes.then(|| file_discard(located, file, &metadata)).flatten(),
         is_device: false,
-        is_direct: false,
     })
 }
 
 /// The smallest block, of `sector_bytes` or a page, in which a file can be read with O_DIRECT; `None`
-/// where it can't. What else keeps it from being read is for its guest.
+/// where it can't. Any other read error is left to the guest's own requests.
 fn readable_block(file: &File, sector_bytes: u32) -> Option<u32> {
-    let sizes = [sector_bytes, PAGE_BYTES].into_iter().filter(|bytes| *bytes >= sector_bytes);
-    sizes
+    [sector_bytes, PAGE_BYTES]
         .into_iter()
+        .filter(|bytes| *bytes >= sector_bytes)
         .find(|bytes| !read_start(file, *bytes as usize).is_err_and(|error| is_invalid(&error)))
 }
 
@@ -507,21 +501,16 @@ fn read_start(file: &File, len: usize) -> io::Result<Vec<u8>> {
 }
 
 /// The kind of filesystem that something lies on.
-fn filesystem(file: &File) -> Option<libc::c_long> {
-    // SAFETY: statfs is plain integers, for which zeroes are valid; the call fills it.
-    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: `stat` is writable.
-    let result = unsafe { libc::fstatfs(file.as_raw_fd(), &mut stat) };
-    (result == 0).then_some(stat.f_type)
+fn filesystem(file: &File) -> Option<FsWord> {
+    rustix::fs::fstatfs(file).ok().map(|stat| stat.f_type)
 }
 
 /// Spares the kernel from checking with each read whether the file's access time is due. It lets the
 /// file's owner and root ask for that; for others all stays as it is.
-fn leave_access_time(file: &File, is_direct: bool) {
-    let flags = libc::O_NOATIME | if is_direct { libc::O_DIRECT } else { 0 };
-    // SAFETY: no pointers. These replace the flags that can be changed at all, of which the file was
-    // opened with O_DIRECT or none.
-    unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags) };
+fn leave_access_time(file: &File) {
+    if let Ok(flags) = rustix::fs::fcntl_getfl(file) {
+        let _ = rustix::fs::fcntl_setfl(file, flags | OFlags::NOATIME);
+    }
 }
 
 /// `None`: its data goes by system calls, which take half as long again. So it does where engines have
@@ -562,11 +551,8 @@ fn nameless_file(folder: &Path) -> Option<File> {
 }
 
 fn punch(file: &File, offset: u64) -> bool {
-    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    libc::off_t::try_from(offset).is_ok_and(|offset| {
-        // SAFETY: no pointers.
-        unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, 4096) == 0 }
-    })
+    let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(file, mode, offset, 4096).is_ok()
 }
 
 #[derive(Clone, Copy)]
@@ -577,20 +563,9 @@ struct DirectAlignment {
 
 /// statx's STATX_DIOALIGN (Linux 6.1). `None` where the kernel or filesystem does not tell.
 fn direct_io_alignment(file: &File) -> Option<DirectAlignment> {
-    // SAFETY: statx is plain integers, for which zeroes are valid; the call fills it.
-    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
-    // SAFETY: an empty path with AT_EMPTY_PATH names the descriptor itself; `stat` is writable.
-    let result = unsafe {
-        libc::statx(
-            file.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            libc::STATX_DIOALIGN,
-            &mut stat,
-        )
-    };
-    let told = result == 0
-        && stat.stx_mask & libc::STATX_DIOALIGN != 0
+    // An empty path names the descriptor itself.
+    let stat = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
+    let told = stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0
         && stat.stx_dio_offset_align != 0
         && stat.stx_dio_mem_align != 0;
     told.then_some(DirectAlignment {
@@ -631,9 +606,8 @@ mod test {
     #[test]
     fn reads_are_direct_and_leave_the_access_time() {
         let image = image_of(4096, true);
-        let wanted = libc::O_DIRECT | libc::O_NOATIME;
-        // SAFETY: no pointers.
-        let flags = unsafe { libc::fcntl(image.raw_fd(), libc::F_GETFL) };
+        let wanted = OFlags::DIRECT | OFlags::NOATIME;
+        let flags = rustix::fs::fcntl_getfl(&*image.device_handle().file).unwrap();
         assert_eq!(flags & wanted, wanted);
     }
 

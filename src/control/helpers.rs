@@ -278,7 +278,8 @@ impl Pool {
             match task {
                 Task::Open { id, spec, .. } => {
                     let what = format!("no thread can be started to open it ({error})");
-                    let error = refusal(&spec, what, "raise the limit on tasks");
+                    let mend = "raise the limit on tasks";
+                    let error = BackingError::new(&spec.to_string(), &what, mend, None);
                     self.answer(id, &spec, places, Err(error));
                 }
                 // Closed here after all, or its file would stay open for good.
@@ -318,8 +319,9 @@ impl Pool {
             Task::Open { id, spec, access } => {
                 let opened = catch_unwind(AssertUnwindSafe(|| spec.open(&access)));
                 let result = opened.unwrap_or_else(|_| {
-                    let what = "opening it failed in polldisk itself".to_owned();
-                    Err(refusal(&spec, what, "see the log, and report it as a fault of polldisk"))
+                    let what = "opening it failed in polldisk itself";
+                    let mend = "see the log, and report it as a fault of polldisk";
+                    Err(BackingError::new(&spec.to_string(), what, mend, None))
                 });
                 self.answer(id, &spec, job.places, result);
             }
@@ -379,10 +381,6 @@ impl Places {
         let (file, mount) = (Place::File(path.to_owned()), Place::Mount(mounts::point_of(path)));
         Places([file].into_iter().chain(folder).chain([mount]).collect())
     }
-}
-
-fn refusal(spec: &Spec, what: String, mend: &str) -> BackingError {
-    BackingError { target: spec.to_string(), what, mend: mend.to_owned(), source: None }
 }
 
 impl OpenBacking {
