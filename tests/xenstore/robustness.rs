@@ -41,6 +41,8 @@ fn a_value_ends_at_its_trailing_nul_as_c_programs_write_it() {
     raw.ask(Op::Write, b"/area/none\0\0\0");
     assert_eq!(&*store.read("/area/one").unwrap(), "1");
     assert_eq!(&*store.transaction().unwrap().read("/area/one").unwrap(), "1");
+    store.watch("/area/one", "token").unwrap();
+    assert_eq!(&*store.read_up_to_date("/area/one", "token").unwrap(), "1");
     let together = store.read_all("/area", &["one", "none"]).unwrap();
     let together: Vec<_> = together.into_iter().map(Result::unwrap).collect();
     assert_eq!(together, ["1".into(), "".into()]);

@@ -141,7 +141,7 @@ impl Store for StoreClient {
         let (parts, old) = ([plain(path)?, NUL], Some((path, token)));
         // Some servers send answers before events that came first. After another round trip all are here.
         self.scope.ask(Op::Read, &parts)?;
-        boxed_text(&self.scope.connection.ask_without(old, Op::Read, 0, &parts)?)
+        value(&self.scope.connection.ask_without(old, Op::Read, 0, &parts)?)
     }
 
     fn is_domain_introduced(&self, domid: DomId) -> io::Result<bool> {
