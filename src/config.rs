@@ -192,7 +192,7 @@ impl ServeOptions {
     }
 }
 
-/// A text file, which no configuration makes long.
+/// Reads a text file of at most `CONFIG_BYTES_MAX` bytes.
 fn read_bounded(path: &Path) -> io::Result<String> {
     let mut text = String::new();
     File::open(path)?.take(limits::CONFIG_BYTES_MAX + 1).read_to_string(&mut text)?;

@@ -18,7 +18,7 @@ pub const INDIRECT_SEGMENTS_MAX: u16 = 1024;
 pub const INDIRECT_SEGMENTS_DEFAULT: u16 = 256;
 
 /// Tables for the segments of indirect requests that one queue can always have, whatever the others do:
-/// with those at work there is always a next one for storage.
+/// enough that storage has a next request while the first ones run.
 pub const TABLES_PER_QUEUE: usize = 4;
 
 /// ... and how many more all queues of a worker have together: 12 MiB for requests of 256 segments.
@@ -223,8 +223,8 @@ pub const GUEST_LOG_LINES: u32 = 40;
 /// The period of `GUEST_LOG_LINES`.
 pub const GUEST_LOG_SECONDS: u64 = 30;
 
-/// Looks at one frontend that are taken at once, each some reads of xenstore. A connection takes three or
-/// four. What a guest writes meanwhile is seen by the next look.
+/// How often one frontend may be looked at in a burst, each time by some reads of xenstore. A connection
+/// takes three or four. What a guest writes meanwhile is seen by the next look.
 pub const FRONTEND_LOOKS_BURST: u32 = 64;
 
 /// And then so many a second.

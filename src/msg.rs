@@ -199,7 +199,7 @@ pub struct EventSender {
     bell: Doorbell,
 }
 
-/// The way of one worker to control, which never waits: what control has no room for is kept and offered
+/// One worker's channel to control. Sending never waits: what control has no room for is kept and offered
 /// again.
 #[derive(Debug)]
 pub struct Outbox {

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 
 use crate::limits;
-use crate::text::printable;
+use crate::text::{printable, with_causes};
 
 /// Standard output takes nothing more.
 #[derive(Debug, thiserror::Error)]
@@ -42,11 +42,14 @@ fn taken(written: io::Result<()>) -> Result<(), PrintError> {
 /// Says a line on standard error, if that takes it; through the queue where there is one. What others
 /// wrote has to be made [`printable`] before.
 pub fn say(line: impl Display) {
-    let line = format!("{line}\n");
+    put(format!("{line}\n").into_bytes());
+}
+
+fn put(line: Vec<u8>) {
     match QUEUE.get() {
-        Some(queue) => queue.put(line.into_bytes()),
+        Some(queue) => queue.put(line),
         None => {
-            let _ = io::stderr().write_all(line.as_bytes());
+            let _ = io::stderr().write_all(&line);
         }
     }
 }
@@ -60,19 +63,13 @@ pub fn usage(error: &clap::Error) -> ExitCode {
     match printed {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            say(printable(&with_causes(&error)));
+            say(with_causes(&error));
             ExitCode::FAILURE
         }
     }
 }
 
-/// An error and all that caused it, on one line.
-fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
-}
-
-/// From now on a panic is told by [`say`], and none on the way to a standard error that is gone.
+/// From now on a panic is told by [`say`], which can't panic again if standard error is gone.
 pub fn tell_panics() {
     std::panic::set_hook(Box::new(tell_panic));
 }
@@ -115,12 +112,7 @@ pub struct QueuedLines;
 
 impl Write for QueuedLines {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        match QUEUE.get() {
-            Some(queue) => queue.put(line.to_vec()),
-            None => {
-                let _ = io::stderr().write_all(line);
-            }
-        }
+        put(line.to_vec());
         Ok(line.len())
     }
 
@@ -138,7 +130,7 @@ struct Queue {
 
 enum Entry {
     Line(Vec<u8>),
-    /// All before it was taken care of.
+    /// Answered once everything before it has been handled.
     End(Sender<()>),
 }
 
@@ -166,7 +158,7 @@ impl Queue {
     fn finish(&self) {
         let until = Instant::now() + Duration::from_millis(limits::LOG_END_MS);
         let (end, ended) = bounded(1);
-        // Later than that nobody waits for.
+        // Nobody waits longer than that.
         if self.sender.send_deadline(Entry::End(end), until).is_ok() {
             let _ = ended.recv_deadline(until);
         }

@@ -25,6 +25,19 @@ fn is_unprintable(c: char) -> bool {
         || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
+/// An error and all that caused it.
+pub fn causes<'a>(
+    error: &'a (dyn std::error::Error + 'static),
+) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
+    std::iter::successors(Some(error), |error| error.source())
+}
+
+/// An error and all that caused it, on one line.
+pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let told = causes(error).map(|cause| printable(&cause.to_string()).into_owned());
+    told.collect::<Vec<_>>().join(": ")
+}
+
 /// The beginning of a text of somebody who is not trusted, at most 32 characters of it, as ASCII.
 pub fn excerpt(text: &str) -> String {
     const SHOWN: usize = 32;

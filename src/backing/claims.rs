@@ -60,9 +60,9 @@ pub enum Reason {
     Used,
     /// Both are shareable, and one of them only writes parts of blocks.
     Emulation,
-    /// The other one is opening it, and does not get on.
+    /// The other one is opening it, and has not finished in time.
     Opening,
-    /// The other one is closing it, and does not get on.
+    /// The other one is closing it, and has not finished in time.
     Closing,
 }
 
@@ -222,9 +222,8 @@ impl Table {
             entries.filter(|other| overlap(storages, &other.storages))
         };
         let is_own = |other: &Entry| !user.is_empty() && other.user == user;
-        let open = others().filter(|other| other.phase == Phase::Open && !is_own(other));
-        let refused = open
-            .into_iter()
+        let refused = others()
+            .filter(|other| other.phase == Phase::Open && !is_own(other))
             .find_map(|other| usage.excludes(other.usage).map(|reason| (reason, other)));
         refused.or_else(|| {
             others().find_map(|other| match other.phase {

@@ -119,7 +119,7 @@ pub fn swap_in_file(storage: Storage) -> Option<Holder> {
     Some(Holder::Swap(path))
 }
 
-/// The loop devices over storage, but those that are in `own` or have a part there.
+/// The loop devices over storage, except those that overlap one in `own`.
 pub fn loops_over(storage: Storage, own: &[Storage]) -> Vec<Holder> {
     let is_own = |device: &Loop| {
         let device = Storage::device(device.number);

@@ -32,13 +32,13 @@ pub enum LockError {
     Unsupported(io::Error),
 }
 
-/// Locks an open file for a use of it, as long as it is open; several uses by its holder go together.
-/// Never waits.
+/// Locks an open file for a use of it, as long as it is open. Uses through the same open file never
+/// conflict. Never waits.
 pub fn lock(file: &File, usage: Usage) -> Result<(), LockError> {
     let done: &[i64] = if usage.writes { &[READ, WRITE] } else { &[READ] };
     let refused: &[i64] = if usage.shareable { &[RESIZE] } else { &[WRITE, RESIZE] };
-    // Before, so that nothing new stays locked where another use by the same holder goes on; and after,
-    // for the other one may have come at the same time.
+    // Looked at before, so that a refused use leaves no new locks on a file that its holder still uses
+    // otherwise; and again after, since another may have locked meanwhile.
     look(file, done, refused)?;
     for byte in done.iter().map(|bit| DONE + bit).chain(refused.iter().map(|bit| REFUSED + bit)) {
         set(file, byte)?;
@@ -89,8 +89,8 @@ fn fcntl(file: &File, command: libc::c_int, range: &mut libc::flock) -> Result<(
         match error.raw_os_error() {
             Some(libc::EINTR) => {}
             Some(libc::EAGAIN | libc::EACCES) => return Err(LockError::Taken),
-            // ENOLCK and EOPNOTSUPP of network filesystems, EINVAL of those without any; and whatever
-            // else keeps a file from being locked keeps it from nothing else.
+            // ENOLCK and EOPNOTSUPP of network filesystems, EINVAL of those without any. Any other
+            // error means only that it can't be locked, not that it can't be used.
             _ => return Err(LockError::Unsupported(error)),
         }
     }

@@ -462,10 +462,7 @@ fn file_shape(located: &Located, file: &File, writes: bool) -> io::Result<Shape>
         .unwrap_or(512)
         .max(512);
     let shape = buffered_shape(located, file, writes)?.with_blocks_of(sector_bytes);
-    Ok(Shape {
-        memory_alignment: direct.map_or(sector_bytes, |direct| direct.memory),
-        ..shape
-    })
+    Ok(Shape { memory_alignment: direct.map_or(sector_bytes, |direct| direct.memory), ..shape })
 }
 
 /// The page cache takes any sectors, in any memory.

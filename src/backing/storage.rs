@@ -51,7 +51,7 @@ impl Storage {
         }
     }
 
-    /// Whether what is written to one can be read of the other: they are the same, or one is a
+    /// Whether what is written to one can be read from the other: they are the same, or one is a
     /// partition of the other.
     pub fn overlaps(self, other: Storage) -> bool {
         match (self, other) {

@@ -6,22 +6,22 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, ValueEnum};
 use polldisk::backing::{Access, BackingError, Spec};
 use polldisk::config::ADMIN_SOCKET;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{DiskReport, Reply, Request};
-use polldisk::text::printable;
+use polldisk::text::{printable, with_causes};
 use polldisk::{limits, output};
 use serde::{Deserialize, Serialize};
 
 /// Tell whether a disk could have a target, and if not, why
 ///
-/// The target is opened as the daemon opens it, and closed again: nothing of it is changed, and no
-/// daemon needs to run. What polldisk would warn of is printed, too. Where a daemon serves the target
-/// to the disk named by --domid and --vdev already, that is asked instead.
+/// The target is opened as the daemon opens it, and closed again. It is not changed, and no daemon
+/// needs to run. What polldisk would warn of is printed, too. If a daemon already serves the target
+/// to the disk named by --domid and --vdev, the daemon is asked instead.
 #[derive(Args, Debug)]
 pub struct CheckTarget {
     /// What the disk shall hold, as in `attach --target`
@@ -104,16 +104,14 @@ impl CheckTarget {
         let opened = self.target.parse::<Spec>().and_then(|spec| spec.open(&access));
         match opened {
             Ok(backing) => Verdict { warnings: backing.warnings().to_vec(), refusal: None },
-            Err(error) => {
-                Verdict { warnings: Vec::new(), refusal: Some(format!("{:#}", anyhow!(error))) }
-            }
+            Err(error) => Verdict { warnings: Vec::new(), refusal: Some(with_causes(&error)) },
         }
     }
 }
 
-/// Has a child open the target, for `limits::OPEN_SECONDS` at most. A process that opens storage which
-/// hangs may not even be killed; so that is not the one that others wait for, and it keeps none of
-/// their descriptors.
+/// Has a child open the target, for `limits::OPEN_SECONDS` at most. A process that is stuck in hung
+/// storage can't even be killed. So a child opens it: nobody waits for the child to end, and it holds
+/// none of our caller's descriptors.
 fn ask_child(target: &str) -> anyhow::Result<Verdict> {
     let mut child = Command::new("/proc/self/exe")
         .args(["check-target", "--opens"])

@@ -1,5 +1,6 @@
 //! The backend area of a disk: what the toolstack wrote there, and how polldisk writes to it.
 
+use std::error::Error;
 use std::io;
 
 use xenstore_rs::Xs;
@@ -9,7 +10,7 @@ use super::key::DiskKey;
 use crate::backing::{Discard, Geometry, Image};
 use crate::blkif::features::{self, DiskOffer};
 use crate::limits;
-use crate::text::{excerpt, printable};
+use crate::text::{causes, excerpt, printable, with_causes};
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::{Nodes, Store, if_there};
 
@@ -420,21 +421,11 @@ pub struct Failure {
 
 impl Failure {
     /// The failure of `error` and everything that caused it.
-    pub fn of(error: &(dyn std::error::Error + 'static)) -> Failure {
-        let mut errno = libc::EINVAL;
-        let mut text = String::new();
-        let mut next = Some(error);
-        while let Some(cause) = next {
-            if !text.is_empty() {
-                text.push_str(": ");
-            }
-            text.push_str(&printable(&cause.to_string()));
-            if let Some(system) = cause.downcast_ref::<io::Error>() {
-                errno = system.raw_os_error().unwrap_or(errno);
-            }
-            next = cause.source();
-        }
-        Failure { errno, text }
+    pub fn of(error: &(dyn Error + 'static)) -> Failure {
+        let system =
+            |cause: &(dyn Error + 'static)| cause.downcast_ref::<io::Error>()?.raw_os_error();
+        let errnos = causes(error).filter_map(system);
+        Failure { errno: errnos.last().unwrap_or(libc::EINVAL), text: with_causes(error) }
     }
 }
 

@@ -118,7 +118,7 @@ pub const HOTPLUG_ERROR: &str = "hotplug-error";
 /// Backend area: present where polldisk made both areas itself (`polldisk attach`).
 pub const ATTACHED: &str = "polldisk-attached";
 
-/// Backend area: which disk of which daemon has taken it on; unlike that of any other.
+/// Backend area: which disk of which daemon has taken it on; unique to that disk.
 pub const SERVED_BY: &str = "polldisk-served-by";
 
 /// Backend area: 512-byte sectors, whatever `sector-size` says.
