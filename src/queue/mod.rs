@@ -759,7 +759,10 @@ impl Queue {
     #[inline]
     fn settle<G, E>(&mut self, io: &mut Resources<G, E>) {
         let answered = self.requests.used() - self.ring.in_flight() as usize;
-        io.requests.give_back(&mut self.requests, answered);
+        if answered > 0 {
+            io.requests.give_back(&mut self.requests, answered);
+            io.freed += 1;
+        }
     }
 
     #[inline(always)]

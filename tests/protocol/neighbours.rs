@@ -6,6 +6,7 @@ use polldisk::limits::{
     BOUNCE_PAGES_COMMON, MOVED_PAGE_EFFORT, REQUESTS_COMMON, REQUESTS_PER_QUEUE, TABLES_COMMON,
     TURN_EFFORT,
 };
+use polldisk::msg::Command;
 use polldisk::sim::StandIn;
 
 use crate::scripted::{Bench, Shape, bench, null};
@@ -86,6 +87,31 @@ fn requests_in_flight_on_storage_that_hangs_leave_room_for_others() {
     script.borrow_mut().hung.clear();
     assert!(bench.settle());
     assert!((0..GREEDY).all(|greedy| bench.answers(greedy) == EACH));
+}
+
+/// Nobody else gives anything back, so its own answers have to bring the queue back to its ring.
+#[test]
+fn a_queue_that_answers_all_it_may_have_in_flight_at_once_goes_on_beside_storage_that_hangs() {
+    const GREEDY: usize = 4;
+    const EACH: usize = REQUESTS_COMMON / GREEDY + REQUESTS_PER_QUEUE;
+    const READS: usize = REQUESTS_PER_QUEUE + 8;
+    let (mut bench, script) = bench();
+    for _ in 0..GREEDY {
+        let greedy = bench.guest(Shape::mapped(EACH).indirect(12, 5));
+        script.borrow_mut().hung.insert(greedy);
+        assert_eq!(bench.ask(greedy, op::READ, EACH, 1), EACH);
+        assert!(bench.settle());
+    }
+    assert_eq!(script.borrow().taken.len(), GREEDY * EACH, "all there are, and none waits for more");
+    let victim = bench.guest(Shape::copied(READS).indirect(12, 1));
+    let leaving = bench.guest(Shape::mapped(8));
+    assert!(bench.settle());
+    // Beside another one its turn ends before any data is copied, and alone it copies all of it.
+    bench.ask(victim, op::READ, READS, 1);
+    bench.ask(leaving, op::READ, 1, 1);
+    bench.commands.send(Command::Disconnect(bench.key(leaving))).unwrap();
+    assert!(bench.settle());
+    assert_eq!(bench.answers(victim), READS);
 }
 
 #[test]
