@@ -5,9 +5,9 @@
 //! guaranteed part never fails, whatever the others hold, and what a pool can give out in all is its
 //! common rest and a guaranteed part for each holder.
 //!
-//! The holder is a queue, not a domain: a domain rarely has more than one queue on a worker that is
-//! not a disk of its own, and a part for each queue also keeps one hung disk of a guest from stopping
-//! the guest's other disks.
+//! The holder is a queue, not a domain: the queues of a domain on one worker are nearly always those of
+//! different disks, and a part for each also keeps one hung disk of a guest from stopping the guest's
+//! other disks.
 //!
 //! This is arithmetic only: who has to wait, and is served when something was given back, is decided
 //! by whoever owns the pool. [`Lanes`] is a pool with what waits for it.
@@ -132,7 +132,17 @@ impl<T> Lanes<T> {
         Some(item)
     }
 
-    /// Puts back what [`Lanes::next_of`] took out and still can't begin.
+    /// Takes one for a holder, and out what it has waiting first, if there are both.
+    pub fn admit(&mut self, holder: usize) -> Option<T> {
+        if !self.has_room(holder) {
+            return None;
+        }
+        let item = self.next_of(holder)?;
+        assert!(self.take(holder), "there was room");
+        Some(item)
+    }
+
+    /// Puts back what was taken out and still can't begin.
     pub fn put_back(&mut self, holder: usize, item: T) {
         self.lanes[holder].parked.push_front(item);
         self.parked += 1;

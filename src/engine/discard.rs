@@ -90,10 +90,7 @@ impl FileDiscards {
         queue: usize,
         mut below: impl FnMut(RawFd, &IoOp<'_>, Ticket) -> Submitted,
     ) {
-        while let Some(discard) = self.lanes.next_of(queue) {
-            if !self.lanes.take(queue) {
-                return self.lanes.put_back(queue, discard);
-            }
+        while let Some(discard) = self.lanes.admit(queue) {
             if let Err(refused) = self.begin(queue, discard, &mut below) {
                 self.owed = true;
                 return self.lanes.put_back(queue, refused);

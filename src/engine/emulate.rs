@@ -38,7 +38,7 @@ pub struct Emulation {
     owed: Vec<u32>,
     /// Something was given back, or is to be tried again.
     retry: bool,
-    /// What of other workers is given back.
+    /// Tells that another worker has given a block back.
     others: Arc<Others>,
     waker: Waker,
     /// Reused lists: the buffers of an operation below, and results from there.
@@ -103,19 +103,8 @@ impl Kept {
     }
 }
 
-/// What became of an operation.
-enum Begun {
-    /// It did, or was done, or found no room below.
-    Submitted(Submitted),
-    /// It has to wait for memory or a block.
-    Waits(Ticket),
-}
-
-impl From<Submitted> for Begun {
-    fn from(submitted: Submitted) -> Begun {
-        Begun::Submitted(submitted)
-    }
-}
+/// An operation that was submitted, or the ticket of one that has to wait for memory or a block.
+type Begun = Result<Submitted, Ticket>;
 
 /// An operation below on behalf of one from above.
 #[derive(Debug)]
@@ -189,8 +178,8 @@ impl Emulation {
         below: impl FnMut(&Target, &IoOp<'_>, Ticket) -> Submitted,
     ) -> Submitted {
         match self.begin(locks, target, operation, ticket, below) {
-            Begun::Submitted(submitted) => submitted,
-            Begun::Waits(ticket) => {
+            Ok(submitted) => submitted,
+            Err(ticket) => {
                 let (locks, target) = (locks.clone(), target.clone());
                 let (queue, operation) = (ticket.queue(), Kept::of(operation));
                 self.lanes.park(queue, Parked { locks, target, operation, ticket });
@@ -209,7 +198,7 @@ impl Emulation {
     ) -> Begun {
         let mut below = |operation: &IoOp<'_>, ticket| below(target, operation, ticket);
         match *operation {
-            IoOp::Flush => below(operation, ticket).into(),
+            IoOp::Flush => Ok(below(operation, ticket)),
             IoOp::Discard { offset, len, secure } => {
                 self.discard(locks, target, (offset, len, secure), ticket, below)
             }
@@ -236,13 +225,14 @@ impl Emulation {
         let straight = if skip == 0 { straight_bytes(buffers, block) } else { 0 };
         if straight == total || straight >= PIECE_BYTES {
             cut(buffers, straight, &mut self.parts);
-            return below(&IoOp::Read { offset, buffers: &self.parts }, ticket).into();
+            return Ok(below(&IoOp::Read { offset, buffers: &self.parts }, ticket));
         }
         let len = total.min(PIECE_BYTES - skip);
         let span = (skip + len).next_multiple_of(block);
-        let Some(piece) = self.piece(&ticket, offset, span, skip, len, buffers) else {
-            return Begun::Waits(ticket);
-        };
+        if !self.lanes.has_room(ticket.queue()) {
+            return Err(ticket);
+        }
+        let piece = self.piece(&ticket, offset, span, skip, len, buffers);
         let offset = piece.start;
         let job = Job {
             ticket,
@@ -251,7 +241,7 @@ impl Emulation {
             piece: Some(piece),
             _lock: None,
         };
-        self.start(job, |parts, ticket| below(&IoOp::Read { offset, buffers: parts }, ticket))
+        Ok(self.start(job, |parts, ticket| below(&IoOp::Read { offset, buffers: parts }, ticket)))
     }
 
     fn write(
@@ -266,17 +256,15 @@ impl Emulation {
         let block = locks.block_bytes();
         let (first, skip, total) = (offset / u64::from(block), rest(offset, block), bytes(buffers));
         if skip > 0 || total < block {
-            // Before the lock, whose return would wake others for nothing.
+            // Looked for before the lock is taken: giving that back would wake others for nothing.
             if !self.lanes.has_room(ticket.queue()) {
-                return Begun::Waits(ticket);
+                return Err(ticket);
             }
             let Some(lock) = locks.try_own(first, &self.waker) else {
-                return Begun::Waits(ticket);
+                return Err(ticket);
             };
             let len = total.min(block - skip);
-            let Some(piece) = self.piece(&ticket, offset, block, skip, len, buffers) else {
-                return Begun::Waits(ticket);
-            };
+            let piece = self.piece(&ticket, offset, block, skip, len, buffers);
             let offset = piece.start;
             let job = Job {
                 ticket,
@@ -285,34 +273,31 @@ impl Emulation {
                 piece: Some(piece),
                 _lock: Some(lock),
             };
-            return self
-                .start(job, |parts, ticket| below(&IoOp::Read { offset, buffers: parts }, ticket));
+            let below =
+                |parts: &[GuestBuf], ticket| below(&IoOp::Read { offset, buffers: parts }, ticket);
+            return Ok(self.start(job, below));
         }
         let whole = total / block * block;
         let straight = straight_bytes(buffers, block);
         let goes_straight = straight == whole || straight >= PIECE_BYTES;
         let len = if goes_straight { straight } else { whole.min(PIECE_BYTES) };
         if !goes_straight && !self.lanes.has_room(ticket.queue()) {
-            return Begun::Waits(ticket);
+            return Err(ticket);
         }
         let blocks = first..first + u64::from(len / block);
         let Some(lock) = locks.try_share(blocks, &self.waker) else {
-            return Begun::Waits(ticket);
+            return Err(ticket);
         };
         let (work, piece) = if goes_straight {
             cut(buffers, len, &mut self.parts);
             (Work::Straight, None)
         } else {
-            let Some(piece) = self.piece(&ticket, offset, len, 0, len, buffers) else {
-                return Begun::Waits(ticket);
-            };
+            let piece = self.piece(&ticket, offset, len, 0, len, buffers);
             piece.fill();
             (Work::Write, Some(piece))
         };
-        self.start(
-            Job { ticket, target: target.clone(), work, piece, _lock: Some(lock) },
-            |parts, ticket| below(&IoOp::Write { offset, buffers: parts }, ticket),
-        )
+        let job = Job { ticket, target: target.clone(), work, piece, _lock: Some(lock) };
+        Ok(self.start(job, |parts, ticket| below(&IoOp::Write { offset, buffers: parts }, ticket)))
     }
 
     /// Whole blocks are given back; the parts of blocks at both ends stay as they are.
@@ -327,10 +312,10 @@ impl Emulation {
         let block = u64::from(locks.block_bytes());
         let (first, end) = (offset.div_ceil(block), (offset + len) / block);
         if first >= end {
-            return Submitted::Done(Completion { ticket, result: 0 }).into();
+            return Ok(Submitted::Done(Completion { ticket, result: 0 }));
         }
         let Some(lock) = locks.try_share(first..end, &self.waker) else {
-            return Begun::Waits(ticket);
+            return Err(ticket);
         };
         let (offset, len) = (first * block, (end - first) * block);
         let job = Job {
@@ -340,11 +325,11 @@ impl Emulation {
             piece: None,
             _lock: Some(lock),
         };
-        self.start(job, |_, ticket| below(&IoOp::Discard { offset, len, secure }, ticket))
+        Ok(self.start(job, |_, ticket| below(&IoOp::Discard { offset, len, secure }, ticket)))
     }
 
     /// Memory for the blocks around `offset`, which stands `skip` bytes into them, listed in
-    /// `parts`, and a note of the first `len` bytes of `buffers`.
+    /// `parts`, and a note of the first `len` bytes of `buffers`. There has to be room for it.
     fn piece(
         &mut self,
         ticket: &Ticket,
@@ -353,10 +338,8 @@ impl Emulation {
         skip: u32,
         len: u32,
         buffers: &[GuestBuf],
-    ) -> Option<Piece> {
-        if !self.lanes.take(ticket.queue()) {
-            return None;
-        }
+    ) -> Piece {
+        assert!(self.lanes.take(ticket.queue()), "it was looked for before");
         let mut memory = self.idle.pop().unwrap_or_else(|| Memory {
             pages: LocalPages::new(EMULATED_PAGES as usize),
             buffers: Vec::new(),
@@ -364,22 +347,25 @@ impl Emulation {
         cut(buffers, len, &mut memory.buffers);
         let piece = Piece { memory, start: offset - u64::from(skip), span, skip, len };
         piece.list(&mut self.parts);
-        Some(piece)
+        piece
     }
 
     /// Has `below` start a job on the buffers in `parts`.
-    fn start(&mut self, job: Job, below: impl FnOnce(&[GuestBuf], Ticket) -> Submitted) -> Begun {
+    fn start(
+        &mut self,
+        job: Job,
+        below: impl FnOnce(&[GuestBuf], Ticket) -> Submitted,
+    ) -> Submitted {
         let queue = job.ticket.queue();
         let index = self.jobs.insert(job);
         let number = u32::try_from(index).expect("bounded by the requests in flight");
-        let submitted = match below(&self.parts, job_ticket(queue, number)) {
+        match below(&self.parts, job_ticket(queue, number)) {
             Submitted::Full(_) => Submitted::Full(self.end(number)),
             Submitted::Done(Completion { result, .. }) => {
                 unreachable!("storage does nothing at once, and did {result}")
             }
             submitted => submitted,
-        };
-        submitted.into()
+        }
     }
 
     /// Forgets a job and gives back what it had; returns the ticket it was for.
@@ -482,16 +468,16 @@ impl Emulation {
                 let Parked { locks, target, operation, ticket } = parked;
                 let begun = self.begin(&locks, &target, &operation.operation(), ticket, &mut below);
                 let ticket = match begun {
-                    Begun::Submitted(Submitted::Started | Submitted::Parked) => continue,
-                    Begun::Submitted(Submitted::Done(completion)) => {
+                    Ok(Submitted::Started | Submitted::Parked) => continue,
+                    Ok(Submitted::Done(completion)) => {
                         done.push(completion);
                         continue;
                     }
-                    Begun::Submitted(Submitted::Full(ticket)) => {
+                    Ok(Submitted::Full(ticket)) => {
                         self.retry = true;
                         ticket
                     }
-                    Begun::Waits(ticket) => ticket,
+                    Err(ticket) => ticket,
                 };
                 self.lanes.put_back(queue, Parked { locks, target, operation, ticket });
                 break;

@@ -41,13 +41,13 @@ impl HostEngine {
             (None, IoOp::Read { .. } | IoOp::Write { .. }) if !image.always_waits() => {
                 self.transport.uring.submit(image.raw_fd(), operation, ticket)
             }
-            (None, IoOp::Flush) => self.transport.flush(image.raw_fd(), ticket),
+            (_, IoOp::Flush) => self.transport.flush(image.raw_fd(), ticket),
             _ => self.submit_specially(image, operation, ticket),
         }
     }
 
-    /// Discards, everything for guests that see smaller blocks than the storage has, and what io_uring
-    /// can't do well.
+    /// Discards, reads and writes of guests that see smaller blocks than the storage has, and what
+    /// io_uring can't do well.
     #[cold]
     fn submit_specially(
         &mut self,

@@ -1,6 +1,6 @@
 //! Operations that the kernel has no asynchronous form of, done by threads beside the worker.
 //!
-//! Discards of block devices are `ioctl`s that may take long, or for ever. Each queue has one at a
+//! Discards of block devices are `ioctl`s that may take long, or never return. Each queue has one at a
 //! time, in a thread that has nothing else to do meanwhile, so a device that hangs holds up nobody
 //! else's. Threads start on demand, and end when they have had nothing to do for a while.
 
@@ -132,8 +132,7 @@ impl Offload {
             let queue = completion.ticket.queue();
             self.lanes.give_back(queue);
             done.push(completion);
-            if let Some(task) = self.lanes.next_of(queue) {
-                assert!(self.lanes.take(queue), "it was given back just now");
+            if let Some(task) = self.lanes.admit(queue) {
                 self.begin(task);
             }
         }

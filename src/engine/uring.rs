@@ -153,12 +153,13 @@ impl Uring {
         flags: squeue::Flags,
     ) -> Submitted {
         let user_data = ticket.into_user_data();
-        let taken = self.push(file, operation, user_data, flags)
-            || (self.enter().is_ok() && self.push(file, operation, user_data, flags));
-        if !taken {
-            return Submitted::Full(Ticket::from_user_data(user_data));
+        let mut pushed = self.push(file, operation, user_data, flags);
+        if pushed.is_none() && self.enter().is_ok() {
+            pushed = self.push(file, operation, user_data, flags);
         }
-        let waiting = self.ring.submission().len();
+        let Some(waiting) = pushed else {
+            return Submitted::Full(Ticket::from_user_data(user_data));
+        };
         if self.in_flight == 0 {
             self.head_start = HEAD_START;
         }
@@ -171,8 +172,8 @@ impl Uring {
         Submitted::Started
     }
 
-    /// Puts an operation where the kernel takes it; `false`: there is no room before it has taken what
-    /// is there.
+    /// Puts an operation where the kernel takes it; returns how many wait there. `None`: there is no room
+    /// before the kernel has taken what is there.
     #[inline(always)]
     fn push(
         &mut self,
@@ -180,17 +181,16 @@ impl Uring {
         operation: &IoOp<'_>,
         user_data: u64,
         flags: squeue::Flags,
-    ) -> bool {
+    ) -> Option<usize> {
         let mut submission = self.ring.submission();
         if submission.is_full() {
-            return false;
+            return None;
         }
-        let Some(entry) = entry(&mut self.vectors, types::Fd(file), operation) else {
-            return false;
-        };
+        let entry = entry(&mut self.vectors, types::Fd(file), operation)?;
         // SAFETY: the buffers stay mapped until the ticket is back (GuestBuf's contract); the
         // vectors stay in place until kick; the file is open until then (the queue holds it).
-        unsafe { submission.push(&entry.user_data(user_data).flags(flags)) }.is_ok()
+        unsafe { submission.push(&entry.user_data(user_data).flags(flags)) }.ok()?;
+        Some(submission.len())
     }
 
     /// Submits what was taken, and lets the kernel finish completions that wait for this thread.
