@@ -20,10 +20,10 @@ use crate::xen::{Grants, PageAccess};
 /// A frontend's pages that stay mapped (`feature-persistent`).
 ///
 /// They are mapped in batches, each one range of memory, and unmapped in the same batches. Bounded
-/// by `limits::PERSISTENT_GRANTS_PER_QUEUE` and by what the domain's other queues leave (XSA-300): a
-/// batch that nothing used lately makes room, and where there is none, data is copied. A batch that
-/// nothing used for `limits::PERSISTENT_IDLE_SWEEPS` sweeps is unmapped, so that the guest can have
-/// its pages back.
+/// by `limits::PERSISTENT_GRANTS_PER_QUEUE` and by what the domain's other queues and the other
+/// domains leave (XSA-300): a batch that nothing used lately makes room, and where there is none, data
+/// is copied. A batch that nothing used for `limits::PERSISTENT_IDLE_SWEEPS` sweeps is unmapped, so that
+/// the guest can have its pages back.
 ///
 /// The frontend may give a reference another page only after it ended access to the first, which it
 /// cannot while we hold it mapped, so an entry stays right until it is unmapped.

@@ -4,6 +4,7 @@ use super::bounce::Whose;
 use super::grants::PersistentGrants;
 use super::slots::Slot;
 use super::{Mapped, Queue, Resources, Scratch};
+use crate::backing::Image;
 use crate::blkif::Status;
 use crate::blkif::request::{Kind, Segment};
 use crate::engine::{Engine, RegisterBuffers};
@@ -142,10 +143,7 @@ impl Queue {
 
     /// Copies what is to be written from the guest to bounce memory, as much as this turn allows, and
     /// gets what is there as a whole under way.
-    pub(super) fn fetch<G: Grants, E: Engine<Target = crate::backing::Image>>(
-        &mut self,
-        io: &mut Resources<G, E>,
-    ) {
+    pub(super) fn fetch<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
         let mut waiting = std::mem::take(&mut self.fetched);
         self.copy(io, waiting.iter(), CopyDirection::FromGuest);
         while let Some(slot) = waiting.pop_front_if(|slot| self.slots.get_mut(*slot).is_copied()) {
@@ -163,14 +161,9 @@ impl Queue {
     pub(super) fn copy_reads_out<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
         let mut waiting = std::mem::take(&mut self.copied_out);
         self.copy(io, waiting.iter(), CopyDirection::ToGuest);
-        while let Some(index) = waiting.front().copied() {
-            let slot = self.slots.get_mut(index);
-            if !slot.is_copied() {
-                break;
-            }
-            let status = if slot.failed { Status::Error } else { Status::Okay };
-            waiting.pop_front();
-            self.answer(io, index, status);
+        while let Some(slot) = waiting.pop_front_if(|slot| self.slots.get_mut(*slot).is_copied()) {
+            let failed = self.slots.get_mut(slot).failed;
+            self.answer(io, slot, if failed { Status::Error } else { Status::Okay });
         }
         self.copied_out = waiting;
     }

@@ -2,15 +2,16 @@
 //!
 //! A pass of the worker takes each queue through the same steps: [`Queue::take`] copies and checks
 //! requests, reads the pages of indirect ones ([`indirect`]), finds where their data is, mapping all
-//! missing pages in one batch and filling bounce memory by one grant copy ([`locate`]), and
-//! submits; [`Queue::complete`] takes the engine's results; [`Queue::finish_pass`] empties bounce
-//! memory by one grant copy, publishes what is left of the responses, and says whether to notify.
+//! missing pages in one batch and filling bounce memory by one grant copy ([`locate`]), and submits;
+//! [`Queue::complete`] takes the engine's results; [`Queue::finish_pass`] copies bounced reads to the
+//! guest, as far as the turn's effort allows, publishes what is left of the responses, and says
+//! whether to notify.
 //!
 //! What a pass does for a queue is bounded by the *effort* of its turn. What is left of copies and
 //! transfers goes on with the next turn.
 //!
-//! What finds nothing left of what the queues of a worker share *waits*, and the ring behind it: it is
-//! tried again only once something was given back ([`Resources::freed`]).
+//! A request that finds nothing left of what the worker's queues share *waits*, and so does the ring
+//! behind it: it is tried again only once something was given back ([`Resources::freed`]).
 //!
 //! The steady path neither allocates nor calls the system per request, with one exception that the
 //! admin has to choose: pages that are mapped for the time of a request ([`transient`]).
@@ -135,10 +136,10 @@ pub struct Queue {
     /// The worker moves its data itself.
     moves_data: bool,
     slots: Slots,
-    /// Of the worker's requests in flight and tables, what is this queue's.
+    /// This queue's part of the worker's requests in flight and tables.
     requests: Share,
     tables: Share,
-    /// For data that finds no place in the worker's.
+    /// Its own bounce memory, for data that finds no room in the worker's.
     bounce: BouncePool,
     /// Slots whose next step the engine had no room for.
     refused: VecDeque<u32>,
@@ -146,7 +147,7 @@ pub struct Queue {
     stalled: VecDeque<u32>,
     /// An indirect request that waits for a table.
     parked: Option<IndirectHead>,
-    /// Something waits that was last tried when so much had been given back.
+    /// [`Resources::freed`] when what waits was last tried; `None`: nothing waits.
     waits_since: Option<u64>,
     /// Writes whose data is being copied to bounce memory.
     fetched: VecDeque<u32>,
@@ -325,19 +326,7 @@ impl Queue {
     /// Whether there is something to do at once. If not, the frontend was asked for a notification, unless
     /// its requests have to wait for something else; `freed` is [`Resources::freed`].
     pub fn arm(&mut self, freed: u64) -> bool {
-        if self.has_unfinished() {
-            return true;
-        }
-        if let Some(since) = self.waits_since {
-            return since != freed;
-        }
-        match self.barrier {
-            // Their own completions bring the worker back.
-            Barrier::Waits(_) => self.barrier_may_begin(),
-            Barrier::Began(_) => false,
-            Barrier::None if self.stopped => false,
-            Barrier::None => self.before_pause.map_or_else(|| self.ring.arm(), |left| left > 0),
-        }
+        self.has_work_off_ring(freed).unwrap_or_else(|| self.ring.arm())
     }
 
     /// Whether data waits to be copied to the guest.
@@ -360,15 +349,27 @@ impl Queue {
         self.waits_since.is_some()
     }
 
-    /// Whether a turn would find anything to do.
+    /// Whether a turn would find anything to do; `freed` is [`Resources::freed`].
     pub fn has_work(&self, freed: u64) -> bool {
-        let takes = !self.stopped && self.barrier == Barrier::None && self.before_pause != Some(0);
-        let tries = self.waits_since.is_some_and(|since| since != freed);
-        let finds = || {
-            self.waits_since.is_none()
-                && (self.barrier_may_begin() || takes && !matches!(self.ring.requests(), Ok(0)))
-        };
-        self.has_unfinished() || tries || finds()
+        let on_ring = || !matches!(self.ring.requests(), Ok(0));
+        self.has_work_off_ring(freed).unwrap_or_else(on_ring)
+    }
+
+    /// The same, as far as that does not depend on what the ring holds; `None`: it does.
+    fn has_work_off_ring(&self, freed: u64) -> Option<bool> {
+        if self.has_unfinished() {
+            return Some(true);
+        }
+        if let Some(since) = self.waits_since {
+            return Some(since != freed);
+        }
+        match self.barrier {
+            // Their own completions bring the worker back.
+            Barrier::Waits(_) => Some(self.barrier_may_begin()),
+            Barrier::Began(_) => Some(false),
+            Barrier::None if self.stopped => Some(false),
+            Barrier::None => self.before_pause.map(|left| left > 0),
+        }
     }
 
     /// Whether a barrier waits for nothing but its turn.
@@ -662,7 +663,7 @@ impl Queue {
                     }
                 }
                 Submitted::Full(_) => {
-                    // Here, for not every step begins in a turn that looks what waits at its end.
+                    // Set here, because a step may also be submitted outside of a turn, by `complete`.
                     self.waits_since.get_or_insert(io.freed);
                     return self.refused.push_back(slot_index);
                 }

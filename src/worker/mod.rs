@@ -62,7 +62,7 @@ pub struct Worker<P: Platform, E> {
     waiting: Vec<usize>,
     /// How much had been given back when they were looked at last.
     freed: u64,
-    /// Queues with whom something is to be done once they are drained.
+    /// Queues that get another image, or are disconnected, once they are drained.
     draining: Vec<usize>,
     turns: Turns,
     /// Masked ports of queues that were armed in this pass.
@@ -90,7 +90,7 @@ struct Served {
     unmasked: bool,
     last_work_ns: u64,
     used: TimeUsed,
-    /// Its part in what all do together next, in any unit.
+    /// Its weight when time is charged to all together: operations to submit, then bytes completed.
     part: u64,
     /// What it gets, one after the other, once it is drained.
     replacements: Vec<ReplaceImage>,
@@ -206,9 +206,10 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(())
     }
 
-    /// One pass: commands, events, requests, storage, responses. At most one system call each for
-    /// events, mapping, copying, submission (a few more where storage was idle); and one notification
-    /// per ring. The clock is read once, and once more where something completed. An error is our
+    /// One pass: commands, events, requests, storage, responses. One system call at most for events, one
+    /// for submission (a few more if storage was idle); for each queue with work, one for mapping (more
+    /// if a batch fails), a few for copying, and one notification. The clock is read once, once more if
+    /// something completed, and, if several queues are polled, after the work of each. An error is our
     /// own host's (io_uring or the event-channel device fails), never a guest's.
     pub fn poll_once(&mut self, clock_ns: impl Fn() -> u64) -> io::Result<Progress> {
         let now_ns = clock_ns();
@@ -262,7 +263,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         self.charge_parts(watch.lap_ns());
         if self.take_completions(&clock_ns) {
             worked = true;
-            // And this by the data of each, which the engine may have had to copy.
+            // The time to reap is charged by the bytes of each, which the engine may have had to copy.
             self.charge_parts(watch.lap_ns());
         }
         if worked {
@@ -509,13 +510,13 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     /// The turns of all queues that are polled, but for those that had more than their share.
     fn take_in_turns(&mut self, now_ns: u64, watch: &mut Stopwatch<impl Fn() -> u64>) -> bool {
         let count = self.polled.len();
-        let first = self.turns.begin(count);
+        self.turns.begin(count);
         let polled = self.polled.iter().map(|index| &self.queues[*index]);
         let limit = self.turns.limit(now_ns, polled.map(|it| (it.used, it.last_work_ns)));
         let mut worked = false;
         let mut put_off: Option<(TimeUsed, usize)> = None;
-        for nth in 0..count {
-            let index = self.polled[wrapped(first + nth, count)];
+        for nth in self.turns.order(count) {
+            let index = self.polled[nth];
             let served = &mut self.queues[index];
             if served.used > limit {
                 served.queue.put_off();
@@ -586,10 +587,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
 
     /// Ends the pass for the queues that are polled, from the same one on as it began.
     fn finish_in_turns(&mut self, watch: &mut Stopwatch<impl Fn() -> u64>) -> io::Result<()> {
-        let count = self.polled.len();
-        let first = self.turns.first();
-        for nth in 0..count {
-            let index = self.polled[wrapped(first + nth, count)];
+        for nth in self.turns.order(self.polled.len()) {
+            let index = self.polled[nth];
             let queue = &mut self.queues[index].queue;
             let copies = queue.has_copies();
             if queue.finish_pass(&mut self.resources) {
@@ -659,10 +658,4 @@ impl<C: Fn() -> u64> Stopwatch<C> {
         let since_ns = std::mem::replace(&mut self.since_ns, (self.clock_ns)());
         self.since_ns.saturating_sub(since_ns)
     }
-}
-
-/// A place in a round of `count`, for one below twice that.
-#[inline]
-fn wrapped(place: usize, count: usize) -> usize {
-    if place < count { place } else { place - count }
 }

@@ -16,7 +16,7 @@ const SLACK_NS: u64 = 50_000;
 const LAG_MAX_NS: u64 = 4 * SLACK_NS;
 
 /// For so long after it last had work a queue is expected back, and nobody is put off for one that is
-/// not. Who comes more seldom than that has waited for a few turns of others for a small part of it.
+/// not. To a guest that comes less often, waiting for a few turns of others is little beside its own pauses.
 const EXPECTED_NS: u64 = 200_000;
 
 /// How the time of a worker is shared.
@@ -40,10 +40,10 @@ impl Turns {
         self.first
     }
 
-    /// Which one is first in this round.
+    /// The numbers of this round's `count` queues, in order.
     #[inline]
-    pub fn first(&self) -> usize {
-        self.first
+    pub fn order(&self, count: usize) -> impl Iterator<Item = usize> + use<> {
+        (self.first..count).chain(0..self.first.min(count))
     }
 
     /// The most that a queue may have had to have its turn at `now_ns`; of each that is polled, the time it
@@ -92,11 +92,10 @@ mod test {
     fn play(guests: &mut [Guest], lasts_ns: u64) -> Vec<u64> {
         let (mut turns, mut now_ns) = (Turns::default(), 0);
         while now_ns < lasts_ns {
-            let first = turns.begin(guests.len());
+            turns.begin(guests.len());
             let all = guests.iter().map(|guest| (guest.used, guest.worked_ns));
             let limit = turns.limit(now_ns, all);
-            let count = guests.len();
-            let order = (0..count).map(|nth| (first + nth) % count);
+            let order = turns.order(guests.len());
             let mut put_off: Vec<usize> = Vec::new();
             let mut worked = false;
             let mut turn = |guest: &mut Guest, now_ns: &mut u64| {

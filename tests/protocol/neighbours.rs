@@ -102,7 +102,11 @@ fn a_queue_that_answers_all_it_may_have_in_flight_at_once_goes_on_beside_storage
         assert_eq!(bench.ask(greedy, op::READ, EACH, 1), EACH);
         assert!(bench.settle());
     }
-    assert_eq!(script.borrow().taken.len(), GREEDY * EACH, "all there are, and none waits for more");
+    assert_eq!(
+        script.borrow().taken.len(),
+        GREEDY * EACH,
+        "all there are, and none waits for more"
+    );
     let victim = bench.guest(Shape::copied(READS).indirect(12, 1));
     let leaving = bench.guest(Shape::mapped(8));
     assert!(bench.settle());
