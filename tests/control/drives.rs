@@ -3,7 +3,7 @@
 use polldisk::blkif::features::Offer;
 use polldisk::control::Config;
 use polldisk::control::admin::client::request;
-use polldisk::control::admin::protocol::{Eject, Request};
+use polldisk::control::admin::protocol::{Eject, Insert, Request};
 
 use crate::rig::{Areas, Guest, Rig, until, xvd};
 
@@ -305,4 +305,28 @@ fn an_admin_whose_guest_reads_on_is_told_when_the_medium_is_out() {
         ejected.join().unwrap().unwrap();
     });
     assert_eq!(sectors(&rig, &areas), 0);
+}
+
+#[test]
+fn a_medium_that_the_toolstack_takes_back_before_it_is_in_is_closed() {
+    let rig = Rig::start();
+    let (_guest, areas) = connected_drive(&rig, 5, "null:1G");
+    rig.guest(6);
+    let path = rig.folder().join("disk.iso");
+    std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    let target = format!("raw:{}", path.display());
+    rig.plane().hold = true;
+    std::thread::scope(|scope| {
+        let insert = Insert { domid: 5, vdev: "xvda".into(), target: target.clone() };
+        let path = rig.admin_path();
+        let inserted = scope.spawn(move || request(&path, &Request::Insert(insert)));
+        until("the old medium is on its way out", || rig.plane().media == [0]);
+        rig.toolstack_sets_medium(&areas, "");
+        until("it is seen", || rig.list()[0].target.is_empty());
+        rig.release();
+        wait_sectors(&rig, &areas, 0);
+        let _ = inserted.join().unwrap();
+    });
+    let attached = rig.attach(6, "xvda", &target);
+    assert!(attached.is_ok(), "{attached:?}");
 }

@@ -35,7 +35,7 @@ impl Disk {
         if !description.is_drive() {
             self.ignore(&target);
         } else if params == Params::Written || description.target != target {
-            self.want_medium(&target, around)?;
+            self.want_medium(&target, None, around)?;
         }
         Ok(())
     }
@@ -45,12 +45,15 @@ impl Disk {
         area::target(store, self.area.path(), &backend_token(&self.key.kind))
     }
 
-    /// The drive is to have this medium; none where it is empty.
+    /// The drive is to have this medium; none where it is empty. `prepared` is the medium, if it is open
+    /// already; one that was prepared for an earlier wish is closed.
     fn want_medium<S: Store>(
         &mut self,
         target: &str,
+        prepared: Option<OpenBacking>,
         around: &mut Surroundings<'_, S>,
     ) -> io::Result<()> {
+        self.prepared = prepared.map(|backing| (target.to_owned(), backing));
         if let Some(description) = &mut self.description {
             target.clone_into(&mut description.target);
         }
@@ -74,9 +77,8 @@ impl Disk {
         around: &mut Surroundings<'_, S>,
     ) -> io::Result<()> {
         self.area.write(around.store, &[(keys::PARAMS, target.to_owned())])?;
-        self.prepared = prepared.map(|backing| (target.to_owned(), backing));
-        let target = self.target(around.store)?.unwrap_or_default();
-        self.want_medium(&target, around)
+        let now_named = self.target(around.store)?.unwrap_or_default();
+        self.want_medium(&now_named, prepared.filter(|_| now_named == target), around)
     }
 
     fn ignore(&mut self, target: &str) {
