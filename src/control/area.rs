@@ -317,9 +317,9 @@ impl Area {
     ) -> io::Result<Written> {
         let written = [nodes, &[(keys::STATE, new.number().to_string())]].concat();
         store.atomically(|span| {
-            let mut found = span.read_all(&self.path, &[keys::STATE, keys::SERVED_BY])?.into_iter();
-            let mut next = || found.next().map_or(Ok(None), if_there);
-            let (state, mark) = (next()?, next()?);
+            let mut found = ReadAhead::new(span, &self.path, &[keys::STATE, keys::SERVED_BY])?;
+            let state = found.take_if_there(keys::STATE)?;
+            let mark = found.take_if_there(keys::SERVED_BY)?;
             if !self.is_marked(&mark) {
                 return Ok(Written::Gone);
             }

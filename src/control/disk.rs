@@ -12,7 +12,7 @@ use super::connection::{Connection, News};
 use super::drive::Drive;
 use super::frontend;
 use super::guests::{Guests, Pace, guest_log};
-use super::helpers::{Helpers, OpenBacking};
+use super::helpers::{Helpers, OpenBacking, OpenId};
 use super::key::DiskKey;
 use super::machine::{Effect, Input, Link, Machine};
 use super::workers::Workers;
@@ -25,9 +25,6 @@ use crate::units::DomId;
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::{Store, if_there};
 use xenstore_rs::Xs;
-
-use storage::Opening;
-pub use storage::too_slow;
 
 /// What a disk needs of its surroundings.
 #[derive(Debug)]
@@ -60,7 +57,7 @@ pub struct Disk {
     description: Option<Description>,
     backing: Option<OpenBacking>,
     drive: Drive,
-    opening: Option<Opening>,
+    opening: Option<OpenId>,
     /// Storage that was opened before it was asked for, and its target.
     prepared: Option<(String, OpenBacking)>,
     /// What came of `params` while its storage was being opened.
@@ -118,7 +115,7 @@ impl Disk {
             told_sector_bytes: None,
             connection: None,
             failure: Failure::default(),
-            // What was wrong with its area before, or a daemon before this one, may have left one.
+            // One may be left: from before its area could be read, or by an earlier daemon.
             error_written: true,
             is_unreadable: false,
             ignored: String::new(),
@@ -156,6 +153,17 @@ impl Disk {
     /// What the toolstack says of it; `None` where that could not be read.
     pub fn description(&self) -> Option<&Description> {
         self.description.as_ref()
+    }
+
+    /// What its storage or medium is named, as the toolstack or the admin wrote it; empty where there is
+    /// none, or its area could not be read.
+    pub fn named(&self) -> &str {
+        self.description.as_ref().map_or("", |description| &description.target)
+    }
+
+    /// Whether its guest may only read. A disk whose area could not be read is nobody's to write.
+    fn is_read_only(&self) -> bool {
+        self.description.as_ref().is_none_or(|description| description.read_only)
     }
 
     /// Its size and sector sizes as its guest is told them, once open.
@@ -287,9 +295,15 @@ impl Disk {
                 .is_ok_and(|published| published != *connection.published())
     }
 
-    /// Acts on what the data plane says of its connection.
-    pub fn take_news<S: Store>(&mut self, news: Option<News>, around: &mut Surroundings<'_, S>) {
-        if let Some(input) = news.map(|news| self.digest(news, around)) {
+    /// Has its connection, if there is one, hear what the data plane says of it, and acts on the news.
+    pub fn tell_connection<S: Store>(
+        &mut self,
+        around: &mut Surroundings<'_, S>,
+        hear: impl FnOnce(&mut Connection, &mut Workers) -> Option<News>,
+    ) {
+        let news = self.connection.as_mut().and_then(|it| hear(it, around.workers));
+        if let Some(news) = news {
+            let input = self.digest(news, around);
             self.step(input, around);
         }
     }
@@ -470,7 +484,7 @@ impl Disk {
         let discard = self.description.as_ref().and_then(|it| it.discard(image));
         DiskRules {
             geometry: self.shown(image),
-            read_only: self.description.as_ref().is_none_or(|description| description.read_only),
+            read_only: self.is_read_only(),
             indirect_segments: offer.indirect_segments,
             discard: discard.is_some(),
             secure_discard: discard.is_some_and(|discard| discard.secure),
@@ -522,15 +536,15 @@ impl Disk {
         around: &mut Surroundings<'_, S>,
     ) {
         let StorageFailure { operation, offset_bytes, len_bytes, errno, errors_so_far } = failure;
-        let target = self.description.as_ref().map_or("", |description| &description.target);
+        let target = self.named();
         guest_log!(
             around, self.key.domid, error, disk = %self.key, target, errors_so_far,
             "storage failed a {operation} of {len_bytes} bytes at byte {offset_bytes}: {}",
             io::Error::from_raw_os_error(*errno)
         );
         if is_full(*errno) && !self.is_full {
-            self.is_full = true;
             guest_log!(around, self.key.domid, error, disk = %self.key, target, "{NO_SPACE}");
+            self.is_full = true;
         }
     }
 
@@ -564,7 +578,11 @@ impl Disk {
         let (area, frontend) = (self.area.path(), &self.frontend_area);
         let attached = format!("{area}/{}", keys::ATTACHED);
         let error = self.key.error_area(around.own);
-        let known = self.description.as_ref().is_some_and(|description| description.attached);
+        let known = match &self.description {
+            // The toolstack removes what it has made.
+            Some(description) if !description.attached => return Ok(()),
+            description => description.is_some(),
+        };
         let written = self.area.change(around.store, |span| {
             if !known && !area::exists(span, &attached)? {
                 return Ok(());

@@ -24,7 +24,7 @@ pub struct Drive {
 enum UnderWay {
     /// A helper opens the medium.
     Opening(OpenId),
-    /// The data plane goes over to the medium of this name, after so many wishes.
+    /// The data plane goes over to the medium of this name, for the wish with this number.
     Moving(String, OpenBacking, u64),
 }
 
@@ -134,6 +134,8 @@ impl Drive {
 
 #[cfg(test)]
 mod test {
+    use std::time::Instant;
+
     use super::*;
     use crate::backing::Access;
     use crate::control::helpers::{Asker, Helpers};
@@ -191,7 +193,8 @@ mod test {
         assert_eq!(drive.next_step(), Some(Step::Eject), "it was written once more");
         moved(&mut drive, &helpers, "");
 
-        let id = helpers.open("null:1G".parse().unwrap(), Access::default(), Asker::Admin);
+        let now = Instant::now();
+        let id = helpers.open("null:1G", Access::default(), Asker::Admin, now).unwrap();
         drive.begin_opening(id);
         assert_eq!(drive.next_step(), None);
         assert_eq!(drive.want("raw:/c"), Some(id), "nobody waits for it any more");

@@ -1,7 +1,6 @@
 //! What each guest may cost control, whatever its disks do: log lines and looks at its xenstore area.
 //!
-//! Both are a guest's and not a disk's or a connection's, so reconnecting, or a disk more, buys it
-//! nothing (XSA-180, XSA-349).
+//! Both are counted by guest, so reconnecting, or one more disk, buys it nothing (XSA-180, XSA-349).
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -64,7 +63,8 @@ impl Guests {
     }
 }
 
-/// What may still be logged: `limits::GUEST_LOG_LINES` lines in any `limits::GUEST_LOG_SECONDS`.
+/// What may still be logged: `limits::GUEST_LOG_LINES` lines in each period of
+/// `limits::GUEST_LOG_SECONDS`.
 #[derive(Debug, Default)]
 struct LogBudget {
     since: Option<Instant>,
@@ -91,7 +91,7 @@ impl LogBudget {
 /// How often something is done: a number at once, and then so many a second.
 #[derive(Debug, Default)]
 pub struct Pace {
-    /// Until when what was done is paid for at the steady rate.
+    /// When the steady rate will have caught up with what was done.
     paid_until: Option<Instant>,
 }
 

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
 
+use super::area::Failure;
 use super::key::DiskKey;
 use crate::backing::{Access, Backing, BackingError, Contents, Image, Spec, mounts};
 use crate::limits;
@@ -48,8 +49,8 @@ pub struct Answer {
     pub id: OpenId,
     /// Who is to be told.
     pub asker: Asker,
-    /// What was opened, or why it could not be.
-    pub result: Result<OpenBacking, BackingError>,
+    /// What was opened, or why it could not be within `limits::OPEN_SECONDS`.
+    pub result: Result<OpenBacking, Failure>,
 }
 
 /// Opened storage. Its last drop, on whatever thread, has a helper close it.
@@ -67,9 +68,17 @@ pub struct OpenBacking {
 pub struct Helpers {
     pool: Arc<Pool>,
     results: Receiver<Opened>,
-    /// Opens whose answers are waited for.
-    asked: BTreeMap<OpenId, Asker>,
+    /// Opens whose answers are waited for; the first is the oldest.
+    asked: BTreeMap<OpenId, Asked>,
     next: u64,
+}
+
+/// An open whose answer is waited for.
+#[derive(Debug)]
+struct Asked {
+    asker: Asker,
+    target: String,
+    until: Instant,
 }
 
 /// What a helper has to say.
@@ -146,11 +155,19 @@ impl Helpers {
         Helpers { pool, results, asked: BTreeMap::new(), next: 0 }
     }
 
-    /// Has storage opened; [`Helpers::next_answer`] will tell.
-    pub fn open(&mut self, spec: Spec, access: Access, asker: Asker) -> OpenId {
+    /// Has storage opened; [`Helpers::next_answer`] will tell. An error is that `target` names none.
+    pub fn open(
+        &mut self,
+        target: &str,
+        access: Access,
+        asker: Asker,
+        now: Instant,
+    ) -> Result<OpenId, BackingError> {
+        let spec = target.parse::<Spec>()?;
         let id = OpenId(self.next);
         self.next += 1;
-        self.asked.insert(id, asker);
+        let until = now + Duration::from_secs(limits::OPEN_SECONDS);
+        self.asked.insert(id, Asked { asker, target: target.to_owned(), until });
         match &spec.contents {
             Contents::Raw(path) => {
                 let places = Places::of(path);
@@ -162,7 +179,7 @@ impl Helpers {
                 self.pool.answer(id, &spec, Places::default(), result);
             }
         }
-        id
+        Ok(id)
     }
 
     /// A drive without a medium.
@@ -180,14 +197,28 @@ impl Helpers {
             .retain(|job| !matches!(&job.task, Task::Open { id: waiting, .. } if *waiting == id));
     }
 
-    /// The next answer that is here already and waited for.
-    pub fn next_answer(&mut self) -> Option<Answer> {
-        loop {
-            let Opened { id, result } = self.results.try_recv().ok()?;
-            if let Some(asker) = self.asked.remove(&id) {
+    /// The next answer that is here already and waited for, or a failure for an open that takes too long.
+    pub fn next_answer(&mut self, now: Instant) -> Option<Answer> {
+        while let Ok(Opened { id, result }) = self.results.try_recv() {
+            if let Some(Asked { asker, .. }) = self.asked.remove(&id) {
+                let result = result.map_err(|error| Failure::of(&error));
                 return Some(Answer { id, asker, result });
             }
         }
+        self.next_late(now)
+    }
+
+    /// When [`Helpers::next_answer`] has something to say at the latest.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.asked.first_key_value().map(|(_, asked)| asked.until)
+    }
+
+    fn next_late(&mut self, now: Instant) -> Option<Answer> {
+        self.deadline().filter(|until| *until <= now)?;
+        let (id, Asked { asker, target, .. }) = self.asked.pop_first()?;
+        self.abandon(id);
+        let text = BackingError::too_slow(&target).to_string();
+        Some(Answer { id, asker, result: Err(Failure { errno: libc::ETIMEDOUT, text }) })
     }
 
     /// Waits until everything dropped is closed, but not longer than until `end`; says whether it is.
@@ -206,7 +237,7 @@ impl Helpers {
 }
 
 impl Pool {
-    /// The state is whole whatever happened to who held it last: nothing in here panics half-way.
+    /// The state is whole whoever held it last: nothing in here panics half-way.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -230,8 +261,13 @@ impl Pool {
 
     fn push(self: &Arc<Self>, job: Job) {
         let mut state = self.state();
+        let may_run = state.may_run(&job);
         state.closings += job.closes();
         state.waiting.push_back(job);
+        if !may_run {
+            // Whoever leaves its place next takes it.
+            return;
+        }
         let due = state.waiting.iter().filter(|job| state.may_run(job)).count();
         // A thread that was woken may still count as idle.
         if due <= state.idle || state.threads == limits::HELPERS_MAX {

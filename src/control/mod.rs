@@ -16,10 +16,10 @@
 //!
 //! On SIGTERM or SIGINT, or when the caller's bell rings, every queue is disconnected (its requests
 //! in flight finish first; those that storage has not answered after `limits::DRAIN_SECONDS`, or when
-//! a second signal comes, are told one by one and given up). Areas that `attach` made are removed at both ends. The toolstack's
-//! areas keep their state, Connected ones too: unlike QEMU polldisk does not take disks away from
-//! guests that run on, and whoever serves them next finds what was there. The guest's I/O waits
-//! until then.
+//! a second signal comes, are given up, and the log names the oldest of them). Areas that `attach` made
+//! are removed at both ends. The toolstack's areas keep their state, Connected ones too: unlike QEMU
+//! polldisk does not take disks away from guests that run on, and whoever serves them next finds what
+//! was there. The guest's I/O waits until then.
 //!
 //! # When xenstored goes away
 //!

@@ -1,11 +1,11 @@
 //! All disks: found by watches, woken by them, and told what workers say.
 //!
-//! Two kinds of watch feed it: one per backend type on `backend/<type>`, which covers every key of
-//! every backend area, and one per disk on the frontend's `state`. An event only marks what has to
-//! be looked at; the looking is done once per pass, at the value that is there by then, and of each
-//! frontend and guest only so often ([`super::guests`]). So a guest that rewrites its `state` in a loop
-//! costs little and holds up nobody, and a thousand disks that connect together cost each its own
-//! reads: directories are listed only when they change. A third watch tells of domains that end.
+//! Three kinds of watch feed it: one per backend type on `backend/<type>`, which covers every key of
+//! every backend area, one per disk on the frontend's `state`, and those for domains that begin or end.
+//! An event only marks what has to be looked at; the looking is done once per pass, at the value that is
+//! there by then, and of each frontend and guest only so often ([`super::guests`]). So a guest that
+//! rewrites its `state` in a loop costs little and holds up nobody, and a thousand disks that connect
+//! together cost each its own reads: directories are listed only when they change.
 
 mod requests;
 
@@ -31,8 +31,8 @@ use crate::units::{DomId, VbdId};
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::{Store, WatchEvent, if_there};
 
-use requests::Asked;
 pub use requests::Begun;
+use requests::Wanted;
 
 /// Paths of watches that fire when a domain begins or ends (`docs/misc/xenstore.txt`), and their tokens.
 const DOMAINS: [&str; 2] = ["@introduceDomain", "@releaseDomain"];
@@ -50,7 +50,7 @@ pub struct Registry<S> {
     disks: BTreeMap<DiskKey, Disk>,
     due: Due,
     /// What the admin waits for storage for.
-    asked: BTreeMap<OpenId, Asked>,
+    asked: BTreeMap<OpenId, Wanted>,
     /// What became of it.
     outcomes: BTreeMap<OpenId, Result<DiskKey, AttachError>>,
     /// Names this daemon, unlike any before; and its disks, each once.
@@ -247,9 +247,7 @@ impl<S: Store> Registry<S> {
     /// Looks at everything that is due; says whether anything was.
     pub fn look(&mut self, now: Instant) -> bool {
         let mut due = std::mem::take(&mut self.due);
-        let deferred = due.frontends_at.is_some_and(|at| now < at);
-        let worked = !(due.kinds.is_empty() && due.domains.is_empty() && due.disks.is_empty())
-            || due.existence;
+        let mut looked = !due.kinds.is_empty() || !due.domains.is_empty() || due.existence;
         for kind in due.kinds {
             self.list_kind(&kind);
         }
@@ -260,36 +258,18 @@ impl<S: Store> Registry<S> {
         for (key, ends) in std::mem::take(&mut self.due.disks) {
             due.disks.entry(key).or_default().add(ends);
         }
-        let mut looked = false;
         for (key, ends) in due.disks {
             looked |= self.look_at_ends(&key, ends, now);
         }
         if due.existence {
             self.look_for_ended_domains(now);
         }
-        worked && (looked || !deferred)
+        looked
     }
 
     /// When something has to be done although nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
-        let opening = self.disks.values().filter_map(Disk::open_until);
-        let asked = self.asked.values().map(|asked| asked.until);
-        opening.chain(asked).chain(self.due.frontends_at).min()
-    }
-
-    /// Gives up what storage takes too long for.
-    pub fn give_up_slow_opens(&mut self, now: Instant) {
-        let slow = |disk: &Disk| disk.open_until().is_some_and(|until| until <= now);
-        let disks: Vec<DiskKey> =
-            self.disks.values().filter(|disk| slow(disk)).map(|disk| disk.key().clone()).collect();
-        for key in disks {
-            self.with_disk(&key, now, |disk, around| disk.give_up_opening(around));
-        }
-        for (id, asked) in self.asked.extract_if(.., |_, asked| asked.until <= now) {
-            self.helpers.abandon(id);
-            let failure = disk::too_slow(asked.what.target());
-            self.outcomes.insert(id, Err(AttachError::Failed(failure.text)));
-        }
+        self.helpers.deadline().into_iter().chain(self.due.frontends_at).min()
     }
 
     /// A domain that is gone takes its disks along, whether its toolstack cleans up or not.
@@ -472,18 +452,18 @@ impl<S: Store> Registry<S> {
         self.workers.send_backlog()
     }
 
-    /// Acts on what helpers have opened; says whether there was anything.
+    /// Acts on what helpers have opened, or take too long for; says whether there was anything.
     pub fn take_answers(&mut self, now: Instant) -> bool {
         let mut any = false;
-        while let Some(Answer { id, asker, result }) = self.helpers.next_answer() {
+        while let Some(Answer { id, asker, result }) = self.helpers.next_answer(now) {
             any = true;
             match asker {
                 Asker::Disk(key) => {
                     self.with_disk(&key, now, |disk, around| disk.take_answer(id, result, around));
                 }
                 Asker::Admin => {
-                    if let Some(asked) = self.asked.remove(&id) {
-                        let outcome = self.go_on(asked.what, result, now);
+                    if let Some(wanted) = self.asked.remove(&id) {
+                        let outcome = self.go_on(wanted, result, now);
                         self.outcomes.insert(id, outcome);
                     }
                 }
@@ -501,25 +481,19 @@ impl<S: Store> Registry<S> {
     pub fn take_worker_event(&mut self, event: Event, now: Instant) {
         match event {
             Event::Connected(queue) => self.tell(queue, now, |disk, around| {
-                let news = disk.connection_mut().and_then(|it| it.queue_connected(queue));
-                disk.take_news(news, around);
+                disk.tell_connection(around, |it, _| it.queue_connected(queue));
             }),
             Event::ConnectFailed(queue, reason) => self.tell(queue, now, |disk, around| {
-                let news = disk.connection_mut().and_then(|it| it.queue_failed(queue, reason));
-                disk.take_news(news, around);
+                disk.tell_connection(around, |it, _| it.queue_failed(queue, reason));
             }),
             Event::RingFault(queue, reason) => self.tell(queue, now, |disk, around| {
-                let news = disk.connection_mut().and_then(|it| it.queue_broken(queue, reason));
-                disk.take_news(news, around);
+                disk.tell_connection(around, |it, _| it.queue_broken(queue, reason));
             }),
             Event::Disconnected(queue) => self.tell(queue, now, |disk, around| {
-                let connection = disk.connection_mut();
-                let news = connection.and_then(|it| it.queue_disconnected(queue, around.workers));
-                disk.take_news(news, around);
+                disk.tell_connection(around, |it, workers| it.queue_disconnected(queue, workers));
             }),
             Event::ImageReplaced(queue) => self.tell(queue, now, |disk, around| {
-                let news = disk.connection_mut().and_then(|it| it.queue_replaced(queue));
-                disk.take_news(news, around);
+                disk.tell_connection(around, |it, _| it.queue_replaced(queue));
             }),
             Event::Latency(queue, latency) => self.tell(queue, now, |disk, _| {
                 if let Some(connection) = disk.connection_mut() {
@@ -542,10 +516,7 @@ impl<S: Store> Registry<S> {
                 self.workers.remove(worker);
                 for key in self.keys() {
                     self.with_disk(&key, now, |disk, around| {
-                        let connection = disk.connection_mut();
-                        let news =
-                            connection.and_then(|it| it.worker_stopped(worker, around.workers));
-                        disk.take_news(news, around);
+                        disk.tell_connection(around, |it, all| it.worker_stopped(worker, all));
                     });
                 }
             }
@@ -601,7 +572,7 @@ impl<S: Store> Registry<S> {
 
 /// Says which requests of a queue are left where the daemon ends without them.
 fn tell_in_flight(disk: &Disk, queue: QueueKey, in_flight: &InFlight) {
-    let target = disk.description().map_or("", |description| &description.target);
+    let target = disk.named();
     for request in &in_flight.oldest {
         tracing::error!(
             disk = %disk.key(), queue = queue.queue.0, target,

@@ -26,7 +26,8 @@ pub struct Config {
     pub admin_path: Option<PathBuf>,
     /// What frontends are offered.
     pub offer: Offer,
-    /// Whether SIGTERM and SIGINT end it, and SIGHUP does not. Only one thread of a process should have that.
+    /// Whether SIGTERM and SIGINT end it, and SIGHUP does not. Only one thread of a process should have
+    /// that.
     pub signals: bool,
 }
 
@@ -70,14 +71,14 @@ const HELPERS: Token = Token(5);
 pub enum Ended {
     /// Every request was answered. The workers end, too.
     Drained,
-    /// Storage has requests that it did not answer, which the log names, and may keep workers and helpers
-    /// from ending: do not wait for them.
+    /// Storage has requests that it did not answer, which the log names, and may keep workers and
+    /// helpers from ending: do not wait for them.
     GaveUp,
 }
 
 /// Runs the control plane in the calling thread until `stop` rings or a signal comes, and at most
-/// `limits::DRAIN_SECONDS` longer, or until that happens again. Workers are numbered as they stand in `workers`; all are told to stop
-/// before it returns.
+/// `limits::DRAIN_SECONDS` longer, or until a second ring or signal. Workers are numbered as they stand
+/// in `workers`; all are told to stop before it returns.
 pub fn run<P: Platform>(
     platform: &P,
     config: &Config,
@@ -181,7 +182,6 @@ impl<'a, P: Platform> Control<'a, P> {
         let workers = self.take_worker_events(now);
         self.opened.silence();
         let opened = self.registry.take_answers(now);
-        self.registry.give_up_slow_opens(now);
         if let Some(admin) = &mut self.admin {
             admin.finish_jobs(&mut self.registry, now);
         }

@@ -108,7 +108,7 @@ fn make_room(path: &Path) -> Result<(), BindError> {
         Ok(metadata) if metadata.file_type().is_socket() => {}
         Ok(metadata) => return Err(occupied(name(metadata.file_type()))),
     }
-    // This never waits; where too many others do, nobody accepts, but somebody listens.
+    // A connect that never waits. EAGAIN: its backlog is full, so somebody listens though nobody accepts.
     match UnixStream::connect(path).map_err(|error| error.raw_os_error()) {
         Ok(_) | Err(Some(libc::EAGAIN)) => Err(BindError::InUse(path.to_owned())),
         Err(Some(libc::ECONNREFUSED)) => std::fs::remove_file(path).map_err(failed),

@@ -65,7 +65,7 @@ impl Server {
 
     fn admit(&mut self, mut stream: UnixStream, polled: &Polled) {
         if self.clients.len() == limits::ADMIN_CLIENTS_MAX {
-            tracing::warn!("an admin client too many was turned away");
+            tracing::warn!("too many admin clients; one was turned away");
             let message = "too many commands at once; try again".to_owned();
             let reply = serde_json::to_vec(&Reply::Error { message }).unwrap_or_default();
             // One that takes no answer is turned away without.

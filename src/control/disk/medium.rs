@@ -40,7 +40,7 @@ impl Disk {
         Ok(())
     }
 
-    /// What `params` names now. What we wrote there ourselves is no news from then on.
+    /// What `params` names now. Events about earlier writes, such as ours, are dropped.
     pub fn target<S: Store>(&self, store: &S) -> io::Result<Option<String>> {
         area::target(store, self.area.path(), &backend_token(&self.key.kind))
     }
@@ -82,7 +82,7 @@ impl Disk {
     }
 
     fn ignore(&mut self, target: &str) {
-        let served = self.description.as_ref().map_or("", |description| &description.target);
+        let served = self.named();
         let ignored = match target == served {
             true => String::new(),
             false => format!(
@@ -108,8 +108,7 @@ impl Disk {
 
     /// Whether the guest can write to the medium that has this name.
     pub fn writes_to_medium(&self, target: &str) -> bool {
-        let read_only = self.description.as_ref().is_none_or(|description| description.read_only);
-        !read_only && self.drive.inserted() == target
+        !self.is_read_only() && self.drive.inserted() == target
     }
 
     /// Goes on with changing the medium, until the data plane, storage or nothing is waited for.
@@ -125,15 +124,16 @@ impl Disk {
                     let nothing = around.helpers.empty();
                     self.hand_over(String::new(), nothing, around);
                 }
-                Step::Insert(target) => match self.begin_to_open_target(&target, around) {
-                    Ok(Some(backing)) => self.take_medium(Ok(backing), around),
-                    Ok(None) => {
-                        if let Some(opening) = &self.opening {
-                            self.drive.begin_opening(opening.id);
+                Step::Insert(target) => {
+                    match self.begin_to_open_target(&target, around).transpose() {
+                        Some(result) => self.take_medium(result, around),
+                        None => {
+                            if let Some(id) = self.opening {
+                                self.drive.begin_opening(id);
+                            }
                         }
                     }
-                    Err(failure) => self.take_medium(Err(failure), around),
-                },
+                }
             }
         }
     }

@@ -1,33 +1,20 @@
 //! How a disk gets its storage: asked for, waited for within a bound, and let go.
 
-use std::time::{Duration, Instant};
-
 use super::super::area::{Description, Failure, Hotplug};
 use super::super::drive::Drive;
 use super::super::helpers::{Asker, OpenBacking, OpenId};
 use super::super::machine::Input;
 use super::{Disk, Surroundings};
-use crate::backing::{Access, BackingError, Spec};
-use crate::limits;
+use crate::backing::Access;
 use crate::xen::Store;
 
-/// An open that is waited for.
-#[derive(Clone, Copy, Debug)]
-pub struct Opening {
-    /// Which.
-    pub id: OpenId,
-    /// Until when.
-    pub until: Instant,
-}
-
 impl Disk {
-    /// Begins to open its storage; what follows at once.
+    /// Begins to open its storage. Returns what the machine has to hear at once.
     pub(super) fn open<S: Store>(&mut self, around: &mut Surroundings<'_, S>) -> Vec<Input> {
         self.shut(around);
-        match self.begin_to_open(around) {
-            Ok(None) => Vec::new(),
-            Ok(Some(backing)) => self.take_backing(Ok(backing), around),
-            Err(failure) => self.take_backing(Err(failure), around),
+        match self.begin_to_open(around).transpose() {
+            None => Vec::new(),
+            Some(result) => self.take_backing(result, around),
         }
     }
 
@@ -53,10 +40,9 @@ impl Disk {
             _ if target.is_empty() => return Ok(Some(around.helpers.empty())),
             _ => {}
         }
-        let spec = target.parse::<Spec>().map_err(|error| Failure::of(&error))?;
-        let id = around.helpers.open(spec, self.access(), Asker::Disk(self.key.clone()));
-        let until = around.now + Duration::from_secs(limits::OPEN_SECONDS);
-        self.opening = Some(Opening { id, until });
+        let asker = Asker::Disk(self.key.clone());
+        let asked = around.helpers.open(target, self.access(), asker, around.now);
+        self.opening = Some(asked.map_err(|error| Failure::of(&error))?);
         Ok(None)
     }
 
@@ -64,48 +50,22 @@ impl Disk {
     pub fn access(&self) -> Access {
         let description = self.description.as_ref();
         Access {
-            read_only: description.is_none_or(|description| description.read_only),
+            read_only: self.is_read_only(),
             shareable: description.is_some_and(|description| description.shareable),
             user: self.key.user(),
         }
-    }
-
-    /// Until when the open that is under way is waited for.
-    pub fn open_until(&self) -> Option<Instant> {
-        self.opening.map(|opening| opening.until)
     }
 
     /// Acts on the answer to an open; one that is not waited for any more is dropped.
     pub fn take_answer<S: Store>(
         &mut self,
         id: OpenId,
-        result: Result<OpenBacking, BackingError>,
-        around: &mut Surroundings<'_, S>,
-    ) {
-        if self.opening.take_if(|opening| opening.id == id).is_some() {
-            self.take_opened(result.map_err(|error| Failure::of(&error)), around);
-        }
-    }
-
-    /// Gives up an open that takes too long.
-    pub fn give_up_opening<S: Store>(&mut self, around: &mut Surroundings<'_, S>) {
-        let now = around.now;
-        let Some(Opening { id, .. }) = self.opening.take_if(|opening| opening.until <= now) else {
-            return;
-        };
-        around.helpers.abandon(id);
-        let target = match self.machine.is_opening() {
-            true => self.description.as_ref().map_or("", |description| &description.target),
-            false => self.drive.wanted(),
-        };
-        self.take_opened(Err(too_slow(target)), around);
-    }
-
-    pub(super) fn take_opened<S: Store>(
-        &mut self,
         result: Result<OpenBacking, Failure>,
         around: &mut Surroundings<'_, S>,
     ) {
+        if self.opening.take_if(|opening| *opening == id).is_none() {
+            return;
+        }
         if self.machine.is_opening() {
             let inputs = self.take_backing(result, around);
             self.run(inputs.into(), around);
@@ -115,7 +75,7 @@ impl Disk {
         self.move_medium(around);
     }
 
-    /// Takes its storage, or the reason why there is none; what the machine has to hear of it.
+    /// Takes its storage, or the reason why there is none. Returns what the machine has to hear of it.
     fn take_backing<S: Store>(
         &mut self,
         result: Result<OpenBacking, Failure>,
@@ -136,8 +96,7 @@ impl Disk {
                 };
             }
         };
-        let target = self.description.as_ref().map_or("", |description| &description.target);
-        self.drive = Drive::with(target);
+        self.drive = Drive::with(self.named());
         self.tell_warnings(&backing);
         self.backing = Some(backing);
         if let Some(params) = self.params_event.take()
@@ -152,11 +111,10 @@ impl Disk {
         }
     }
 
-    /// Whether `params` was written while storage was being opened, and is not what that was.
+    /// Whether `params` was written meanwhile and now names something other than what was opened.
     fn names_another_target<S: Store>(&mut self, around: &Surroundings<'_, S>) -> bool {
-        let opened = self.description.as_ref().map(|description| &description.target);
         self.params_event.take().is_some()
-            && matches!(self.target(around.store), Ok(Some(target)) if Some(&target) != opened)
+            && matches!(self.target(around.store), Ok(Some(target)) if target != self.named())
     }
 
     /// Tells the admin, once, what is not as it should be with storage that is served all the same.
@@ -168,7 +126,7 @@ impl Disk {
 
     /// Lets its storage go, and an open that is under way.
     pub(super) fn shut<S: Store>(&mut self, around: &mut Surroundings<'_, S>) {
-        if let Some(Opening { id, .. }) = self.opening.take() {
+        if let Some(id) = self.opening.take() {
             around.helpers.abandon(id);
         }
         self.backing = None;
@@ -176,9 +134,4 @@ impl Disk {
         self.params_event = None;
         self.ignored.clear();
     }
-}
-
-/// Why an open is not waited for any longer.
-pub fn too_slow(target: &str) -> Failure {
-    Failure { errno: libc::ETIMEDOUT, text: BackingError::too_slow(target).to_string() }
 }

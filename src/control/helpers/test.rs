@@ -25,14 +25,14 @@ impl Rig {
     }
 
     fn open(&mut self, path: &Path) -> OpenId {
-        let spec = format!("raw:{}", path.display()).parse().unwrap();
+        let target = format!("raw:{}", path.display());
         let access = Access { read_only: true, ..Access::default() };
-        self.helpers.open(spec, access, Asker::Admin)
+        self.helpers.open(&target, access, Asker::Admin, Instant::now()).unwrap()
     }
 
     fn answer(&mut self) -> Answer {
         loop {
-            if let Some(answer) = self.helpers.next_answer() {
+            if let Some(answer) = self.helpers.next_answer(Instant::now()) {
                 return answer;
             }
             assert!(park::sleep(&[self.bell.as_fd()], Some(Duration::from_secs(60)))[0]);
@@ -80,7 +80,7 @@ fn an_open_is_answered_with_what_was_opened_or_the_reason() {
     let bad = rig.open(Path::new("/nowhere/at/all"));
     let answer = rig.answer();
     assert_eq!(answer.id, bad);
-    assert!(answer.result.unwrap_err().to_string().contains("does not exist"));
+    assert!(answer.result.unwrap_err().text.contains("does not exist"));
     assert!(rig.helpers.finish(Instant::now() + Duration::from_secs(60)));
 }
 
@@ -109,7 +109,7 @@ fn storage_that_hangs_keeps_a_few_threads_and_leaves_the_others_to_everybody_els
     answered.sort();
     assert_eq!(answered, asked[..limits::HELPERS_PER_FOLDER]);
     assert!(rig.helpers.finish(Instant::now() + Duration::from_secs(60)));
-    assert!(rig.helpers.next_answer().is_none());
+    assert!(rig.helpers.next_answer(Instant::now()).is_none());
 }
 
 #[test]

@@ -3,44 +3,25 @@
 //! Storage is opened before anything is done with it, and only once: what is opened here is handed to
 //! the disk that it is for.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::super::admin::protocol::{Attach, Detach};
+use super::super::area::Failure;
 use super::super::attach::{self, AttachError};
 use super::super::disk::Disk;
 use super::super::helpers::{Asker, OpenBacking, OpenId};
 use super::super::key::DiskKey;
 use super::Registry;
-use crate::backing::{Access, BackingError, Spec};
-use crate::limits;
+use crate::backing::Access;
 use crate::xen::Store;
 
-/// Something that the admin asked for and that storage is being opened for.
-#[derive(Debug)]
-pub struct Asked {
-    /// What.
-    pub what: Wanted,
-    /// Until when storage is waited for.
-    pub until: Instant,
-}
-
-/// What the admin wants.
+/// What the admin wants and storage is being opened for.
 #[derive(Debug)]
 pub enum Wanted {
     /// A disk to be made.
     Attach(DiskKey, Attach),
     /// This medium in the drive of a disk.
     Insert(DiskKey, String),
-}
-
-impl Wanted {
-    /// What has to be opened for it.
-    pub fn target(&self) -> &str {
-        match self {
-            Wanted::Attach(_, attach) => &attach.target,
-            Wanted::Insert(_, target) => target,
-        }
-    }
 }
 
 /// A request of the admin that has been begun.
@@ -64,33 +45,28 @@ impl<S: Store> Registry<S> {
         }
         let read_only = attach.is_read_only();
         let access = Access { read_only, shareable: false, user: key.user() };
-        let spec = attach.target.parse::<Spec>()?;
-        let id = self.helpers.open(spec, access, Asker::Admin);
-        self.wait_for_storage(id, Wanted::Attach(key, attach), now);
+        let id = self.helpers.open(&attach.target, access, Asker::Admin, now)?;
+        self.asked.insert(id, Wanted::Attach(key, attach));
         Ok(Begun::Opening(id))
-    }
-
-    fn wait_for_storage(&mut self, id: OpenId, what: Wanted, now: Instant) {
-        let until = now + Duration::from_secs(limits::OPEN_SECONDS);
-        self.asked.insert(id, Asked { what, until });
     }
 
     /// Goes on with what the admin asked for, once storage is open.
     pub(super) fn go_on(
         &mut self,
-        what: Wanted,
-        result: Result<OpenBacking, BackingError>,
+        wanted: Wanted,
+        result: Result<OpenBacking, Failure>,
         now: Instant,
     ) -> Result<DiskKey, AttachError> {
-        let backing = result?;
-        match what {
+        let failed = |failure: Failure| AttachError::Failed(failure.text);
+        let backing = result.map_err(failed)?;
+        match wanted {
             Wanted::Attach(key, attach) => {
                 self.check_free(&key)?;
                 self.make(key, &attach, Some(backing), now)
             }
             Wanted::Insert(key, target) => {
                 let disk = self.drive(&key)?;
-                disk.check_medium(&backing).map_err(|it| AttachError::Failed(it.text))?;
+                disk.check_medium(&backing).map_err(failed)?;
                 self.set_medium(key, &target, Some(backing), now)
             }
         }
@@ -124,18 +100,14 @@ impl<S: Store> Registry<S> {
         attach::make(&self.store, self.own, &self.kinds, &key, attach)?;
         let prepared = backing.map(|backing| (attach.target.clone(), backing));
         self.consider(&key, prepared, now)?;
-        // What we wrote ourselves is no change.
-        if let Some(disk) = self.disks.get(&key) {
-            disk.target(&self.store)?;
-        }
-        let failure = self.disk(&key).map(|disk| disk.failure().to_owned()).unwrap_or_default();
-        if failure.is_empty() {
+        let Some(disk) = self.disks.get(&key) else { return Ok(key) };
+        // What we wrote ourselves is no change: this drops the events about it.
+        disk.target(&self.store)?;
+        if disk.failure().is_empty() {
             return Ok(key);
         }
-        if let Some(disk) = self.disk(&key) {
-            disk.ask_to_close(&self.store, true)?;
-        }
-        Err(AttachError::Failed(failure))
+        disk.ask_to_close(&self.store, true)?;
+        Err(AttachError::Failed(disk.failure().to_owned()))
     }
 
     /// Has a disk closed and destroyed; it is done once the disk is no more.
@@ -163,8 +135,8 @@ impl<S: Store> Registry<S> {
             return self.set_medium(key, target, None, now).map(Begun::Disk);
         }
         let access = disk.access();
-        let id = self.helpers.open(target.parse()?, access, Asker::Admin);
-        self.wait_for_storage(id, Wanted::Insert(key, target.to_owned()), now);
+        let id = self.helpers.open(target, access, Asker::Admin, now)?;
+        self.asked.insert(id, Wanted::Insert(key, target.to_owned()));
         Ok(Begun::Opening(id))
     }
 
