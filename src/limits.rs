@@ -391,8 +391,9 @@ pub const DISCARD_BYTES_PER_EFFORT: u64 = 2 << 20;
 pub const MOVED_PAGE_EFFORT: u32 = 32;
 
 /// Seconds that opening an image waits for another disk that is opening or closing the same storage.
-/// Both take no time unless storage hangs: then the disk is told so, and control's helper is free again.
-pub const CLAIM_SECONDS: u64 = 10;
+/// Both take no time unless storage hangs: then the disk is told so, before its open is given up with a
+/// reason that names no other disk.
+pub const CLAIM_SECONDS: u64 = OPEN_SECONDS - 1;
 
 /// Milliseconds that a disk waits for somebody else to let go of its storage before it is refused: a
 /// program that has just ended, or a tool that looks at a new device, takes no longer.

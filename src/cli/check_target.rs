@@ -17,7 +17,7 @@ use polldisk::text::{printable, with_causes};
 use polldisk::{limits, output};
 use serde::{Deserialize, Serialize};
 
-/// Tell whether a disk could have a target, and if not, why
+/// Tell whether a disk could use a target, and if not, why
 ///
 /// The target is opened as the daemon opens it, and closed again. It is not changed, and no daemon
 /// needs to run. What polldisk would warn of is printed, too. If a daemon already serves the target

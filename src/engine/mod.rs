@@ -6,7 +6,7 @@
 //!
 //! The host's engine has layers: emulated sectors ([`emulate`]) over what can't be done at once in any
 //! number ([`transport`]: flushes, discards) over io_uring. What a layer keeps until its turn comes is
-//! *parked*: nothing of it is asked for again, and it holds up nothing else.
+//! *parked*: the queue does not submit it again, and goes on with its other requests meanwhile.
 
 mod discard;
 mod emulate;

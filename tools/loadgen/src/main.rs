@@ -44,12 +44,12 @@ fn measure(options: Options) -> anyhow::Result<()> {
 }
 
 fn print(report: &Report, json: Option<&Path>) -> anyhow::Result<()> {
-    let text = || serde_json::to_string_pretty(report).map(|text| text + "\n");
+    let text = || serde_json::to_string_pretty(report);
     match json {
-        Some(path) if path == Path::new("-") => output::print(text()?.trim_end())?,
+        Some(path) if path == Path::new("-") => output::print(text()?)?,
         Some(path) => {
             output::print(report)?;
-            std::fs::write(path, text()?)
+            std::fs::write(path, text()? + "\n")
                 .with_context(|| format!("--json: cannot write {}", path.display()))?;
         }
         None => output::print(report)?,

@@ -171,7 +171,7 @@ impl<E: Events> Queue<E> {
     #[inline]
     pub fn start(&mut self, at_ns: u64, operation: u8, sector: u64) {
         let started = Started { at_ns, is_read: operation == op::READ };
-        self.put(started, |request| aim(request, Some(operation), sector));
+        self.put(started, Some(operation), sector);
     }
 
     /// Writes a request that does what it was made for; else as [`Queue::start`]. Nobody asks how
@@ -179,15 +179,15 @@ impl<E: Events> Queue<E> {
     #[inline]
     pub fn start_as_made(&mut self, sector: u64) {
         let started = Started { at_ns: 0, is_read: false };
-        self.put(started, |request| aim(request, None, sector));
+        self.put(started, None, sector);
     }
 
     #[inline]
-    fn put(&mut self, started: Started, change: impl FnOnce(&mut RawRequest)) {
+    fn put(&mut self, started: Started, operation: Option<u8>, sector: u64) {
         let index = self.free.pop().expect("a free request");
         let slot = &mut self.slots[usize::from(index)];
         slot.started = Some(started);
-        change(&mut slot.request);
+        aim(&mut slot.request, operation, sector);
         self.ring.put(&slot.request);
     }
 
