@@ -32,8 +32,8 @@ const FILE: u64 = 2;
 /// Says that this process is the server.
 const SERVER: &str = "POLLDISK_TEST_FUSE";
 
-/// The mount and its server, which is a process of its own: one that is killed while it waits for itself
-/// would wait for ever.
+/// The mount and its server, which is a process of its own: a process that is killed while it waits for
+/// a filesystem it serves itself would wait for ever.
 pub struct Filesystem {
     server: Child,
     // Unmounted after the server's end, for which nobody has to wait then.

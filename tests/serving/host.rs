@@ -93,7 +93,7 @@ impl Mounted {
             said.is_ok_and(|said| said.contains("busy"))
         };
         let mut outcome = mount.output();
-        // A program that another test starts has what was open here, until it runs.
+        // Between fork and exec, a program that another test starts still holds what was open here.
         for _ in 0..100 {
             if !is_busy(&outcome) {
                 break;

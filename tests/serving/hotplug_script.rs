@@ -29,7 +29,7 @@ fn area(domid: u32) -> String {
 
 /// Whether Xen's tools are here.
 fn has_tools() -> bool {
-    // Without arguments they tell their usage and fail.
+    // Not `host::run`: without arguments they print their usage and fail.
     host::is_there("xenstore-read") && host::is_there("xenstore-write")
 }
 
