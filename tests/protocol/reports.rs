@@ -115,7 +115,6 @@ fn a_worker_never_waits_for_a_control_that_is_far_behind() {
             bench.settle();
         }
     }
-    let guest = Shape::mapped(8);
     bench.settle();
     assert_eq!(bench.events.events.len(), WORKER_EVENTS, "control has no room for more");
     let mut answers = 0;
@@ -123,7 +122,7 @@ fn a_worker_never_waits_for_a_control_that_is_far_behind() {
         answers += bench.events.events.try_iter().count();
         bench.settle();
     }
-    let guest = bench.guest(guest);
+    let guest = bench.guest(Shape::mapped(8));
     bench.ask(guest, op::READ, 8, 1);
     assert!(bench.settle());
     assert_eq!(bench.answers(guest), 8);

@@ -297,10 +297,6 @@ fn swap_space_is_not_given_to_a_guest() {
     let folder = folder();
     let path = folder.path().join("swap.img");
     std::fs::write(&path, vec![0; 1 << 20]).unwrap();
-    std::os::unix::fs::PermissionsExt::set_mode(
-        &mut std::fs::metadata(&path).unwrap().permissions(),
-        0o600,
-    );
     let Some(_) = host::run(Command::new("mkswap").arg(&path)) else { return };
     let swapped = Command::new("swapon").arg(&path).output().unwrap();
     if !swapped.status.success() {

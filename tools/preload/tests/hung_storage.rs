@@ -128,7 +128,7 @@ fn a_daemon_beside_hung_storage_ends_and_names_the_requests_that_were_left() {
     });
     // Once to end, and once more not to wait for as long as that may take.
     signal(&daemon);
-    rig::until("it ends or drains", || request(&admin, &Request::List).is_ok());
+    rig::until("control has seen the first signal", || request(&admin, &Request::List).is_ok());
     signal(&daemon);
     let mut status = None;
     rig::until("it has ended", || {
