@@ -7,7 +7,7 @@ use polldisk::blkif::op;
 use polldisk::sim::blkfront::device::{Device, Options};
 use polldisk::xen::PageAccess;
 
-use crate::rig::{Guest, IMAGE_BYTES, Neighbour, Rig, ask, raw, raw_request, until, whole};
+use crate::rig::{Guest, IMAGE_BYTES, Neighbour, Rig, ask, raw, raw_request, settle, until, whole};
 
 const ERROR: i16 = -1;
 const SECTORS: u64 = IMAGE_BYTES / 512;
@@ -143,12 +143,7 @@ fn every_write_is_on_the_medium_that_it_was_answered_for() {
         device.publish().unwrap();
         written.push(tag);
     }
-    until("all is written", || {
-        while let Some(answer) = device.next_answer().unwrap() {
-            assert_eq!(answer.status, 0);
-        }
-        device.in_flight() == 0
-    });
+    settle(&mut device);
     let read = |path: &Path| std::fs::read(path).unwrap();
     let contents = [read(&media[0]), read(&media[1])];
     for (block, tag) in written.iter().enumerate() {

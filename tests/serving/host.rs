@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use polldisk::backing::{Access, Backing, Spec};
+
 /// Runs a tool; what it printed. `None`, loudly, where it is missing or this user may not.
 pub fn run(command: &mut Command) -> Option<String> {
     let outcome = command.output();
@@ -51,9 +53,29 @@ fn is_required() -> bool {
     std::env::var("POLLDISK_REQUIRE_XEN_TOOLS").is_ok_and(|value| value == "1")
 }
 
+/// A folder for a test's files, which is removed in the end.
+pub fn folder() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
 /// A file of zeroes.
 pub fn file(path: &Path, bytes: u64) {
     File::create(path).unwrap().set_len(bytes).unwrap();
+}
+
+/// Opens a target as the daemon does; the reason where it is refused.
+pub fn open(target: &str, access: &Access) -> Result<Backing, String> {
+    let spec = target.parse::<Spec>().map_err(|error| error.to_string())?;
+    spec.open(access).map_err(|error| error.to_string())
+}
+
+/// It was refused, and the reason says all of this; the reason.
+pub fn is_refused(opened: Result<Backing, String>, parts: &[&str]) -> String {
+    let reason = opened.map(drop).unwrap_err();
+    for part in parts {
+        assert!(reason.contains(part), "\"{part}\" is missing: {reason}");
+    }
+    reason
 }
 
 /// A loop device, which is taken down in the end.
@@ -83,7 +105,7 @@ pub struct Mounted {
 impl Mounted {
     /// Mounts `what` at `folder`, which is made, with more options of mount.
     pub fn at(folder: &Path, what: &Path, options: &[&str]) -> Option<Mounted> {
-        if folder.file_name().is_some() && !folder.exists() {
+        if !folder.exists() {
             std::fs::create_dir(folder).unwrap();
         }
         let mut mount = Command::new("mount");

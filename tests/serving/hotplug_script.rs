@@ -7,10 +7,11 @@ use std::process::{Command, Output};
 
 use polldisk::sim::{StandIn, XENSTORE_SOCKET};
 use polldisk::xen::Platform;
+use polldisk::xen::store::StoreClient;
 use xenstore_rs::Xs;
 
 use crate::host;
-use crate::rig::{IMAGE_BYTES, Rig, VBD, raw, until};
+use crate::rig::{IMAGE_BYTES, Rig, VBD, raw, toolstack_disk, until};
 
 /// Names that shells and the tools of xenstore could spoil.
 const NAMES: [&str; 7] = [
@@ -51,28 +52,10 @@ fn add(sockets: &Path, domid: u32) -> Result<(), String> {
     if output.status.success() { Ok(()) } else { Err(text) }
 }
 
-/// Nodes as libxl writes them before the script runs.
-fn describe(store: &impl Xs, domid: u32, target: &str) {
-    describe_with(store, domid, target, "w");
-}
-
-fn describe_with(store: &impl Xs, domid: u32, target: &str, mode: &str) {
-    let frontend = format!("/local/domain/{domid}/device/vbd/{VBD}");
-    let own = [("backend", &*area(domid)), ("backend-id", "0"), ("state", "1")];
-    own.iter().for_each(|(node, value)| store.write(&format!("{frontend}/{node}"), value).unwrap());
-    let theirs = [
-        ("frontend", &*frontend),
-        ("frontend-id", &*domid.to_string()),
-        ("params", target),
-        ("mode", mode),
-        ("device-type", "disk"),
-        ("script", "/etc/xen/scripts/block-polldisk"),
-        ("online", "1"),
-        ("state", "1"),
-    ];
-    for (node, value) in theirs {
-        store.write(&format!("{}/{node}", area(domid)), value).unwrap();
-    }
+/// A disk that a toolstack has the script set up.
+fn describe(dom0: &StoreClient, domid: u32, target: &str, mode: &str) {
+    let script = ("script", "/etc/xen/scripts/block-polldisk");
+    toolstack_disk(dom0, domid, &[("params", target), ("mode", mode), script]);
 }
 
 #[test]
@@ -89,7 +72,7 @@ fn the_script_says_what_polldisk_would_say_of_any_name() {
         for target in
             [raw(&path), path.to_str().unwrap().to_owned(), format!("aio:{}", path.display())]
         {
-            describe(&store, 1, &target);
+            describe(&store, 1, &target, "w");
             let said = add(stand_in.folder(), 1).unwrap_err();
             assert!(said.contains("does not exist"), "{said}");
             assert_eq!(node("hotplug-status").as_deref(), Some("error"));
@@ -102,7 +85,7 @@ fn the_script_says_what_polldisk_would_say_of_any_name() {
             std::fs::remove_file(&path).unwrap();
         }
     }
-    describe(&store, 1, "raw,no-option:/a");
+    describe(&store, 1, "raw,no-option:/a", "w");
     assert!(add(stand_in.folder(), 1).unwrap_err().contains("there is no option \"no-option\""));
     assert!(run(stand_in.folder(), 1, "remove").status.success());
 }
@@ -114,7 +97,7 @@ fn the_script_leaves_bytes_that_are_no_text_as_they_are() {
     }
     let stand_in = StandIn::start_temporary().unwrap();
     let store = stand_in.platform().open_store().unwrap();
-    describe(&store, 1, "raw:/x");
+    describe(&store, 1, "raw:/x", "w");
     let written = Command::new("xenstore-write")
         .env("XENSTORED_PATH", stand_in.folder().join(XENSTORE_SOCKET))
         .args(["-R", &format!("{}/params", area(1))])
@@ -134,14 +117,14 @@ fn the_script_passes_on_what_the_daemon_found() {
     for (domid, name) in (1..).zip(NAMES) {
         let path = rig.image(name);
         let _domain = rig.domain(domid);
-        describe(&rig.dom0, domid, &raw(&path));
+        describe(&rig.dom0, domid, &raw(&path), "w");
         let node = |node: &str| rig.dom0.read(&format!("{}/{node}", area(domid))).ok();
         until("the backend is in InitWait", || node("state").as_deref() == Some("2"));
         assert_eq!(add(rig.sockets(), domid), Ok(()), "polldisk's own locks are in nobody's way");
         assert_eq!(node("hotplug-status").as_deref(), Some("connected"));
     }
     let _domain = rig.domain(20);
-    describe(&rig.dom0, 20, "raw:/nowhere.img");
+    describe(&rig.dom0, 20, "raw:/nowhere.img", "w");
     let node = |node: &str| rig.dom0.read(&format!("{}/{node}", area(20))).ok();
     until("the daemon has refused it", || node("hotplug-status").as_deref() == Some("error"));
     assert!(add(rig.sockets(), 20).is_err());
@@ -155,11 +138,11 @@ fn disks_whose_mode_says_so_share_an_image() {
     let node = |domid, node: &str| rig.dom0.read(&format!("{}/{node}", area(domid))).ok();
     let _domains = [1, 2, 3].map(|domid| rig.domain(domid));
     for domid in [1, 2] {
-        describe_with(&rig.dom0, domid, &raw(&path), "w!");
+        describe(&rig.dom0, domid, &raw(&path), "w!");
         until("the backend is in InitWait", || node(domid, "state").as_deref() == Some("2"));
         assert_eq!(node(domid, "hotplug-error"), None);
     }
-    describe(&rig.dom0, 3, &raw(&path));
+    describe(&rig.dom0, 3, &raw(&path), "w");
     until("the third is refused", || node(3, "hotplug-status").as_deref() == Some("error"));
     let error = node(3, "hotplug-error").unwrap();
     assert!(error.contains("disk xvda of domain") && error.contains("shareable"), "{error}");

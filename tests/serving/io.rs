@@ -11,7 +11,8 @@ use polldisk::xen::keys::XenbusState;
 use xenstore_rs::Xs;
 
 use crate::rig::{
-    Guest, IMAGE_BYTES, Neighbour, Rig, VBD, ask, load, raw, raw_request, run_verified, whole,
+    Guest, IMAGE_BYTES, Neighbour, Rig, ask, load, raw, raw_request, run_verified, toolstack_disk,
+    whole,
 };
 
 #[test]
@@ -170,7 +171,7 @@ fn a_read_only_disk_is_read_and_never_written() {
     let attached = rig.domain(1);
     rig.attach(1, &raw(&path), true);
     let by_toolstack = rig.domain(2);
-    toolstack_disk(&rig, 2, &[("params", &raw(&path)), ("mode", "r")]);
+    toolstack_disk(&rig.dom0, 2, &[("params", &raw(&path)), ("mode", "r")]);
     // Here nothing but the daemon's own check is between the guest and success.
     let on_null = rig.domain(3);
     rig.attach(3, "null:4M,read-zeroes", true);
@@ -220,43 +221,4 @@ fn everything_a_frontend_reads_is_there_when_it_may_read_it() {
         guest.close(device);
     }
     neighbour.finish();
-}
-
-/// Areas as a toolstack makes them, without a script.
-fn toolstack_disk(rig: &Rig, domid: u32, nodes: &[(&str, &str)]) {
-    use polldisk::units::DomId;
-    use polldisk::xen::{NodeAccess, Nodes, Permission, Store};
-    let backend = format!("/local/domain/0/backend/vbd/{domid}/{VBD}");
-    let frontend = format!("/local/domain/{domid}/device/vbd/{VBD}");
-    let (guest, vbd) = (DomId::try_from(domid).unwrap(), VBD.to_string());
-    let permission = |domid, access| Permission { domid, access };
-    let owned_by =
-        |owner, reader| [permission(owner, NodeAccess::None), permission(reader, NodeAccess::Read)];
-    let own = domid.to_string();
-    let made = rig.dom0.atomically(|span| {
-        span.mkdir(&frontend)?;
-        span.set_permissions(&frontend, &owned_by(guest, DomId::DOM0))?;
-        span.mkdir(&backend)?;
-        span.set_permissions(&backend, &owned_by(DomId::DOM0, guest))?;
-        for (node, value) in [
-            ("backend", backend.as_str()),
-            ("backend-id", "0"),
-            ("virtual-device", &vbd),
-            ("state", "1"),
-        ] {
-            span.write(&format!("{frontend}/{node}"), value)?;
-        }
-        let usual = [
-            ("frontend", frontend.as_str()),
-            ("frontend-id", &own),
-            ("online", "1"),
-            ("device-type", "disk"),
-            ("state", "1"),
-        ];
-        usual
-            .iter()
-            .chain(nodes)
-            .try_for_each(|(node, value)| span.write(&format!("{backend}/{node}"), value))
-    });
-    made.unwrap();
 }

@@ -6,24 +6,20 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use polldisk::backing::{Access, Backing, Spec};
+use polldisk::backing::{Access, Backing};
 use polldisk::blkif::op;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::sim::blkfront::load::Load;
 use polldisk::xen::PageAccess;
 
 use crate::fuse;
-use crate::host::{self, LoopDevice, Mounted};
+use crate::host::{self, LoopDevice, Mounted, folder};
 use crate::rig::{Guest, IMAGE_BYTES, Rig, ask, load, raw, raw_request, run_verified, whole};
 
-fn folder() -> tempfile::TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
-}
-
+/// Opens a file or device with options of its target.
 fn open(options: &str, path: &Path, read_only: bool) -> Result<Backing, String> {
-    let spec: Spec = format!("raw{options}:{}", path.display()).parse().unwrap();
-    let access = Access { read_only, ..Access::default() };
-    spec.open(&access).map_err(|error| error.to_string())
+    let target = format!("raw{options}:{}", path.display());
+    host::open(&target, &Access { read_only, ..Access::default() })
 }
 
 /// All that its admin is told.
@@ -232,7 +228,7 @@ fn opening_an_image_changes_nothing_of_it() {
 fn no_device_is_asked_to_erase_an_empty_range() {
     let folder = folder();
     let Some(device) = LoopDevice::over(&file(folder.path(), IMAGE_BYTES), &[]) else { return };
-    if host::run(Command::new("strace").arg("--version")).is_none() {
+    if !host::is_there("strace") {
         return;
     }
     let trace = folder.path().join("trace");

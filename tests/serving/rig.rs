@@ -1,7 +1,6 @@
 //! The whole daemon on the stand-in: the real control loop, workers, io_uring and O_DIRECT files;
 //! and guests to meet it.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,8 +24,10 @@ use polldisk::units::{DomId, GrantRef, VbdId};
 use polldisk::worker::{WorkerThread, spawn_all};
 use polldisk::xen::keys::XenbusState;
 use polldisk::xen::store::StoreClient;
-use polldisk::xen::{PageAccess, Platform, Store};
+use polldisk::xen::{NodeAccess, Nodes, PageAccess, Permission, Platform, Store};
 use xenstore_rs::Xs;
+
+use crate::host;
 
 /// Long enough that only a hang gets there.
 pub const HANG: Duration = Duration::from_secs(60);
@@ -91,7 +92,7 @@ impl Rig {
     /// A file of zeroes.
     pub fn image(&self, name: &str) -> PathBuf {
         let path = self.images.path().join(name);
-        File::create(&path).unwrap().set_len(IMAGE_BYTES).unwrap();
+        host::file(&path, IMAGE_BYTES);
         path
     }
 
@@ -215,6 +216,42 @@ impl Drop for Rig {
             self.end();
         }
     }
+}
+
+/// A disk's areas as a toolstack makes them, with these nodes in the backend's.
+pub fn toolstack_disk(dom0: &StoreClient, domid: u32, nodes: &[(&str, &str)]) {
+    let backend = format!("/local/domain/0/backend/vbd/{domid}/{VBD}");
+    let frontend = format!("/local/domain/{domid}/device/vbd/{VBD}");
+    let (guest, own, vbd) = (DomId::try_from(domid).unwrap(), domid.to_string(), VBD.to_string());
+    let permission = |domid, access| Permission { domid, access };
+    let owned_by =
+        |owner, reader| [permission(owner, NodeAccess::None), permission(reader, NodeAccess::Read)];
+    let made = dom0.atomically(|span| {
+        span.mkdir(&frontend)?;
+        span.set_permissions(&frontend, &owned_by(guest, DomId::DOM0))?;
+        span.mkdir(&backend)?;
+        span.set_permissions(&backend, &owned_by(DomId::DOM0, guest))?;
+        for (node, value) in [
+            ("backend", backend.as_str()),
+            ("backend-id", "0"),
+            ("virtual-device", &vbd),
+            ("state", "1"),
+        ] {
+            span.write(&format!("{frontend}/{node}"), value)?;
+        }
+        let usual = [
+            ("frontend", frontend.as_str()),
+            ("frontend-id", &own),
+            ("online", "1"),
+            ("device-type", "disk"),
+            ("state", "1"),
+        ];
+        usual
+            .iter()
+            .chain(nodes)
+            .try_for_each(|(node, value)| span.write(&format!("{backend}/{node}"), value))
+    });
+    made.unwrap();
 }
 
 /// How a file is named to the daemon.
@@ -412,6 +449,16 @@ pub fn wait_response(device: &mut Device) -> polldisk::blkif::codec::RawResponse
         assert!(start.elapsed() < HANG, "a request was not answered");
         device.wait(HANG).unwrap();
     }
+}
+
+/// Waits for all answers, which are good.
+pub fn settle(device: &mut Device) {
+    until("all is answered", || {
+        while let Some(answer) = device.next_answer().unwrap() {
+            assert_eq!(answer.status, 0);
+        }
+        device.in_flight() == 0
+    });
 }
 
 /// Waits until it is so.

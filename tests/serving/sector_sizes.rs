@@ -13,7 +13,7 @@ use xenstore_rs::Xs;
 
 use crate::host::{self, LoopDevice, Mounted};
 use crate::rig::{
-    Guest, IMAGE_BYTES, Rig, ask, load, raw, raw_request, run_verified, until, whole,
+    Guest, IMAGE_BYTES, Rig, ask, load, raw, raw_request, run_verified, settle, until, whole,
 };
 
 const ERROR: i16 = -1;
@@ -148,16 +148,6 @@ fn queues_on_two_workers_share_blocks_and_lose_nothing() {
         }
     }
     guest.xenbus.close_all(devices).unwrap();
-}
-
-/// Waits for all answers, which are good.
-fn settle(device: &mut Device) {
-    until("all is answered", || {
-        while let Some(answer) = device.next_answer().unwrap() {
-            assert_eq!(answer.status, 0);
-        }
-        device.in_flight() == 0
-    });
 }
 
 #[test]

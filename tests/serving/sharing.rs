@@ -6,22 +6,16 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use polldisk::backing::{Access, Backing, Spec};
+use polldisk::backing::{Access, Backing};
 use polldisk::blkif::op;
-use polldisk::sim::blkfront::device::{Device, Options};
+use polldisk::sim::blkfront::device::Options;
 
-use crate::host::{self, LoopDevice, Mounted};
-use crate::rig::{IMAGE_BYTES, Rig, raw, until};
+use crate::host::{self, LoopDevice, Mounted, folder, is_refused};
+use crate::rig::{IMAGE_BYTES, Rig, raw, settle};
 
-fn folder() -> tempfile::TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
-}
-
-/// Opens a target for a disk as the daemon does; the reason where it is refused.
+/// Opens a target for a disk.
 fn open_as(user: &str, target: &str, read_only: bool) -> Result<Backing, String> {
-    let access = Access { read_only, user: user.to_owned(), ..Access::default() };
-    let spec: Spec = target.parse().map_err(|error| format!("{error}"))?;
-    spec.open(&access).map_err(|error| error.to_string())
+    host::open(target, &Access { read_only, user: user.to_owned(), ..Access::default() })
 }
 
 /// The same for a disk unlike all others.
@@ -37,14 +31,6 @@ fn write(path: &Path) -> Result<Backing, String> {
 
 fn read(path: &Path) -> Result<Backing, String> {
     open(&raw(path), true)
-}
-
-/// It is refused, and the reason says all of this.
-fn is_refused(opened: Result<Backing, String>, parts: &[&str]) {
-    let reason = opened.map(drop).unwrap_err();
-    for part in parts {
-        assert!(reason.contains(part), "\"{part}\" is missing: {reason}");
-    }
 }
 
 #[test]
@@ -112,7 +98,7 @@ fn disks_share_what_all_of_them_call_shareable() {
     is_refused(write(&path), &["disk xvda of domain", "uses it"]);
     is_refused(read(&path), &["disk xvda of domain", "uses it"]);
     let access = Access { shareable: true, ..Access::default() };
-    let by_mode = raw(&path).parse::<Spec>().unwrap().open(&access).unwrap();
+    let by_mode = host::open(&raw(&path), &access).unwrap();
     is_refused(
         open(&format!("raw,shareable,emulate-512:{}", path.display()), false),
         &["emulate-512", "all disks"],
@@ -151,7 +137,9 @@ struct Qemu(Child);
 impl Qemu {
     /// `None`, loudly, without QEMU.
     fn open(path: &Path, options: &[&str]) -> Option<Qemu> {
-        host::run(Command::new("qemu-io").arg("--version"))?;
+        if !host::is_there("qemu-io") {
+            return None;
+        }
         let mut child = Command::new("qemu-io")
             .args(options)
             .args(["-f", "raw"])
@@ -178,7 +166,9 @@ impl Drop for Qemu {
 
 /// Whether a program of QEMU's gets at an image; `None` without it.
 fn qemu(program: &str, arguments: &[&str], path: &Path) -> Option<bool> {
-    host::run(Command::new(program).arg("--version"))?;
+    if !host::is_there(program) {
+        return None;
+    }
     let output = Command::new(program).args(arguments).arg(path).output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success() || text.contains("lock"), "{text}");
@@ -404,14 +394,4 @@ fn disks_that_share_blocks_lose_no_write_to_a_part_of_one() {
     for (guest, device) in guests.iter().zip(devices) {
         guest.close(device);
     }
-}
-
-/// Waits for all answers, which are good.
-fn settle(device: &mut Device) {
-    until("all is answered", || {
-        while let Some(answer) = device.next_answer().unwrap() {
-            assert_eq!(answer.status, 0);
-        }
-        device.in_flight() == 0
-    });
 }

@@ -2,29 +2,23 @@
 
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 
-use polldisk::backing::{Access, Backing, Spec};
+use polldisk::backing::{Access, Backing};
 
-use crate::host;
+use crate::host::{self, folder};
 use crate::rig::{IMAGE_BYTES, Rig, raw};
 
-fn folder() -> tempfile::TempDir {
-    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
-}
-
+/// Opens a target for nobody in particular.
 fn open(target: &str, read_only: bool) -> Result<Backing, String> {
-    let spec: Spec = target.parse().map_err(|error| format!("{error}"))?;
-    spec.open(&Access { read_only, ..Access::default() }).map_err(|error| error.to_string())
+    host::open(target, &Access { read_only, ..Access::default() })
 }
 
+/// Writers and readers are refused, and both reasons say all of this, on one line.
 fn is_refused(target: &str, parts: &[&str]) {
     for read_only in [false, true] {
-        let reason = open(target, read_only).map(drop).unwrap_err();
+        let reason = host::is_refused(open(target, read_only), parts);
         assert!(!reason.contains(char::is_control), "{reason:?}");
-        for part in parts {
-            assert!(reason.contains(part), "\"{part}\" is missing: {reason}");
-        }
     }
 }
 
@@ -78,11 +72,8 @@ fn any_name_that_a_file_can_have_is_good() {
         "back\\slash",
         "$(x)'\"",
     ] {
-        let path = rig.images().join(name);
-        host::file(&path, IMAGE_BYTES);
-        let domain = rig.domain(1);
-        rig.attach(1, &raw(&path), false);
-        let guest = crate::rig::Guest::of(domain);
+        let path = rig.image(name);
+        let guest = rig.guest(1, &raw(&path));
         let device = guest.connect(polldisk::sim::blkfront::device::Options::default());
         assert_eq!(rig.disk(1).unwrap().target, raw(&path));
         guest.close(device);
@@ -105,13 +96,10 @@ fn a_file_that_may_not_be_changed_is_named_so() {
     assert!(writer.is_err() && reader.is_ok());
 }
 
-fn check(arguments: &[&str], target: &str) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_polldisk"));
-    command.arg("check-target").args(arguments).arg(target).output().unwrap()
-}
-
+/// What `polldisk check-target` says of a target, and whether it is one.
 fn verdict(arguments: &[&str], target: &str) -> Result<String, String> {
-    let output = check(arguments, target);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_polldisk"));
+    let output = command.arg("check-target").args(arguments).arg(target).output().unwrap();
     let text = String::from_utf8(output.stderr).unwrap();
     if output.status.success() { Ok(text) } else { Err(text) }
 }
@@ -131,7 +119,7 @@ fn check_target_says_what_the_daemon_would_say() {
         assert!(said.contains(&daemons), "{said}\n{daemons}");
     }
     let user = Access { user: "disk xvda of domain 5".to_owned(), ..Access::default() };
-    let held = raw(&path).parse::<Spec>().unwrap().open(&user).unwrap();
+    let held = host::open(&raw(&path), &user).unwrap();
     let said = verdict(&["--mode", "w"], &raw(&path)).unwrap_err();
     assert!(said.contains(&format!("process {}", std::process::id())), "{said}");
     drop(held);
