@@ -6,13 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use polldisk::blkif::op;
-use polldisk::budget::GrantBudget;
 use polldisk::sim::{SimXen, StandIn};
 use polldisk::units::{DomId, GrantRef};
 use polldisk::xen::shm::GuestPages;
 use polldisk::xen::{GrantCopy, Grants, PageAccess, Platform, PlatformError};
 
-use crate::scripted::{Bench, Scripted, Shape, null, storage};
+use crate::scripted::{Bench, Shape, storage};
 
 /// A look at the clock, and what else a queue costs in a pass.
 const LOOK_NS: u64 = 50;
@@ -83,6 +82,20 @@ impl Grants for TimedGrants {
     }
 }
 
+/// A bench whose worker lives in the time of this clock.
+fn timed() -> (Bench<Timed>, Clock) {
+    let (stand_in, clock) = (StandIn::start_temporary().unwrap(), Clock::default());
+    let (engine, script) = storage();
+    script.borrow_mut().clock = Some(Arc::clone(&clock.0));
+    let platform = Timed(stand_in.platform(), clock.clone());
+    (Bench::on(platform, engine, stand_in), clock)
+}
+
+/// One pass of the worker, which looks at the clock again and again.
+fn pass(bench: &mut Bench<Timed>, clock: &Clock) {
+    bench.worker.poll_once(|| clock.add(LOOK_NS)).unwrap();
+}
+
 /// What a guest does all the time: `depth` requests in flight, each of `pages` pages.
 #[derive(Clone, Copy)]
 struct Load {
@@ -106,13 +119,9 @@ fn large(operation: u8) -> Load {
 
 /// Requests answered to each guest in so much of the worker's time.
 fn play(loads: &[Load], lasts_ns: u64) -> Vec<usize> {
-    let (stand_in, clock) = (StandIn::start_temporary().unwrap(), Clock::default());
-    let (engine, script) = storage();
-    script.borrow_mut().clock = Some(Arc::clone(&clock.0));
-    let platform = Timed(stand_in.platform(), clock.clone());
-    let mut bench: Bench<Timed, Scripted> = Bench::on(platform, engine, stand_in);
+    let (mut bench, clock) = timed();
     for load in loads {
-        bench.guest_with(load.shape, null(false), Arc::new(GrantBudget::new(4096)));
+        bench.guest(load.shape);
     }
     let (mut answers, mut ready_ns) = (vec![0; loads.len()], vec![0; loads.len()]);
     let start_ns = clock.now_ns();
@@ -127,7 +136,7 @@ fn play(loads: &[Load], lasts_ns: u64) -> Vec<usize> {
                 bench.ask(guest, load.operation, load.depth, load.pages);
             }
         }
-        bench.worker.poll_once(|| clock.add(LOOK_NS)).unwrap();
+        pass(&mut bench, &clock);
     }
     answers
 }
@@ -173,34 +182,26 @@ fn greedy_guests_have_what_others_leave_and_equal_shares_of_it() {
 
 #[test]
 fn a_queue_without_work_breaks_up_no_turns_of_others() {
-    let (stand_in, clock) = (StandIn::start_temporary().unwrap(), Clock::default());
-    let (engine, script) = storage();
-    script.borrow_mut().clock = Some(Arc::clone(&clock.0));
-    let platform = Timed(stand_in.platform(), clock.clone());
-    let mut bench: Bench<Timed, Scripted> = Bench::on(platform, engine, stand_in);
+    let (mut bench, clock) = timed();
     for _ in 0..3 {
         bench.guest(Shape::mapped(32));
     }
     let (idle, busy) = (0, [1, 2]);
     bench.ask(idle, op::READ, 1, 1);
-    for pass in 0..1000 {
+    for round in 0..1000 {
         let answers = busy.map(|guest| {
             let answers = bench.answers(guest);
             bench.ask(guest, op::READ, 32, 1);
             answers
         });
-        bench.worker.poll_once(|| clock.add(LOOK_NS)).unwrap();
-        assert!(pass < 100 || answers.iter().all(|count| *count > 0), "{pass}: {answers:?}");
+        pass(&mut bench, &clock);
+        assert!(round < 100 || answers.iter().all(|count| *count > 0), "{round}: {answers:?}");
     }
 }
 
 #[test]
 fn a_barrier_has_its_turn_although_another_guest_is_about_to_come_back() {
-    let (stand_in, clock) = (StandIn::start_temporary().unwrap(), Clock::default());
-    let (engine, script) = storage();
-    script.borrow_mut().clock = Some(Arc::clone(&clock.0));
-    let platform = Timed(stand_in.platform(), clock.clone());
-    let mut bench: Bench<Timed, Scripted> = Bench::on(platform, engine, stand_in);
+    let (mut bench, clock) = timed();
     let [seldom, busy] = [8, 32].map(|buffers| bench.guest(Shape::mapped(buffers)));
     let (mut asks_ns, mut asked_ns) = (0, clock.now_ns());
     while clock.now_ns() < 50_000_000 {
@@ -215,7 +216,7 @@ fn a_barrier_has_its_turn_although_another_guest_is_about_to_come_back() {
             bench.ask(busy, op::WRITE_BARRIER, 1, 1);
             asked_ns = clock.now_ns();
         }
-        bench.worker.poll_once(|| clock.add(LOOK_NS)).unwrap();
+        pass(&mut bench, &clock);
         let waits_ns = clock.now_ns() - asked_ns;
         assert!(waits_ns < 1_000_000, "a barrier waits for {waits_ns} ns");
     }
