@@ -6,12 +6,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use polldisk::blkif::op;
-use polldisk::blkif::request::DiskRules;
 use polldisk::msg::{Command, Event, Mapping, ReplaceImage};
 use polldisk::worker::Progress;
 
 use crate::draw::Random;
-use crate::scripted::{Bench, Script, Shape, bench, null};
+use crate::scripted::{Bench, Script, Shape, bench, null, rules};
 
 const ROUNDS: u64 = 45;
 const STEPS: usize = 120;
@@ -120,13 +119,7 @@ impl Play {
 
     fn replace(&mut self, guest: usize) {
         let image = null(self.random.chance(50));
-        let rules = DiskRules {
-            geometry: image.geometry(),
-            read_only: false,
-            indirect_segments: self.indirect[guest],
-            discard: true,
-            secure_discard: false,
-        };
+        let rules = rules(&image, self.indirect[guest]);
         let replace = ReplaceImage { key: self.bench.key(guest), rules, image: Arc::new(image) };
         self.bench.commands.send(Command::ReplaceImage(Box::new(replace))).unwrap();
         self.replaced += 1;

@@ -4,19 +4,16 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::time::Instant;
 
-use polldisk::backing::{Access, DiskOptions, Image, RawImage};
 use polldisk::blkif::codec::{RawDiscard, RawRequest};
 use polldisk::blkif::op;
-use polldisk::budget::GrantBudget;
 use polldisk::engine::host::HostEngine;
-use polldisk::sim::{SimXen, StandIn};
+use polldisk::sim::SimXen;
 
 use crate::guest::HANG;
 use crate::scripted::{Bench, Shape};
-use crate::workers::zeroes;
+use crate::workers::{opened, zeroes};
 
 /// An ext4 of its own, mounted.
 struct Filesystem {
@@ -81,10 +78,6 @@ fn run(tool: &str, with: impl FnOnce(&mut Command) -> &mut Command) -> Result<()
     if output.status.success() { Ok(()) } else { Err(said()) }
 }
 
-fn opened(path: &Path) -> Image {
-    Image::Raw(RawImage::open(path, DiskOptions::default(), &Access::default()).unwrap())
-}
-
 /// Passes until a guest has this many answers.
 fn wait(bench: &mut Bench<SimXen, HostEngine>, guest: usize, count: usize) {
     let (start, mut answers) = (Instant::now(), 0);
@@ -104,13 +97,10 @@ fn discards_and_writes_on_a_frozen_filesystem_leave_anothers_flushes_answered() 
     let image = filesystem.place.join("disk.img");
     File::create(&image).unwrap().write_all(&vec![7; 8 << 20]).unwrap();
 
-    let stand_in = StandIn::start_temporary().unwrap();
-    let engine = HostEngine::new().unwrap();
-    let mut bench = Bench::on(stand_in.platform(), engine, stand_in);
-    let budget = || Arc::new(GrantBudget::new(4096));
+    let mut bench = Bench::over(HostEngine::new().unwrap());
     let shape = Shape::mapped(DISCARDS + WRITES).indirect(12, 2);
-    let slow = bench.guest_with(shape, opened(&image), budget());
-    let victim = bench.guest_with(Shape::mapped(32), opened(&zeroes(folder.path())), budget());
+    let slow = bench.guest_on(shape, opened(&image));
+    let victim = bench.guest_on(Shape::mapped(32), opened(&zeroes(folder.path())));
     bench.ask(victim, op::FLUSH_DISKCACHE, 1, 0);
     wait(&mut bench, victim, 1);
 

@@ -7,7 +7,6 @@ use polldisk::limits::{
     TURN_EFFORT,
 };
 use polldisk::msg::Command;
-use polldisk::sim::StandIn;
 
 use crate::scripted::{Bench, Shape, bench, null};
 
@@ -205,12 +204,9 @@ fn a_barrier_that_waits_for_storage_lets_the_worker_sleep() {
 #[test]
 fn a_pass_copies_no_more_for_one_than_a_turn_allows_where_another_is_busy_too() {
     const PAGES: usize = 256;
-    let stand_in = StandIn::start_temporary().unwrap();
-    let engine = HostEngine::new().unwrap();
-    let mut bench = Bench::on(stand_in.platform(), engine, stand_in);
-    let budget = || std::sync::Arc::new(polldisk::budget::GrantBudget::new(4096));
-    let greedy = bench.guest_with(Shape::copied(8).indirect(PAGES, 0), null(true), budget());
-    let victim = bench.guest_with(Shape::copied(8), null(true), budget());
+    let mut bench = Bench::over(HostEngine::new().unwrap());
+    let greedy = bench.guest_on(Shape::copied(8).indirect(PAGES, 0), null(true));
+    let victim = bench.guest_on(Shape::copied(8), null(true));
     let turn = u64::from(TURN_EFFORT / MOVED_PAGE_EFFORT);
     let mut answered = 0;
     for operation in [op::READ, op::WRITE] {

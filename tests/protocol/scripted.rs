@@ -205,6 +205,17 @@ pub fn null(read_zeroes: bool) -> Image {
     Image::Null(NullImage::new(DISK, read_zeroes))
 }
 
+/// What a guest may do with an image: all but secure discards.
+pub fn rules(image: &Image, indirect_segments: u16) -> DiskRules {
+    DiskRules {
+        geometry: image.geometry(),
+        read_only: false,
+        indirect_segments,
+        discard: true,
+        secure_discard: false,
+    }
+}
+
 /// Storage by a script, and the script.
 pub fn storage() -> (Scripted, Rc<RefCell<Script>>) {
     let script = Rc::new(RefCell::new(Script::default()));
@@ -214,12 +225,19 @@ pub fn storage() -> (Scripted, Rc<RefCell<Script>>) {
 /// A bench with storage by a script.
 pub fn bench() -> (Bench, Rc<RefCell<Script>>) {
     let (engine, script) = storage();
-    let stand_in = StandIn::start_temporary().unwrap();
-    (Bench::on(stand_in.platform(), engine, stand_in), script)
+    (Bench::over(engine), script)
+}
+
+impl<E: Engine<Target = Image>> Bench<SimXen, E> {
+    /// A worker without guests, with this storage.
+    pub fn over(engine: E) -> Bench<SimXen, E> {
+        let stand_in = StandIn::start_temporary().unwrap();
+        Bench::on(stand_in.platform(), engine, stand_in)
+    }
 }
 
 impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
-    /// A worker without guests.
+    /// The same on a platform of the test's.
     pub fn on(platform: P, engine: E, stand_in: StandIn) -> Bench<P, E> {
         let (commands, receiver) = command_channel(WorkerId(0)).unwrap();
         let (reports, events) = event_channel().unwrap();
@@ -230,11 +248,17 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
         Bench { worker, guests, counters, commands, events, now_ns: 1, stand_in }
     }
 
-    /// One more guest; its number.
+    /// One more guest, on a disk without contents; its number.
     pub fn guest(&mut self, shape: Shape) -> usize {
-        self.guest_with(shape, null(false), Arc::new(GrantBudget::new(4096)))
+        self.guest_on(shape, null(false))
     }
 
+    /// The same on an image.
+    pub fn guest_on(&mut self, shape: Shape, image: Image) -> usize {
+        self.guest_with(shape, image, Arc::new(GrantBudget::new(4096)))
+    }
+
+    /// The same with a budget for what stays mapped.
     pub fn guest_with(&mut self, shape: Shape, image: Image, budget: Arc<GrantBudget>) -> usize {
         let number = self.guests.len();
         let key = self.key(number);
@@ -251,13 +275,7 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
             protocol: shape.options.protocol,
             mapping: shape.mapping,
             budget,
-            rules: DiskRules {
-                geometry: image.geometry(),
-                read_only: false,
-                indirect_segments: shape.indirect_segments,
-                discard: true,
-                secure_discard: false,
-            },
+            rules: rules(&image, shape.indirect_segments),
             image: Arc::new(image),
             counters: Arc::clone(&counters),
         };

@@ -45,6 +45,11 @@ pub fn zeroes(folder: &Path) -> PathBuf {
     path
 }
 
+/// A file as a disk that its guest may write to.
+pub fn opened(path: &Path) -> Image {
+    Image::Raw(RawImage::open(path, DiskOptions::default(), &Access::default()).unwrap())
+}
+
 impl Rig {
     pub fn start() -> Rig {
         let stand_in = StandIn::start_temporary().unwrap();
