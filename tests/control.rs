@@ -23,7 +23,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use polldisk::blkif::features::Offer;
 use polldisk::control::Config;
-use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Detach, Request};
 use polldisk::msg::{Event, Mapping, WorkerId};
 use polldisk::xen::store::StoreClient;
@@ -423,16 +422,11 @@ fn detach_takes_both_areas_away_once_the_guest_lets_go() {
     rig.attach(5, "xvdb", "null:1G").unwrap();
     let areas = Areas::new(5, XVDB);
     guest.connect(&rig, &areas);
-    std::thread::scope(|scope| {
-        let path = rig.admin_path();
-        let detached = scope.spawn(move || {
-            let detach = Detach { domid: 5, vdev: "xvdb".into(), force: false };
-            request(&path, &Request::Detach(detach))
-        });
-        rig.wait_state(&areas.backend, 5);
-        guest.set_state(&areas, 6);
-        detached.join().unwrap().unwrap();
-    });
+    let detach = Detach { domid: 5, vdev: "xvdb".into(), force: false };
+    let detached = rig.ask_meanwhile(Request::Detach(detach));
+    rig.wait_state(&areas.backend, 5);
+    guest.set_state(&areas, 6);
+    detached.join().unwrap().unwrap();
     assert_eq!((rig.read(&areas.backend), rig.read(&areas.frontend)), (None, None));
     assert_eq!(rig.served(5), 0);
 }

@@ -3,8 +3,8 @@
 
 use std::thread::JoinHandle;
 
-use polldisk::control::admin::client::request;
-use polldisk::control::admin::protocol::{Attach, Detach, Eject, Insert, Request};
+use polldisk::control::admin::client::RequestError;
+use polldisk::control::admin::protocol::{Attach, Detach, Eject, Insert, Reply, Request};
 use polldisk::msg::Event;
 use polldisk::units::VbdId;
 use polldisk::xen::Store;
@@ -43,7 +43,7 @@ struct Play<'a> {
     /// Of domains that exist.
     guests: [Option<Guest>; DOMAINS.len()],
     /// Who waits for the daemon to do something.
-    asked: Vec<JoinHandle<()>>,
+    asked: Vec<JoinHandle<Result<Reply, RequestError>>>,
 }
 
 impl Play<'_> {
@@ -99,12 +99,7 @@ impl Play<'_> {
         match self.random.below(10) {
             0 => drop(dom0.rm(&areas.backend)),
             1 => drop(dom0.rm(&areas.frontend)),
-            2 => {
-                let _ = dom0.atomically(|span| {
-                    span.rm(&areas.backend)?;
-                    span.rm(&areas.frontend)
-                });
-            }
+            2 => drop(self.rig.toolstack_forgets(areas)),
             3 => write("state", self.random.of(&["0", "1", "2", "3", "4", "5", "6", "7", "x", ""])),
             4 => write("online", self.random.of(&["0", "1", "1\n", "y"])),
             5 => write("hotplug-status", self.random.of(&["connected", "error"])),
@@ -145,8 +140,7 @@ impl Play<'_> {
                 Request::Attach(Attach { domid, vdev, target, cdrom, ..Attach::default() })
             }
         };
-        let path = self.rig.admin_path();
-        self.asked.push(std::thread::spawn(move || drop(request(&path, &asked))));
+        self.asked.push(self.rig.ask_meanwhile(asked));
     }
 
     fn workers(&mut self) {
@@ -204,7 +198,7 @@ impl Play<'_> {
         self.rig.release();
         // What is asked for takes no longer once nothing hangs.
         for asked in self.asked.drain(..) {
-            asked.join().unwrap();
+            let _ = asked.join().unwrap();
         }
         for domid in DOMAINS {
             for number in 0..DISKS {

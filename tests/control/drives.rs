@@ -2,12 +2,11 @@
 
 use polldisk::blkif::features::Offer;
 use polldisk::control::Config;
-use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Eject, Insert, Request};
 
+use super::XVDA;
 use crate::rig::{Areas, Guest, Rig, until, xvd};
 
-const XVDA: u32 = 51712;
 const CDROM: [(&str, &str); 3] = [("device-type", "cdrom"), ("removable", "1"), ("mode", "r")];
 
 /// A CD-ROM drive of the toolstack's, with a frontend connected to it.
@@ -296,14 +295,11 @@ fn an_admin_whose_guest_reads_on_is_told_when_the_medium_is_out() {
     let areas = Areas::new(5, XVDA);
     guest.connect(&rig, &areas);
     rig.plane().hold = true;
-    std::thread::scope(|scope| {
-        let (path, eject) = (rig.admin_path(), Eject { domid: 5, vdev: "xvda".into() });
-        let ejected = scope.spawn(move || request(&path, &Request::Eject(eject)));
-        until("the queue is asked", || rig.plane().media == [0]);
-        assert!(!ejected.is_finished());
-        rig.release();
-        ejected.join().unwrap().unwrap();
-    });
+    let ejected = rig.ask_meanwhile(Request::Eject(Eject { domid: 5, vdev: "xvda".into() }));
+    until("the queue is asked", || rig.plane().media == [0]);
+    assert!(!ejected.is_finished());
+    rig.release();
+    ejected.join().unwrap().unwrap();
     assert_eq!(sectors(&rig, &areas), 0);
 }
 
@@ -316,17 +312,14 @@ fn a_medium_that_the_toolstack_takes_back_before_it_is_in_is_closed() {
     std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
     let target = format!("raw:{}", path.display());
     rig.plane().hold = true;
-    std::thread::scope(|scope| {
-        let insert = Insert { domid: 5, vdev: "xvda".into(), target: target.clone() };
-        let path = rig.admin_path();
-        let inserted = scope.spawn(move || request(&path, &Request::Insert(insert)));
-        until("the old medium is on its way out", || rig.plane().media == [0]);
-        rig.toolstack_sets_medium(&areas, "");
-        until("it is seen", || rig.list()[0].target.is_empty());
-        rig.release();
-        wait_sectors(&rig, &areas, 0);
-        let _ = inserted.join().unwrap();
-    });
+    let insert = Insert { domid: 5, vdev: "xvda".into(), target: target.clone() };
+    let inserted = rig.ask_meanwhile(Request::Insert(insert));
+    until("the old medium is on its way out", || rig.plane().media == [0]);
+    rig.toolstack_sets_medium(&areas, "");
+    until("it is seen", || rig.list()[0].target.is_empty());
+    rig.release();
+    wait_sectors(&rig, &areas, 0);
+    let _ = inserted.join().unwrap();
     let attached = rig.attach(6, "xvda", &target);
     assert!(attached.is_ok(), "{attached:?}");
 }

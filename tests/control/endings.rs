@@ -1,14 +1,11 @@
 //! Disks that end at an awkward moment: nothing loops, nothing stays, nothing lands in another disk.
 
 use polldisk::control::Ended;
-use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Detach, Request};
-use polldisk::xen::Store;
 use xenstore_rs::Xs;
 
-use crate::rig::{Areas, Rig, until, xvd};
-
-const XVDB: u32 = 51728;
+use super::{XVDA, XVDB};
+use crate::rig::{Areas, Rig, open_files_of, until, xvd};
 
 /// Control answers, and nothing of the disk is left.
 fn is_gone(rig: &Rig, areas: &Areas) {
@@ -69,10 +66,8 @@ fn a_disk_detached_while_its_ring_is_being_connected_or_disconnected_is_gone_aft
         guest.publish(&areas, 8);
         until("the worker is asked", || rig.plane().connects > connects);
         guest.set_state(&areas, state);
-        let detached = std::thread::spawn({
-            let (path, vdev) = (rig.admin_path(), "xvdb".into());
-            move || request(&path, &Request::Detach(Detach { domid: 5, vdev, force: true }))
-        });
+        let detach = Detach { domid: 5, vdev: "xvdb".into(), force: true };
+        let detached = rig.ask_meanwhile(Request::Detach(detach));
         rig.release();
         detached.join().unwrap().unwrap();
         is_gone(&rig, &areas);
@@ -84,7 +79,7 @@ fn an_area_that_is_made_anew_at_any_moment_gets_nothing_that_was_meant_for_the_o
     let rig = Rig::start();
     let guest = rig.guest(5);
     for round in 0..200 {
-        let areas = rig.toolstack_disk(5, xvd(0).0, "null:1G");
+        let areas = rig.toolstack_disk(5, XVDA, "null:1G");
         match round % 4 {
             // At whatever moment of the first look, or once the disk is there.
             0 => {}
@@ -92,13 +87,8 @@ fn an_area_that_is_made_anew_at_any_moment_gets_nothing_that_was_meant_for_the_o
             2 => guest.connect(&rig, &areas),
             _ => rig.toolstack_removes(&areas, true),
         }
-        rig.dom0
-            .atomically(|span| {
-                span.rm(&areas.backend)?;
-                span.rm(&areas.frontend)
-            })
-            .unwrap();
-        let areas = rig.toolstack_disk(5, xvd(0).0, "null:2G");
+        rig.toolstack_forgets(&areas).unwrap();
+        let areas = rig.toolstack_disk(5, XVDA, "null:2G");
         guest.connect(&rig, &areas);
         assert_eq!(rig.node(&areas.backend, "sectors").as_deref(), Some("4194304"));
         rig.toolstack_removes(&areas, true);
@@ -165,9 +155,9 @@ fn a_guest_that_is_gone_takes_its_disks_along_whatever_its_toolstack_leaves() {
     guest.connect(&rig, &attached);
     let idle = rig.toolstack_disk(5, xvd(2).0, "null:1G");
     rig.wait_state(&idle.backend, 2);
-    let made = rig.toolstack_disk(5, xvd(0).0, "null:1G");
+    let made = rig.toolstack_disk(5, XVDA, "null:1G");
     guest.connect(&rig, &made);
-    let others = rig.toolstack_disk(6, xvd(0).0, "null:1G");
+    let others = rig.toolstack_disk(6, XVDA, "null:1G");
     other.connect(&rig, &others);
 
     rig.server().release(crate::rig::domid(5)).unwrap();
@@ -175,18 +165,14 @@ fn a_guest_that_is_gone_takes_its_disks_along_whatever_its_toolstack_leaves() {
     assert_eq!((rig.served(5), rig.served(6)), (0, 1));
     assert_eq!((rig.read(&attached.backend), rig.read(&attached.frontend)), (None, None));
     assert_eq!((rig.state(&made.backend), rig.state(&idle.backend)), (Some(6), Some(6)));
-    let is_open = || {
-        let mut descriptors = std::fs::read_dir("/proc/self/fd").unwrap().flatten();
-        descriptors.any(|entry| std::fs::read_link(entry.path()).is_ok_and(|path| path == image))
-    };
-    until("its image is closed", || !is_open());
+    until("its image is closed", || open_files_of(&image) == 0);
 
     // Another domain of that number, and a toolstack that cleans up late.
     rig.toolstack_removes(&made, true);
     rig.wait_state(&made.backend, 6);
     rig.dom0.rm(&made.backend).unwrap();
     let guest = rig.guest(5);
-    let again = rig.toolstack_disk(5, xvd(0).0, "null:1G");
+    let again = rig.toolstack_disk(5, XVDA, "null:1G");
     guest.connect(&rig, &again);
 }
 
@@ -196,7 +182,7 @@ fn the_end_of_another_domain_ends_no_disk_of_one_that_is_only_being_made() {
     rig.guest(7);
     // Its areas are there before xenstored knows it, as while a toolstack builds it.
     rig.dom0.write("/local/domain/5/name", "new").unwrap();
-    let areas = rig.toolstack_disk(5, xvd(0).0, "null:1G");
+    let areas = rig.toolstack_disk(5, XVDA, "null:1G");
     rig.wait_state(&areas.backend, 2);
     rig.server().release(crate::rig::domid(7)).unwrap();
     rig.list();
@@ -214,7 +200,7 @@ fn a_domid_that_is_used_again_is_not_taken_for_the_domain_that_had_it_before() {
     rig.guest(7);
     // A domain whose toolstack cleaned up before it ended.
     rig.guest(5);
-    let areas = rig.toolstack_disk(5, xvd(0).0, "null:1G");
+    let areas = rig.toolstack_disk(5, XVDA, "null:1G");
     rig.wait_state(&areas.backend, 2);
     rig.toolstack_removes(&areas, true);
     rig.wait_state(&areas.backend, 6);
@@ -223,7 +209,7 @@ fn a_domid_that_is_used_again_is_not_taken_for_the_domain_that_had_it_before() {
     rig.server().release(crate::rig::domid(5)).unwrap();
     rig.list();
     // Another one with its number, which is still being built.
-    let areas = rig.toolstack_disk(5, xvd(0).0, "null:1G");
+    let areas = rig.toolstack_disk(5, XVDA, "null:1G");
     rig.wait_state(&areas.backend, 2);
     rig.server().release(crate::rig::domid(7)).unwrap();
     rig.list();
@@ -238,7 +224,7 @@ fn a_daemon_that_ends_beside_hung_storage_ends_and_says_what_is_left() {
     crate::log::keep();
     let mut rig = Rig::start();
     let guest = rig.guest(75);
-    let areas = rig.toolstack_disk(75, xvd(0).0, "null:1G");
+    let areas = rig.toolstack_disk(75, XVDA, "null:1G");
     guest.connect(&rig, &areas);
     rig.plane().hangs = true;
     rig.ring_stop();
@@ -254,9 +240,7 @@ fn a_daemon_that_ends_beside_hung_storage_ends_and_says_what_is_left() {
 #[test]
 fn a_daemon_that_ends_in_order_says_so() {
     let mut rig = Rig::start();
-    let guest = rig.guest(5);
-    let areas = rig.toolstack_disk(5, xvd(0).0, "null:1G");
-    guest.connect(&rig, &areas);
+    let (_guest, _areas) = super::connected(&rig, 5);
     rig.ring_stop();
     assert_eq!(rig.join(), Ended::Drained);
 }

@@ -6,10 +6,9 @@ use polldisk::limits;
 use polldisk::msg::{Event, StorageFailure};
 use xenstore_rs::Xs;
 
+use super::{XVDA, connected};
 use crate::log;
 use crate::rig::{Rig, until};
-
-const XVDA: u32 = 51712;
 
 fn failure(errno: i32, errors_so_far: u64) -> StorageFailure {
     StorageFailure {
@@ -31,9 +30,7 @@ fn lines_allowed(start: Instant) -> usize {
 fn a_guest_that_reconnects_on_full_storage_does_not_fill_the_log() {
     log::keep();
     let rig = Rig::start();
-    let guest = rig.guest(71);
-    let areas = rig.toolstack_disk(71, XVDA, "null:1G");
-    guest.connect(&rig, &areas);
+    let (guest, areas) = connected(&rig, 71);
     let start = Instant::now();
     for _ in 0..100 {
         let queue = rig.queue_of(71);
@@ -82,9 +79,7 @@ fn a_storage_failure_names_disk_target_operation_place_and_cause() {
 fn full_storage_is_a_state_until_writes_succeed_again() {
     log::keep();
     let rig = Rig::start();
-    let guest = rig.guest(73);
-    let areas = rig.toolstack_disk(73, XVDA, "null:1G");
-    guest.connect(&rig, &areas);
+    let (_guest, _areas) = connected(&rig, 73);
     for errno in [libc::ENOSPC, libc::EDQUOT] {
         rig.worker_events.send(Event::StorageFailed(rig.queue_of(73), failure(errno, 1)));
         until("it is told", || rig.list()[0].failure.contains("no space is left"));
@@ -99,9 +94,7 @@ fn full_storage_is_a_state_until_writes_succeed_again() {
 #[test]
 fn a_guest_that_rewrites_its_state_makes_few_requests_of_xenstore() {
     let rig = Rig::start();
-    let guest = rig.guest(74);
-    let areas = rig.toolstack_disk(74, XVDA, "null:1G");
-    guest.connect(&rig, &areas);
+    let (guest, areas) = connected(&rig, 74);
     rig.list();
     const WRITES: u64 = 5_000;
     let (start, before) = (Instant::now(), rig.server().requests());

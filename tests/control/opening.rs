@@ -4,13 +4,11 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Attach, Insert, Request};
 use xenstore_rs::Xs;
 
-use crate::rig::{Areas, Rig, until, xvd};
-
-const XVDA: u32 = 51712;
+use super::XVDA;
+use crate::rig::{Areas, Rig, open_files_of, until, xvd};
 
 /// A file whose open by others waits until this is dropped: a write lease, as a file server holds one. The
 /// kernel breaks it after /proc/sys/fs/lease-break-time, 45 s.
@@ -154,26 +152,14 @@ fn an_attach_goes_on_when_its_storage_answers_and_only_one_of_two_gets_the_place
     let rig = Rig::start();
     rig.guest(5);
     let lease = Lease::on(rig.folder(), "slow.img");
-    let attach = |target: String| {
-        let (path, vdev) = (rig.admin_path(), "xvda".into());
-        let attach = Attach { domid: 5, vdev, target, ..Attach::default() };
-        std::thread::spawn(move || request(&path, &Request::Attach(attach)))
-    };
-    let slow = attach(lease.target());
+    let (vdev, target) = ("xvda".into(), lease.target());
+    let attach = Attach { domid: 5, vdev, target, ..Attach::default() };
+    let slow = rig.ask_meanwhile(Request::Attach(attach));
     rig.attach(5, "xvda", "null:1G").unwrap();
     drop(lease);
     let refusal = slow.join().unwrap().unwrap_err().to_string();
     assert!(refusal.contains("has a disk xvda already"), "{refusal}");
     assert_eq!(rig.list()[0].target, "null:1G");
-}
-
-/// How many times this process has a file open.
-fn open_files_of(path: &Path) -> usize {
-    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap();
-    descriptors
-        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
-        .filter(|target| target == path)
-        .count()
 }
 
 #[test]
@@ -251,11 +237,8 @@ fn one_medium_after_another_is_wanted_while_the_first_still_hangs() {
     let areas = Areas::new(5, XVDA);
     guest.connect(&rig, &areas);
     let lease = Lease::on(rig.folder(), "hung.iso");
-    let inserting = std::thread::spawn({
-        let (path, insert) =
-            (rig.admin_path(), Insert { domid: 5, vdev: "xvda".into(), target: lease.target() });
-        move || request(&path, &Request::Insert(insert))
-    });
+    let insert = Insert { domid: 5, vdev: "xvda".into(), target: lease.target() };
+    let inserting = rig.ask_meanwhile(Request::Insert(insert));
     rig.insert(5, "xvda", "null:1G").unwrap();
     drop(lease);
     let first = inserting.join().unwrap();

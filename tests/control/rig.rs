@@ -126,6 +126,17 @@ pub struct Plane {
     held: Vec<Event>,
 }
 
+impl Plane {
+    /// A worker's answer, unless it is kept back.
+    fn unless_kept_back(&mut self, is_kept_back: bool, answer: Event) -> Option<Event> {
+        if is_kept_back {
+            self.held.push(answer);
+            return None;
+        }
+        Some(answer)
+    }
+}
+
 pub struct Rig {
     pub plane: Arc<Mutex<Plane>>,
     pub dom0: StoreClient,
@@ -183,7 +194,7 @@ impl Rig {
 
     /// Ends the control loop and waits for it.
     pub fn stop(&mut self) {
-        self.stop.ring();
+        self.ring_stop();
         self.join();
     }
 
@@ -238,6 +249,12 @@ impl Rig {
 
     pub fn ask(&self, what: &Request) -> Result<Reply, RequestError> {
         request(&self.admin_path(), what)
+    }
+
+    /// The same in a thread, for an answer that has to wait for something.
+    pub fn ask_meanwhile(&self, what: Request) -> JoinHandle<Result<Reply, RequestError>> {
+        let path = self.admin_path();
+        std::thread::spawn(move || request(&path, &what))
     }
 
     pub fn list(&self) -> Vec<DiskReport> {
@@ -399,6 +416,14 @@ impl Rig {
             .unwrap();
     }
 
+    /// As a toolstack that takes both areas away at once.
+    pub fn toolstack_forgets(&self, areas: &Areas) -> io::Result<()> {
+        self.dom0.atomically(|span| {
+            span.rm(&areas.backend)?;
+            span.rm(&areas.frontend)
+        })
+    }
+
     pub fn served(&self, domid: u32) -> usize {
         self.plane().serving.values().filter(|(id, _)| u32::from(id.raw()) == domid).count()
     }
@@ -504,6 +529,15 @@ pub fn until(what: &str, mut so: impl FnMut() -> bool) {
     }
 }
 
+/// How many times this process has a file open.
+pub fn open_files_of(path: &Path) -> usize {
+    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap();
+    descriptors
+        .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
+        .filter(|target| target == path)
+        .count()
+}
+
 /// All vbd numbers of xvda, xvdb, ...
 pub fn xvd(index: u32) -> VbdId {
     VbdId(if index < 16 { 202 << 8 | index << 4 } else { 1 << 28 | index << 8 })
@@ -536,32 +570,17 @@ fn answer(worker: WorkerId, command: Command, plane: &mut Plane) -> Option<Event
                 let rings: BTreeSet<_> = plane.serving.keys().map(|key| key.link).collect();
                 plane.doubles += usize::from(rings.contains(&connect.key.link));
                 plane.serving.insert(connect.key, (connect.frontend, worker));
-                let event = Event::Connected(connect.key);
-                if plane.hold {
-                    plane.held.push(event);
-                    return None;
-                }
-                event
+                plane.unless_kept_back(plane.hold, Event::Connected(connect.key))?
             }
         }
         Command::Disconnect(key) => {
             plane.disconnects += 1;
             plane.serving.remove(&key);
-            let event = Event::Disconnected(key);
-            if plane.hangs {
-                plane.held.push(event);
-                return None;
-            }
-            event
+            plane.unless_kept_back(plane.hangs, Event::Disconnected(key))?
         }
         Command::ReplaceImage(replace) => {
             plane.media.push(replace.rules.geometry.size.0);
-            let event = Event::ImageReplaced(replace.key);
-            if plane.hold {
-                plane.held.push(event);
-                return None;
-            }
-            event
+            plane.unless_kept_back(plane.hold, Event::ImageReplaced(replace.key))?
         }
         Command::TakeLatency(key) => {
             let latency = plane.serving.contains_key(&key).then(|| {
