@@ -6,6 +6,8 @@ mod chaos;
 mod drives;
 #[path = "control/endings.rs"]
 mod endings;
+#[path = "control/lease.rs"]
+mod lease;
 #[path = "control/log.rs"]
 mod log;
 #[path = "control/noise.rs"]

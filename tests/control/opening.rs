@@ -1,58 +1,27 @@
 //! Storage that takes its time to open: its own disk waits, and nobody else.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
 
 use polldisk::control::admin::protocol::{Attach, Insert, Request};
 use xenstore_rs::Xs;
 
 use super::XVDA;
+use crate::lease::Lease;
 use crate::rig::{Areas, Rig, open_files_of, until, xvd};
 
-/// A file whose open by others waits until this is dropped: a write lease, as a file server holds one. The
-/// kernel breaks it after /proc/sys/fs/lease-break-time, 45 s.
-struct Lease {
-    file: File,
-    path: PathBuf,
-}
-
-impl Lease {
-    fn on(folder: &Path, name: &str) -> Lease {
-        let path = folder.join(name);
-        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
-        file.set_len(1 << 20).unwrap();
-        set_lease(&file, libc::F_WRLCK);
-        Lease { file, path }
-    }
-
-    fn target(&self) -> String {
-        format!("raw:{}", self.path.display())
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        set_lease(&self.file, libc::F_UNLCK);
-    }
-}
-
-#[allow(unsafe_code)]
-fn set_lease(file: &File, kind: libc::c_int) {
-    // The kernel tells the holder by SIGIO, which would end the test.
-    // SAFETY: no pointers.
-    unsafe {
-        libc::signal(libc::SIGIO, libc::SIG_IGN);
-        assert_eq!(libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind), 0);
-    }
+/// A file whose open hangs until the lease is dropped, and how it is named to the daemon.
+fn hung_file(rig: &Rig, name: &str) -> (Lease, String) {
+    let path = rig.folder().join(name);
+    File::create_new(&path).unwrap().set_len(1 << 20).unwrap();
+    (Lease::on(&path), format!("raw:{}", path.display()))
 }
 
 #[test]
 fn an_open_that_hangs_costs_its_own_disk_only() {
     let rig = Rig::start();
     let guest = rig.guest(5);
-    let lease = Lease::on(rig.folder(), "hung.img");
-    let hung = rig.toolstack_disk(5, XVDA, &lease.target());
+    let (lease, target) = hung_file(&rig, "hung.img");
+    let hung = rig.toolstack_disk(5, XVDA, &target);
     until("it is being opened", || rig.list().len() == 1);
     // Others, the same guest's too, come and go meanwhile.
     for round in 0..5 {
@@ -72,9 +41,9 @@ fn an_open_that_hangs_costs_its_own_disk_only() {
 fn a_file_that_is_asked_for_over_and_over_while_it_hangs_holds_up_no_other_in_its_folder() {
     let rig = Rig::start();
     let guest = rig.guest(5);
-    let lease = Lease::on(rig.folder(), "hung.img");
+    let (lease, target) = hung_file(&rig, "hung.img");
     for number in 1..10 {
-        rig.toolstack_disk(5, xvd(number).0, &lease.target());
+        rig.toolstack_disk(5, xvd(number).0, &target);
     }
     until("they are being opened", || rig.list().len() == 9);
     let other = rig.folder().join("other.img");
@@ -88,11 +57,11 @@ fn a_file_that_is_asked_for_over_and_over_while_it_hangs_holds_up_no_other_in_it
 fn an_open_that_takes_too_long_fails_with_a_reason_and_its_late_answer_changes_nothing() {
     let rig = Rig::start();
     let guest = rig.guest(5);
-    let lease = Lease::on(rig.folder(), "hung.img");
-    let areas = rig.toolstack_disk(5, XVDA, &lease.target());
+    let (lease, target) = hung_file(&rig, "hung.img");
+    let areas = rig.toolstack_disk(5, XVDA, &target);
     rig.wait_state(&areas.backend, 6);
     let error = rig.read(&areas.error).unwrap();
-    assert!(error.starts_with("110 ") && error.contains(&lease.target()), "{error}");
+    assert!(error.starts_with("110 ") && error.contains(&target), "{error}");
     assert!(error.contains("within 8 s") && error.contains("storage answers"), "{error}");
     drop(lease);
     rig.list();
@@ -109,10 +78,10 @@ fn a_disk_that_is_removed_while_it_is_being_opened_is_gone_at_once() {
     let rig = Rig::start();
     let guest = rig.guest(5);
     let leases: Vec<_> =
-        (0..3).map(|number| Lease::on(rig.folder(), &format!("hung-{number}.img"))).collect();
+        (0..3).map(|number| hung_file(&rig, &format!("hung-{number}.img"))).collect();
     let areas: Vec<_> = (0..)
         .zip(&leases)
-        .map(|(number, lease)| rig.toolstack_disk(5, xvd(number).0, &lease.target()))
+        .map(|(number, (_, target))| rig.toolstack_disk(5, xvd(number).0, target))
         .collect();
     until("they are being opened", || rig.list().len() == 3);
     rig.toolstack_removes(&areas[0], false);
@@ -137,8 +106,8 @@ fn a_disk_that_is_removed_while_it_is_being_opened_is_gone_at_once() {
 fn an_attach_whose_storage_hangs_is_told_and_leaves_nothing() {
     let rig = Rig::start();
     rig.guest(5);
-    let lease = Lease::on(rig.folder(), "hung.img");
-    let refusal = rig.attach(5, "xvda", &lease.target()).unwrap_err();
+    let (lease, target) = hung_file(&rig, "hung.img");
+    let refusal = rig.attach(5, "xvda", &target).unwrap_err();
     assert!(refusal.contains("within 8 s") && refusal.contains("hung.img"), "{refusal}");
     let areas = Areas::new(5, XVDA);
     assert_eq!((rig.read(&areas.backend), rig.read(&areas.frontend)), (None, None));
@@ -151,8 +120,8 @@ fn an_attach_whose_storage_hangs_is_told_and_leaves_nothing() {
 fn an_attach_goes_on_when_its_storage_answers_and_only_one_of_two_gets_the_place() {
     let rig = Rig::start();
     rig.guest(5);
-    let lease = Lease::on(rig.folder(), "slow.img");
-    let (vdev, target) = ("xvda".into(), lease.target());
+    let (lease, target) = hung_file(&rig, "slow.img");
+    let vdev = "xvda".into();
     let attach = Attach { domid: 5, vdev, target, ..Attach::default() };
     let slow = rig.ask_meanwhile(Request::Attach(attach));
     rig.attach(5, "xvda", "null:1G").unwrap();
@@ -196,14 +165,14 @@ fn a_medium_that_hangs_leaves_the_one_that_is_in_to_the_guest() {
     rig.attach_cdrom(5, "xvda", "null:1G").unwrap();
     let areas = Areas::new(5, XVDA);
     guest.connect(&rig, &areas);
-    let lease = Lease::on(rig.folder(), "hung.iso");
-    let refusal = rig.insert(5, "xvda", &lease.target()).unwrap_err();
+    let (lease, target) = hung_file(&rig, "hung.iso");
+    let refusal = rig.insert(5, "xvda", &target).unwrap_err();
     assert!(refusal.contains("within 8 s"), "{refusal}");
     assert_eq!(rig.node(&areas.backend, "sectors").as_deref(), Some("2097152"));
     assert!(rig.plane().media.is_empty());
 
     // A toolstack that asks for it gets an empty drive and the reason, and then another medium.
-    rig.toolstack_sets_medium(&areas, &lease.target());
+    rig.toolstack_sets_medium(&areas, &target);
     until("the drive is empty", || rig.plane().media == [0]);
     until("the reason is told", || rig.read(&areas.error).is_some());
     rig.toolstack_sets_medium(&areas, "null:2G");
@@ -217,8 +186,7 @@ fn a_medium_that_hangs_leaves_the_one_that_is_in_to_the_guest() {
 fn what_is_named_while_a_first_name_hangs_is_opened_when_that_fails() {
     let rig = Rig::start();
     let guest = rig.guest(5);
-    let lease = Lease::on(rig.folder(), "hung.iso");
-    let target = lease.target();
+    let (lease, target) = hung_file(&rig, "hung.iso");
     let nodes = [("params", target.as_str()), ("device-type", "cdrom"), ("removable", "1")];
     let areas = rig.toolstack_disk_with(5, XVDA, &nodes);
     until("it is being opened", || rig.list().len() == 1);
@@ -236,8 +204,8 @@ fn one_medium_after_another_is_wanted_while_the_first_still_hangs() {
     rig.attach_cdrom(5, "xvda", "").unwrap();
     let areas = Areas::new(5, XVDA);
     guest.connect(&rig, &areas);
-    let lease = Lease::on(rig.folder(), "hung.iso");
-    let insert = Insert { domid: 5, vdev: "xvda".into(), target: lease.target() };
+    let (lease, target) = hung_file(&rig, "hung.iso");
+    let insert = Insert { domid: 5, vdev: "xvda".into(), target };
     let inserting = rig.ask_meanwhile(Request::Insert(insert));
     rig.insert(5, "xvda", "null:1G").unwrap();
     drop(lease);
@@ -251,8 +219,8 @@ fn one_medium_after_another_is_wanted_while_the_first_still_hangs() {
 fn the_daemon_ends_although_an_open_hangs() {
     let mut rig = Rig::start();
     rig.guest(5);
-    let lease = Lease::on(rig.folder(), "hung.img");
-    rig.toolstack_disk(5, XVDA, &lease.target());
+    let (lease, target) = hung_file(&rig, "hung.img");
+    rig.toolstack_disk(5, XVDA, &target);
     until("it is being opened", || rig.list().len() == 1);
     rig.stop();
     drop(lease);

@@ -2,8 +2,13 @@ use std::fs;
 use std::fs::File;
 use std::os::fd::AsFd;
 
+use lease::Lease;
+
 use super::*;
 use crate::park;
+
+#[path = "../../../tests/control/lease.rs"]
+mod lease;
 
 struct Rig {
     helpers: Helpers,
@@ -38,34 +43,6 @@ impl Rig {
             assert!(park::sleep(&[self.bell.as_fd()], Some(Duration::from_secs(60)))[0]);
             self.bell.silence();
         }
-    }
-}
-
-/// A lease on a file: whoever opens it waits until the lease is given up.
-struct Lease(File);
-
-impl Lease {
-    fn on(path: &Path) -> Lease {
-        let file = File::options().read(true).write(true).open(path).unwrap();
-        set_lease(&file, libc::F_WRLCK);
-        Lease(file)
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        set_lease(&self.0, libc::F_UNLCK);
-    }
-}
-
-#[allow(unsafe_code)]
-fn set_lease(file: &File, kind: libc::c_int) {
-    use std::os::fd::AsRawFd;
-    // The kernel tells the holder by SIGIO, which would end the test.
-    // SAFETY: no pointers.
-    unsafe {
-        libc::signal(libc::SIGIO, libc::SIG_IGN);
-        assert_eq!(libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind), 0);
     }
 }
 
