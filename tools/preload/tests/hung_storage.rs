@@ -6,7 +6,7 @@ mod rig;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use polldisk::blkif::op;
@@ -94,11 +94,6 @@ fn tool(name: &str, arguments: &[&Path]) -> Result<String, String> {
     }
 }
 
-fn signal(child: &Child) {
-    let sent = Command::new("kill").args(["-TERM", &child.id().to_string()]).status();
-    assert!(sent.unwrap().success());
-}
-
 #[test]
 fn a_daemon_beside_hung_storage_ends_and_names_the_requests_that_were_left() {
     let Some(mut hung) = HungDevice::new() else { return };
@@ -127,17 +122,13 @@ fn a_daemon_beside_hung_storage_ends_and_names_the_requests_that_were_left() {
         text.split_whitespace().nth(1).is_some_and(|writes| writes != "0")
     });
     // Once to end, and once more not to wait for as long as that may take.
-    signal(&daemon);
+    rig::signal(&daemon, "-TERM");
     rig::until("control has seen the first signal", || request(&admin, &Request::List).is_ok());
-    signal(&daemon);
-    let mut status = None;
-    rig::until("it has ended", || {
-        status = daemon.try_wait().unwrap();
-        status.is_some()
-    });
+    rig::signal(&daemon, "-TERM");
+    let status = rig::ended(&mut daemon);
     let mut said = String::new();
     daemon.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    assert!(!status.unwrap().success(), "{said}");
+    assert!(!status.success(), "{said}");
     for part in [
         "vbd/5/51712 (xvda)".to_owned(),
         format!("target=\"raw:{}\"", device.display()),
@@ -169,12 +160,8 @@ fn a_check_of_a_target_on_hung_storage_ends_with_a_reason() {
     });
     // What a script reads ends, too: nothing that still hangs keeps it open.
     rig::until("it has said all", || said.is_finished());
-    let mut status = None;
-    rig::until("it has ended", || {
-        status = check.try_wait().unwrap();
-        status.is_some()
-    });
+    let status = rig::ended(&mut check);
     let said = said.join().unwrap().unwrap();
-    assert!(!status.unwrap().success(), "{said}");
+    assert!(!status.success(), "{said}");
     assert!(said.contains("other.img: it could not be opened within"), "{said}");
 }

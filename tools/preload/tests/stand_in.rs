@@ -3,33 +3,17 @@
 mod rig;
 
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use polldisk::sim::Domain;
+use rig::Running;
 
 const STAND_IN: &str = env!("CARGO_BIN_EXE_stand-in");
 
-/// A stand-in that serves, ended with this.
-struct Served(Child);
-
-impl Served {
-    fn start(folder: &Path) -> Served {
-        let child = Command::new(STAND_IN).arg("serve").arg(folder).stdout(Stdio::null()).spawn();
-        Served(child.unwrap())
-    }
-
-    fn signal(&self, signal: &str) {
-        let status = Command::new("kill").args([signal, &self.0.id().to_string()]).status();
-        assert!(status.unwrap().success());
-    }
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// A stand-in that serves.
+fn serve(folder: &Path) -> Running {
+    let child = Command::new(STAND_IN).arg("serve").arg(folder).stdout(Stdio::null()).spawn();
+    Running(child.unwrap())
 }
 
 /// What a command says that has to fail.
@@ -42,7 +26,7 @@ fn refusal(output: &Output) -> String {
 fn guests_of_other_processes_live_on_it_until_it_is_told_to_end() {
     let parent = tempfile::tempdir().unwrap();
     let folder = parent.path().join("xen");
-    let mut served = Served::start(&folder);
+    let mut served = serve(&folder);
     let mut guest = None;
     rig::until("a domain can be made", || {
         guest = Domain::create(&folder, rig::domid(1), 16).ok();
@@ -51,8 +35,8 @@ fn guests_of_other_processes_live_on_it_until_it_is_told_to_end() {
     let second = Command::new(STAND_IN).arg("serve").arg(&folder).output().unwrap();
     assert!(refusal(&second).contains("may be running there already"));
 
-    served.signal("-TERM");
-    assert!(served.0.wait().unwrap().success());
+    rig::signal(&served.0, "-TERM");
+    assert!(rig::ended(&mut served.0).success());
     assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0, "its sockets are gone");
 }
 

@@ -4,7 +4,7 @@ mod rig;
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
 
 use polldisk::control::admin::client::request;
@@ -13,6 +13,7 @@ use polldisk::sim::blkfront::device::Options;
 use polldisk::sim::blkfront::xenbus::Xenbus;
 use polldisk::sim::{Domain, StandIn};
 use polldisk::units::VbdId;
+use rig::Running;
 
 const GUEST: u32 = 5;
 const VBD: VbdId = VbdId(51712);
@@ -35,16 +36,16 @@ fn serve(set_up: impl FnOnce(Command) -> Command) -> ExitStatus {
 /// The same with something that happens before the guest comes.
 fn serve_through(
     set_up: impl FnOnce(Command) -> Command,
-    happens: impl FnOnce(&Daemon),
+    happens: impl FnOnce(&Running),
 ) -> ExitStatus {
     let stand_in = StandIn::start_temporary().unwrap();
     let guest = Arc::new(stand_in.create_domain(rig::domid(GUEST), 512).unwrap());
     let admin = stand_in.folder().join("admin.sock");
     let mut command = rig::on(&stand_in, false, rig::polldisk().as_os_str());
     command.args(["serve", "--log", "debug", "--admin"]).arg(&admin);
-    let mut daemon = Daemon(set_up(command).stdin(Stdio::null()).spawn().unwrap());
+    let mut daemon = Running(set_up(command).stdin(Stdio::null()).spawn().unwrap());
     rig::until("polldisk answers", || {
-        daemon.assert_running();
+        assert_running(&mut daemon);
         request(&admin, &Request::List).is_ok()
     });
     happens(&daemon);
@@ -59,9 +60,10 @@ fn serve_through(
         connect_and_close(&guest);
         let detach = Detach { domid: GUEST, vdev: "xvda".into(), force: false };
         request(&admin, &Request::Detach(detach)).unwrap();
-        daemon.assert_running();
+        assert_running(&mut daemon);
     }
-    daemon.end()
+    rig::signal(&daemon.0, "-TERM");
+    rig::ended(&mut daemon.0)
 }
 
 fn connect_and_close(guest: &Arc<Domain>) {
@@ -70,37 +72,9 @@ fn connect_and_close(guest: &Arc<Domain>) {
     xenbus.close(device).unwrap();
 }
 
-/// polldisk in a process of its own, ended with this.
-struct Daemon(Child);
-
-impl Daemon {
-    fn assert_running(&mut self) {
-        assert_eq!(self.0.try_wait().unwrap(), None, "it has ended");
-    }
-
-    fn signal(&self, signal: &str) {
-        let sent = Command::new("kill").args([signal, &self.0.id().to_string()]).status();
-        assert!(sent.unwrap().success());
-    }
-
-    /// Sends SIGTERM and waits for the end.
-    fn end(mut self) -> ExitStatus {
-        self.signal("-TERM");
-        let mut status = None;
-        rig::until("polldisk has ended", || {
-            status = self.0.try_wait().unwrap();
-            status.is_some()
-        });
-        status.unwrap()
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// It has not ended by itself.
+fn assert_running(daemon: &mut Running) {
+    assert_eq!(daemon.0.try_wait().unwrap(), None, "it has ended");
 }
 
 #[test]
@@ -125,7 +99,7 @@ fn polldisk_serves_on_where_its_terminal_goes_away() {
     };
     let status = serve_through(with_terminal, |daemon| {
         drop(reader);
-        daemon.signal("-HUP");
+        rig::signal(&daemon.0, "-HUP");
     });
     assert!(status.success());
 }

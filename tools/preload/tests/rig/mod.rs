@@ -3,7 +3,7 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -51,6 +51,33 @@ pub fn on(stand_in: &StandIn, system_calls: bool, program: &OsStr) -> Command {
     }
     command.arg("--").arg(program);
     command
+}
+
+/// A process that is ended with this.
+pub struct Running(pub Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Sends a signal, which is named as for kill: `-TERM`.
+pub fn signal(process: &Child, signal: &str) {
+    let sent = Command::new("kill").args([signal, &process.id().to_string()]).status();
+    assert!(sent.unwrap().success());
+}
+
+/// Waits for a process to end; how it did.
+pub fn ended(process: &mut Child) -> ExitStatus {
+    let mut status = None;
+    until("the process has ended", || {
+        status = process.try_wait().unwrap();
+        status.is_some()
+    });
+    status.unwrap()
 }
 
 /// Waits until it is so.
