@@ -2,11 +2,13 @@
 
 use std::fs::File;
 
+use polldisk::control::Ended;
 use polldisk::control::admin::protocol::{Attach, Insert, Request};
 use xenstore_rs::Xs;
 
 use super::XVDA;
 use crate::lease::Lease;
+use crate::log;
 use crate::rig::{Areas, Rig, open_files_of, until, xvd};
 
 /// A file whose open hangs until the lease is dropped, and how it is named to the daemon.
@@ -14,6 +16,12 @@ fn hung_file(rig: &Rig, name: &str) -> (Lease, String) {
     let path = rig.folder().join(name);
     File::create_new(&path).unwrap().set_len(1 << 20).unwrap();
     (Lease::on(&path), format!("raw:{}", path.display()))
+}
+
+/// How many opens of these disks took too long, as the log tells it. Whoever waits for an open that hangs
+/// comes to that.
+fn opens_given_up(disks: &str) -> usize {
+    log::lines(&[disks, "cannot be opened", "within 8 s"]).len()
 }
 
 #[test]
@@ -55,14 +63,16 @@ fn a_file_that_is_asked_for_over_and_over_while_it_hangs_holds_up_no_other_in_it
 
 #[test]
 fn an_open_that_takes_too_long_fails_with_a_reason_and_its_late_answer_changes_nothing() {
+    log::keep();
     let rig = Rig::start();
-    let guest = rig.guest(5);
+    let guest = rig.guest(79);
     let (lease, target) = hung_file(&rig, "hung.img");
-    let areas = rig.toolstack_disk(5, XVDA, &target);
+    let areas = rig.toolstack_disk(79, XVDA, &target);
     rig.wait_state(&areas.backend, 6);
     let error = rig.read(&areas.error).unwrap();
     assert!(error.starts_with("110 ") && error.contains(&target), "{error}");
     assert!(error.contains("within 8 s") && error.contains("storage answers"), "{error}");
+    assert_eq!(opens_given_up("vbd/79/"), 1);
     drop(lease);
     rig.list();
     assert_eq!(rig.state(&areas.backend), Some(6));
@@ -75,13 +85,14 @@ fn an_open_that_takes_too_long_fails_with_a_reason_and_its_late_answer_changes_n
 
 #[test]
 fn a_disk_that_is_removed_while_it_is_being_opened_is_gone_at_once() {
+    log::keep();
     let rig = Rig::start();
-    let guest = rig.guest(5);
+    let guest = rig.guest(77);
     let leases: Vec<_> =
         (0..3).map(|number| hung_file(&rig, &format!("hung-{number}.img"))).collect();
     let areas: Vec<_> = (0..)
         .zip(&leases)
-        .map(|(number, (_, target))| rig.toolstack_disk(5, xvd(number).0, target))
+        .map(|(number, (_, target))| rig.toolstack_disk(77, xvd(number).0, target))
         .collect();
     until("they are being opened", || rig.list().len() == 3);
     rig.toolstack_removes(&areas[0], false);
@@ -91,11 +102,12 @@ fn a_disk_that_is_removed_while_it_is_being_opened_is_gone_at_once() {
     rig.dom0.rm(&areas[2].backend).unwrap();
     until("all are forgotten", || rig.list().is_empty());
     assert_eq!(rig.read(&areas[2].backend), None, "it is not brought back");
+    assert_eq!(opens_given_up("vbd/77/"), 0, "nobody waited for the opens");
 
     // Another disk at the same place, while the first open still hangs.
     rig.dom0.rm(&areas[0].backend).unwrap();
     rig.dom0.rm(&areas[0].frontend).unwrap();
-    let again = rig.toolstack_disk(5, xvd(0).0, "null:1G");
+    let again = rig.toolstack_disk(77, xvd(0).0, "null:1G");
     guest.connect(&rig, &again);
     drop(leases);
     rig.list();
@@ -217,18 +229,22 @@ fn one_medium_after_another_is_wanted_while_the_first_still_hangs() {
 
 #[test]
 fn the_daemon_ends_although_an_open_hangs() {
+    log::keep();
     let mut rig = Rig::start();
-    rig.guest(5);
+    rig.guest(78);
     let (lease, target) = hung_file(&rig, "hung.img");
-    rig.toolstack_disk(5, XVDA, &target);
+    let areas = rig.toolstack_disk(78, XVDA, &target);
     until("it is being opened", || rig.list().len() == 1);
-    rig.stop();
+    rig.ring_stop();
+    assert_eq!(rig.join(), Ended::Drained);
+    assert_eq!(opens_given_up("vbd/78/"), 0, "nobody waited for the open");
+    assert_eq!(rig.read(&areas.error), None);
     drop(lease);
 }
 
 #[test]
 fn what_is_not_as_it_should_be_with_storage_is_told_by_log_and_list() {
-    crate::log::keep();
+    log::keep();
     let rig = Rig::start();
     rig.guest(76);
     let path = rig.folder().join("odd.img");
@@ -236,6 +252,6 @@ fn what_is_not_as_it_should_be_with_storage_is_told_by_log_and_list() {
     rig.attach(76, "xvda", &format!("raw:{}", path.display())).unwrap();
     let warnings = rig.list()[0].warnings.clone();
     assert!(warnings.len() == 1 && warnings[0].contains("last 7 bytes"), "{warnings:?}");
-    assert_eq!(crate::log::lines(&["vbd/76/", "odd.img", "last 7 bytes"]).len(), 1);
+    assert_eq!(log::lines(&["vbd/76/", "odd.img", "last 7 bytes"]).len(), 1);
     assert_eq!(rig.list()[0].failure, "");
 }
