@@ -15,6 +15,8 @@ mod failures;
 mod fairness;
 mod frozen;
 mod guest;
+#[path = "../host/mod.rs"]
+mod host;
 mod media;
 mod negotiated;
 mod neighbours;

@@ -13,7 +13,7 @@ use polldisk::sim::blkfront::load::Load;
 use polldisk::xen::PageAccess;
 
 use crate::fuse;
-use crate::host::{self, LoopDevice, Mounted, folder};
+use crate::host::{self, BLOCKS_4KN, Filesystem, LoopDevice, Mounted, folder};
 use crate::rig::{Guest, IMAGE_BYTES, Rig, ask, load, raw, raw_request, run_verified, whole};
 
 /// Opens a file or device with options of its target.
@@ -33,11 +33,6 @@ fn file(folder: &Path, bytes: u64) -> PathBuf {
     path
 }
 
-/// A disk with 4096-byte blocks.
-fn disk_4kn(folder: &Path, bytes: u64) -> Option<LoopDevice> {
-    LoopDevice::over(&file(folder, bytes), &["--sector-size", "4096"])
-}
-
 #[test]
 fn bytes_that_fill_no_sector_are_told() {
     let folder = folder();
@@ -47,11 +42,9 @@ fn bytes_that_fill_no_sector_are_told() {
     let told = warnings("", &path);
     assert!(told.contains("last 100 bytes") && told.contains("truncate"), "{told}");
 
-    let Some(disk) = disk_4kn(folder.path(), 64 << 20) else { return };
-    let Some(mounted) = Mounted::new("ext4", &disk.path, &folder.path().join("ext4")) else {
-        return;
-    };
-    let path = file(&mounted.folder, IMAGE_BYTES + 7 * 512);
+    let filesystem = Filesystem::new("ext4", folder.path(), 64 << 20, &BLOCKS_4KN);
+    let Some(filesystem) = filesystem else { return };
+    let path = file(filesystem.folder(), IMAGE_BYTES + 7 * 512);
     let told = warnings("", &path);
     assert!(told.contains("last 3584 bytes") && told.contains("emulate-512"), "{told}");
     assert_eq!(warnings(",emulate-512", &path), "", "they are served");
@@ -91,7 +84,8 @@ fn a_read_only_device_is_not_given_to_a_writer() {
 #[test]
 fn an_image_made_for_512_byte_sectors_is_recognised_on_larger_blocks() {
     let folder = folder();
-    let Some(disk) = disk_4kn(folder.path(), IMAGE_BYTES) else { return };
+    let disk = LoopDevice::new_4kn(&folder.path().join("disk.img"), IMAGE_BYTES);
+    let Some(disk) = disk else { return };
     let write = |at: usize| {
         let mut start = vec![0; 8192];
         start[at..at + 8].copy_from_slice(b"EFI PART");
@@ -202,12 +196,8 @@ fn an_image_on_squashfs_is_served() {
 fn opening_an_image_changes_nothing_of_it() {
     let folder = folder();
     let memory = tempfile::tempdir_in("/dev/shm").unwrap();
-    let xfs = folder.path().join("xfs.img");
-    host::file(&xfs, 400 << 20);
-    let xfs = LoopDevice::over(&xfs, &[]);
-    let xfs = xfs.as_ref();
-    let xfs = xfs.and_then(|disk| Mounted::new("xfs", &disk.path, &folder.path().join("xfs")));
-    let folders = [Some(folder.path()), Some(memory.path()), xfs.as_ref().map(|xfs| &*xfs.folder)];
+    let xfs = Filesystem::new("xfs", folder.path(), 400 << 20, &[]);
+    let folders = [Some(folder.path()), Some(memory.path()), xfs.as_ref().map(Filesystem::folder)];
     for folder in folders.into_iter().flatten() {
         let path = file(folder, IMAGE_BYTES);
         let times = |path: &Path| {

@@ -5,6 +5,7 @@ mod discard;
 mod drives;
 mod fuse;
 mod guests_that_vanish;
+#[path = "../host/mod.rs"]
 mod host;
 mod hostile_nodes;
 mod hostile_requests;

@@ -1,7 +1,5 @@
 //! Disks with other blocks than 512 bytes: as they are, and with `emulate-512`.
 
-use std::path::Path;
-
 use polldisk::blkif::codec::{RawDiscard, RawRequest, RawSegment};
 use polldisk::blkif::op;
 use polldisk::sim::blkfront::device::{Device, Options};
@@ -11,27 +9,16 @@ use polldisk::units::GrantRef;
 use polldisk::xen::PageAccess;
 use xenstore_rs::Xs;
 
-use crate::host::{self, LoopDevice, Mounted};
+use crate::host::{self, BLOCKS_4KN, Filesystem, LoopDevice};
 use crate::rig::{
     Guest, IMAGE_BYTES, Rig, ask, load, raw, raw_request, run_verified, settle, until, whole,
 };
 
 const ERROR: i16 = -1;
 
-/// A block device with 4096-byte blocks, all zero.
-struct Disk4Kn(LoopDevice);
-
-impl Disk4Kn {
-    /// `None`, loudly, on a machine that can't have one.
-    fn new(folder: &Path, name: &str) -> Option<Disk4Kn> {
-        let file = folder.join(name);
-        host::file(&file, IMAGE_BYTES);
-        LoopDevice::over(&file, &["--sector-size", "4096"]).map(Disk4Kn)
-    }
-
-    fn target(&self, options: &str) -> String {
-        format!("raw{options}:{}", self.0.path.display())
-    }
+/// A disk with 4096-byte blocks, of the size of an image.
+fn disk_4kn(rig: &Rig, name: &str) -> Option<LoopDevice> {
+    LoopDevice::new_4kn(&rig.images().join(name), IMAGE_BYTES)
 }
 
 fn sector_sizes(guest: &Guest) -> [String; 2] {
@@ -46,7 +33,7 @@ fn sectors(gref: GrantRef, first: u8, last: u8) -> RawSegment {
 #[test]
 fn a_disk_with_large_blocks_takes_whole_ones_in_512_byte_units() {
     let rig = Rig::start();
-    let Some(disk) = Disk4Kn::new(rig.images(), "4kn.img") else { return };
+    let Some(disk) = disk_4kn(&rig, "4kn.img") else { return };
     let guest = rig.guest(1, &disk.target(""));
     let (mut device, told) = guest.connect_and_look(Options::default());
     assert_eq!((told.sectors.0, told.sector_bytes), (IMAGE_BYTES / 512, 4096));
@@ -73,7 +60,7 @@ fn emulated_sectors_keep_data_at_every_block_size_and_data_path() {
     let rig = Rig::start();
     let paths = [("auto", true), ("auto", false), ("map", false), ("copy", true)];
     for (domid, (path, persistent)) in (1..).zip(paths) {
-        let Some(disk) = Disk4Kn::new(rig.images(), &format!("{domid}.img")) else { return };
+        let Some(disk) = disk_4kn(&rig, &format!("{domid}.img")) else { return };
         let guest = rig.guest(domid, &disk.target(&format!(",data-path={path},emulate-512")));
         let (mut device, told) =
             guest.connect_and_look(Options { persistent, ..Options::default() });
@@ -110,7 +97,7 @@ fn emulated_sectors_keep_data_at_every_block_size_and_data_path() {
 fn queues_on_two_workers_share_blocks_and_lose_nothing() {
     const SECTORS: u64 = 32;
     let rig = Rig::with_workers(2);
-    let Some(disk) = Disk4Kn::new(rig.images(), "shared.img") else { return };
+    let Some(disk) = disk_4kn(&rig, "shared.img") else { return };
     let guest = rig.guest(1, &disk.target(",emulate-512"));
     let options = Options { buffers: 16, segments: 4, ..Options::default() };
     let wanted = Wanted { queues: 2, ..Wanted::one_queue(options) };
@@ -153,7 +140,7 @@ fn queues_on_two_workers_share_blocks_and_lose_nothing() {
 #[test]
 fn a_discard_of_emulated_sectors_leaves_the_parts_of_blocks() {
     let rig = Rig::start();
-    let Some(disk) = Disk4Kn::new(rig.images(), "discard.img") else { return };
+    let Some(disk) = disk_4kn(&rig, "discard.img") else { return };
     let guest = rig.guest(1, &disk.target(",emulate-512"));
     let mut device = guest.connect(Options::default());
     let there = |node: &str| guest.xenbus.store().read(&guest.xenbus.theirs(node)).unwrap();
@@ -201,7 +188,7 @@ fn emulation_of_what_is_there_already_changes_nothing() {
 #[test]
 fn a_drive_takes_no_medium_whose_blocks_its_guest_was_not_told() {
     let rig = Rig::start();
-    let Some(disk) = Disk4Kn::new(rig.images(), "medium.img") else { return };
+    let Some(disk) = disk_4kn(&rig, "medium.img") else { return };
     let guest = rig.drive(1, "", false);
     let mut device = guest.connect(Options::default());
     let params = guest.xenbus.theirs("params");
@@ -234,23 +221,6 @@ fn a_drive_takes_no_medium_whose_blocks_its_guest_was_not_told() {
     guest.close(device);
 }
 
-/// A filesystem on a disk with 4096-byte blocks.
-struct Filesystem4Kn {
-    // In this order: unmounted, taken down, removed.
-    mounted: Mounted,
-    _disk: LoopDevice,
-}
-
-impl Filesystem4Kn {
-    fn new(folder: &Path, kind: &str) -> Option<Filesystem4Kn> {
-        let file = folder.join(format!("{kind}.img"));
-        host::file(&file, 400 << 20);
-        let disk = LoopDevice::over(&file, &["--sector-size", "4096"])?;
-        let mounted = Mounted::new(kind, &disk.path, &folder.join(kind))?;
-        Some(Filesystem4Kn { mounted, _disk: disk })
-    }
-}
-
 #[test]
 fn the_end_of_a_file_that_fills_no_block_is_read_and_written() {
     // 7 sectors more than whole blocks.
@@ -258,8 +228,9 @@ fn the_end_of_a_file_that_fills_no_block_is_read_and_written() {
     const SECTORS: u64 = BYTES / 512;
     for kind in ["ext4", "xfs"] {
         let rig = Rig::start();
-        let Some(filesystem) = Filesystem4Kn::new(rig.images(), kind) else { return };
-        let path = filesystem.mounted.folder.join("odd.img");
+        let filesystem = Filesystem::new(kind, rig.images(), 400 << 20, &BLOCKS_4KN);
+        let Some(filesystem) = filesystem else { return };
+        let path = filesystem.folder().join("odd.img");
         let before: Vec<u8> =
             (0..SECTORS).flat_map(|sector| [u8::try_from(sector % 251).unwrap(); 512]).collect();
         std::fs::write(&path, &before).unwrap();
@@ -306,7 +277,7 @@ fn the_end_of_a_file_that_fills_no_block_is_read_and_written() {
         // What is on the disk below, and not what the page cache has.
         let remount = |option| {
             let mut mount = std::process::Command::new("mount");
-            host::run(mount.args(["-o", option]).arg(&filesystem.mounted.folder)).unwrap();
+            host::run(mount.args(["-o", option]).arg(filesystem.folder())).unwrap();
         };
         remount("remount,ro");
         std::fs::write("/proc/sys/vm/drop_caches", "1").unwrap();

@@ -10,7 +10,7 @@ use polldisk::backing::{Access, Backing};
 use polldisk::blkif::op;
 use polldisk::sim::blkfront::device::Options;
 
-use crate::host::{self, LoopDevice, Mounted, folder, is_refused};
+use crate::host::{self, BLOCKS_4KN, LoopDevice, Mounted, folder, is_refused};
 use crate::rig::{IMAGE_BYTES, Rig, raw, settle};
 
 /// Opens a target for a disk.
@@ -366,8 +366,8 @@ fn disks_that_share_blocks_lose_no_write_to_a_part_of_one() {
     const SECTORS: u64 = 32;
     let rig = Rig::with_workers(2);
     let path = rig.image("shared.img");
-    let Some(device) = LoopDevice::over(&path, &["--sector-size", "4096"]) else { return };
-    let target = format!("raw,emulate-512,shareable:{}", device.path.display());
+    let Some(device) = LoopDevice::over(&path, &BLOCKS_4KN) else { return };
+    let target = device.target(",emulate-512,shareable");
     let guests = [1, 2].map(|domid| rig.guest(domid, &target));
     let mut devices = guests.each_ref().map(|guest| guest.connect(Options::default()));
     for round in 0..50u8 {

@@ -1,14 +1,16 @@
 //! Storage that never answers: the daemon ends all the same, and says what was left; nor does a check
 //! of a target hang.
 
+#[path = "../../../tests/host/mod.rs"]
+mod host;
 mod rig;
 
-use std::fs::File;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
+use host::{Filesystem, Frozen, LoopDevice};
 use polldisk::blkif::op;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Attach, Request};
@@ -20,77 +22,34 @@ use polldisk::units::VbdId;
 const GUEST: u32 = 5;
 const VBD: VbdId = VbdId(51712);
 
-/// A block device whose writes never end: its file lies on a filesystem that is frozen.
+/// A block device whose writes never end once it is frozen: its file lies on a filesystem of its own.
 struct HungDevice {
-    folder: tempfile::TempDir,
-    device: Option<PathBuf>,
-    frozen: bool,
+    // In this order: thawed, taken down, unmounted, removed.
+    frozen: Option<Frozen>,
+    device: LoopDevice,
+    filesystem: Filesystem,
+    _folder: tempfile::TempDir,
 }
 
 impl HungDevice {
-    /// `None`, loudly, on a machine that can't have one; a failure where `POLLDISK_REQUIRE_XEN_TOOLS=1`,
-    /// as CI sets it.
+    /// `None`, loudly, on a machine that can't have one; a failure where all tools have to be here.
     fn new() -> Option<HungDevice> {
-        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let mut hung = HungDevice { folder, device: None, frozen: false };
-        match hung.make() {
-            Ok(()) => Some(hung),
-            Err(reason) => {
-                let required =
-                    std::env::var("POLLDISK_REQUIRE_XEN_TOOLS").is_ok_and(|value| value == "1");
-                assert!(!required, "no storage can be made to hang: {reason}");
-                eprintln!("SKIPPED: no storage can be made to hang here: {reason}");
-                None
-            }
-        }
+        let hung = HungDevice::make();
+        assert!(hung.is_some() || !host::is_required(), "no storage can be made to hang");
+        hung
     }
 
-    fn mount_point(&self) -> PathBuf {
-        self.folder.path().join("mounted")
-    }
-
-    fn make(&mut self) -> Result<(), String> {
-        let filesystem = self.folder.path().join("filesystem.img");
-        let made = File::create(&filesystem).and_then(|file| file.set_len(64 << 20));
-        made.map_err(|error| error.to_string())?;
-        let mounted = self.mount_point();
-        std::fs::create_dir(&mounted).map_err(|error| error.to_string())?;
-        tool("mkfs.ext4", &["-q".as_ref(), "-F".as_ref(), filesystem.as_ref()])?;
-        tool("mount", &["-o".as_ref(), "loop".as_ref(), filesystem.as_ref(), mounted.as_ref()])?;
-        let disk = mounted.join("disk.img");
-        let made = File::create(&disk).and_then(|file| file.set_len(4 << 20));
-        made.map_err(|error| error.to_string())?;
-        let name = tool("losetup", &["--find".as_ref(), "--show".as_ref(), disk.as_ref()])?;
-        self.device = Some(name.trim().into());
-        Ok(())
+    fn make() -> Option<HungDevice> {
+        let folder = host::folder();
+        let filesystem = Filesystem::new("ext4", folder.path(), 64 << 20, &[])?;
+        let disk = filesystem.folder().join("disk.img");
+        host::file(&disk, 4 << 20);
+        let device = LoopDevice::over(&disk, &[])?;
+        Some(HungDevice { frozen: None, device, filesystem, _folder: folder })
     }
 
     fn freeze(&mut self) {
-        tool("fsfreeze", &["-f".as_ref(), self.mount_point().as_ref()]).unwrap();
-        self.frozen = true;
-    }
-}
-
-impl Drop for HungDevice {
-    fn drop(&mut self) {
-        let mounted = self.mount_point();
-        if self.frozen {
-            let _ = tool("fsfreeze", &["-u".as_ref(), mounted.as_ref()]);
-        }
-        if let Some(device) = &self.device {
-            let _ = tool("losetup", &["-d".as_ref(), device.as_ref()]);
-        }
-        let _ = tool("umount", &["-l".as_ref(), mounted.as_ref()]);
-    }
-}
-
-/// What it prints, or why it failed.
-fn tool(name: &str, arguments: &[&Path]) -> Result<String, String> {
-    let output = Command::new(name).args(arguments).output();
-    let output = output.map_err(|error| format!("{name}: {error}"))?;
-    match output.status.success() {
-        true => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
-        false => Err(format!("{name}: {}", String::from_utf8_lossy(&output.stderr))),
+        self.frozen = Some(host::freeze(self.filesystem.folder()));
     }
 }
 
@@ -104,8 +63,7 @@ fn a_daemon_beside_hung_storage_ends_and_names_the_requests_that_were_left() {
     command.args(["serve", "--backend-type", "vbd", "--admin", admin.to_str().unwrap()]);
     let mut daemon = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     rig::until("polldisk answers", || request(&admin, &Request::List).is_ok());
-    let device = hung.device.clone().unwrap();
-    let target = format!("raw:{}", device.display());
+    let target = hung.device.target("");
     let attach = Attach { domid: GUEST, vdev: "xvda".into(), target, ..Attach::default() };
     request(&admin, &Request::Attach(attach)).unwrap();
     let xenbus = Xenbus::open(&guest, VBD).unwrap();
@@ -116,7 +74,8 @@ fn a_daemon_beside_hung_storage_ends_and_names_the_requests_that_were_left() {
         frontend.put(op::WRITE, sector, 4096);
     }
     frontend.publish().unwrap();
-    let written = Path::new("/sys/block").join(device.file_name().unwrap()).join("inflight");
+    let written =
+        Path::new("/sys/block").join(hung.device.path.file_name().unwrap()).join("inflight");
     rig::until("the writes are under way", || {
         let text = std::fs::read_to_string(&written).unwrap();
         text.split_whitespace().nth(1).is_some_and(|writes| writes != "0")
@@ -131,7 +90,7 @@ fn a_daemon_beside_hung_storage_ends_and_names_the_requests_that_were_left() {
     assert!(!status.success(), "{said}");
     for part in [
         "vbd/5/51712 (xvda)".to_owned(),
-        format!("target=\"raw:{}\"", device.display()),
+        format!("target=\"{}\"", hung.device.target("")),
         "not answered by storage".to_owned(),
         "a write of 4096 bytes at byte 8192".to_owned(),
         "storage did not answer all requests".to_owned(),
@@ -143,8 +102,8 @@ fn a_daemon_beside_hung_storage_ends_and_names_the_requests_that_were_left() {
 #[test]
 fn a_check_of_a_target_on_hung_storage_ends_with_a_reason() {
     let Some(mut hung) = HungDevice::new() else { return };
-    let image = hung.mount_point().join("other.img");
-    File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let image = hung.filesystem.folder().join("other.img");
+    host::file(&image, 1 << 20);
     hung.freeze();
     let mut check = Command::new(rig::polldisk())
         .arg("check-target")

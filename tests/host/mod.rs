@@ -2,6 +2,7 @@
 //!
 //! A test that can't have them says so and passes; in CI, which sets `POLLDISK_REQUIRE_XEN_TOOLS=1`,
 //! a missing tool is a failure.
+#![allow(dead_code)]
 
 use std::fs::File;
 use std::io;
@@ -49,7 +50,8 @@ pub fn is_there(program: &str) -> bool {
     found
 }
 
-fn is_required() -> bool {
+/// Whether all tools have to be here, as in CI.
+pub fn is_required() -> bool {
     std::env::var("POLLDISK_REQUIRE_XEN_TOOLS").is_ok_and(|value| value == "1")
 }
 
@@ -78,6 +80,9 @@ pub fn is_refused(opened: Result<Backing, String>, parts: &[&str]) -> String {
     reason
 }
 
+/// losetup's options for a disk with 4096-byte blocks.
+pub const BLOCKS_4KN: [&str; 2] = ["--sector-size", "4096"];
+
 /// A loop device, which is taken down in the end.
 pub struct LoopDevice {
     pub path: PathBuf,
@@ -88,6 +93,17 @@ impl LoopDevice {
     pub fn over(file: &Path, options: &[&str]) -> Option<LoopDevice> {
         let path = run(Command::new("losetup").args(options).args(["-f", "--show"]).arg(file))?;
         Some(LoopDevice { path: path.into() })
+    }
+
+    /// A disk with 4096-byte blocks, all zero, over a file that is made.
+    pub fn new_4kn(path: &Path, bytes: u64) -> Option<LoopDevice> {
+        file(path, bytes);
+        LoopDevice::over(path, &BLOCKS_4KN)
+    }
+
+    /// How it is named to the daemon, with options of the target.
+    pub fn target(&self, options: &str) -> String {
+        format!("raw{options}:{}", self.path.display())
     }
 }
 
@@ -141,5 +157,44 @@ impl Drop for Mounted {
         if !unmounted.is_ok_and(|output| output.status.success()) {
             let _ = Command::new("umount").arg("-l").arg(&self.folder).status();
         }
+    }
+}
+
+/// A filesystem on a loop device.
+pub struct Filesystem {
+    // In this order: unmounted, taken down.
+    mounted: Mounted,
+    _disk: LoopDevice,
+}
+
+impl Filesystem {
+    /// One of this kind and size, with its file and its mount in `folder` and options of losetup.
+    pub fn new(kind: &str, folder: &Path, bytes: u64, losetup: &[&str]) -> Option<Filesystem> {
+        let path = folder.join(format!("{kind}.img"));
+        file(&path, bytes);
+        let disk = LoopDevice::over(&path, losetup)?;
+        let mounted = Mounted::new(kind, &disk.path, &folder.join(kind))?;
+        Some(Filesystem { mounted, _disk: disk })
+    }
+
+    /// Where it is mounted.
+    pub fn folder(&self) -> &Path {
+        &self.mounted.folder
+    }
+}
+
+/// A filesystem is frozen, as by a snapshot, until this is dropped: writes to it wait inside of the kernel.
+pub struct Frozen(PathBuf);
+
+/// Freezes the filesystem that is mounted at `folder`.
+pub fn freeze(folder: &Path) -> Frozen {
+    let frozen = run(Command::new("fsfreeze").arg("--freeze").arg(folder));
+    frozen.expect("a filesystem of the test's own can be frozen");
+    Frozen(folder.to_owned())
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = Command::new("fsfreeze").arg("--unfreeze").arg(&self.0).status();
     }
 }
