@@ -364,12 +364,28 @@ const _: () = assert!(RING_PAGE_ORDER_DEFAULT <= RING_PAGE_ORDER_MAX);
 const _: () =
     assert!(URING_ENTRIES as usize * SEGMENTS_PER_REQUEST >= INDIRECT_SEGMENTS_MAX as usize);
 
-/// What a queue's turn in a pass may cost while others have work too, in units of about 10 ns of the
-/// worker's time: a full one-page ring of requests for a page each, or 16 pages that the worker itself
-/// copies. So a turn lasts some microseconds, however much the guest asks for, and nobody waits for long
-/// behind anybody.
+/// One in so many of the tags that a worker has of a block device goes to whichever of its rings ask first,
+pub const DEVICE_TAGS_COMMON_DIVISOR: usize = 2;
+
+/// ... so many are for each ring beside that,
+pub const DEVICE_TAGS_PER_QUEUE: usize = 2;
+
+/// ... and so many are never exceeded, by however many rings: the deadline scheduler has writes wait beyond
+/// three quarters of them (`dd_limit_depth`, `block/mq-deadline.c`).
+pub const fn device_tags_max(tags: usize) -> usize {
+    let most = tags * 3 / 4;
+    if most < 2 { 2 } else { most }
+}
+
+/// What a queue's turn in a pass may cost while others have work too, in units of [`EFFORT_NS`]: a full
+/// one-page ring of requests for a page each that are answered at once, or 16 pages that the worker itself
+/// copies, or what the kernel takes to begin operations in that time, as far as the worker has learnt. So
+/// a turn lasts some microseconds, however much the guest asks for, and nobody waits for long behind anybody.
 pub const TURN_EFFORT: u32 = 512;
 const _: () = assert!(TURN_EFFORT == 32 * (REQUEST_EFFORT + SEGMENT_EFFORT));
+
+/// About what a unit of effort takes of the worker's time.
+pub const EFFORT_NS: u64 = 10;
 
 /// ... for one that has had more than its share, while those who have not are about to come back,
 pub const TURN_EFFORT_AHEAD: u32 = TURN_EFFORT / 4;

@@ -37,7 +37,8 @@ impl Pool {
     /// As many as this holder could take now.
     #[inline]
     pub fn available(&self, share: &Share) -> usize {
-        self.guaranteed.saturating_sub(share.used) + (self.common - self.common_used)
+        let common = self.common.saturating_sub(self.common_used);
+        self.guaranteed.saturating_sub(share.used) + common
     }
 
     /// Takes `count`, or none; says whether.
@@ -48,6 +49,12 @@ impl Pool {
         }
         self.set_used(share, share.used + count);
         true
+    }
+
+    /// Takes `count`, even if there are not as many.
+    #[inline]
+    pub fn take_beyond(&mut self, share: &mut Share, count: usize) {
+        self.set_used(share, share.used + count);
     }
 
     /// Gives back `count`.

@@ -41,6 +41,7 @@ impl Rig {
         let (reports, events) = event_channel().unwrap();
         let setup = Setup {
             id: WorkerId(0),
+            workers: 1,
             platform: stand_in.platform(),
             core: None,
             poll: Duration::from_micros(50),

@@ -14,6 +14,7 @@ mod mapped;
 pub mod mounts;
 mod null;
 mod raw;
+mod request_queue;
 mod sharing;
 mod spec;
 mod storage;
@@ -22,6 +23,7 @@ pub use blocks::{BlockLock, BlockLocks};
 pub use mapped::MappedFile;
 pub use null::NullImage;
 pub use raw::{DeviceHandle, RawImage, Tail};
+pub use request_queue::RequestQueue;
 pub use spec::{Contents, DataPath, Direct, DiskOptions, Spec};
 
 use std::sync::Arc;
@@ -122,6 +124,14 @@ impl Image {
             Image::Raw(image) => image.is_in_memory(),
             Image::Null(image) => image.read_zeroes(),
             Image::Empty => false,
+        }
+    }
+
+    /// The queue of the block device that its requests go to; `None`: they go to none that is known.
+    pub fn request_queue(&self) -> Option<RequestQueue> {
+        match self {
+            Image::Raw(image) => image.request_queue(),
+            Image::Null(_) | Image::Empty => None,
         }
     }
 

@@ -14,8 +14,8 @@ use super::claims::{Claim, Usage};
 use super::sharing::{self, SharingError};
 use super::storage::Located;
 use super::{
-    Access, BackingError, BlockLocks, Direct, Discard, DiskOptions, Geometry, MappedFile, device,
-    hint,
+    Access, BackingError, BlockLocks, Direct, Discard, DiskOptions, Geometry, MappedFile,
+    RequestQueue, device, hint,
 };
 use crate::units::{Bytes, SECTOR_BYTES};
 
@@ -30,6 +30,7 @@ pub struct RawImage {
     is_device: bool,
     is_in_memory: bool,
     always_waits: bool,
+    request_queue: Option<RequestQueue>,
     geometry: Geometry,
     memory_alignment: u16,
     read_only: bool,
@@ -130,6 +131,11 @@ impl RawImage {
         self.always_waits
     }
 
+    /// The queue of the device that it is or lies on.
+    pub fn request_queue(&self) -> Option<RequestQueue> {
+        self.request_queue
+    }
+
     /// Its mapping, where it is in memory and could be mapped.
     #[inline]
     pub fn mapping(&self) -> Option<&MappedFile> {
@@ -212,6 +218,10 @@ impl Opening<'_> {
             is_device,
             is_in_memory,
             always_waits: lies_on == Some(libc::FUSE_SUPER_MAGIC),
+            request_queue: RequestQueue::of(match located.metadata.rdev() {
+                0 => located.metadata.dev(),
+                device => device,
+            }),
             geometry,
             // Beyond a page no page is aligned enough; the kernel asks for no such thing.
             memory_alignment: shape

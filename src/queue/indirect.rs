@@ -30,6 +30,7 @@ impl Queue {
         match io.tables.take(&mut self.tables) {
             Some(table) => {
                 self.spend_on_request(head.segment_count());
+                io.devices.take(&mut self.device, head.segment_count());
                 io.scratch.indirect.push(Indirect { head, table, failed: false });
             }
             None => self.parked = Some(head),
@@ -54,8 +55,7 @@ impl Queue {
                 self.counters.errors.add(1);
                 let response = RawResponse::new(head.id(), head.operation(), Status::Error);
                 self.ring.answer(&response);
-                io.tables.give_back(table, &mut self.tables);
-                io.freed += 1;
+                self.give_back_indirect(io, &head, table);
             } else {
                 self.begin_indirect(io, &head, table, at..end);
             }
@@ -122,10 +122,21 @@ impl Queue {
                 io.scratch.fresh.push(index);
             }
             Err(fault) => {
-                io.tables.give_back(table, &mut self.tables);
-                io.freed += 1;
+                self.give_back_indirect(io, head, table);
                 self.refuse(head.id(), head.operation(), fault);
             }
         }
+    }
+
+    /// Gives back what an indirect request had that can't be carried out.
+    fn give_back_indirect<G, E>(
+        &mut self,
+        io: &mut Resources<G, E>,
+        head: &IndirectHead,
+        table: Box<LargeTable>,
+    ) {
+        io.tables.give_back(table, &mut self.tables);
+        io.devices.give_back(&mut self.device, head.segment_count());
+        io.freed += 1;
     }
 }

@@ -20,6 +20,7 @@
 
 mod bounce;
 mod copies;
+mod devices;
 pub mod grants;
 mod indirect;
 mod locate;
@@ -52,6 +53,8 @@ use crate::xen::{Events, Grants, PageAccess};
 
 pub use bounce::BouncePool;
 use copies::CopyBatch;
+use devices::DeviceShare;
+pub use devices::Devices;
 use grants::{Mapper, PersistentGrants};
 use indirect::Indirect;
 use locate::locate_mapped;
@@ -73,8 +76,10 @@ pub struct Resources<G, E> {
     pub freed: u64,
     /// What control is told.
     pub outbox: Outbox,
-    /// Requests in flight.
+    /// Requests in flight,
     requests: Pool,
+    /// ... and how many of them block devices have.
+    devices: Devices,
     /// Memory for data that is copied.
     bounce: BouncePool,
     /// Tables for indirect requests.
@@ -84,8 +89,8 @@ pub struct Resources<G, E> {
 }
 
 impl<G, E> Resources<G, E> {
-    /// All of it unused.
-    pub fn new(grants: G, engine: E, outbox: Outbox) -> Resources<G, E> {
+    /// All of it unused, by one of so many workers.
+    pub fn new(grants: G, engine: E, outbox: Outbox, workers: usize) -> Resources<G, E> {
         Resources {
             grants,
             engine,
@@ -93,6 +98,7 @@ impl<G, E> Resources<G, E> {
             freed: 0,
             outbox,
             requests: Pool::new(REQUESTS_PER_QUEUE, REQUESTS_COMMON),
+            devices: Devices::new(workers),
             bounce: BouncePool::new(BOUNCE_PAGES_COMMON),
             tables: LargeTables::default(),
             scratch: Scratch::default(),
@@ -139,6 +145,8 @@ pub struct Queue {
     /// This queue's part of the worker's requests in flight and tables.
     requests: Share,
     tables: Share,
+    /// ... and of what the block device of its disk can have.
+    device: Option<DeviceShare>,
     /// Its own bounce memory, for data that finds no room in the worker's.
     bounce: BouncePool,
     /// Slots whose next step the engine had no room for.
@@ -155,8 +163,9 @@ pub struct Queue {
     copied_out: VecDeque<u32>,
     /// Slots whose next step has to wait for the next turn.
     interrupted: VecDeque<u32>,
-    /// What is left of the turn.
+    /// What is left of the turn, and what storage costs of it for each request.
     effort: u32,
+    operation_effort: u32,
     /// Operations of the turn that go to storage with the next kick.
     started: u32,
     mapped: Mapped,
@@ -170,6 +179,15 @@ pub struct Queue {
     /// Takes so many requests more, and then none until its image is replaced.
     before_pause: Option<u32>,
     reports: Reports,
+}
+
+/// What one turn of a queue may cost, in units of [`EFFORT_NS`](crate::limits::EFFORT_NS).
+#[derive(Clone, Copy, Debug)]
+pub struct Turn {
+    /// When it is spent, the turn ends.
+    pub effort: u32,
+    /// What it costs of it to give a request to storage.
+    pub operation_effort: u32,
 }
 
 /// What is mapped of the guest's data pages ([`Mapping`]).
@@ -193,12 +211,13 @@ enum Barrier {
 impl Queue {
     /// Maps the ring and binds the event channel. On an error nothing stays mapped or bound; the
     /// text names the reference or port, for the frontend's `error` node.
-    pub fn connect<G: Grants, V: Events>(
+    pub fn connect<G: Grants, E, V: Events>(
         connect: Connect,
         index: u32,
-        grants: &mut G,
+        io: &mut Resources<G, E>,
         events: &mut V,
     ) -> Result<Queue, String> {
+        let grants = &mut io.grants;
         let refs = &connect.ring_refs;
         let pages = grants.map(connect.frontend, refs, PageAccess::ReadWrite).map_err(|error| {
             let refs: Vec<u32> = refs.iter().map(|gref| gref.0).collect();
@@ -221,6 +240,7 @@ impl Queue {
         let size = ring.size();
         let list = || VecDeque::with_capacity(size as usize);
         let share = GrantShare::of(connect.budget);
+        let device = io.devices.join(&connect.image);
         Ok(Queue {
             key: connect.key,
             index,
@@ -235,6 +255,7 @@ impl Queue {
             slots: Slots::new(size),
             requests: Share::default(),
             tables: Share::default(),
+            device,
             refused: list(),
             stalled: list(),
             parked: None,
@@ -243,6 +264,7 @@ impl Queue {
             copied_out: list(),
             interrupted: list(),
             effort: 0,
+            operation_effort: 0,
             started: 0,
             mapped: match connect.mapping {
                 Mapping::Kept => Mapped::Kept(PersistentGrants::new(share)),
@@ -274,6 +296,7 @@ impl Queue {
             persistent.unmap_all(&mut io.mapper());
         }
         self.counters.grants_mapped.set(0);
+        io.devices.leave(self.device);
         unmap_ring(&mut io.grants, self.ring.into_page());
     }
 
@@ -311,8 +334,15 @@ impl Queue {
 
     /// Serves another image from now on. Call only once [`Queue::is_paused`], so that no request
     /// is checked against one image and carried out on another.
-    pub fn replace_image(&mut self, image: Arc<Image>, rules: DiskRules) {
+    pub fn replace_image<G, E>(
+        &mut self,
+        io: &mut Resources<G, E>,
+        image: Arc<Image>,
+        rules: DiskRules,
+    ) {
         assert!(self.is_drained());
+        let device = io.devices.join(&image);
+        io.devices.leave(std::mem::replace(&mut self.device, device));
         self.memory_alignment = image.memory_alignment();
         self.moves_data = image.is_moved_by_worker();
         self.image = image;
@@ -391,15 +421,16 @@ impl Queue {
     }
 
     /// A turn: takes requests off the ring and gets them under way, after what is left of the turn
-    /// before, until `effort` is spent. `true`: [`Queue::finish_pass`] has to follow, because something
+    /// before, until its effort is spent. `true`: [`Queue::finish_pass`] has to follow, because something
     /// was done, or what had waited is done.
     #[inline]
     pub fn take<G: Grants, E: Engine<Target = Image>>(
         &mut self,
         io: &mut Resources<G, E>,
-        effort: u32,
+        turn: Turn,
     ) -> Result<bool, RingFault> {
-        self.effort = effort;
+        let Turn { effort, operation_effort } = turn;
+        (self.effort, self.operation_effort) = (effort, operation_effort);
         if self.has_unfinished() {
             self.go_on(io);
         }
@@ -446,7 +477,7 @@ impl Queue {
         if let Some(left) = &mut self.before_pause {
             *left -= taken;
         }
-        if room == 0 || self.has_waiting() {
+        if room == 0 || self.has_waiting() || !io.devices.has_room(&self.device) {
             self.waits_since = Some(freed);
         }
         Ok(())
@@ -460,7 +491,7 @@ impl Queue {
         count: u32,
     ) -> u32 {
         let mut taken = 0;
-        while taken < count && self.takes_more() {
+        while taken < count && self.takes_more(io) {
             self.ring.prefetch();
             self.take_one(io);
             taken += 1;
@@ -481,8 +512,11 @@ impl Queue {
 
     /// Whether the turn goes on with the next request.
     #[inline]
-    fn takes_more(&self) -> bool {
-        self.barrier == Barrier::None && self.parked.is_none() && self.effort > 0
+    fn takes_more<G, E>(&self, io: &Resources<G, E>) -> bool {
+        self.barrier == Barrier::None
+            && self.parked.is_none()
+            && self.effort > 0
+            && io.devices.has_room(&self.device)
     }
 
     #[inline]
@@ -493,7 +527,8 @@ impl Queue {
     #[inline]
     fn spend_on_request(&mut self, segments: usize) {
         let segments = u32::try_from(segments).unwrap_or(u32::MAX);
-        self.spend(REQUEST_EFFORT + segments.saturating_mul(SEGMENT_EFFORT));
+        let to_look = REQUEST_EFFORT + segments.saturating_mul(SEGMENT_EFFORT);
+        self.spend(to_look.saturating_add(self.operation_effort));
     }
 
     #[inline]
@@ -528,6 +563,7 @@ impl Queue {
             Ok((request, count)) => {
                 slot.begin(request, count, None, io.now_ns);
                 let is_mapped = locate_mapped(self.mapped.kept(), slot, self.memory_alignment);
+                io.devices.take(&mut self.device, count);
                 self.spend_on_request(count);
                 if request.is_barrier() {
                     self.barrier = Barrier::Waits(index);
@@ -777,6 +813,7 @@ impl Queue {
             self.counters.grants_mapped.set(transient.count() as u64);
         }
         let (request, taken_ns) = (slot.request, slot.taken_ns);
+        io.devices.give_back(&mut self.device, slot.segments().len());
         if let Some(table) = self.slots.give_back(slot_index) {
             io.tables.give_back(table, &mut self.tables);
         }

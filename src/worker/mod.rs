@@ -29,13 +29,13 @@ use crate::limits::{
 };
 use crate::msg::{Command, CommandReceiver, Connect, Event, Outbox, QueueKey, ReplaceImage};
 use crate::park::{self, Patience, Pause};
-use crate::queue::{Queue, Resources};
+use crate::queue::{Queue, Resources, Turn};
 use crate::units::Port;
 use crate::xen::shm::PAGE_BYTES;
 use crate::xen::{Events, Platform, PlatformError};
 
 pub use thread::{Setup, SpawnError, WorkerThread, serve, spawn, spawn_all};
-use turns::{TimeUsed, Turns};
+use turns::{OperationCost, TimeUsed, Turns};
 
 const SWEEP_NS: u64 = PERSISTENT_SWEEP_SECONDS * 1_000_000_000;
 
@@ -90,6 +90,9 @@ struct Served {
     unmasked: bool,
     last_work_ns: u64,
     used: TimeUsed,
+    /// What its turn in this round took.
+    turn_ns: u64,
+    operation_cost: OperationCost,
     /// Its weight when time is charged to all together: operations to submit, then bytes completed.
     part: u64,
     /// What it gets, one after the other, once it is drained.
@@ -106,7 +109,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         let (polled, waiting, draining, unmask) = Default::default();
         Ok(Worker {
             events,
-            resources: Resources::new(grants, engine, Outbox::new(setup.reports)),
+            resources: Resources::new(grants, engine, Outbox::new(setup.reports), setup.workers),
             queues: Slab::new(),
             by_key: HashMap::new(),
             by_port: HashMap::new(),
@@ -260,11 +263,11 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         // The time to submit is charged to the queues by the operations of each: one whose data the worker
         // moves itself, or whose storage is nothing, has none.
         self.resources.engine.kick()?;
-        self.charge_parts(watch.lap_ns());
+        self.charge_started(watch.lap_ns());
         if self.take_completions(&clock_ns) {
             worked = true;
             // The time to reap is charged by the bytes of each, which the engine may have had to copy.
-            self.charge_parts(watch.lap_ns());
+            self.charge_parts(watch.lap_ns(), |_, _, _| {});
         }
         if worked {
             self.finish_in_turns(&mut watch)?;
@@ -339,7 +342,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         let index = entry.key();
         let connected = match u32::try_from(index) {
             Ok(number) if index < QUEUES_PER_WORKER && !self.stopping => {
-                Queue::connect(connect, number, &mut self.resources.grants, &mut self.events)
+                Queue::connect(connect, number, &mut self.resources, &mut self.events)
             }
             _ => Err("the worker takes no more queues".to_owned()),
         };
@@ -408,7 +411,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         let served = &mut self.queues[index];
         for replace in std::mem::take(&mut served.replacements) {
             let ReplaceImage { key, rules, image } = replace;
-            served.queue.replace_image(image, rules);
+            served.queue.replace_image(&mut self.resources, image, rules);
             self.resources.outbox.send(Event::ImageReplaced(key));
         }
         // Requests may have come meanwhile.
@@ -484,13 +487,14 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     #[inline]
     fn take_alone(&mut self, now_ns: u64) -> bool {
         let Some(index) = self.polled.first().copied() else { return false };
-        self.take_turn(index, TURN_EFFORT_ALONE, now_ns)
+        let turn = Turn { effort: TURN_EFFORT_ALONE, operation_effort: 0 };
+        self.take_turn(index, turn, now_ns)
     }
 
     #[inline]
-    fn take_turn(&mut self, index: usize, effort: u32, now_ns: u64) -> bool {
+    fn take_turn(&mut self, index: usize, turn: Turn, now_ns: u64) -> bool {
         let served = &mut self.queues[index];
-        let taken = served.queue.take(&mut self.resources, effort);
+        let taken = served.queue.take(&mut self.resources, turn);
         served.part = u64::from(served.queue.take_started());
         match taken {
             Ok(worked) => {
@@ -526,14 +530,32 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 {
                     put_off = Some((served.used, index));
                 }
-            } else if self.take_turn(index, TURN_EFFORT, now_ns) {
+            } else if self.take_turn_of_many(index, TURN_EFFORT, now_ns, watch) {
                 worked = true;
-                self.charge(index, watch.lap_ns());
             }
         }
-        if !worked && let Some((_, index)) = put_off {
-            worked = self.take_turn(index, TURN_EFFORT_AHEAD, now_ns);
-            self.charge(index, watch.lap_ns());
+        match put_off {
+            Some((_, index)) if !worked => {
+                self.take_turn_of_many(index, TURN_EFFORT_AHEAD, now_ns, watch)
+            }
+            _ => worked,
+        }
+    }
+
+    /// A turn, which is charged to the queue.
+    fn take_turn_of_many(
+        &mut self,
+        index: usize,
+        effort: u32,
+        now_ns: u64,
+        watch: &mut Stopwatch<impl Fn() -> u64>,
+    ) -> bool {
+        let operation_effort = self.queues[index].operation_cost.effort();
+        let worked = self.take_turn(index, Turn { effort, operation_effort }, now_ns);
+        if worked {
+            let turn_ns = watch.lap_ns();
+            self.queues[index].turn_ns = turn_ns;
+            self.charge(index, turn_ns);
         }
         worked
     }
@@ -543,13 +565,22 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         self.turns.charge(&mut self.queues[index].used, time_ns);
     }
 
-    /// Charges all queues for what they did together, each for its part.
-    fn charge_parts(&mut self, time_ns: u64) {
+    /// Charges all queues for the time to submit, by the operations of each.
+    fn charge_started(&mut self, time_ns: u64) {
+        self.charge_parts(time_ns, |served, operations, part_ns| {
+            served.operation_cost.learn(operations, served.turn_ns + part_ns);
+        });
+    }
+
+    /// Charges all queues for what they did together, each for its part, of which `note` is told.
+    fn charge_parts(&mut self, time_ns: u64, note: impl Fn(&mut Served, u64, u64)) {
         let all: u64 = self.polled.iter().map(|index| self.queues[*index].part).sum();
         for index in &self.polled {
-            let Served { used, part, .. } = &mut self.queues[*index];
-            let part = std::mem::take(part);
-            self.turns.charge(used, time_ns.saturating_mul(part) / all.max(1));
+            let served = &mut self.queues[*index];
+            let part = std::mem::take(&mut served.part);
+            let part_ns = time_ns.saturating_mul(part) / all.max(1);
+            self.turns.charge(&mut served.used, part_ns);
+            note(served, part, part_ns);
         }
     }
 
@@ -639,6 +670,8 @@ impl Served {
             unmasked: true,
             last_work_ns: now_ns,
             used: TimeUsed::default(),
+            turn_ns: 0,
+            operation_cost: OperationCost::default(),
             part: 0,
             replacements: Vec::new(),
             leaving: false,

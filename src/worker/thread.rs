@@ -23,6 +23,8 @@ use crate::xen::{Platform, PlatformError};
 pub struct Setup<P> {
     /// Its number.
     pub id: WorkerId,
+    /// Of so many that serve disks of the same storage.
+    pub workers: usize,
     /// The hypervisor.
     pub platform: P,
     /// The core it is pinned to; `None`: wherever the scheduler puts it.
@@ -84,6 +86,7 @@ pub fn spawn_all<P: Platform>(
         let (sender, commands) = command_channel(id).map_err(SpawnError::Thread)?;
         let setup = Setup {
             id,
+            workers: cores.len(),
             platform: platform.clone(),
             core: core.map(|id| CoreId { id }),
             poll,

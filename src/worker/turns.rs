@@ -7,6 +7,8 @@
 //!
 //! Each round starts with another queue, so that none is always first at what all share.
 
+use crate::limits::{EFFORT_NS, TURN_EFFORT};
+
 /// How much more time than the least served a queue may have had and still have its turn. Equal guests
 /// differ by less, so that all of them go on having their turns in one pass.
 const SLACK_NS: u64 = 50_000;
@@ -26,6 +28,27 @@ pub struct Turns {
     first: usize,
     /// The most that any queue that had a turn has had.
     ahead_ns: u64,
+}
+
+/// What it costs the worker to begin an operation of a queue, as it was lately.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OperationCost {
+    effort: u32,
+}
+
+impl OperationCost {
+    /// Takes note of what a turn with so many operations has taken. One beyond a turn's effort counts as that:
+    /// the turn ends with it in any case, and one that was held up does not count for long.
+    pub fn learn(&mut self, operations: u64, time_ns: u64) {
+        let Some(each_ns) = time_ns.checked_div(operations) else { return };
+        let each = u32::try_from(each_ns / EFFORT_NS).unwrap_or(u32::MAX).min(TURN_EFFORT);
+        self.effort = (7 * self.effort + each) / 8;
+    }
+
+    /// What one counts of a turn's effort: half of its cost, since a batch of too few is dearer for each.
+    pub fn effort(self) -> u32 {
+        self.effort / 2
+    }
 }
 
 /// The worker's time that one queue has had, on a scale that all queues of the worker share.
@@ -177,6 +200,22 @@ mod test {
             assert_eq!(busy <= turns.limit(SECOND, queues.into_iter()), has_turn);
         }
         assert!(busy <= turns.limit(SECOND, std::iter::once((idle, 0))), "nobody is expected");
+    }
+
+    #[test]
+    fn the_cost_of_an_operation_follows_what_turns_took() {
+        let mut cost = OperationCost::default();
+        let mut learn = |turns: u32, operations: u64, time_ns: u64| {
+            (0..turns).for_each(|_| cost.learn(operations, time_ns));
+            cost.effort()
+        };
+        assert_eq!(learn(1, 0, 1_000_000), 0, "nothing went to storage");
+        let dear = learn(50, 8, 32_000);
+        assert!((190..=200).contains(&dear), "half of 4 us: {dear}");
+        let held_up = learn(1, 1, SECOND);
+        assert!((dear..TURN_EFFORT / 2).contains(&held_up), "one turn is no rule: {held_up}");
+        let cheap = learn(50, 32, 32_000);
+        assert!((45..=50).contains(&cheap), "half of 1 us: {cheap}");
     }
 
     #[test]

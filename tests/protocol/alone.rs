@@ -66,6 +66,6 @@ pub fn worker<P: Platform, E: Engine<Target = Image>>(
     };
     commands.send(Command::Connect(Box::new(connect))).unwrap();
     let (id, poll) = (WorkerId(0), Duration::ZERO);
-    let setup = Setup { id, platform, core: None, poll, commands: receiver, reports };
+    let setup = Setup { id, workers: 1, platform, core: None, poll, commands: receiver, reports };
     Alone { worker: Worker::new(setup, engine).unwrap(), commands, budget, _events: events }
 }

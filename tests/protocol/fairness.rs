@@ -1,7 +1,9 @@
 //! What a guest that asks for little gets of a worker beside greedy ones. The worker's time is that of a
 //! clock which only what it does moves, so that the same happens on every machine.
 
+use std::cell::RefCell;
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -11,7 +13,7 @@ use polldisk::units::{DomId, GrantRef};
 use polldisk::xen::shm::GuestPages;
 use polldisk::xen::{GrantCopy, Grants, PageAccess, Platform, PlatformError};
 
-use crate::scripted::{Bench, Shape, storage};
+use crate::scripted::{Bench, Script, Shape, storage};
 
 /// A look at the clock, and what else a queue costs in a pass.
 const LOOK_NS: u64 = 50;
@@ -82,13 +84,13 @@ impl Grants for TimedGrants {
     }
 }
 
-/// A bench whose worker lives in the time of this clock.
-fn timed() -> (Bench<Timed>, Clock) {
+/// A bench whose worker lives in the time of this clock, and the script of its storage.
+fn timed() -> (Bench<Timed>, Clock, Rc<RefCell<Script>>) {
     let (stand_in, clock) = (StandIn::start_temporary().unwrap(), Clock::default());
     let (engine, script) = storage();
     script.borrow_mut().clock = Some(Arc::clone(&clock.0));
     let platform = Timed(stand_in.platform(), clock.clone());
-    (Bench::on(platform, engine, stand_in), clock)
+    (Bench::on(platform, engine, stand_in), clock, script)
 }
 
 /// One pass of the worker, which looks at the clock again and again.
@@ -105,23 +107,28 @@ struct Load {
     pages: usize,
     /// Between the last answer and the next requests.
     thinks_ns: u64,
+    /// Each operation costs the worker much.
+    slow: bool,
 }
 
 fn small(thinks_ns: u64) -> Load {
     let shape = Shape::mapped(8);
-    Load { shape, operation: op::READ, depth: 8, pages: 1, thinks_ns }
+    Load { shape, operation: op::READ, depth: 8, pages: 1, thinks_ns, slow: false }
 }
 
 fn large(operation: u8) -> Load {
     let shape = Shape::copied(32).indirect(256, 0);
-    Load { shape, operation, depth: 32, pages: 256, thinks_ns: 0 }
+    Load { shape, operation, depth: 32, pages: 256, thinks_ns: 0, slow: false }
 }
 
 /// Requests answered to each guest in so much of the worker's time.
 fn play(loads: &[Load], lasts_ns: u64) -> Vec<usize> {
-    let (mut bench, clock) = timed();
+    let (mut bench, clock, script) = timed();
     for load in loads {
-        bench.guest(load.shape);
+        let guest = bench.guest(load.shape);
+        if load.slow {
+            script.borrow_mut().slow.insert(guest);
+        }
     }
     let (mut answers, mut ready_ns) = (vec![0; loads.len()], vec![0; loads.len()]);
     let start_ns = clock.now_ns();
@@ -146,7 +153,9 @@ fn small_reads_beside_greedy_guests_are_as_fast_as_beside_their_like() {
     const LASTS_NS: u64 = 50_000_000;
     let flushes = Load { operation: op::FLUSH_DISKCACHE, depth: 32, pages: 0, ..small(0) };
     let flushes = Load { shape: Shape::mapped(32), ..flushes };
-    for thinks_ns in [0, 20_000, 100_000, 400_000] {
+    let slow = Load { slow: true, depth: 32, shape: Shape::mapped(32), ..small(0) };
+    let indirect = Load { shape: Shape::mapped(32).indirect(12, 0), pages: 12, ..slow };
+    for thinks_ns in [0, 1_000, 20_000, 100_000, 400_000] {
         let victim = small(thinks_ns);
         let beside = |others: [Load; 4]| {
             let [one, two, three, four] = others;
@@ -158,7 +167,9 @@ fn small_reads_beside_greedy_guests_are_as_fast_as_beside_their_like() {
             ("large reads", [read; 4]),
             ("large writes", [write; 4]),
             ("flushes", [flushes; 4]),
-            ("all of that", [read, write, flushes, read]),
+            ("slow storage", [slow; 4]),
+            ("slow storage, by indirect requests", [indirect; 4]),
+            ("all of that", [read, write, flushes, indirect]),
         ] {
             let greedy = beside(others);
             assert!(
@@ -182,7 +193,7 @@ fn greedy_guests_have_what_others_leave_and_equal_shares_of_it() {
 
 #[test]
 fn a_queue_without_work_breaks_up_no_turns_of_others() {
-    let (mut bench, clock) = timed();
+    let (mut bench, clock, _script) = timed();
     for _ in 0..3 {
         bench.guest(Shape::mapped(32));
     }
@@ -201,7 +212,7 @@ fn a_queue_without_work_breaks_up_no_turns_of_others() {
 
 #[test]
 fn a_barrier_has_its_turn_although_another_guest_is_about_to_come_back() {
-    let (mut bench, clock) = timed();
+    let (mut bench, clock, _script) = timed();
     let [seldom, busy] = [8, 32].map(|buffers| bench.guest(Shape::mapped(buffers)));
     let (mut asks_ns, mut asked_ns) = (0, clock.now_ns());
     while clock.now_ns() < 50_000_000 {

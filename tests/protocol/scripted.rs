@@ -34,6 +34,9 @@ const PASSES_MAX: usize = 100_000;
 /// What it costs to submit an operation, if there is a clock.
 const SUBMIT_NS: u64 = 300;
 
+/// The same for storage whose kernel driver takes its time.
+const SLOW_SUBMIT_NS: u64 = 5_000;
+
 /// Bytes of every disk.
 const DISK: Bytes = Bytes(1 << 30);
 
@@ -52,6 +55,8 @@ pub struct Script {
     pub parks_flushes: bool,
     /// The host fails with its next operation, or panics.
     pub fails: Option<Failure>,
+    /// Queues whose operations cost the worker much.
+    pub slow: HashSet<usize>,
     /// Moves with each operation, by what it costs to submit.
     pub clock: Option<Arc<AtomicU64>>,
     /// The engine is no more.
@@ -112,7 +117,8 @@ impl Engine for Scripted {
             IoOp::Flush | IoOp::Discard { .. } => 0,
         };
         if let Some(clock) = &script.clock {
-            clock.fetch_add(SUBMIT_NS, Ordering::Relaxed);
+            let is_slow = script.slow.contains(&ticket.queue());
+            clock.fetch_add(if is_slow { SLOW_SUBMIT_NS } else { SUBMIT_NS }, Ordering::Relaxed);
         }
         let is_flush = matches!(operation, IoOp::Flush);
         script.taken.push(Taken { ticket, is_flush, bytes });
@@ -242,7 +248,8 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
         let (commands, receiver) = command_channel(WorkerId(0)).unwrap();
         let (reports, events) = event_channel().unwrap();
         let (id, poll) = (WorkerId(0), Duration::ZERO);
-        let setup = Setup { id, platform, core: None, poll, commands: receiver, reports };
+        let setup =
+            Setup { id, workers: 1, platform, core: None, poll, commands: receiver, reports };
         let worker = Worker::new(setup, engine).unwrap();
         let (guests, counters) = Default::default();
         Bench { worker, guests, counters, commands, events, now_ns: 1, stand_in }

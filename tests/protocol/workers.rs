@@ -50,6 +50,12 @@ pub fn opened(path: &Path) -> Image {
     Image::Raw(RawImage::open(path, DiskOptions::default(), &Access::default()).unwrap())
 }
 
+/// The same for several disks.
+pub fn opened_shared(path: &Path) -> Image {
+    let options = DiskOptions { shareable: true, ..DiskOptions::default() };
+    Image::Raw(RawImage::open(path, options, &Access::default()).unwrap())
+}
+
 impl Rig {
     pub fn start() -> Rig {
         let stand_in = StandIn::start_temporary().unwrap();
