@@ -127,6 +127,14 @@ impl Image {
         }
     }
 
+    /// Whether a thread of the kernel moves its data, because each operation waits for another process.
+    pub fn is_moved_by_thread(&self) -> bool {
+        match self {
+            Image::Raw(image) => image.always_waits(),
+            Image::Null(_) | Image::Empty => false,
+        }
+    }
+
     /// The queue of the block device that its requests go to; `None`: they go to none that is known.
     pub fn request_queue(&self) -> Option<RequestQueue> {
         match self {

@@ -141,6 +141,8 @@ pub struct Queue {
     memory_alignment: u16,
     /// The worker moves its data itself.
     moves_data: bool,
+    /// A thread of the kernel moves its data.
+    is_threaded: bool,
     slots: Slots,
     /// This queue's part of the worker's requests in flight and tables.
     requests: Share,
@@ -168,6 +170,10 @@ pub struct Queue {
     operation_effort: u32,
     /// Operations of the turn that go to storage with the next kick.
     started: u32,
+    /// Operations that came back since [`Queue::take_threaded`] and that threads of the kernel did,
+    threaded: u32,
+    /// ... without flushes: those that come back together were one for storage.
+    flushed: bool,
     mapped: Mapped,
     counters: Arc<QueueCounters>,
     latency: LatencyLog,
@@ -251,6 +257,7 @@ impl Queue {
             rules: connect.rules,
             memory_alignment: connect.image.memory_alignment(),
             moves_data: connect.image.is_moved_by_worker(),
+            is_threaded: connect.image.is_moved_by_thread(),
             image: connect.image,
             slots: Slots::new(size),
             requests: Share::default(),
@@ -266,6 +273,8 @@ impl Queue {
             effort: 0,
             operation_effort: 0,
             started: 0,
+            threaded: 0,
+            flushed: false,
             mapped: match connect.mapping {
                 Mapping::Kept => Mapped::Kept(PersistentGrants::new(share)),
                 Mapping::PerRequest => Mapped::PerRequest(TransientGrants::new(share)),
@@ -345,6 +354,7 @@ impl Queue {
         io.devices.leave(std::mem::replace(&mut self.device, device));
         self.memory_alignment = image.memory_alignment();
         self.moves_data = image.is_moved_by_worker();
+        self.is_threaded = image.is_moved_by_thread();
         self.image = image;
         if largest_request(&rules) > self.bounce.pages() {
             self.bounce = BouncePool::new(largest_request(&rules));
@@ -372,6 +382,12 @@ impl Queue {
     /// Takes out how many operations go to storage with the next kick.
     pub fn take_started(&mut self) -> u32 {
         std::mem::take(&mut self.started)
+    }
+
+    /// Takes out how many operations threads of the kernel have done.
+    pub fn take_threaded(&mut self) -> u32 {
+        let flushes = u32::from(std::mem::take(&mut self.flushed));
+        std::mem::take(&mut self.threaded).saturating_add(flushes)
     }
 
     /// Whether it waits for something that others have.
@@ -749,6 +765,13 @@ impl Queue {
         slot_index: u32,
         result: i32,
     ) {
+        match self.slots.get_mut(slot_index).step() {
+            Step::Flush => self.flushed = true,
+            Step::Read | Step::Write if !self.is_threaded => {}
+            Step::Read | Step::Write | Step::Discard { .. } => {
+                self.threaded = self.threaded.saturating_add(1);
+            }
+        }
         if self.finish_step(io, slot_index, result) {
             self.submit(io, slot_index);
         }

@@ -35,7 +35,7 @@ use crate::xen::shm::PAGE_BYTES;
 use crate::xen::{Events, Platform, PlatformError};
 
 pub use thread::{Setup, SpawnError, WorkerThread, serve, spawn, spawn_all};
-use turns::{OperationCost, TimeUsed, Turns};
+use turns::{OperationCost, THREAD_NS, TimeUsed, Turns};
 
 const SWEEP_NS: u64 = PERSISTENT_SWEEP_SECONDS * 1_000_000_000;
 
@@ -266,6 +266,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         self.charge_started(watch.lap_ns());
         if self.take_completions(&clock_ns) {
             worked = true;
+            self.charge_threads();
             // The time to reap is charged by the bytes of each, which the engine may have had to copy.
             self.charge_parts(watch.lap_ns(), |_, _, _| {});
         }
@@ -570,6 +571,15 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         self.charge_parts(time_ns, |served, operations, part_ns| {
             served.operation_cost.learn(operations, served.turn_ns + part_ns);
         });
+    }
+
+    /// Charges all queues for what threads of the kernel did for them on this host's cores.
+    fn charge_threads(&mut self) {
+        for index in &self.polled {
+            let served = &mut self.queues[*index];
+            let threaded = u64::from(served.queue.take_threaded());
+            self.turns.charge(&mut served.used, threaded * THREAD_NS);
+        }
     }
 
     /// Charges all queues for what they did together, each for its part, of which `note` is told.

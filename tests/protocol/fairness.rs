@@ -93,9 +93,10 @@ fn timed() -> (Bench<Timed>, Clock, Rc<RefCell<Script>>) {
     (Bench::on(platform, engine, stand_in), clock, script)
 }
 
-/// One pass of the worker, which looks at the clock again and again.
-fn pass(bench: &mut Bench<Timed>, clock: &Clock) {
+/// One pass of the worker, which looks at the clock again and again; then threads of the kernel have its core.
+fn pass(bench: &mut Bench<Timed>, clock: &Clock, script: &RefCell<Script>) {
     bench.worker.poll_once(|| clock.add(LOOK_NS)).unwrap();
+    clock.add(std::mem::take(&mut script.borrow_mut().threads_ns));
 }
 
 /// What a guest does all the time: `depth` requests in flight, each of `pages` pages.
@@ -116,6 +117,11 @@ fn small(thinks_ns: u64) -> Load {
     Load { shape, operation: op::READ, depth: 8, pages: 1, thinks_ns, slow: false }
 }
 
+fn flushes() -> Load {
+    let shape = Shape::mapped(32);
+    Load { shape, operation: op::FLUSH_DISKCACHE, depth: 32, pages: 0, ..small(0) }
+}
+
 fn large(operation: u8) -> Load {
     let shape = Shape::copied(32).indirect(256, 0);
     Load { shape, operation, depth: 32, pages: 256, thinks_ns: 0, slow: false }
@@ -123,7 +129,13 @@ fn large(operation: u8) -> Load {
 
 /// Requests answered to each guest in so much of the worker's time.
 fn play(loads: &[Load], lasts_ns: u64) -> Vec<usize> {
+    play_beside_threads(loads, lasts_ns, 0)
+}
+
+/// The same where each flush has a thread of the kernel take the worker's core for a while.
+fn play_beside_threads(loads: &[Load], lasts_ns: u64, flush_ns: u64) -> Vec<usize> {
     let (mut bench, clock, script) = timed();
+    script.borrow_mut().flush_ns = flush_ns;
     for load in loads {
         let guest = bench.guest(load.shape);
         if load.slow {
@@ -143,7 +155,7 @@ fn play(loads: &[Load], lasts_ns: u64) -> Vec<usize> {
                 bench.ask(guest, load.operation, load.depth, load.pages);
             }
         }
-        pass(&mut bench, &clock);
+        pass(&mut bench, &clock, &script);
     }
     answers
 }
@@ -151,8 +163,7 @@ fn play(loads: &[Load], lasts_ns: u64) -> Vec<usize> {
 #[test]
 fn small_reads_beside_greedy_guests_are_as_fast_as_beside_their_like() {
     const LASTS_NS: u64 = 50_000_000;
-    let flushes = Load { operation: op::FLUSH_DISKCACHE, depth: 32, pages: 0, ..small(0) };
-    let flushes = Load { shape: Shape::mapped(32), ..flushes };
+    let flushes = flushes();
     let slow = Load { slow: true, depth: 32, shape: Shape::mapped(32), ..small(0) };
     let indirect = Load { shape: Shape::mapped(32).indirect(12, 0), pages: 12, ..slow };
     for thinks_ns in [0, 1_000, 20_000, 100_000, 400_000] {
@@ -181,6 +192,15 @@ fn small_reads_beside_greedy_guests_are_as_fast_as_beside_their_like() {
 }
 
 #[test]
+fn flushes_count_for_what_threads_of_the_kernel_take() {
+    const LASTS_NS: u64 = 50_000_000;
+    let polite = play(&[small(0); 5], LASTS_NS)[0];
+    let [one, two, three, four] = [flushes(); 4];
+    let beside = play_beside_threads(&[small(0), one, two, three, four], LASTS_NS, 20_000)[0];
+    assert!(beside * 10 >= polite * 8, "{beside} beside {polite}");
+}
+
+#[test]
 fn greedy_guests_have_what_others_leave_and_equal_shares_of_it() {
     let (read, write) = (large(op::READ), large(op::WRITE));
     let answers = play(&[small(100_000), read, read, write], 100_000_000);
@@ -193,7 +213,7 @@ fn greedy_guests_have_what_others_leave_and_equal_shares_of_it() {
 
 #[test]
 fn a_queue_without_work_breaks_up_no_turns_of_others() {
-    let (mut bench, clock, _script) = timed();
+    let (mut bench, clock, script) = timed();
     for _ in 0..3 {
         bench.guest(Shape::mapped(32));
     }
@@ -205,14 +225,14 @@ fn a_queue_without_work_breaks_up_no_turns_of_others() {
             bench.ask(guest, op::READ, 32, 1);
             answers
         });
-        pass(&mut bench, &clock);
+        pass(&mut bench, &clock, &script);
         assert!(round < 100 || answers.iter().all(|count| *count > 0), "{round}: {answers:?}");
     }
 }
 
 #[test]
 fn a_barrier_has_its_turn_although_another_guest_is_about_to_come_back() {
-    let (mut bench, clock, _script) = timed();
+    let (mut bench, clock, script) = timed();
     let [seldom, busy] = [8, 32].map(|buffers| bench.guest(Shape::mapped(buffers)));
     let (mut asks_ns, mut asked_ns) = (0, clock.now_ns());
     while clock.now_ns() < 50_000_000 {
@@ -227,7 +247,7 @@ fn a_barrier_has_its_turn_although_another_guest_is_about_to_come_back() {
             bench.ask(busy, op::WRITE_BARRIER, 1, 1);
             asked_ns = clock.now_ns();
         }
-        pass(&mut bench, &clock);
+        pass(&mut bench, &clock, &script);
         let waits_ns = clock.now_ns() - asked_ns;
         assert!(waits_ns < 1_000_000, "a barrier waits for {waits_ns} ns");
     }

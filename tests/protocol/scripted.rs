@@ -57,6 +57,10 @@ pub struct Script {
     pub fails: Option<Failure>,
     /// Queues whose operations cost the worker much.
     pub slow: HashSet<usize>,
+    /// What a flush, or several of a disk at once, takes a thread of the kernel,
+    pub flush_ns: u64,
+    /// ... and what all have taken since the test last took it out.
+    pub threads_ns: u64,
     /// Moves with each operation, by what it costs to submit.
     pub clock: Option<Arc<AtomicU64>>,
     /// The engine is no more.
@@ -138,14 +142,19 @@ impl Engine for Scripted {
     }
 
     fn reap(&mut self, done: &mut Vec<Completion>) {
-        let Script { hung, per_reap, errno, taken, .. } = &mut *self.script.borrow_mut();
+        let script = &mut *self.script.borrow_mut();
+        let Script { hung, per_reap, errno, taken, flush_ns, threads_ns, .. } = script;
+        let mut flushed = HashSet::new();
         let mut left = per_reap.unwrap_or(usize::MAX);
         for it in std::mem::take(taken) {
             if hung.contains(&it.ticket.queue()) || left == 0 {
                 taken.push(it);
             } else {
                 left -= 1;
-                let Taken { ticket, bytes, .. } = it;
+                let Taken { ticket, bytes, is_flush } = it;
+                if is_flush && flushed.insert(ticket.queue()) {
+                    *threads_ns += *flush_ns;
+                }
                 done.push(Completion { ticket, result: errno.map_or(bytes, |errno| -errno) });
             }
         }
