@@ -164,7 +164,7 @@ impl Drop for Mounted {
 pub struct Filesystem {
     // In this order: unmounted, taken down.
     mounted: Mounted,
-    _disk: LoopDevice,
+    disk: LoopDevice,
 }
 
 impl Filesystem {
@@ -174,7 +174,15 @@ impl Filesystem {
         file(&path, bytes);
         let disk = LoopDevice::over(&path, losetup)?;
         let mounted = Mounted::new(kind, &disk.path, &folder.join(kind))?;
-        Some(Filesystem { mounted, _disk: disk })
+        Some(Filesystem { mounted, disk })
+    }
+
+    /// Flushes that its disk has done (the 16th figure of `/sys/block/<disk>/stat`).
+    pub fn flushes(&self) -> u64 {
+        let name = self.disk.path.file_name().unwrap();
+        let path = Path::new("/sys/block").join(name).join("stat");
+        let stat = std::fs::read_to_string(path).unwrap();
+        stat.split_whitespace().nth(15).unwrap().parse().unwrap()
     }
 
     /// Where it is mounted.

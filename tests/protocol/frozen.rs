@@ -2,18 +2,21 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::path::Path;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use polldisk::backing::DiskOptions;
 use polldisk::blkif::codec::{RawDiscard, RawRequest};
 use polldisk::blkif::op;
 use polldisk::engine::host::HostEngine;
 use polldisk::sim::SimXen;
+use polldisk::sim::blkfront::device::Device;
 
 use crate::guest::HANG;
-use crate::host::{self, Filesystem, Frozen};
+use crate::host::{self, Filesystem, Frozen, LoopDevice};
 use crate::scripted::{Bench, Shape};
-use crate::workers::{opened, opened_shared, zeroes};
+use crate::workers::{opened, opened_with, zeroes};
 
 /// Passes until a guest has this many answers.
 fn wait(bench: &mut Bench<SimXen, HostEngine>, guest: usize, count: usize) {
@@ -25,11 +28,25 @@ fn wait(bench: &mut Bench<SimXen, HostEngine>, guest: usize, count: usize) {
     }
 }
 
+/// Discards of 16 KiB, at different places.
+fn put_discards(device: &mut Device, count: usize) {
+    for number in 0..count as u64 {
+        let id = device.free_buffer().unwrap() as u64;
+        let discard = RawDiscard { flag: 0, handle: 0, id, sector: number * 64, nr_sectors: 32 };
+        device.put_request(&RawRequest::Discard(discard), 0);
+    }
+}
+
+/// Whether there is what these tests need.
+fn can_freeze() -> bool {
+    ["fsfreeze", "umount"].into_iter().all(host::is_there)
+}
+
 #[test]
 fn discards_and_writes_on_a_frozen_filesystem_leave_anothers_flushes_answered() {
     const DISCARDS: usize = 64;
     const WRITES: usize = 64;
-    if !["fsfreeze", "umount"].into_iter().all(host::is_there) {
+    if !can_freeze() {
         return;
     }
     let folder = host::folder();
@@ -45,12 +62,7 @@ fn discards_and_writes_on_a_frozen_filesystem_leave_anothers_flushes_answered() 
     wait(&mut bench, victim, 1);
 
     let frozen = host::freeze(filesystem.folder());
-    let device = &mut bench.guests[slow];
-    for number in 0..DISCARDS as u64 {
-        let id = device.free_buffer().unwrap() as u64;
-        let discard = RawDiscard { flag: 0, handle: 0, id, sector: number * 64, nr_sectors: 32 };
-        device.put_request(&RawRequest::Discard(discard), 0);
-    }
+    put_discards(&mut bench.guests[slow], DISCARDS);
     assert_eq!(bench.ask(slow, op::WRITE, WRITES, 1), WRITES);
     for _ in 0..100 {
         bench.pass();
@@ -65,8 +77,8 @@ fn discards_and_writes_on_a_frozen_filesystem_leave_anothers_flushes_answered() 
     wait(&mut bench, slow, DISCARDS + WRITES);
 }
 
-/// Thaws a filesystem after a while, since the kernel has no other end for a worker that waits for it
-/// inside of a system call. Says whether it had to.
+/// Thaws a filesystem when some work is done, or after a while, since nothing else ends the wait of a
+/// worker inside of a system call. Says whether the work was done in time.
 fn within(limit: Duration, frozen: Frozen, work: impl FnOnce()) -> bool {
     std::thread::scope(|scope| {
         let (done, is_done) = channel();
@@ -87,7 +99,7 @@ fn within(limit: Duration, frozen: Frozen, work: impl FnOnce()) -> bool {
 #[test]
 fn more_writes_than_a_device_takes_leave_another_guest_answered_if_it_hangs() {
     const WRITES: usize = 512;
-    if !["fsfreeze", "umount"].into_iter().all(host::is_there) {
+    if !can_freeze() {
         return;
     }
     let folder = host::folder();
@@ -101,7 +113,8 @@ fn more_writes_than_a_device_takes_leave_another_guest_answered_if_it_hangs() {
 
     let mut bench = Bench::over(HostEngine::new().unwrap());
     let deep = Shape::mapped(WRITES).indirect(12, 4);
-    let greedy = [(); 2].map(|()| bench.guest_on(deep, opened_shared(&image)));
+    let shareable = DiskOptions { shareable: true, ..DiskOptions::default() };
+    let greedy = [(); 2].map(|()| bench.guest_on(deep, opened_with(&image, shareable)));
     let victim = bench.guest_on(Shape::mapped(32), opened(&zeroes(folder.path())));
 
     let mut early = 0;
@@ -125,4 +138,73 @@ fn more_writes_than_a_device_takes_leave_another_guest_answered_if_it_hangs() {
     for guest in greedy {
         wait(&mut bench, guest, WRITES);
     }
+}
+
+#[test]
+fn emulated_writes_and_discards_on_a_device_that_hangs_leave_those_of_another_guest_answered() {
+    const WRITES: usize = 384;
+    const DISCARDS: usize = 128;
+    const IMAGE_BYTES: usize = 16 << 20;
+    if !can_freeze() {
+        return;
+    }
+    let folder = host::folder();
+    let Some(below) = Filesystem::new("ext4", folder.path(), 256 << 20, &[]) else { return };
+    let disk_4kn = |folder: &Path| {
+        let path = folder.join("4kn.img");
+        // With contents, since there is nothing to do for a discard of a hole.
+        std::fs::write(&path, vec![7; IMAGE_BYTES]).unwrap();
+        LoopDevice::over(&path, &host::BLOCKS_4KN)
+    };
+    let Some(hung) = disk_4kn(below.folder()) else { return };
+    let Some(works) = disk_4kn(folder.path()) else { return };
+
+    let mut bench = Bench::over(HostEngine::new().unwrap());
+    let emulate = DiskOptions { emulate_512: true, ..DiskOptions::default() };
+    let deep = Shape::mapped(WRITES + DISCARDS).indirect(12, 4);
+    let greedy = bench.guest_on(deep, opened_with(&hung.path, emulate));
+    let victim = bench.guest_on(Shape::mapped(32), opened_with(&works.path, emulate));
+
+    let mut early = 0;
+    let in_time = within(HANG / 2, host::freeze(below.folder()), || {
+        let device = &mut bench.guests[greedy];
+        put_discards(device, DISCARDS);
+        // One sector in each block, of which the others have to be read first; behind what is discarded.
+        for number in 0..WRITES as u64 {
+            device.put(op::WRITE, (8 << 11) + number * 8 + 3, 512);
+        }
+        device.publish().unwrap();
+        for _ in 0..20 {
+            let device = &mut bench.guests[victim];
+            put_discards(device, 8);
+            for number in 0..8 {
+                device.put(op::WRITE, number * 8 + 3, 512);
+            }
+            device.publish().unwrap();
+            wait(&mut bench, victim, 16);
+        }
+        early = bench.answers(greedy);
+    });
+    assert!(in_time, "the worker waited for the device");
+    // The filesystem below lets a few discards through.
+    assert!(early < DISCARDS, "the device hangs: {early} answers");
+    wait(&mut bench, greedy, WRITES + DISCARDS - early);
+}
+
+#[test]
+fn a_flood_of_flushes_is_a_few_for_the_device() {
+    const FLUSHES: usize = 512;
+    if !can_freeze() {
+        return;
+    }
+    let folder = host::folder();
+    let Some(filesystem) = Filesystem::new("ext4", folder.path(), 64 << 20, &[]) else { return };
+    let mut bench = Bench::over(HostEngine::new().unwrap());
+    let image = opened(&zeroes(filesystem.folder()));
+    let guest = bench.guest_on(Shape::mapped(FLUSHES).indirect(12, 4), image);
+    let before = filesystem.flushes();
+    assert_eq!(bench.ask(guest, op::FLUSH_DISKCACHE, FLUSHES, 0), FLUSHES);
+    wait(&mut bench, guest, FLUSHES);
+    let flushes = filesystem.flushes() - before;
+    assert!((1..FLUSHES as u64 / 8).contains(&flushes), "{flushes} for {FLUSHES} requests");
 }

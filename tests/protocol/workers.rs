@@ -47,12 +47,11 @@ pub fn zeroes(folder: &Path) -> PathBuf {
 
 /// A file as a disk that its guest may write to.
 pub fn opened(path: &Path) -> Image {
-    Image::Raw(RawImage::open(path, DiskOptions::default(), &Access::default()).unwrap())
+    opened_with(path, DiskOptions::default())
 }
 
-/// The same for several disks.
-pub fn opened_shared(path: &Path) -> Image {
-    let options = DiskOptions { shareable: true, ..DiskOptions::default() };
+/// The same with options.
+pub fn opened_with(path: &Path, options: DiskOptions) -> Image {
     Image::Raw(RawImage::open(path, options, &Access::default()).unwrap())
 }
 
