@@ -91,7 +91,7 @@ struct Opened {
 #[derive(Debug)]
 struct Pool {
     state: Mutex<State>,
-    /// Something may have become due, or is done.
+    /// Something may have become due.
     changed: Condvar,
     results: Sender<Opened>,
     bell: Doorbell,
@@ -147,7 +147,7 @@ impl Place {
 struct Places(Vec<Place>);
 
 impl Helpers {
-    /// No thread yet; `bell` is rung for each answer.
+    /// No thread yet; `bell` is rung for each answer, and when all that was let go is closed.
     pub fn new(bell: Doorbell) -> Helpers {
         let (sender, results) = unbounded();
         let (state, changed) = Default::default();
@@ -221,18 +221,9 @@ impl Helpers {
         Some(Answer { id, asker, result: Err(Failure { errno: libc::ETIMEDOUT, text }) })
     }
 
-    /// Waits until everything dropped is closed, but not longer than until `end`; says whether it is.
-    pub fn finish(&self, end: Instant) -> bool {
-        let mut state = self.pool.state();
-        loop {
-            let busy = state.closings > 0;
-            let left = end.saturating_duration_since(Instant::now());
-            if !busy || left.is_zero() {
-                return !busy;
-            }
-            let waited = self.pool.changed.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
+    /// Whether what was dropped is still to be closed. The bell is rung when it no longer is.
+    pub fn is_closing(&self) -> bool {
+        self.pool.state().closings > 0
     }
 }
 
@@ -322,6 +313,7 @@ impl Pool {
                 Task::Close(backing) => drop(backing),
             }
         }
+        self.bell.ring();
     }
 
     /// Does this job, and more until there were none for a while.
@@ -335,6 +327,9 @@ impl Pool {
                 state = self.state();
                 state.leave(&places);
                 state.closings -= closes;
+                if closes > 0 && state.closings == 0 {
+                    self.bell.ring();
+                }
                 self.changed.notify_all();
                 continue;
             }

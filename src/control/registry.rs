@@ -472,9 +472,9 @@ impl<S: Store> Registry<S> {
         any
     }
 
-    /// Waits until everything is closed, but not longer than until `end`.
-    pub fn finish_closing(&self, end: Instant) -> bool {
-        self.helpers.finish(end)
+    /// Whether storage that was let go is still to be closed.
+    pub fn is_closing(&self) -> bool {
+        self.helpers.is_closing()
     }
 
     /// Acts on what a worker says.

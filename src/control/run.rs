@@ -109,6 +109,8 @@ struct Control<'a, P: Platform> {
     store_retry: Option<Instant>,
     /// When to end whatever is in flight, once ending.
     drain_until: Option<Instant>,
+    /// Since when only storage is still to be closed, once ending.
+    closing_since: Option<Instant>,
     /// Answers still to come to what is in flight, once they were asked for.
     in_flight_due: Option<usize>,
 }
@@ -150,6 +152,7 @@ impl<'a, P: Platform> Control<'a, P> {
             signals,
             store_retry: None,
             drain_until: None,
+            closing_since: None,
             in_flight_due: None,
         })
     }
@@ -307,12 +310,17 @@ impl<'a, P: Platform> Control<'a, P> {
     fn ended(&mut self, now: Instant) -> Option<Ended> {
         let until = self.drain_until?;
         if self.registry.disks().next().is_none() {
-            // What is closed last may wait for storage as well.
-            let closed = self.registry.finish_closing(until.max(now + CLOSE_AT_LEAST));
-            return Some(if closed { Ended::Drained } else { Ended::GaveUp });
+            if !self.registry.is_closing() {
+                return Some(Ended::Drained);
+            }
+            // That may wait for storage as well.
+            self.closing_since.get_or_insert(now);
         }
-        if now < until {
+        if Some(now) < self.give_up_at() {
             return None;
+        }
+        if self.closing_since.is_some() {
+            return Some(Ended::GaveUp);
         }
         if self.in_flight_due.is_none() {
             let disks: Vec<String> =
@@ -325,12 +333,17 @@ impl<'a, P: Platform> Control<'a, P> {
         told.then_some(Ended::GaveUp)
     }
 
+    /// When to end whatever is not done, once ending.
+    fn give_up_at(&self) -> Option<Instant> {
+        let until = self.drain_until?;
+        Some(self.closing_since.map_or(until, |since| until.max(since + CLOSE_AT_LEAST)))
+    }
+
     /// How long nothing has to be done, unless something happens.
     fn patience(&mut self, now: Instant) -> Option<Duration> {
         let admin = self.admin.as_ref().and_then(Admin::deadline);
-        let drain = self
-            .drain_until
-            .map(|until| if self.in_flight_due.is_some() { until + TELL_AT_MOST } else { until });
+        let tell = if self.in_flight_due.is_some() { TELL_AT_MOST } else { Duration::ZERO };
+        let drain = self.give_up_at().map(|until| until + tell);
         let backlog = self.registry.send_backlog().then(|| now + BACKLOG_PAUSE);
         [admin, self.store_retry, drain, backlog, self.registry.deadline()]
             .into_iter()

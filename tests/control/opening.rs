@@ -4,6 +4,7 @@ use std::fs::File;
 
 use polldisk::control::Ended;
 use polldisk::control::admin::protocol::{Attach, Insert, Request};
+use polldisk::limits::HELPERS_PER_FOLDER;
 use xenstore_rs::Xs;
 
 use super::XVDA;
@@ -240,6 +241,31 @@ fn the_daemon_ends_although_an_open_hangs() {
     assert_eq!(opens_given_up("vbd/78/"), 0, "nobody waited for the open");
     assert_eq!(rig.read(&areas.error), None);
     drop(lease);
+}
+
+#[test]
+fn what_cannot_be_closed_at_the_end_is_waited_for_until_the_admin_asks_again() {
+    let mut rig = Rig::start();
+    rig.guest(5);
+    let path = rig.folder().join("disk.img");
+    File::create(&path).unwrap().set_len(1 << 20).unwrap();
+    rig.attach(5, "xvda", &format!("raw:{}", path.display())).unwrap();
+    // As many as may be in one folder, so that nothing of it is closed.
+    let hung: Vec<_> = (1..=HELPERS_PER_FOLDER)
+        .map(|number| {
+            let (lease, target) = hung_file(&rig, &format!("hung-{number}.img"));
+            rig.toolstack_disk(5, xvd(u32::try_from(number).unwrap()).0, &target);
+            lease
+        })
+        .collect();
+    until("they are being opened", || rig.list().len() == 1 + HELPERS_PER_FOLDER);
+    rig.ring_stop();
+    until("the disks are gone", || rig.list().is_empty());
+    assert_eq!(rig.list(), [], "control listens");
+    assert!(open_files_of(&path) > 0, "it is not closed");
+    rig.ring_stop();
+    assert_eq!(rig.join(), Ended::GaveUp);
+    drop(hung);
 }
 
 #[test]
