@@ -193,6 +193,7 @@ pub const ADMIN_LOCK_SECONDS: u64 = 5;
 /// storage ends before.
 pub const ADMIN_REPLY_SECONDS: u64 = 60;
 const _: () = assert!(DETACH_SECONDS + MEDIUM_SECONDS < ADMIN_REPLY_SECONDS);
+const _: () = assert!(2 * OPEN_SECONDS + MEDIUM_SECONDS < ADMIN_REPLY_SECONDS);
 
 /// Ports written to `/dev/xen/evtchn` by one call: the kernel takes a page of them.
 pub const PORTS_PER_UNMASK: usize = 1024;

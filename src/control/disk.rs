@@ -417,17 +417,20 @@ impl Disk {
     fn clear_error<S: Store>(&mut self, around: &Surroundings<'_, S>) -> io::Result<()> {
         if let Some(error) = self.stale_error(around.own) {
             self.area.change(around.store, |span| area::remove(span, &error))?;
+            self.forget_error();
         }
         Ok(())
     }
 
     /// The `error` node, where one has to go now that the disk works.
-    fn stale_error(&mut self, own: DomId) -> Option<String> {
-        let is_there = std::mem::take(&mut self.error_written);
-        is_there.then(|| {
-            self.failure = Failure::default();
-            self.key.error_area(own)
-        })
+    fn stale_error(&self, own: DomId) -> Option<String> {
+        self.error_written.then(|| self.key.error_area(own))
+    }
+
+    /// It has gone.
+    fn forget_error(&mut self) {
+        self.error_written = false;
+        self.failure = Failure::default();
     }
 
     /// Writes a state together with what the frontend reads when it sees it. Connected is written
@@ -451,6 +454,9 @@ impl Disk {
         let written = self.area.switch_state(around.store, states, &nodes, stale.as_deref())?;
         if written == Written::Done {
             self.stored = state;
+            if stale.is_some() {
+                self.forget_error();
+            }
         }
         Ok(written)
     }
