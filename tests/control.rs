@@ -20,6 +20,8 @@ mod opening;
 mod rig;
 #[path = "control/shown.rs"]
 mod shown;
+#[path = "control/stepped.rs"]
+mod stepped;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

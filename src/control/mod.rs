@@ -10,7 +10,8 @@
 //! `area` and `frontend` read and write the two ends in xenstore, `ahead` in few round trips;
 //! `connection` takes a disk's queues together; `drive` knows the medium in a drive; `helpers` are the
 //! threads that open and close storage; `guests` bounds what each guest may cost; [`admin`] answers the
-//! command line. Nothing here waits for a worker, a guest or storage.
+//! command line. Nothing here waits for a worker, a guest or storage. [`Control`] does all of that in
+//! passes, at times that it is told; [`run`](run()) sleeps between them.
 //!
 //! # What happens at the end
 //!
@@ -39,8 +40,10 @@ mod helpers;
 mod key;
 mod machine;
 mod placement;
+mod plane;
 mod registry;
 mod run;
 mod workers;
 
-pub use run::{Config, ControlError, Ended, run};
+pub use plane::{Control, Ended, Progress};
+pub use run::{Config, ControlError, run};

@@ -323,7 +323,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             }
             Command::Stop => {
                 self.stopping = true;
-                let keys: Vec<QueueKey> = self.by_key.keys().copied().collect();
+                let keys: Vec<QueueKey> =
+                    self.queues.iter().map(|(_, served)| served.queue.key()).collect();
                 keys.into_iter().for_each(|key| self.leave(key));
             }
         }

@@ -13,7 +13,7 @@ use crate::log;
 use crate::rig::{Areas, Rig, open_files_of, until, xvd};
 
 /// A file whose open hangs until the lease is dropped, and how it is named to the daemon.
-fn hung_file(rig: &Rig, name: &str) -> (Lease, String) {
+pub fn hung_file(rig: &Rig, name: &str) -> (Lease, String) {
     let path = rig.folder().join(name);
     File::create_new(&path).unwrap().set_len(1 << 20).unwrap();
     (Lease::on(&path), format!("raw:{}", path.display()))

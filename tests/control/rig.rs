@@ -153,13 +153,20 @@ impl Rig {
     }
 
     pub fn with(config: Config) -> Rig {
+        let mut rig = Rig::without_control();
+        rig.run(config);
+        rig
+    }
+
+    /// For a control plane of the test's own.
+    pub fn without_control() -> Rig {
         let folder = tempfile::tempdir().unwrap();
         let server = StoreServer::start(&folder.path().join("store"), Quota::default()).unwrap();
         let dom0 = StoreClient::connect_unix(server.socket()).unwrap();
         let plane = Arc::default();
         let stop = Doorbell::new().unwrap();
         let (events, _) = msg::event_channel().unwrap();
-        let mut rig = Rig {
+        Rig {
             plane,
             dom0,
             worker_events: events,
@@ -167,9 +174,12 @@ impl Rig {
             control: None,
             stop,
             folder,
-        };
-        rig.run(config);
-        rig
+        }
+    }
+
+    /// Who connects to this rig's xenstore.
+    pub fn platform(&self) -> StorePlatform {
+        StorePlatform { socket: self.folder.path().join("store") }
     }
 
     /// Starts a control loop of its own workers.
@@ -183,7 +193,7 @@ impl Rig {
             let (plane, events) = (self.plane.clone(), events.clone());
             std::thread::spawn(move || serve(WorkerId(number), &commands, &events, &plane));
         }
-        let platform = StorePlatform { socket: self.folder.path().join("store") };
+        let platform = self.platform();
         let stop = self.stop.clone();
         self.worker_events = events;
         self.control = Some(std::thread::spawn(move || {
@@ -220,7 +230,7 @@ impl Rig {
     pub fn start_another(&self) -> Result<Ended, ControlError> {
         let config = Config { admin_path: Some(self.admin_path()), ..Config::default() };
         let (_, receiver) = msg::event_channel().unwrap();
-        let platform = StorePlatform { socket: self.folder.path().join("store") };
+        let platform = self.platform();
         control::run(&platform, &config, Vec::new(), receiver, &Doorbell::new().unwrap())
     }
 
