@@ -5,8 +5,12 @@
 //! The *control plane* ([`control`]) is one thread. It watches xenstore, runs the xenbus state
 //! machine of each disk, opens images, and places rings on workers. The *data plane* ([`worker`],
 //! [`queue`], [`blkif`], [`engine`]) is a set of pinned threads. Each owns its event channels,
-//! grant mappings, rings and io_uring, and shares nothing. Between them go only the messages of
-//! [`msg`]: numbers, an opened image, results.
+//! grant mappings, rings and io_uring. Between control and workers go only the messages of [`msg`]:
+//! numbers, an opened image, results. What workers share are an image that several of them serve, the
+//! counters that control reads, and a domain's [`budget`] of mappings.
+//!
+//! Neither plane reads a clock, sleeps or depends on the order of a hash: a pass is told the time
+//! (`Worker::poll_once`, `Control::poll_once`), and a thin shell around it waits.
 //!
 //! A request's way: the guest writes it to its ring; a worker's pass copies it off
 //! ([`blkif::codec`]), checks the copy ([`blkif::request`]), finds the guest's pages
@@ -16,18 +20,31 @@
 //!
 //! # Who may import whom
 //!
+//! From the bottom to the top, each part and what it imports:
+//!
 //! ```text
-//! units limits text park metrics budget pool
-//!   └─ output                                  (the binary and tools)
-//!   └─ backing ─ msg
-//!   └─ xen (traits, shm, keys, store) ─ blkif ─┐
-//!         └─ engine ───────────────────────────┴─ queue ─ worker
-//!   control: xen, backing, msg, park          (never queue, worker)
-//!   sim: xen, blkif                           (only tests, benches, tools and the demo name it)
-//!   xen::linux                                (only the binary and tools name it)
+//! units
+//! limits
+//! text
+//! park
+//! metrics
+//! pool
+//! budget   limits
+//! output   limits text
+//! backing  limits text units
+//! xen      limits park units
+//! blkif    backing limits units xen
+//! config   backing blkif limits text
+//! msg      backing blkif budget limits metrics park units
+//! engine   backing limits park pool xen
+//! queue    backing blkif budget engine limits metrics msg pool units xen
+//! worker   backing engine limits metrics msg park queue units xen
+//! control  backing blkif budget limits metrics msg park text units xen
+//! sim      blkif limits msg park units xen
 //! ```
 //!
-//! `tests/tidy.rs` holds this up.
+//! So `control` and `worker` meet in `msg` only. [`sim`] and [`xen::linux`] play the hypervisor, and only
+//! the binary, tests, benches and tools name them. `tests/tidy.rs` holds this up.
 //!
 //! # Words
 //!

@@ -10,16 +10,16 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("units", &[]),
     ("limits", &[]),
     ("text", &[]),
-    ("output", &["limits", "text"]),
     ("park", &[]),
     ("metrics", &[]),
-    ("budget", &["limits"]),
     ("pool", &[]),
-    ("config", &["backing", "blkif", "limits", "text"]),
+    ("budget", &["limits"]),
+    ("output", &["limits", "text"]),
     ("backing", &["limits", "text", "units"]),
     ("xen", &["limits", "park", "units"]),
-    ("msg", &["backing", "blkif", "budget", "limits", "metrics", "park", "units"]),
     ("blkif", &["backing", "limits", "units", "xen"]),
+    ("config", &["backing", "blkif", "limits", "text"]),
+    ("msg", &["backing", "blkif", "budget", "limits", "metrics", "park", "units"]),
     ("engine", &["backing", "limits", "park", "pool", "xen"]),
     (
         "queue",
@@ -149,6 +149,51 @@ fn the_import_scanner_sees_all_forms() {
         "use crate::units::{A, B};\nlet x = crate::xen::linux::open();\nuse crate::{msg, sim::x};";
     let found: Vec<String> = imports(code).into_iter().collect();
     assert_eq!(found, ["msg", "sim", "units", "xen::linux"]);
+}
+
+/// The same as [`MAY_IMPORT`] says stands in the documentation of the library.
+#[test]
+fn the_documentation_names_the_same_imports() {
+    let text = std::fs::read_to_string(root().join("src/lib.rs")).unwrap();
+    let table = text.split("# Who may import whom").nth(1).unwrap();
+    let table = table.split("```").nth(1).unwrap().trim_start_matches("text");
+    let told: Vec<Vec<&str>> = table
+        .lines()
+        .map(|line| line.trim_start_matches("//!").split_whitespace().collect())
+        .filter(|words: &Vec<&str>| !words.is_empty())
+        .collect();
+    let held: Vec<Vec<&str>> =
+        MAY_IMPORT.iter().map(|(part, imports)| [&[*part], *imports].concat()).collect();
+    assert_eq!(told, held);
+}
+
+/// So that a simulation can step control and workers in one thread, and the same seed does the same again.
+#[test]
+fn time_and_order_are_inputs() {
+    const STEPPED: &[&str] = &["src/control/", "src/engine/", "src/queue/", "src/worker/"];
+    // What sleeps and reads the clock for them, and the command line's end of the admin socket.
+    const SHELLS: &[&str] =
+        &["src/control/run.rs", "src/control/admin/client.rs", "src/control/admin/place.rs"];
+    const FORBIDDEN: &[&str] = &[
+        "Instant::now(",
+        "SystemTime::now(",
+        "thread::sleep(",
+        // Their order is another one in each run.
+        "HashMap::new(",
+        "HashSet::new(",
+        "RandomState",
+    ];
+    for path in rust_files("src") {
+        let name = relative(&path);
+        let stepped = STEPPED.iter().any(|folder| name.starts_with(folder));
+        if !stepped || is_test(&path) || SHELLS.contains(&name.as_str()) {
+            continue;
+        }
+        let code = code_of(&path);
+        for word in FORBIDDEN {
+            assert!(!code.contains(word), "{name} has {word})");
+        }
+    }
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! Nodes of one area, read together.
 
-use std::collections::HashMap;
 use std::io;
+
+use rustc_hash::FxHashMap;
 
 use crate::xen::{Nodes, if_there};
 
@@ -12,13 +13,13 @@ use crate::xen::{Nodes, if_there};
 pub struct ReadAhead<'a, S> {
     store: &'a S,
     area: &'a str,
-    read: HashMap<String, io::Result<Box<str>>>,
+    read: FxHashMap<String, io::Result<Box<str>>>,
 }
 
 impl<'a, S: Nodes> ReadAhead<'a, S> {
     /// Reads these nodes below `area`; an error means that xenstored is not to be had.
     pub fn new(store: &'a S, area: &'a str, nodes: &[&str]) -> io::Result<ReadAhead<'a, S>> {
-        let mut ahead = ReadAhead { store, area, read: HashMap::new() };
+        let mut ahead = ReadAhead { store, area, read: FxHashMap::default() };
         ahead.read(nodes)?;
         Ok(ahead)
     }

@@ -12,12 +12,12 @@
 mod thread;
 mod turns;
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
 use quanta::Clock;
+use rustc_hash::FxHashMap;
 use slab::Slab;
 
 use crate::backing::Image;
@@ -54,8 +54,8 @@ pub struct Worker<P: Platform, E> {
     events: P::Events,
     resources: Resources<P::Grants, E>,
     queues: Slab<Served>,
-    by_key: HashMap<QueueKey, usize>,
-    by_port: HashMap<Port, usize>,
+    by_key: FxHashMap<QueueKey, usize>,
+    by_port: FxHashMap<Port, usize>,
     /// Queues whose rings are looked at in every pass.
     polled: Vec<usize>,
     /// Queues that are to be looked at again when something was given back.
@@ -111,8 +111,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             events,
             resources: Resources::new(grants, engine, Outbox::new(setup.reports), setup.workers),
             queues: Slab::new(),
-            by_key: HashMap::new(),
-            by_port: HashMap::new(),
+            by_key: FxHashMap::default(),
+            by_port: FxHashMap::default(),
             polled,
             waiting,
             freed: 0,
