@@ -22,6 +22,7 @@ mod negotiated;
 mod neighbours;
 mod queues;
 mod random;
+mod refusals;
 mod reports;
 mod scripted;
 mod wake_ups;

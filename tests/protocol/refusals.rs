@@ -1,0 +1,132 @@
+//! A hypervisor that refuses what it is asked for: nothing is taken for done that was not, and nothing
+//! stays mapped.
+
+use std::cell::RefCell;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use polldisk::blkif::op;
+use polldisk::msg::Mapping;
+use polldisk::sim::{SimXen, StandIn};
+use polldisk::units::{DomId, GrantRef};
+use polldisk::xen::shm::GuestPages;
+use polldisk::xen::{GrantCopy, Grants, PageAccess, Platform, PlatformError};
+
+use crate::scripted::{self, Bench, Scripted, Shape, storage};
+
+const ERROR: i16 = -1;
+
+/// What is refused, and what is mapped.
+#[derive(Debug)]
+struct Script {
+    copies_refused: AtomicBool,
+    /// Maps that are done before one is refused.
+    maps_left: AtomicUsize,
+    mappings: AtomicUsize,
+}
+
+/// The stand-in, by a script.
+#[derive(Clone)]
+struct Refusing(SimXen, Arc<Script>);
+
+struct RefusingGrants(<SimXen as Platform>::Grants, Arc<Script>);
+
+impl Platform for Refusing {
+    type Store = <SimXen as Platform>::Store;
+    type Events = <SimXen as Platform>::Events;
+    type Grants = RefusingGrants;
+
+    fn open_store(&self) -> Result<Self::Store, PlatformError> {
+        self.0.open_store()
+    }
+
+    fn open_events(&self) -> Result<Self::Events, PlatformError> {
+        self.0.open_events()
+    }
+
+    fn open_grants(&self) -> Result<RefusingGrants, PlatformError> {
+        Ok(RefusingGrants(self.0.open_grants()?, Arc::clone(&self.1)))
+    }
+}
+
+impl Grants for RefusingGrants {
+    fn map(
+        &mut self,
+        domid: DomId,
+        refs: &[GrantRef],
+        access: PageAccess,
+    ) -> io::Result<GuestPages> {
+        let left = self.1.maps_left.load(Ordering::Relaxed);
+        self.1.maps_left.store(left.checked_sub(1).ok_or_else(refused)?, Ordering::Relaxed);
+        let pages = self.0.map(domid, refs, access)?;
+        self.1.mappings.fetch_add(1, Ordering::Relaxed);
+        Ok(pages)
+    }
+
+    fn unmap(&mut self, pages: GuestPages) -> io::Result<()> {
+        self.1.mappings.fetch_sub(1, Ordering::Relaxed);
+        self.0.unmap(pages)
+    }
+
+    fn copy(&mut self, domid: DomId, segments: &mut [GrantCopy]) -> io::Result<()> {
+        match self.1.copies_refused.load(Ordering::Relaxed) {
+            true => Err(refused()),
+            false => self.0.copy(domid, segments),
+        }
+    }
+}
+
+fn refused() -> io::Error {
+    io::Error::from_raw_os_error(libc::ENOMEM)
+}
+
+fn refusing() -> (Bench<Refusing, Scripted>, Arc<Script>, Rc<RefCell<scripted::Script>>) {
+    let stand_in = StandIn::start_temporary().unwrap();
+    let (engine, of_storage) = storage();
+    let script = Arc::new(Script {
+        copies_refused: AtomicBool::new(false),
+        maps_left: AtomicUsize::new(usize::MAX),
+        mappings: AtomicUsize::new(0),
+    });
+    let platform = Refusing(stand_in.platform(), Arc::clone(&script));
+    (Bench::on(platform, engine, stand_in), script, of_storage)
+}
+
+#[test]
+fn a_grant_copy_that_is_refused_as_a_whole_fails_its_requests() {
+    let (mut bench, script, storage) = refusing();
+    let guest = bench.guest(Shape::copied(4));
+    for operation in [op::WRITE, op::READ] {
+        script.copies_refused.store(true, Ordering::Relaxed);
+        // A write that came to storage would stay there.
+        storage.borrow_mut().hung.extend((operation == op::WRITE).then_some(guest));
+        bench.ask(guest, operation, 3, 2);
+        assert!(bench.settle());
+        assert_eq!(bench.statuses(guest), [ERROR; 3], "operation {operation}");
+        script.copies_refused.store(false, Ordering::Relaxed);
+        storage.borrow_mut().hung.clear();
+        bench.ask(guest, operation, 3, 2);
+        assert!(bench.settle());
+        assert_eq!(bench.statuses(guest), [0; 3], "operation {operation}, again");
+    }
+}
+
+#[test]
+fn a_request_of_which_only_some_is_mapped_is_unmapped_and_copied() {
+    const PAGES: usize = 400;
+    let (mut bench, script, _) = refusing();
+    let shape = Shape { mapping: Mapping::PerRequest, ..Shape::copied(2).indirect(PAGES, 0) };
+    let guest = bench.guest(shape);
+    let ring = script.mappings.load(Ordering::Relaxed);
+    for operation in [op::WRITE, op::READ] {
+        script.maps_left.store(1, Ordering::Relaxed);
+        bench.ask(guest, operation, 1, PAGES);
+        assert!(bench.settle());
+        assert_eq!(script.maps_left.load(Ordering::Relaxed), 0, "the first batch was mapped");
+        assert_eq!(bench.statuses(guest), [0]);
+        assert_eq!(script.mappings.load(Ordering::Relaxed), ring);
+        assert_eq!(bench.counters[guest].grants_mapped.get(), 0);
+    }
+}
