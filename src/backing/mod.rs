@@ -135,7 +135,7 @@ impl Image {
         }
     }
 
-    /// The queue of the block device that its requests go to; `None`: they go to none that is known.
+    /// The request queue that may have whoever submits to it sleep; `None`: there is none that is known.
     pub fn request_queue(&self) -> Option<RequestQueue> {
         match self {
             Image::Raw(image) => image.request_queue(),

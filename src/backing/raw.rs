@@ -131,7 +131,7 @@ impl RawImage {
         self.always_waits
     }
 
-    /// The queue of the device that it is or lies on.
+    /// The request queue of the device that it lies on, if whoever submits to it sleeps while that is full.
     pub fn request_queue(&self) -> Option<RequestQueue> {
         self.request_queue
     }
@@ -206,6 +206,8 @@ impl Opening<'_> {
         let lies_on = if is_device { None } else { filesystem(&file) };
         let is_in_memory = lies_on == Some(libc::TMPFS_MAGIC);
         let is_mapped = is_in_memory && emulation.is_none();
+        // A block device is asked by io_uring not to have its submitter sleep, and so is the page cache.
+        let sleeps_for_tags = !is_device && !is_in_memory && is_direct(&file);
         let tail = match shape.sector_bytes {
             block if geometry.size.0.is_multiple_of(block.into()) => None,
             _ => Some(self.tail(&located, geometry.size)?),
@@ -218,10 +220,9 @@ impl Opening<'_> {
             is_device,
             is_in_memory,
             always_waits: lies_on == Some(libc::FUSE_SUPER_MAGIC),
-            request_queue: RequestQueue::of(match located.metadata.rdev() {
-                0 => located.metadata.dev(),
-                device => device,
-            }),
+            request_queue: sleeps_for_tags
+                .then(|| RequestQueue::of(located.metadata.dev()))
+                .flatten(),
             geometry,
             // Beyond a page no page is aligned enough; the kernel asks for no such thing.
             memory_alignment: shape
@@ -422,6 +423,10 @@ fn kind_of(kind: FileType) -> &'static str {
         () if kind.is_char_device() => "character device",
         () => "special file",
     }
+}
+
+fn is_direct(file: &File) -> bool {
+    rustix::fs::fcntl_getfl(file).is_ok_and(|flags| flags.contains(OFlags::DIRECT))
 }
 
 fn is_invalid(error: &io::Error) -> bool {

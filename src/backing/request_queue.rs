@@ -11,8 +11,8 @@ const PAGE_BYTES: usize = 4096;
 /// The queue of requests that the kernel has for a block device (`blk-mq`).
 ///
 /// A request needs one of the device's tags. Whoever submits one to a file while none is free sleeps in
-/// the kernel until one is (`blk_mq_get_tag`, `block/blk-mq-tag.c`), io_uring or not; for a device that
-/// hangs that is for ever.
+/// the kernel until one is (`blk_mq_get_tag`, `block/blk-mq-tag.c`): filesystems do not pass on that
+/// io_uring would rather come again (`REQ_NOWAIT`). If the device hangs, that is for ever.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestQueue {
     /// Which device it is of.

@@ -7,7 +7,7 @@ use super::emulate::Emulation;
 use super::memory::MemoryFiles;
 use super::tail::{self, Side};
 use super::transport::{Target, Transport};
-use super::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket, bytes};
+use super::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket, bytes};
 use crate::backing::{Image, NullImage, RawImage};
 use crate::xen::shm::{GuestBuf, Registration};
 
@@ -31,18 +31,26 @@ impl HostEngine {
     }
 
     #[inline(always)]
-    fn submit_raw(&mut self, image: &RawImage, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
+    fn submit_raw(
+        &mut self,
+        image: &RawImage,
+        operation: &IoOp<'_>,
+        ticket: Ticket,
+        by: By,
+    ) -> Submitted {
         if image.is_in_memory()
             && let Some(result) = self.memory_files.run(image.raw_fd(), image.mapping(), operation)
         {
             return Submitted::Done(Completion { ticket, result });
         }
         match (image.emulation(), operation) {
-            (None, IoOp::Read { .. } | IoOp::Write { .. }) if !image.always_waits() => {
+            (None, IoOp::Read { .. } | IoOp::Write { .. })
+                if by == By::Worker && !image.always_waits() =>
+            {
                 self.transport.uring.submit(image.raw_fd(), operation, ticket)
             }
             (_, IoOp::Flush) => self.transport.flush(image.raw_fd(), ticket),
-            _ => self.submit_specially(image, operation, ticket),
+            _ => self.submit_specially(image, operation, ticket, by),
         }
     }
 
@@ -54,15 +62,16 @@ impl HostEngine {
         image: &RawImage,
         operation: &IoOp<'_>,
         ticket: Ticket,
+        by: By,
     ) -> Submitted {
-        let (transport, target) = (&mut self.transport, Target::of(image));
+        let (transport, target) = (&mut self.transport, Target::of(image, by));
         let mut below =
             |to: &Target, operation: &IoOp<'_>, ticket| transport.submit(to, operation, ticket);
         match image.emulation() {
             None => below(&target, operation, ticket),
             Some(locks) => match tail::side(operation, image.tail(), &mut self.parts) {
                 Side::Blocks(part) => self.emulation.submit(locks, &target, &part, ticket, below),
-                Side::Tail(file) => below(&target.by(file), operation, ticket),
+                Side::Tail(file) => below(&target.through(file), operation, ticket),
             },
         }
     }
@@ -82,9 +91,15 @@ impl Engine for HostEngine {
     type Target = Image;
 
     #[inline(always)]
-    fn submit(&mut self, target: &Image, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
+    fn submit(
+        &mut self,
+        target: &Image,
+        operation: &IoOp<'_>,
+        ticket: Ticket,
+        by: By,
+    ) -> Submitted {
         let result = match target {
-            Image::Raw(image) => return self.submit_raw(image, operation, ticket),
+            Image::Raw(image) => return self.submit_raw(image, operation, ticket, by),
             Image::Null(image) => null(image, operation),
             Image::Empty => match operation {
                 IoOp::Flush => 0,

@@ -44,7 +44,13 @@ pub trait Engine: RegisterBuffers {
     /// Takes one operation, or does it at once, or has no room for it now. Its buffers stay mapped and
     /// its target open until the ticket is back. What it starts is under way at the latest after the
     /// next [`Engine::kick`].
-    fn submit(&mut self, target: &Self::Target, operation: &IoOp<'_>, ticket: Ticket) -> Submitted;
+    fn submit(
+        &mut self,
+        target: &Self::Target,
+        operation: &IoOp<'_>,
+        ticket: Ticket,
+        by: By,
+    ) -> Submitted;
 
     /// Starts everything taken that is not under way: at most one system call. An error means that
     /// nothing was lost and the next call tries again.
@@ -65,6 +71,15 @@ pub trait Engine: RegisterBuffers {
 
     /// Readable when something has completed since [`Engine::arm`].
     fn completion_fd(&self) -> BorrowedFd<'_>;
+}
+
+/// Who goes into the kernel with an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// The worker itself, as is cheapest.
+    Worker,
+    /// A thread of the kernel, because whoever does may have to sleep there.
+    Thread,
 }
 
 /// One operation. Buffers together are as long as the operation.

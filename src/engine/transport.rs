@@ -11,7 +11,7 @@ use super::discard::FileDiscards;
 use super::flush::Flushes;
 use super::offload::Offload;
 use super::uring::Uring;
-use super::{Completion, IoOp, Job, Submitted, Ticket};
+use super::{By, Completion, IoOp, Job, Submitted, Ticket};
 use crate::backing::{DeviceHandle, RawImage};
 
 /// One worker's ways to storage.
@@ -31,19 +31,20 @@ pub struct Target {
     pub file: RawFd,
     /// For a thread, if it is a device.
     pub device: Option<Arc<DeviceHandle>>,
-    /// The kernel can't begin with a transfer and go on later.
-    pub always_waits: bool,
+    /// Who transfers its data.
+    pub by: By,
 }
 
 impl Target {
-    /// That of an image.
-    pub fn of(image: &RawImage) -> Target {
+    /// That of an image. A file of which the kernel can't begin with a transfer and go on later takes a thread.
+    pub fn of(image: &RawImage, by: By) -> Target {
         let device = image.is_device().then(|| image.device_handle());
-        Target { file: image.raw_fd(), device, always_waits: image.always_waits() }
+        let by = if image.always_waits() { By::Thread } else { by };
+        Target { file: image.raw_fd(), device, by }
     }
 
     /// The same by another descriptor.
-    pub fn by(&self, file: RawFd) -> Target {
+    pub fn through(&self, file: RawFd) -> Target {
         Target { file, ..self.clone() }
     }
 }
@@ -61,7 +62,7 @@ impl Transport {
     pub fn submit(&mut self, to: &Target, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
         let uring = &mut self.uring;
         match *operation {
-            IoOp::Read { .. } | IoOp::Write { .. } if to.always_waits => {
+            IoOp::Read { .. } | IoOp::Write { .. } if to.by == By::Thread => {
                 uring.submit_to_wait(to.file, operation, ticket)
             }
             IoOp::Read { .. } | IoOp::Write { .. } => uring.submit(to.file, operation, ticket),

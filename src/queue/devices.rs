@@ -1,14 +1,19 @@
 //! How much of each block device's request queue the rings of one worker use.
 //!
-//! If all tags of a device are taken the kernel has the next one who submits sleep until one is free
-//! ([`RequestQueue`]). It would have the worker sleep, and all of its guests wait for that device. So a
-//! worker takes only a part of the tags, and what finds none stays on its ring. More would make nothing
-//! faster: beyond that a request waits in the kernel as well as on the ring.
+//! If all tags of a device are taken the kernel has the next one who submits to a file sleep until one is free
+//! ([`RequestQueue`]). It would have the worker sleep, and all of its guests wait for that device. So the
+//! worker has requests for a part of the tags only, and what finds none stays on its ring: more would make
+//! nothing faster, because beyond that a request waits in the kernel as well as on the ring.
+//!
+//! What the kernel makes of a request is known for a file in one piece. A guest can see to it that its file
+//! is in as many pieces as pages. So as soon as the tags could be too few at that, threads of the kernel
+//! submit ([`By::Thread`]), and sleep in place of the worker.
 
 use slab::Slab;
 
 use crate::backing::{Image, RequestQueue};
-use crate::limits::{DEVICE_TAGS_COMMON_DIVISOR, DEVICE_TAGS_PER_QUEUE, device_tags_max};
+use crate::engine::By;
+use crate::limits::{DEVICE_TAGS_COMMON_DIVISOR, DEVICE_TAGS_PER_QUEUE, device_tags_of_worker};
 use crate::pool::{Pool, Share};
 
 /// The devices that rings of this worker have their disks on.
@@ -23,7 +28,9 @@ pub struct Devices {
 struct Device {
     number: u64,
     tags: Pool,
-    used: usize,
+    /// Tags that what is in flight would take, each page of data in a request of its own,
+    pages: usize,
+    /// ... and up to how many the worker submits itself.
     most: usize,
     rings: usize,
 }
@@ -38,10 +45,10 @@ pub struct DeviceShare {
 }
 
 impl DeviceShare {
-    /// How many requests the kernel makes of one with so many segments; a guest's flush or discard, which
-    /// has none, is not counted. It may be more for a file in pieces.
+    /// How many requests the kernel makes of one with so many segments, of which a flush or discard has
+    /// none, for a file in one piece.
     fn requests(&self, segments: usize) -> usize {
-        segments.div_ceil(self.pages)
+        segments.div_ceil(self.pages).max(1)
     }
 }
 
@@ -83,10 +90,18 @@ impl Devices {
     /// Whether a ring can have one more request under way.
     #[inline]
     pub fn has_room(&self, share: &Option<DeviceShare>) -> bool {
-        share.as_ref().is_none_or(|share| {
-            let device = &self.devices[share.device];
-            device.used < device.most && device.tags.available(&share.share) > 0
-        })
+        share
+            .as_ref()
+            .is_none_or(|share| self.devices[share.device].tags.available(&share.share) > 0)
+    }
+
+    /// Who is to submit what was taken.
+    #[inline]
+    pub fn submitter(&self, share: &Option<DeviceShare>) -> By {
+        match share.as_ref().map(|share| &self.devices[share.device]) {
+            Some(device) if device.pages > device.most => By::Thread,
+            _ => By::Worker,
+        }
     }
 
     /// A request with so many segments gets under way.
@@ -95,7 +110,7 @@ impl Devices {
         let Some(share) = share else { return };
         let requests = share.requests(segments);
         let device = &mut self.devices[share.device];
-        device.used += requests;
+        device.pages += segments.max(1);
         device.tags.take_beyond(&mut share.share, requests);
     }
 
@@ -105,7 +120,7 @@ impl Devices {
         let Some(share) = share else { return };
         let requests = share.requests(segments);
         let device = &mut self.devices[share.device];
-        device.used -= requests;
+        device.pages -= segments.max(1);
         device.tags.give_back(&mut share.share, requests);
     }
 }
@@ -113,8 +128,8 @@ impl Devices {
 impl Device {
     fn new(number: u64, tags: usize) -> Device {
         let common = (tags / DEVICE_TAGS_COMMON_DIVISOR).max(1);
-        let most = device_tags_max(tags);
-        Device { number, tags: Pool::new(DEVICE_TAGS_PER_QUEUE, common), used: 0, most, rings: 0 }
+        let most = device_tags_of_worker(tags);
+        Device { number, tags: Pool::new(DEVICE_TAGS_PER_QUEUE, common), pages: 0, most, rings: 0 }
     }
 }
 
@@ -139,17 +154,19 @@ mod test {
     }
 
     #[test]
-    fn a_greedy_ring_leaves_others_their_part_and_the_device_tags_that_nobody_takes() {
+    fn a_greedy_ring_leaves_others_their_part_and_threads_submit_what_may_find_no_tag() {
         let mut devices = Devices::new(1);
         let mut greedy = join(&mut devices, QUEUE);
         assert_eq!(take_all(&mut devices, &mut greedy, 1), 32 + DEVICE_TAGS_PER_QUEUE);
-        let mut others: Vec<Option<DeviceShare>> =
-            (0..100).map(|_| join(&mut devices, QUEUE)).collect();
-        assert_eq!(take_all(&mut devices, &mut others[0], 1), DEVICE_TAGS_PER_QUEUE);
-        let taken: usize = others.iter_mut().map(|it| take_all(&mut devices, it, 1)).sum();
-        assert_eq!(32 + 2 * DEVICE_TAGS_PER_QUEUE + taken, 48, "never all");
+        let mut others: Vec<_> = (0..100).map(|_| join(&mut devices, QUEUE)).collect();
+        for (ring, other) in others.iter_mut().enumerate() {
+            assert_eq!(take_all(&mut devices, other, 0), DEVICE_TAGS_PER_QUEUE);
+            let taken = 32 + DEVICE_TAGS_PER_QUEUE * (ring + 2);
+            let by = if taken > 48 { By::Thread } else { By::Worker };
+            assert_eq!(devices.submitter(other), by, "{taken} of 64");
+        }
         devices.give_back(&mut greedy, 1);
-        assert!(devices.has_room(&others[99]));
+        assert!(devices.has_room(&greedy) && devices.has_room(&others[99]));
     }
 
     #[test]
@@ -164,6 +181,7 @@ mod test {
             devices.give_back(&mut share, 32);
         }
         assert_eq!(take_all(&mut devices, &mut share, 9), (32 + DEVICE_TAGS_PER_QUEUE).div_ceil(2));
+        assert_eq!(devices.submitter(&share), By::Thread, "they may be in as many pieces as pages");
     }
 
     #[test]

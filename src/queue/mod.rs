@@ -38,11 +38,11 @@ use crate::blkif::op;
 use crate::blkif::request::{DiskRules, IndirectHead, Kind, RequestFault};
 use crate::blkif::ring::{BackRing, RingFault};
 use crate::budget::GrantShare;
-use crate::engine::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
+use crate::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
 use crate::limits::{
-    BOUNCE_PAGES_COMMON, DISCARD_BYTES_PER_EFFORT, MOVED_PAGE_EFFORT, REQUEST_EFFORT,
-    REQUESTS_COMMON, REQUESTS_PER_PASS, REQUESTS_PER_QUEUE, RESPONSES_HELD_BACK, SEGMENT_EFFORT,
-    SEGMENTS_PER_REQUEST,
+    BOUNCE_PAGES_COMMON, DISCARD_BYTES_PER_EFFORT, MOVED_PAGE_EFFORT, OPERATION_WEIGHT,
+    REQUEST_EFFORT, REQUESTS_COMMON, REQUESTS_PER_PASS, REQUESTS_PER_QUEUE, RESPONSES_HELD_BACK,
+    SEGMENT_EFFORT, SEGMENTS_PER_REQUEST,
 };
 use crate::metrics::{LatencyLog, QueueCounters};
 use crate::msg::{Connect, Mapping, Outbox, QueueKey};
@@ -168,7 +168,7 @@ pub struct Queue {
     /// What is left of the turn, and what storage costs of it for each request.
     effort: u32,
     operation_effort: u32,
-    /// Operations of the turn that go to storage with the next kick.
+    /// What goes to storage with the next kick, by the weights of operations.
     started: u32,
     /// Operations that came back since [`Queue::take_threaded`] and that threads of the kernel did,
     threaded: u32,
@@ -192,7 +192,7 @@ pub struct Queue {
 pub struct Turn {
     /// When it is spent, the turn ends.
     pub effort: u32,
-    /// What it costs of it to give a request to storage.
+    /// What it costs of it to give storage an operation without data.
     pub operation_effort: u32,
 }
 
@@ -361,6 +361,8 @@ impl Queue {
         }
         self.rules = rules;
         self.before_pause = None;
+        // What it waited for was of the image before.
+        self.waits_since = None;
     }
 
     /// Whether there is something to do at once. If not, the frontend was asked for a notification, unless
@@ -379,7 +381,8 @@ impl Queue {
         self.effort = 0;
     }
 
-    /// Takes out how many operations go to storage with the next kick.
+    /// Takes out what goes to storage with the next kick: [`OPERATION_WEIGHT`] for each operation, and 1 for
+    /// each page of its data.
     pub fn take_started(&mut self) -> u32 {
         std::mem::take(&mut self.started)
     }
@@ -393,6 +396,11 @@ impl Queue {
     /// Whether it waits for something that others have.
     pub fn waits(&self) -> bool {
         self.waits_since.is_some()
+    }
+
+    /// Whether what it waits for may be there, now that something was given back.
+    pub fn may_go_on<G, E>(&self, io: &Resources<G, E>) -> bool {
+        self.has_waiting() || self.has_unfinished() || io.devices.has_room(&self.device)
     }
 
     /// Whether a turn would find anything to do; `freed` is [`Resources::freed`].
@@ -493,7 +501,9 @@ impl Queue {
         if let Some(left) = &mut self.before_pause {
             *left -= taken;
         }
-        if room == 0 || self.has_waiting() || !io.devices.has_room(&self.device) {
+        // A barrier that was taken has all that it needs, and waits for those before it.
+        let is_full = self.barrier == Barrier::None && !io.devices.has_room(&self.device);
+        if room == 0 || self.has_waiting() || is_full {
             self.waits_since = Some(freed);
         }
         Ok(())
@@ -541,10 +551,11 @@ impl Queue {
     }
 
     #[inline]
-    fn spend_on_request(&mut self, segments: usize) {
-        let segments = u32::try_from(segments).unwrap_or(u32::MAX);
+    fn spend_on_request(&mut self, count: usize) {
+        let segments = u32::try_from(count).unwrap_or(u32::MAX);
         let to_look = REQUEST_EFFORT + segments.saturating_mul(SEGMENT_EFFORT);
-        self.spend(to_look.saturating_add(self.operation_effort));
+        let to_submit = self.operation_effort.saturating_mul(weight(count)) / OPERATION_WEIGHT;
+        self.spend(to_look.saturating_add(to_submit));
     }
 
     #[inline]
@@ -559,6 +570,7 @@ impl Queue {
                 Ok(request) => {
                     let (index, slot) = self.slots.take();
                     slot.begin(request, 0, None, io.now_ns);
+                    io.devices.take(&mut self.device, 0);
                     let parts = request.len_bytes / DISCARD_BYTES_PER_EFFORT;
                     self.spend_on_request(0);
                     self.spend(u32::try_from(parts).unwrap_or(u32::MAX));
@@ -703,9 +715,10 @@ impl Queue {
             if self.moves_data && self.effort == 0 {
                 return self.interrupted.push_back(slot_index);
             }
-            match self.submit_step(&mut io.engine, slot_index) {
+            let by = io.devices.submitter(&self.device);
+            match self.submit_step(&mut io.engine, slot_index, by) {
                 Submitted::Started => {
-                    self.started += 1;
+                    self.started += weight(self.slots.get_mut(slot_index).segments().len());
                     return;
                 }
                 Submitted::Parked => return,
@@ -728,22 +741,23 @@ impl Queue {
         &mut self,
         engine: &mut E,
         slot_index: u32,
+        by: By,
     ) -> Submitted {
         let count = if self.moves_data { self.pages_to_move(slot_index) } else { usize::MAX };
         let slot = self.slots.get_mut(slot_index);
         let ticket = Ticket::new(self.index, slot_index);
         let offset = slot.offset_bytes();
         match slot.step() {
-            Step::Flush => engine.submit(&self.image, &IoOp::Flush, ticket),
+            Step::Flush => engine.submit(&self.image, &IoOp::Flush, ticket, by),
             Step::Discard { secure } => {
                 let len = slot.request.len_bytes;
-                engine.submit(&self.image, &IoOp::Discard { offset, len, secure }, ticket)
+                engine.submit(&self.image, &IoOp::Discard { offset, len, secure }, ticket, by)
             }
             Step::Read => slot.with_buffers(count, |buffers| {
-                engine.submit(&self.image, &IoOp::Read { offset, buffers }, ticket)
+                engine.submit(&self.image, &IoOp::Read { offset, buffers }, ticket, by)
             }),
             Step::Write => slot.with_buffers(count, |buffers| {
-                engine.submit(&self.image, &IoOp::Write { offset, buffers }, ticket)
+                engine.submit(&self.image, &IoOp::Write { offset, buffers }, ticket, by)
             }),
         }
     }
@@ -848,6 +862,11 @@ impl Queue {
         self.latency.record(io.now_ns.saturating_sub(taken_ns));
         self.count(io, &request, status);
     }
+}
+
+/// What an operation with so many segments weighs where the time to submit is shared.
+fn weight(segments: usize) -> u32 {
+    OPERATION_WEIGHT.saturating_add(u32::try_from(segments).unwrap_or(u32::MAX))
 }
 
 /// If a slot that was taken off a list is at its end again, beside the `others`, it stays the first.

@@ -93,7 +93,7 @@ struct Served {
     /// What its turn in this round took.
     turn_ns: u64,
     operation_cost: OperationCost,
-    /// Its weight when time is charged to all together: operations to submit, then bytes completed.
+    /// Its weight when time is charged to all together: that of operations to submit, then bytes completed.
     part: u64,
     /// What it gets, one after the other, once it is drained.
     replacements: Vec<ReplaceImage>,
@@ -260,8 +260,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     fn serve_in_turns(&mut self, now_ns: u64, clock_ns: impl Fn() -> u64) -> io::Result<bool> {
         let mut watch = Stopwatch { clock_ns: &clock_ns, since_ns: clock_ns() };
         let mut worked = self.take_in_turns(now_ns, &mut watch);
-        // The time to submit is charged to the queues by the operations of each: one whose data the worker
-        // moves itself, or whose storage is nothing, has none.
+        // The time to submit is charged to the queues by what the operations of each weigh: one whose data
+        // the worker moves itself, or whose storage is nothing, has none.
         self.resources.engine.kick()?;
         self.charge_started(watch.lap_ns());
         if self.take_completions(&clock_ns) {
@@ -478,10 +478,14 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     fn look_at_waiting(&mut self, now_ns: u64) {
         self.freed = self.resources.freed;
         let mut waiting = std::mem::take(&mut self.waiting);
-        for index in waiting.drain(..) {
-            self.queues[index].waits = false;
-            self.poll_queue(index, now_ns);
-        }
+        waiting.retain(|index| {
+            if !self.queues[*index].queue.may_go_on(&self.resources) {
+                return true;
+            }
+            self.queues[*index].waits = false;
+            self.poll_queue(*index, now_ns);
+            false
+        });
         self.waiting = waiting;
     }
 
@@ -567,10 +571,10 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         self.turns.charge(&mut self.queues[index].used, time_ns);
     }
 
-    /// Charges all queues for the time to submit, by the operations of each.
+    /// Charges all queues for the time to submit, by what the operations of each weigh.
     fn charge_started(&mut self, time_ns: u64) {
-        self.charge_parts(time_ns, |served, operations, part_ns| {
-            served.operation_cost.learn(operations, served.turn_ns + part_ns);
+        self.charge_parts(time_ns, |served, weight, part_ns| {
+            served.operation_cost.learn(weight, served.turn_ns + part_ns);
         });
     }
 

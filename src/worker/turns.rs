@@ -7,7 +7,7 @@
 //!
 //! Each round starts with another queue, so that none is always first at what all share.
 
-use crate::limits::{EFFORT_NS, TURN_EFFORT};
+use crate::limits::{EFFORT_NS, OPERATION_WEIGHT, TURN_EFFORT};
 
 /// How much more time than the least served a queue may have had and still have its turn. Equal guests
 /// differ by less, so that all of them go on having their turns in one pass.
@@ -35,17 +35,18 @@ pub struct Turns {
     ahead_ns: u64,
 }
 
-/// What it costs the worker to begin an operation of a queue, as it was lately.
+/// What it costs the worker to begin an operation without data, as it was lately for one queue.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OperationCost {
     effort: u32,
 }
 
 impl OperationCost {
-    /// Takes note of what a turn with so many operations has taken. One beyond a turn's effort counts as that:
-    /// the turn ends with it in any case, and one that was held up does not count for long.
-    pub fn learn(&mut self, operations: u64, time_ns: u64) {
-        let Some(each_ns) = time_ns.checked_div(operations) else { return };
+    /// Takes note of what a turn has taken whose operations weigh so much together. One beyond a turn's effort
+    /// counts as that: the turn ends with it in any case, and one that was held up does not count for long.
+    pub fn learn(&mut self, weight: u64, time_ns: u64) {
+        let time_ns = time_ns.saturating_mul(OPERATION_WEIGHT.into());
+        let Some(each_ns) = time_ns.checked_div(weight) else { return };
         let each = u32::try_from(each_ns / EFFORT_NS).unwrap_or(u32::MAX).min(TURN_EFFORT);
         self.effort = (7 * self.effort + each) / 8;
     }
@@ -211,7 +212,8 @@ mod test {
     fn the_cost_of_an_operation_follows_what_turns_took() {
         let mut cost = OperationCost::default();
         let mut learn = |turns: u32, operations: u64, time_ns: u64| {
-            (0..turns).for_each(|_| cost.learn(operations, time_ns));
+            let weight = operations * u64::from(OPERATION_WEIGHT);
+            (0..turns).for_each(|_| cost.learn(weight, time_ns));
             cost.effort()
         };
         assert_eq!(learn(1, 0, 1_000_000), 0, "nothing went to storage");

@@ -185,9 +185,31 @@ impl Filesystem {
         stat.split_whitespace().nth(15).unwrap().parse().unwrap()
     }
 
+    /// Sets a limit of its disk's queue (`/sys/block/<disk>/queue`) until what is returned is dropped: a loop
+    /// device keeps it beyond its own end.
+    pub fn limit(&self, name: &str, value: u32) -> Limit {
+        let disk = self.disk.path.file_name().unwrap();
+        let path = Path::new("/sys/block").join(disk).join("queue").join(name);
+        let before = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, value.to_string()).unwrap();
+        Limit { path, before }
+    }
+
     /// Where it is mounted.
     pub fn folder(&self) -> &Path {
         &self.mounted.folder
+    }
+}
+
+/// A limit of a disk's queue that is not as it was.
+pub struct Limit {
+    path: PathBuf,
+    before: String,
+}
+
+impl Drop for Limit {
+    fn drop(&mut self) {
+        let _ = std::fs::write(&self.path, &self.before);
     }
 }
 

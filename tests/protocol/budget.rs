@@ -8,7 +8,7 @@ use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
 use polldisk::budget::{GrantBudget, HostBudget};
 use polldisk::engine::host::HostEngine;
-use polldisk::engine::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
+use polldisk::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
 use polldisk::msg::Mapping;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::sim::{SimXen, StandIn};
@@ -177,9 +177,9 @@ impl RegisterBuffers for Failing {
 impl Engine for Failing {
     type Target = Image;
 
-    fn submit(&mut self, target: &Image, op: &IoOp<'_>, ticket: Ticket) -> Submitted {
+    fn submit(&mut self, target: &Image, op: &IoOp<'_>, ticket: Ticket, by: By) -> Submitted {
         self.fails = matches!(op, IoOp::Flush);
-        self.engine.submit(target, op, ticket)
+        self.engine.submit(target, op, ticket, by)
     }
 
     fn kick(&mut self) -> io::Result<()> {

@@ -129,13 +129,13 @@ fn large(operation: u8) -> Load {
 
 /// Requests answered to each guest in so much of the worker's time.
 fn play(loads: &[Load], lasts_ns: u64) -> Vec<usize> {
-    play_beside_threads(loads, lasts_ns, 0)
+    play_with(loads, lasts_ns, |_| ())
 }
 
-/// The same where each flush has a thread of the kernel take the worker's core for a while.
-fn play_beside_threads(loads: &[Load], lasts_ns: u64, flush_ns: u64) -> Vec<usize> {
+/// The same on storage of a kind.
+fn play_with(loads: &[Load], lasts_ns: u64, kind: impl FnOnce(&mut Script)) -> Vec<usize> {
     let (mut bench, clock, script) = timed();
-    script.borrow_mut().flush_ns = flush_ns;
+    kind(&mut script.borrow_mut());
     for load in loads {
         let guest = bench.guest(load.shape);
         if load.slow {
@@ -192,11 +192,24 @@ fn small_reads_beside_greedy_guests_are_as_fast_as_beside_their_like() {
 }
 
 #[test]
+fn what_it_takes_to_submit_large_requests_is_charged_to_whoever_sends_them() {
+    const LASTS_NS: u64 = 50_000_000;
+    let large = Load { shape: Shape::mapped(4).indirect(256, 0), depth: 4, pages: 256, ..small(0) };
+    let pages_in_kick =
+        |loads: &[Load]| play_with(loads, LASTS_NS, |script| script.kick_page_ns = 80)[0];
+    let polite = pages_in_kick(&[small(0); 5]);
+    let beside = pages_in_kick(&[small(0), large, large, large, large]);
+    assert!(beside * 10 >= polite * 8, "{beside} beside {polite}");
+}
+
+#[test]
 fn flushes_count_for_what_threads_of_the_kernel_take() {
     const LASTS_NS: u64 = 50_000_000;
     let polite = play(&[small(0); 5], LASTS_NS)[0];
     let [one, two, three, four] = [flushes(); 4];
-    let beside = play_beside_threads(&[small(0), one, two, three, four], LASTS_NS, 20_000)[0];
+    let loads = [small(0), one, two, three, four];
+    // Each has a thread of the kernel take the worker's core for a while.
+    let beside = play_with(&loads, LASTS_NS, |script| script.flush_ns = 20_000)[0];
     assert!(beside * 10 >= polite * 8, "{beside} beside {polite}");
 }
 

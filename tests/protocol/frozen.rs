@@ -1,5 +1,6 @@
 //! A filesystem that is frozen, as by a snapshot: what is asked of it waits inside of the kernel.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -15,7 +16,7 @@ use polldisk::sim::blkfront::device::Device;
 
 use crate::guest::HANG;
 use crate::host::{self, Filesystem, Frozen, LoopDevice};
-use crate::scripted::{Bench, Shape};
+use crate::scripted::{self, Bench, Shape};
 use crate::workers::{opened, opened_with, zeroes};
 
 /// Passes until a guest has this many answers.
@@ -28,12 +29,47 @@ fn wait(bench: &mut Bench<SimXen, HostEngine>, guest: usize, count: usize) {
     }
 }
 
+fn shareable() -> DiskOptions {
+    DiskOptions { shareable: true, ..DiskOptions::default() }
+}
+
 /// Discards of 16 KiB, at different places.
 fn put_discards(device: &mut Device, count: usize) {
     for number in 0..count as u64 {
         let id = device.free_buffer().unwrap() as u64;
         let discard = RawDiscard { flag: 0, handle: 0, id, sector: number * 64, nr_sectors: 32 };
         device.put_request(&RawRequest::Discard(discard), 0);
+    }
+}
+
+/// Reads or writes of a page, not side by side, so that the kernel makes no larger ones of them.
+fn put_apart(bench: &mut Bench<SimXen, HostEngine>, guest: usize, operation: u8, count: usize) {
+    let device = &mut bench.guests[guest];
+    for number in 0..count as u64 {
+        device.put(operation, number * 16, 4096);
+    }
+    device.publish().unwrap();
+}
+
+/// A file with data in all of its blocks.
+fn full_file(path: &Path, bytes: usize) {
+    let mut file = File::create(path).unwrap();
+    file.write_all(&vec![7; bytes]).unwrap();
+    file.sync_all().unwrap();
+}
+
+/// Has a write of this guest hang, so that its device answers nothing any more.
+fn hang(bench: &mut Bench<SimXen, HostEngine>, guest: usize) {
+    put_apart(bench, guest, op::WRITE, 1);
+    bench.pass();
+    std::thread::sleep(Duration::from_millis(50));
+}
+
+/// Passes until a guest on other storage has had some writes answered.
+fn is_served(bench: &mut Bench<SimXen, HostEngine>, victim: usize) {
+    for _ in 0..20 {
+        bench.ask(victim, op::WRITE, 8, 1);
+        wait(bench, victim, 8);
     }
 }
 
@@ -107,30 +143,19 @@ fn more_writes_than_a_device_takes_leave_another_guest_answered_if_it_hangs() {
     // Its disk is a file on the other one.
     let Some(hung) = Filesystem::new("ext4", below.folder(), 64 << 20, &[]) else { return };
     let image = hung.folder().join("disk.img");
-    let mut contents = File::create(&image).unwrap();
-    contents.write_all(&vec![7; 8 << 20]).unwrap();
-    contents.sync_all().unwrap();
+    full_file(&image, 8 << 20);
 
     let mut bench = Bench::over(HostEngine::new().unwrap());
     let deep = Shape::mapped(WRITES).indirect(12, 4);
-    let shareable = DiskOptions { shareable: true, ..DiskOptions::default() };
-    let greedy = [(); 2].map(|()| bench.guest_on(deep, opened_with(&image, shareable)));
+    let greedy = [(); 2].map(|()| bench.guest_on(deep, opened_with(&image, shareable())));
     let victim = bench.guest_on(Shape::mapped(32), opened(&zeroes(folder.path())));
 
     let mut early = 0;
     let in_time = within(HANG / 2, host::freeze(below.folder()), || {
         for guest in greedy {
-            let device = &mut bench.guests[guest];
-            // Not side by side, so that the kernel makes no larger ones of them.
-            for number in 0..WRITES as u64 {
-                device.put(op::WRITE, number * 16, 4096);
-            }
-            device.publish().unwrap();
+            put_apart(&mut bench, guest, op::WRITE, WRITES);
         }
-        for _ in 0..100 {
-            bench.ask(victim, op::WRITE, 8, 1);
-            wait(&mut bench, victim, 8);
-        }
+        is_served(&mut bench, victim);
         early = greedy.map(|guest| bench.answers(guest)).iter().sum();
     });
     assert!(in_time, "the worker waited for the device");
@@ -207,4 +232,174 @@ fn a_flood_of_flushes_is_a_few_for_the_device() {
     wait(&mut bench, guest, FLUSHES);
     let flushes = filesystem.flushes() - before;
     assert!((1..FLUSHES as u64 / 8).contains(&flushes), "{flushes} for {FLUSHES} requests");
+}
+
+/// Each waits for the device with a tag of its own, beside those of reads and writes.
+#[test]
+fn flushes_of_many_files_on_a_device_that_hangs_leave_another_guest_answered() {
+    const FLUSHERS: usize = 48;
+    if !can_freeze() {
+        return;
+    }
+    let folder = host::folder();
+    let Some(below) = Filesystem::new("ext4", folder.path(), 256 << 20, &[]) else { return };
+    let Some(hung) = Filesystem::new("ext4", below.folder(), 64 << 20, &[]) else { return };
+    let mut bench = Bench::over(HostEngine::new().unwrap());
+    let flushers: Vec<usize> = (0..FLUSHERS)
+        .map(|number| {
+            let image = hung.folder().join(format!("{number}.img"));
+            full_file(&image, 256 << 10);
+            bench.guest_on(Shape::mapped(8), opened(&image))
+        })
+        .collect();
+    let image = hung.folder().join("large.img");
+    full_file(&image, 8 << 20);
+    let deep = Shape::mapped(128).indirect(12, 2);
+    let greedy = [(); 2].map(|()| bench.guest_on(deep, opened_with(&image, shareable())));
+    let victim = bench.guest_on(Shape::mapped(32), opened(&zeroes(folder.path())));
+
+    let in_time = within(HANG / 2, host::freeze(below.folder()), || {
+        hang(&mut bench, greedy[0]);
+        for guest in &flushers {
+            bench.ask(*guest, op::FLUSH_DISKCACHE, 1, 0);
+        }
+        for _ in 0..10 {
+            bench.pass();
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        put_apart(&mut bench, greedy[0], op::READ, 127);
+        put_apart(&mut bench, greedy[1], op::READ, 128);
+        for guest in &flushers {
+            put_apart(&mut bench, *guest, op::READ, 2);
+        }
+        is_served(&mut bench, victim);
+    });
+    assert!(in_time, "the worker waited for the device");
+}
+
+/// One request of the guest's is then as many for the device as it has pages.
+#[test]
+fn large_reads_of_a_file_in_pieces_leave_another_guest_answered_if_its_device_hangs() {
+    if !can_freeze() {
+        return;
+    }
+    let folder = host::folder();
+    let Some(below) = Filesystem::new("ext4", folder.path(), 256 << 20, &[]) else { return };
+    let Some(hung) = Filesystem::new("ext4", below.folder(), 64 << 20, &[]) else { return };
+    // A disk that fills the filesystem, and gives back every second block of it.
+    let first = hung.folder().join("first.img");
+    let mut file = File::create(&first).unwrap();
+    while file.write_all(&[7; 65536]).is_ok() {}
+    let pages = file.metadata().unwrap().len() / 4096;
+    file.set_len(pages * 4096).unwrap();
+    file.sync_all().unwrap();
+    let second = hung.folder().join("second.img");
+    File::create(&second).unwrap().set_len(16 << 20).unwrap();
+
+    let mut bench = Bench::over(HostEngine::new().unwrap());
+    let filler = bench.guest_on(Shape::mapped(64).indirect(12, 2), opened(&first));
+    let greedy = bench.guest_on(Shape::mapped(16).indirect(256, 2), opened(&second));
+    let victim = bench.guest_on(Shape::mapped(32), opened(&zeroes(folder.path())));
+    let every_second: Vec<u64> = (0..pages).step_by(2).collect();
+    for some in every_second.chunks(64) {
+        let device = &mut bench.guests[filler];
+        for page in some {
+            let id = device.free_buffer().unwrap() as u64;
+            let discard = RawDiscard { flag: 0, handle: 0, id, sector: page * 8, nr_sectors: 8 };
+            device.put_request(&RawRequest::Discard(discard), 0);
+        }
+        device.publish().unwrap();
+        wait(&mut bench, filler, some.len());
+    }
+    bench.ask(filler, op::FLUSH_DISKCACHE, 1, 0);
+    wait(&mut bench, filler, 1);
+    bench.ask(greedy, op::WRITE, 8, 256);
+    wait(&mut bench, greedy, 8);
+    bench.ask(greedy, op::FLUSH_DISKCACHE, 1, 0);
+    wait(&mut bench, greedy, 1);
+
+    let in_time = within(HANG / 2, host::freeze(below.folder()), || {
+        hang(&mut bench, filler);
+        bench.ask(greedy, op::READ, 8, 256);
+        is_served(&mut bench, victim);
+    });
+    assert!(in_time, "the worker waited for the device");
+}
+
+/// What waits for a frozen filesystem has no tags of the device.
+#[test]
+fn a_frozen_filesystem_leaves_another_file_on_the_same_device_its_part() {
+    const GREEDY: usize = 20;
+    if !can_freeze() {
+        return;
+    }
+    let folder = host::folder();
+    let Some(filesystem) = Filesystem::new("ext4", folder.path(), 64 << 20, &[]) else { return };
+    let [written, read] = ["written.img", "read.img"].map(|name| filesystem.folder().join(name));
+    for image in [&written, &read] {
+        full_file(image, 8 << 20);
+    }
+    let mut bench = Bench::over(HostEngine::new().unwrap());
+    let shape = Shape::mapped(128).indirect(12, 2);
+    let greedy: Vec<usize> =
+        (0..GREEDY).map(|_| bench.guest_on(shape, opened_with(&written, shareable()))).collect();
+    let victim = bench.guest_on(Shape::mapped(32), opened(&read));
+    let frozen = host::freeze(filesystem.folder());
+    for guest in &greedy {
+        put_apart(&mut bench, *guest, op::WRITE, 128);
+    }
+    for _ in 0..50 {
+        bench.pass();
+    }
+    put_apart(&mut bench, victim, op::READ, 32);
+    wait(&mut bench, victim, 32);
+    drop(frozen);
+    for guest in greedy {
+        wait(&mut bench, guest, 128);
+    }
+}
+
+#[test]
+fn a_barrier_that_fills_its_device_is_begun() {
+    let folder = host::folder();
+    let Some(filesystem) = Filesystem::new("ext4", folder.path(), 64 << 20, &[]) else { return };
+    let image = filesystem.folder().join("disk.img");
+    full_file(&image, 8 << 20);
+    let _limits = [filesystem.limit("nr_requests", 4), filesystem.limit("max_sectors_kb", 4)];
+    let (mut bench, _script) = scripted::bench();
+    let guest = bench.guest_on(Shape::mapped(8), opened(&image));
+    bench.ask(guest, op::WRITE_BARRIER, 1, 11);
+    assert!(bench.settle());
+    assert_eq!(bench.answers(guest), 1);
+}
+
+/// A pass looks at the clock for each ring that it has on its list beside another.
+#[test]
+fn rings_that_wait_for_a_device_that_hangs_cost_a_pass_of_others_nothing() {
+    const WAITING: usize = 50;
+    let folder = host::folder();
+    let Some(filesystem) = Filesystem::new("ext4", folder.path(), 64 << 20, &[]) else { return };
+    let image = filesystem.folder().join("disk.img");
+    full_file(&image, 8 << 20);
+    let _limit = filesystem.limit("nr_requests", 4);
+    let (mut bench, script) = scripted::bench();
+    let victim = bench.guest(Shape::mapped(8));
+    for _ in 0..WAITING {
+        let guest = bench.guest_on(Shape::mapped(8), opened_with(&image, shareable()));
+        script.borrow_mut().hung.insert(guest);
+        bench.ask(guest, op::READ, 8, 1);
+    }
+    assert!(bench.settle());
+    let looks = Cell::new(0);
+    for _ in 0..10 {
+        bench.ask(victim, op::READ, 8, 1);
+        looks.set(0);
+        let now_ns = || {
+            looks.set(looks.get() + 1);
+            1
+        };
+        bench.worker.poll_once(now_ns).unwrap();
+        assert_eq!(bench.answers(victim), 8);
+    }
+    assert!(looks.get() <= 3, "{} looks at the clock", looks.get());
 }

@@ -14,7 +14,7 @@ use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
 use polldisk::blkif::request::DiskRules;
 use polldisk::budget::GrantBudget;
-use polldisk::engine::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
+use polldisk::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
 use polldisk::metrics::QueueCounters;
 use polldisk::msg::{
     Command, CommandSender, Connect, Event, EventReceiver, LinkId, Mapping, QueueKey, WorkerId,
@@ -36,6 +36,9 @@ const SUBMIT_NS: u64 = 300;
 
 /// The same for storage whose kernel driver takes its time.
 const SLOW_SUBMIT_NS: u64 = 5_000;
+
+/// What each operation adds to the time of a kick, if its pages do.
+const KICK_NS: u64 = 2_000;
 
 /// Bytes of every disk.
 const DISK: Bytes = Bytes(1 << 30);
@@ -61,6 +64,9 @@ pub struct Script {
     pub flush_ns: u64,
     /// ... and what all have taken since the test last took it out.
     pub threads_ns: u64,
+    /// What the next kick takes of the worker's time, and what each page submitted adds to it.
+    pub kick_ns: u64,
+    pub kick_page_ns: u64,
     /// Moves with each operation, by what it costs to submit.
     pub clock: Option<Arc<AtomicU64>>,
     /// The engine is no more.
@@ -109,7 +115,7 @@ impl RegisterBuffers for Scripted {
 impl Engine for Scripted {
     type Target = Image;
 
-    fn submit(&mut self, _: &Image, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
+    fn submit(&mut self, _: &Image, operation: &IoOp<'_>, ticket: Ticket, _: By) -> Submitted {
         let mut script = self.script.borrow_mut();
         if script.room.is_some_and(|room| script.taken.len() >= room) {
             return Submitted::Full(ticket);
@@ -124,6 +130,10 @@ impl Engine for Scripted {
             let is_slow = script.slow.contains(&ticket.queue());
             clock.fetch_add(if is_slow { SLOW_SUBMIT_NS } else { SUBMIT_NS }, Ordering::Relaxed);
         }
+        if script.kick_page_ns > 0 {
+            let pages = u64::try_from(bytes).unwrap() / 4096;
+            script.kick_ns += KICK_NS + script.kick_page_ns * pages;
+        }
         let is_flush = matches!(operation, IoOp::Flush);
         script.taken.push(Taken { ticket, is_flush, bytes });
         match operation {
@@ -133,7 +143,12 @@ impl Engine for Scripted {
     }
 
     fn kick(&mut self) -> io::Result<()> {
-        let fails = self.script.borrow().fails;
+        let script = &mut *self.script.borrow_mut();
+        let kick_ns = std::mem::take(&mut script.kick_ns);
+        if let Some(clock) = &script.clock {
+            clock.fetch_add(kick_ns, Ordering::Relaxed);
+        }
+        let fails = script.fails;
         match fails {
             None => Ok(()),
             Some(Failure::Error) => Err(io::Error::other("the host fails")),

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
-use polldisk::engine::{Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
+use polldisk::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
 use polldisk::msg::{Command, CommandSender};
 use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::device::Device;
@@ -90,7 +90,7 @@ impl RegisterBuffers for Late {
 impl Engine for Late {
     type Target = Image;
 
-    fn submit(&mut self, _target: &Image, _operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
+    fn submit(&mut self, _: &Image, _: &IoOp<'_>, ticket: Ticket, _: By) -> Submitted {
         self.held = Some(ticket);
         Submitted::Started
     }

@@ -202,7 +202,7 @@ impl World {
         World {
             random,
             locks: BlockLocks::new(4096),
-            target: Target { file: 0, device: None, always_waits: false },
+            target: Target { file: 0, device: None, by: crate::engine::By::Worker },
             workers: [emulation(), emulation()],
             model: data.clone(),
             storage: Storage { data, taken: Vec::new(), refuses: 0 },
@@ -347,7 +347,7 @@ fn emulation() -> Emulation {
     Emulation::new(Doorbell::new().unwrap())
 }
 
-const FILE: Target = Target { file: 0, device: None, always_waits: false };
+const FILE: Target = Target { file: 0, device: None, by: crate::engine::By::Worker };
 
 /// Operations below, all taken.
 fn all_taken(
