@@ -143,8 +143,15 @@ impl ServeOptions {
             types if types.is_empty() => vec!["vbd".to_owned()],
             types => types,
         };
-        for backend_type in &backend_types {
+        for (index, backend_type) in backend_types.iter().enumerate() {
             check_backend_type(backend_type)?;
+            if backend_types[..index].contains(backend_type) {
+                return Err(ConfigError {
+                    option: format!("--backend-type {backend_type}"),
+                    what: "it is named twice".to_owned(),
+                    mend: "name each type once".to_owned(),
+                });
+            }
         }
         Ok(Config {
             workers,
@@ -365,7 +372,7 @@ mod test {
 
     #[test]
     fn bad_options_are_named_with_what_would_be_right() {
-        let cases: [(ServeOptions, &str); 14] = [
+        let cases: [(ServeOptions, &str); 15] = [
             (options(|options| options.workers = Some(0)), "--workers 0: "),
             (options(|options| options.cores = Some("4-2".to_owned())), "--cores 4-2: "),
             (options(|options| options.cores = Some("x".to_owned())), "--cores x: "),
@@ -380,6 +387,10 @@ mod test {
                 "--max-indirect-segments 1025: ",
             ),
             (options(|options| options.backend_type = vec!["a/b".to_owned()]), "--backend-type"),
+            (
+                options(|options| options.backend_type = vec!["vbd".to_owned(); 2]),
+                "--backend-type vbd: it is named twice",
+            ),
             (options(|options| options.admin = Some("".into())), "--admin \"\": "),
             (options(|options| options.admin = Some("/run/".into())), "--admin \"/run/\": "),
             (options(|options| options.admin = Some("/a\0b".into())), "--admin "),

@@ -442,7 +442,11 @@ impl Disk {
         around: &mut Surroundings<'_, S>,
     ) -> io::Result<Written> {
         let (nodes, stale) = match state {
-            XenbusState::InitWait => (self.features(around), None),
+            XenbusState::InitWait => {
+                // One of its own is to be seen until it works; another is of a disk before it.
+                let has_own = self.failure != Failure::default();
+                (self.features(around), self.stale_error(around.own).filter(|_| !has_own))
+            }
             XenbusState::Connected => (self.shape(), self.stale_error(around.own)),
             _ => (Vec::new(), None),
         };

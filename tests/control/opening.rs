@@ -244,6 +244,19 @@ fn the_daemon_ends_although_an_open_hangs() {
 }
 
 #[test]
+fn the_error_of_a_disk_that_is_gone_is_not_taken_for_that_of_the_next_one() {
+    let rig = Rig::start();
+    rig.guest(5);
+    let failing = rig.toolstack_disk(5, XVDA, "raw:/no/such");
+    until("the reason is told", || rig.read(&failing.error).is_some());
+    rig.dom0.rm(&failing.backend).unwrap();
+    until("it is forgotten", || rig.list().is_empty());
+    let next = rig.toolstack_disk(5, XVDA, "null:1G");
+    rig.wait_state(&next.backend, 2);
+    assert_eq!(rig.read(&next.error), None);
+}
+
+#[test]
 fn what_cannot_be_closed_at_the_end_is_waited_for_until_the_admin_asks_again() {
     let mut rig = Rig::start();
     rig.guest(5);
