@@ -88,26 +88,38 @@ impl Devices {
     }
 
     /// Whether a ring can have one more request under way.
-    #[inline]
+    #[inline(always)]
     pub fn has_room(&self, share: &Option<DeviceShare>) -> bool {
-        share
-            .as_ref()
-            .is_none_or(|share| self.devices[share.device].tags.available(&share.share) > 0)
+        share.as_ref().is_none_or(|share| self.has_tags(share))
+    }
+
+    #[inline(never)]
+    fn has_tags(&self, share: &DeviceShare) -> bool {
+        self.devices[share.device].tags.available(&share.share) > 0
     }
 
     /// Who is to submit what was taken.
-    #[inline]
+    #[inline(always)]
     pub fn submitter(&self, share: &Option<DeviceShare>) -> By {
-        match share.as_ref().map(|share| &self.devices[share.device]) {
-            Some(device) if device.pages > device.most => By::Thread,
-            _ => By::Worker,
-        }
+        share.as_ref().map_or(By::Worker, |share| self.submitter_to(share))
+    }
+
+    #[inline(never)]
+    fn submitter_to(&self, share: &DeviceShare) -> By {
+        let device = &self.devices[share.device];
+        if device.pages > device.most { By::Thread } else { By::Worker }
     }
 
     /// A request with so many segments gets under way.
-    #[inline]
+    #[inline(always)]
     pub fn take(&mut self, share: &mut Option<DeviceShare>, segments: usize) {
-        let Some(share) = share else { return };
+        if let Some(share) = share {
+            self.take_tags(share, segments);
+        }
+    }
+
+    #[inline(never)]
+    fn take_tags(&mut self, share: &mut DeviceShare, segments: usize) {
         let requests = share.requests(segments);
         let device = &mut self.devices[share.device];
         device.pages += segments.max(1);
@@ -115,9 +127,15 @@ impl Devices {
     }
 
     /// It is done.
-    #[inline]
+    #[inline(always)]
     pub fn give_back(&mut self, share: &mut Option<DeviceShare>, segments: usize) {
-        let Some(share) = share else { return };
+        if let Some(share) = share {
+            self.give_back_tags(share, segments);
+        }
+    }
+
+    #[inline(never)]
+    fn give_back_tags(&mut self, share: &mut DeviceShare, segments: usize) {
         let requests = share.requests(segments);
         let device = &mut self.devices[share.device];
         device.pages -= segments.max(1);

@@ -850,7 +850,9 @@ impl Queue {
             self.counters.grants_mapped.set(transient.count() as u64);
         }
         let (request, taken_ns) = (slot.request, slot.taken_ns);
-        io.devices.give_back(&mut self.device, slot.segments().len());
+        if self.device.is_some() {
+            io.devices.give_back(&mut self.device, slot.segments().len());
+        }
         if let Some(table) = self.slots.give_back(slot_index) {
             io.tables.give_back(table, &mut self.tables);
         }
