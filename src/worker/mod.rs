@@ -177,19 +177,27 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     /// sleep now until something happens.
     pub fn arm(&mut self) -> io::Result<bool> {
         let pause = Pause { lasted_ns: 0, spins: false, limit_ns: 0 };
-        if !self.is_to_sleep(pause)? {
-            return Ok(false);
+        let sleeps = self.is_to_sleep(pause)? && self.arm_engine()?;
+        if sleeps {
+            self.resources.engine.disarm(false);
         }
+        Ok(sleeps)
+    }
+
+    /// Has the engine make its next completion visible to a sleeper; `false`: there is one already, or a
+    /// command, and it was told that nobody sleeps.
+    fn arm_engine(&mut self) -> io::Result<bool> {
         let completed = self.resources.engine.arm()?;
-        self.resources.engine.disarm(completed);
-        Ok(!completed && self.commands.commands.is_empty())
+        let nothing = !completed && self.commands.commands.is_empty();
+        if !nothing {
+            self.resources.engine.disarm(completed);
+        }
+        Ok(nothing)
     }
 
     /// Sleeps until a sleeping queue's frontend notifies, storage completes or control commands.
     fn sleep(&mut self, clock_ns: impl Fn() -> u64) -> io::Result<()> {
-        let completed = self.resources.engine.arm()?;
-        if completed || !self.commands.commands.is_empty() {
-            self.resources.engine.disarm(completed);
+        if !self.arm_engine()? {
             return Ok(());
         }
         let asleep_ns = clock_ns();

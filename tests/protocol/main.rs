@@ -17,6 +17,7 @@ mod frozen;
 mod guest;
 #[path = "../host/mod.rs"]
 mod host;
+mod leaving;
 mod media;
 mod negotiated;
 mod neighbours;

@@ -54,6 +54,8 @@ pub struct Script {
     pub per_reap: Option<usize>,
     /// What becomes of each operation, in place of its success.
     pub errno: Option<i32>,
+    /// Something completes just when the worker falls asleep.
+    pub arming_finds_a_completion: bool,
     /// Flushes are kept by the engine.
     pub parks_flushes: bool,
     /// The host fails with its next operation, or panics.
@@ -180,7 +182,7 @@ impl Engine for Scripted {
     }
 
     fn arm(&mut self) -> io::Result<bool> {
-        Ok(false)
+        Ok(self.script.borrow().arming_finds_a_completion)
     }
 
     fn disarm(&mut self, _signalled: bool) {}
