@@ -56,7 +56,7 @@ pub struct DiskOffer {
 /// One feature of the protocol.
 #[derive(Debug)]
 pub struct Feature {
-    /// Its name in the README's table.
+    /// Its name in the table of FEATURES.md.
     pub name: &'static str,
     /// What the backend writes for it before InitWait: node, and its value where there is one.
     pub offered: &'static [(&'static str, Value)],
@@ -208,15 +208,15 @@ mod test {
         assert_eq!(distinct.len(), nodes.len());
     }
 
-    /// The README shows users this table, with the same names and nodes in the same order.
+    /// FEATURES.md shows users this table, with the same names and nodes in the same order.
     #[test]
-    fn the_readme_lists_every_feature_with_its_nodes() {
-        let readme = include_str!("../../README.md");
-        let mut rows = readme.lines().filter_map(|line| line.strip_prefix("| "));
+    fn the_table_for_users_lists_every_feature_with_its_nodes() {
+        let table = include_str!("FEATURES.md");
+        let mut rows = table.lines().filter_map(|line| line.strip_prefix("| "));
         for feature in FEATURES {
             let row = rows
                 .find(|row| row.split(" | ").next() == Some(feature.name))
-                .unwrap_or_else(|| panic!("the README has no row \"{}\" here", feature.name));
+                .unwrap_or_else(|| panic!("it has no row \"{}\" here", feature.name));
             let offered = feature.offered.iter().map(|(node, _)| node);
             for node in offered.chain(feature.taken_up) {
                 assert!(row.contains(&format!("`{node}")), "{}: no `{node}` there", feature.name);
