@@ -170,7 +170,7 @@ pub const REQUESTS_PER_PASS: usize = 64;
 
 /// Responses that a pass keeps from the frontend until it shows them all at once. So a frontend that
 /// is awake works on the first while the worker works on the next, and the line of the ring that
-/// both write goes back and forth only once for so many.
+/// both write goes back and forth only once for that number.
 pub const RESPONSES_HELD_BACK: u32 = 4;
 
 /// One request line of the admin socket: enough for a path of 4096 bytes, escaped.
@@ -228,13 +228,13 @@ pub const GUEST_LOG_SECONDS: u64 = 30;
 /// takes three or four. What a guest writes meanwhile is seen by the next look.
 pub const FRONTEND_LOOKS_BURST: u32 = 64;
 
-/// And then so many a second.
+/// And then this number a second.
 pub const FRONTEND_LOOKS_PER_SECOND: u32 = 50;
 
 /// The same for all frontends of one guest: its 255 disks connect at once.
 pub const DOMAIN_LOOKS_BURST: u32 = 1024;
 
-/// And then so many a second, which takes a few per cent of a core.
+/// And then this number a second, which takes a few per cent of a core.
 pub const DOMAIN_LOOKS_PER_SECOND: u32 = 200;
 
 /// Bytes of a configuration file: there are ten keys.
@@ -365,14 +365,14 @@ const _: () = assert!(RING_PAGE_ORDER_DEFAULT <= RING_PAGE_ORDER_MAX);
 const _: () =
     assert!(URING_ENTRIES as usize * SEGMENTS_PER_REQUEST >= INDIRECT_SEGMENTS_MAX as usize);
 
-/// One in so many of the tags that a worker has of a block device goes to whichever of its rings ask first,
+/// The part of a block device's tags, as its divisor, that goes to whichever of a worker's rings ask first,
 pub const DEVICE_TAGS_COMMON_DIVISOR: usize = 2;
 
-/// ... so many are for each ring beside that,
+/// ... tags that are for each ring beside that,
 pub const DEVICE_TAGS_PER_QUEUE: usize = 2;
 
-/// ... and beyond so many, if each page of data had to be a request of its own, a thread of the kernel takes
-/// the place of the worker: the deadline scheduler has writes wait beyond three quarters of the tags
+/// ... and tags up to which the worker itself submits, if each page of data had to be a request of its own.
+/// Beyond that a thread of the kernel does: the deadline scheduler has writes wait beyond three quarters of the tags
 /// (`dd_limit_depth`, `block/mq-deadline.c`).
 pub const fn device_tags_of_worker(tags: usize) -> usize {
     tags * 3 / 4

@@ -89,7 +89,7 @@ counters! {
 #[derive(Debug)]
 pub struct LatencyLog {
     histogram: Histogram<u64>,
-    /// Not yet in the histogram: so many times this value.
+    /// Not yet in the histogram: a value, and how many times it occurred.
     latency_ns: u64,
     count: u64,
 }

@@ -219,6 +219,23 @@ fn nothing_is_printed_in_a_way_that_can_panic() {
     }
 }
 
+/// Phrases that a native reader stumbles over, in comments and messages.
+#[test]
+fn no_text_reads_as_if_it_were_translated() {
+    const PHRASES: &[&str] = &["of no use", "to be had", "in vain", "so much of", "of so many"];
+    for folder in ["src", "tests", "tools", "benches"] {
+        for path in rust_files(folder) {
+            let name = relative(&path);
+            let text = std::fs::read_to_string(&path).unwrap();
+            for (number, line) in (1..).zip(text.lines()) {
+                let phrase = PHRASES.iter().find(|phrase| line.contains(*phrase));
+                let is_list = name == "tests/tidy.rs";
+                assert!(is_list || phrase.is_none(), "{name}:{number}: {phrase:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn no_file_outgrows_its_purpose() {
     for path in rust_files("src").into_iter().chain(rust_files("tools")) {

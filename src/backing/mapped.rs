@@ -51,7 +51,7 @@ unsafe impl Send for MappedFile {}
 unsafe impl Sync for MappedFile {}
 
 impl MappedFile {
-    /// Maps a file of so many bytes, for writing too where it was opened for that.
+    /// Maps a file of this size, for writing too if it was opened for that.
     pub fn new(file: &File, file_bytes: u64, writable: bool) -> io::Result<MappedFile> {
         // One page more, which no folio of the file reaches into, shows whether we are told the
         // truth about pages (`tells_the_truth`).

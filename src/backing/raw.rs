@@ -596,7 +596,7 @@ mod test {
         RawImage::open(path, DiskOptions::default(), &access)
     }
 
-    /// A file of so many bytes, which is gone with its folder but stays open.
+    /// A file of this size, which is gone with its folder but stays open.
     fn image_of(len: u64, read_only: bool) -> RawImage {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = folder.path().join("disk.img");

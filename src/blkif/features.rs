@@ -76,7 +76,7 @@ pub const FEATURES: &[Feature] = &[
             number(disk.general.indirect_segments)
         })],
         taken_up: &[],
-        negotiation: "a frontend sends indirect requests of at most so many segments",
+        negotiation: "a frontend sends indirect requests of at most this number of segments",
     },
     Feature {
         name: "rings of several pages",

@@ -82,7 +82,7 @@ pub struct Demo {
     log: String,
 }
 
-/// One request in so many is a flush.
+/// One request in this number is a flush.
 const FLUSH_EVERY: u64 = 1000;
 
 impl Demo {

@@ -96,7 +96,7 @@ fn remarks(disk: &DiskReport) -> impl Iterator<Item = String> {
     failure.into_iter().chain(warnings).map(line)
 }
 
-/// However narrow a terminal is, so much of a target is shown.
+/// Columns of a target that are shown, however narrow the terminal is.
 const TARGET_COLUMNS_MIN: usize = 16;
 
 fn width(table: &str) -> usize {

@@ -99,7 +99,7 @@ pub fn workers(disk: &DiskReport) -> String {
     if workers.is_empty() { "-".to_owned() } else { workers.join(",") }
 }
 
-/// A text of at most so many columns: its middle makes room, since both ends of a path tell more.
+/// A text of at most this width: its middle makes room, since both ends of a path tell more.
 pub fn shorten(text: &str, columns: usize) -> String {
     const GAP: &str = "...";
     if console::measure_text_width(text) <= columns {
@@ -112,7 +112,7 @@ pub fn shorten(text: &str, columns: usize) -> String {
     format!("{head}{GAP}{tail}")
 }
 
-/// The first characters, as many as fill at most so many columns.
+/// The first characters, as many as fit into this width.
 fn take(chars: impl Iterator<Item = char>, columns: usize) -> String {
     let mut used = 0;
     chars
@@ -144,7 +144,7 @@ pub mod test {
     use super::*;
     use polldisk::metrics::Counts;
 
-    /// A disk with so many reads.
+    /// A disk with this number of reads.
     pub fn report(uptime_ms: u64, reads: u64, latency: &[(u64, u64)]) -> DiskReport {
         DiskReport {
             domid: 1,

@@ -17,7 +17,7 @@ pub struct ReadAhead<'a, S> {
 }
 
 impl<'a, S: Nodes> ReadAhead<'a, S> {
-    /// Reads these nodes below `area`; an error means that xenstored is not to be had.
+    /// Reads these nodes below `area`; an error means that xenstored does not answer.
     pub fn new(store: &'a S, area: &'a str, nodes: &[&str]) -> io::Result<ReadAhead<'a, S>> {
         let mut ahead = ReadAhead { store, area, read: FxHashMap::default() };
         ahead.read(nodes)?;

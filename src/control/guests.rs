@@ -88,7 +88,7 @@ impl LogBudget {
     }
 }
 
-/// How often something is done: a number at once, and then so many a second.
+/// How often something is done: a burst at once, and then a number of times a second.
 #[derive(Debug, Default)]
 pub struct Pace {
     /// When the steady rate will have caught up with what was done.

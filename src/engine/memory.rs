@@ -16,7 +16,7 @@ use super::{IoOp, bytes, guarded};
 use crate::backing::MappedFile;
 use crate::xen::shm::{GuestBuf, PAGE_LEN};
 
-/// Pages that go by system calls, after the kernel was asked in vain which pages are there, before it
+/// Pages that go by system calls, after the kernel did not say which pages are there, before it
 /// is asked again. It takes a microsecond to say that there are holes, five times as long as to read
 /// one: so guests that read holes lose little. In a file full of data it is asked at once, each time
 /// about 64 pages.
@@ -133,7 +133,7 @@ impl MemoryFiles {
         i32::try_from(len).ok()
     }
 
-    /// [`Way::place`] after the kernel was asked, unless that was in vain lately.
+    /// [`Way::place`] after the kernel was asked, unless that led to nothing lately.
     #[cold]
     fn ask(
         &mut self,

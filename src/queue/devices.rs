@@ -45,15 +45,15 @@ pub struct DeviceShare {
 }
 
 impl DeviceShare {
-    /// How many requests the kernel makes of one with so many segments, of which a flush or discard has
-    /// none, for a file in one piece.
+    /// How many requests the kernel makes of one with this number of segments, if the file is in one piece.
+    /// A flush or discard has no segments.
     fn requests(&self, segments: usize) -> usize {
         segments.div_ceil(self.pages).max(1)
     }
 }
 
 impl Devices {
-    /// None yet, on a host with so many workers.
+    /// None yet; `workers` is how many the host has.
     pub fn new(workers: usize) -> Devices {
         Devices { workers, devices: Slab::new() }
     }
@@ -110,7 +110,7 @@ impl Devices {
         if device.pages > device.most { By::Thread } else { By::Worker }
     }
 
-    /// A request with so many segments gets under way.
+    /// A request with this number of segments gets under way.
     #[inline(always)]
     pub fn take(&mut self, share: &mut Option<DeviceShare>, segments: usize) {
         if let Some(share) = share {
@@ -161,7 +161,7 @@ mod test {
         Some(devices.join_queue(&queue))
     }
 
-    /// Requests of so many segments that a ring can have under way.
+    /// Requests of `segments` segments that a ring can have under way.
     fn take_all(devices: &mut Devices, share: &mut Option<DeviceShare>, segments: usize) -> usize {
         let mut taken = 0;
         while devices.has_room(share) {

@@ -1,6 +1,6 @@
 //! One ring being served, from the request on the ring to the response on it.
 //!
-//! A pass of the worker takes each queue through the same steps: [`Queue::take`] copies and checks
+//! A pass of the worker takes each queue through the same steps ([`pass`]): [`Queue::take`] copies and checks
 //! requests, reads the pages of indirect ones ([`indirect`]), finds where their data is, mapping all
 //! missing pages in one batch and filling bounce memory by one grant copy ([`locate`]), and submits;
 //! [`Queue::complete`] takes the engine's results; [`Queue::finish_pass`] copies bounced reads to the
@@ -24,6 +24,7 @@ mod devices;
 pub mod grants;
 mod indirect;
 mod locate;
+mod pass;
 mod report;
 pub mod slots;
 mod transient;
@@ -32,17 +33,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::backing::Image;
-use crate::blkif::Status;
-use crate::blkif::codec::{Loaded, RawDirect, RawResponse};
-use crate::blkif::op;
-use crate::blkif::request::{DiskRules, IndirectHead, Kind, RequestFault};
-use crate::blkif::ring::{BackRing, RingFault};
+use crate::blkif::codec::RawDirect;
+use crate::blkif::request::{DiskRules, IndirectHead};
+use crate::blkif::ring::BackRing;
 use crate::budget::GrantShare;
-use crate::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
+use crate::engine::RegisterBuffers;
 use crate::limits::{
-    BOUNCE_PAGES_COMMON, DISCARD_BYTES_PER_EFFORT, MOVED_PAGE_EFFORT, OPERATION_WEIGHT,
-    REQUEST_EFFORT, REQUESTS_COMMON, REQUESTS_PER_PASS, REQUESTS_PER_QUEUE, RESPONSES_HELD_BACK,
-    SEGMENT_EFFORT, SEGMENTS_PER_REQUEST,
+    BOUNCE_PAGES_COMMON, REQUESTS_COMMON, REQUESTS_PER_QUEUE, SEGMENTS_PER_REQUEST,
 };
 use crate::metrics::{LatencyLog, QueueCounters};
 use crate::msg::{Connect, Mapping, Outbox, QueueKey};
@@ -57,10 +54,9 @@ use devices::DeviceShare;
 pub use devices::Devices;
 use grants::{Mapper, PersistentGrants};
 use indirect::Indirect;
-use locate::locate_mapped;
 use report::Reports;
 pub use slots::LargeTables;
-use slots::{Advance, Slots, Step};
+use slots::Slots;
 use transient::TransientGrants;
 
 /// What the queues of one worker share, lent to them for a pass.
@@ -89,7 +85,7 @@ pub struct Resources<G, E> {
 }
 
 impl<G, E> Resources<G, E> {
-    /// All of it unused, by one of so many workers.
+    /// All of it unused; `workers` is how many share the host's devices.
     pub fn new(grants: G, engine: E, outbox: Outbox, workers: usize) -> Resources<G, E> {
         Resources {
             grants,
@@ -182,7 +178,7 @@ pub struct Queue {
     notify: bool,
     /// Takes no more requests: asked to, or the frontend broke the ring.
     stopped: bool,
-    /// Takes so many requests more, and then none until its image is replaced.
+    /// Takes this number of requests more, and then none until its image is replaced.
     before_pause: Option<u32>,
     reports: Reports,
 }
@@ -381,7 +377,7 @@ impl Queue {
         self.effort = 0;
     }
 
-    /// Takes out what goes to storage with the next kick: [`OPERATION_WEIGHT`] for each operation, and 1 for
+    /// Takes out what goes to storage with the next kick: [`OPERATION_WEIGHT`](crate::limits::OPERATION_WEIGHT) for each operation, and 1 for
     /// each page of its data.
     pub fn take_started(&mut self) -> u32 {
         std::mem::take(&mut self.started)
@@ -443,441 +439,6 @@ impl Queue {
         self.counters.grants_mapped.set(persistent.count() as u64);
         persistent.count() > 0
     }
-
-    /// A turn: takes requests off the ring and gets them under way, after what is left of the turn
-    /// before, until its effort is spent. `true`: [`Queue::finish_pass`] has to follow, because something
-    /// was done, or what had waited is done.
-    #[inline]
-    pub fn take<G: Grants, E: Engine<Target = Image>>(
-        &mut self,
-        io: &mut Resources<G, E>,
-        turn: Turn,
-    ) -> Result<bool, RingFault> {
-        let Turn { effort, operation_effort } = turn;
-        (self.effort, self.operation_effort) = (effort, operation_effort);
-        if self.has_unfinished() {
-            self.go_on(io);
-        }
-        self.take_requests(io)?;
-        Ok(self.effort < effort || self.ring.unpublished() > 0 || !self.copied_out.is_empty())
-    }
-
-    #[inline]
-    fn take_requests<G: Grants, E: Engine<Target = Image>>(
-        &mut self,
-        io: &mut Resources<G, E>,
-    ) -> Result<(), RingFault> {
-        let freed = io.freed;
-        if let Some(since) = self.waits_since {
-            if since == freed {
-                return Ok(());
-            }
-            self.waits_since = None;
-            self.retry(io);
-        }
-        if self.has_waiting() {
-            self.waits_since = Some(freed);
-            return Ok(());
-        }
-        if self.barrier != Barrier::None {
-            self.try_barrier(io);
-            return Ok(());
-        }
-        if self.stopped || self.before_pause == Some(0) {
-            return Ok(());
-        }
-        let mut waiting = self.ring.requests().inspect_err(|_| self.stopped = true)?;
-        if let Some(left) = &mut self.before_pause {
-            // A frontend that took requests back is not waited for.
-            *left = waiting.min(*left);
-            waiting = *left;
-        }
-        if waiting == 0 {
-            return Ok(());
-        }
-        let room = REQUESTS_PER_PASS.min(io.requests.available(&self.requests));
-        let count = waiting.min(u32::try_from(room).unwrap_or(0));
-        let taken = self.take_some(io, count);
-        if let Some(left) = &mut self.before_pause {
-            *left -= taken;
-        }
-        // A barrier that was taken has all that it needs, and waits for those before it.
-        let is_full = self.barrier == Barrier::None && !io.devices.has_room(&self.device);
-        if room == 0 || self.has_waiting() || is_full {
-            self.waits_since = Some(freed);
-        }
-        Ok(())
-    }
-
-    /// Takes at most `count` requests, which there are; says how many.
-    #[inline]
-    fn take_some<G: Grants, E: Engine<Target = Image>>(
-        &mut self,
-        io: &mut Resources<G, E>,
-        count: u32,
-    ) -> u32 {
-        let mut taken = 0;
-        while taken < count && self.takes_more(io) {
-            self.ring.prefetch();
-            self.take_one(io);
-            taken += 1;
-            if self.ring.unpublished() >= RESPONSES_HELD_BACK {
-                self.notify |= self.ring.publish();
-            }
-        }
-        let had_room = io.requests.take(&mut self.requests, taken as usize);
-        assert!(had_room, "no more are taken than there is room for");
-        if !io.scratch.indirect.is_empty() {
-            self.read_indirect(io);
-        }
-        if !io.scratch.fresh.is_empty() {
-            self.start(io);
-        }
-        taken
-    }
-
-    /// Whether the turn goes on with the next request.
-    #[inline]
-    fn takes_more<G, E>(&self, io: &Resources<G, E>) -> bool {
-        self.barrier == Barrier::None
-            && self.parked.is_none()
-            && self.effort > 0
-            && io.devices.has_room(&self.device)
-    }
-
-    #[inline]
-    fn spend(&mut self, effort: u32) {
-        self.effort = self.effort.saturating_sub(effort);
-    }
-
-    #[inline]
-    fn spend_on_request(&mut self, count: usize) {
-        let segments = u32::try_from(count).unwrap_or(u32::MAX);
-        let to_look = REQUEST_EFFORT + segments.saturating_mul(SEGMENT_EFFORT);
-        let to_submit = self.operation_effort.saturating_mul(weight(count)) / OPERATION_WEIGHT;
-        self.spend(to_look.saturating_add(to_submit));
-    }
-
-    #[inline]
-    fn take_one<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
-        match self.ring.take_into(&mut io.scratch.direct) {
-            Loaded::Direct => self.take_direct(io),
-            Loaded::Indirect(raw) => match self.rules.check_indirect(&raw) {
-                Ok(head) => self.take_indirect(io, head),
-                Err(fault) => self.refuse(raw.id, raw.operation, fault),
-            },
-            Loaded::Discard(raw) => match self.rules.check_discard(&raw) {
-                Ok(request) => {
-                    let (index, slot) = self.slots.take();
-                    slot.begin(request, 0, None, io.now_ns);
-                    io.devices.take(&mut self.device, 0);
-                    let parts = request.len_bytes / DISCARD_BYTES_PER_EFFORT;
-                    self.spend_on_request(0);
-                    self.spend(u32::try_from(parts).unwrap_or(u32::MAX));
-                    io.scratch.fresh.push(index);
-                }
-                Err(fault) => self.refuse(raw.id, op::DISCARD, fault),
-            },
-        }
-    }
-
-    /// Begins a direct request; where all its pages are mapped, which is the rule, it gets under
-    /// way at once.
-    #[inline]
-    fn take_direct<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
-        let raw = &io.scratch.direct;
-        let (index, slot) = self.slots.take();
-        match self.rules.check_direct(raw, slot.inline_segments_mut()) {
-            Ok((request, count)) => {
-                slot.begin(request, count, None, io.now_ns);
-                let is_mapped = locate_mapped(self.mapped.kept(), slot, self.memory_alignment);
-                io.devices.take(&mut self.device, count);
-                self.spend_on_request(count);
-                if request.is_barrier() {
-                    self.barrier = Barrier::Waits(index);
-                } else if is_mapped {
-                    self.submit(io, index);
-                } else {
-                    io.scratch.fresh.push(index);
-                }
-            }
-            Err(fault) => {
-                let (id, operation) = (raw.id, raw.operation);
-                let none = self.slots.give_back(index);
-                assert!(none.is_none(), "a direct request has no table");
-                self.refuse(id, operation, fault);
-            }
-        }
-    }
-
-    /// Begins the barrier if nothing else is in flight any more.
-    #[cold]
-    fn try_barrier<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
-        if let Barrier::Waits(slot) = self.barrier
-            && self.barrier_may_begin()
-        {
-            self.barrier = Barrier::Began(slot);
-            io.scratch.fresh.push(slot);
-            self.start(io);
-        }
-    }
-
-    /// Answers a request that never gets a slot.
-    #[cold]
-    fn refuse(&mut self, id: u64, operation: u8, fault: RequestFault) {
-        self.spend(REQUEST_EFFORT);
-        self.counters.errors.add(1);
-        self.ring.answer(&RawResponse::new(id, operation, fault.status()));
-    }
-
-    /// Gets the fresh requests under way: finds their data, and submits them.
-    #[inline]
-    fn start<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
-        self.locate(io);
-        for at in 0..io.scratch.fresh.len() {
-            let slot = io.scratch.fresh[at];
-            self.submit(io, slot);
-        }
-        io.scratch.fresh.clear();
-        if !self.fetched.is_empty() {
-            self.fetch(io);
-        }
-    }
-
-    /// Whether requests that were taken wait for what others have.
-    #[inline]
-    fn has_waiting(&self) -> bool {
-        !self.refused.is_empty() || !self.stalled.is_empty() || self.parked.is_some()
-    }
-
-    /// Tries again what waits, in order, as far as there is room now.
-    #[cold]
-    fn retry<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
-        while let Some(slot) = self.refused.pop_front() {
-            let others = self.refused.len();
-            self.submit(io, slot);
-            if stays_first(&mut self.refused, others) {
-                break;
-            }
-        }
-        while let Some(slot) = self.stalled.front().copied() {
-            if !self.bounce(io, slot) {
-                break;
-            }
-            self.stalled.pop_front();
-            if !self.slots.get_mut(slot).is_to_be_fetched() {
-                self.submit(io, slot);
-            }
-        }
-        if !self.fetched.is_empty() {
-            self.fetch(io);
-        }
-        if let Some(head) = self.parked.take() {
-            self.take_indirect(io, head);
-            if !io.scratch.indirect.is_empty() {
-                self.read_indirect(io);
-                self.start(io);
-            }
-        }
-    }
-
-    /// Whether the turn before has left anything.
-    #[inline]
-    fn has_unfinished(&self) -> bool {
-        !self.interrupted.is_empty() || !self.fetched.is_empty() || !self.copied_out.is_empty()
-    }
-
-    /// Goes on with what the turn before has left, what is nearest to its end first.
-    #[cold]
-    fn go_on<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
-        if !self.copied_out.is_empty() {
-            self.copy_reads_out(io);
-        }
-        while let Some(slot) = self.interrupted.pop_front() {
-            let others = self.interrupted.len();
-            self.submit(io, slot);
-            if stays_first(&mut self.interrupted, others) {
-                break;
-            }
-        }
-        if !self.fetched.is_empty() {
-            self.fetch(io);
-        }
-    }
-
-    /// Hands a slot's next step to the engine, now or when it has room again.
-    fn submit<G: Grants, E: Engine<Target = Image>>(
-        &mut self,
-        io: &mut Resources<G, E>,
-        slot_index: u32,
-    ) {
-        loop {
-            if self.moves_data && self.effort == 0 {
-                return self.interrupted.push_back(slot_index);
-            }
-            let by = io.devices.submitter(&self.device);
-            match self.submit_step(&mut io.engine, slot_index, by) {
-                Submitted::Started => {
-                    self.started += weight(self.slots.get_mut(slot_index).segments().len());
-                    return;
-                }
-                Submitted::Parked => return,
-                Submitted::Done(Completion { result, .. }) => {
-                    if !self.finish_step(io, slot_index, result) {
-                        return;
-                    }
-                }
-                Submitted::Full(_) => {
-                    // Set here, because a step may also be submitted outside of a turn, by `complete`.
-                    self.waits_since.get_or_insert(io.freed);
-                    return self.refused.push_back(slot_index);
-                }
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn submit_step<E: Engine<Target = Image>>(
-        &mut self,
-        engine: &mut E,
-        slot_index: u32,
-        by: By,
-    ) -> Submitted {
-        let count = if self.moves_data { self.pages_to_move(slot_index) } else { usize::MAX };
-        let slot = self.slots.get_mut(slot_index);
-        let ticket = Ticket::new(self.index, slot_index);
-        let offset = slot.offset_bytes();
-        match slot.step() {
-            Step::Flush => engine.submit(&self.image, &IoOp::Flush, ticket, by),
-            Step::Discard { secure } => {
-                let len = slot.request.len_bytes;
-                engine.submit(&self.image, &IoOp::Discard { offset, len, secure }, ticket, by)
-            }
-            Step::Read => slot.with_buffers(count, |buffers| {
-                engine.submit(&self.image, &IoOp::Read { offset, buffers }, ticket, by)
-            }),
-            Step::Write => slot.with_buffers(count, |buffers| {
-                engine.submit(&self.image, &IoOp::Write { offset, buffers }, ticket, by)
-            }),
-        }
-    }
-
-    /// How many buffers of a slot the worker itself moves in one go: as many as the turn allows.
-    fn pages_to_move(&mut self, slot_index: u32) -> usize {
-        let count = (self.effort / MOVED_PAGE_EFFORT).max(1);
-        let segments = self.slots.get_mut(slot_index).segments().len();
-        let moved = count.min(u32::try_from(segments).unwrap_or(u32::MAX));
-        self.spend(moved * MOVED_PAGE_EFFORT);
-        count as usize
-    }
-
-    /// Takes the result of a step.
-    #[inline]
-    pub fn complete<G: Grants, E: Engine<Target = Image>>(
-        &mut self,
-        io: &mut Resources<G, E>,
-        slot_index: u32,
-        result: i32,
-    ) {
-        match self.slots.get_mut(slot_index).step() {
-            Step::Flush => self.flushed = true,
-            Step::Read | Step::Write if !self.is_threaded => {}
-            Step::Read | Step::Write | Step::Discard { .. } => {
-                self.threaded = self.threaded.saturating_add(1);
-            }
-        }
-        if self.finish_step(io, slot_index, result) {
-            self.submit(io, slot_index);
-        }
-    }
-
-    /// Takes note of a step's result; `true`: the next one is to be submitted.
-    #[inline(always)]
-    fn finish_step<G: Grants, E: Engine>(
-        &mut self,
-        io: &mut Resources<G, E>,
-        slot_index: u32,
-        result: i32,
-    ) -> bool {
-        let slot = self.slots.get_mut(slot_index);
-        let advance = slot.advance(result);
-        let needs_copy = slot.is_bounced() && slot.request.kind == Kind::Read;
-        match advance {
-            Advance::Done if needs_copy => self.copied_out.push_back(slot_index),
-            Advance::Done => self.answer(io, slot_index, Status::Okay),
-            Advance::Again => return true,
-            Advance::Failed(errno) => {
-                let status = self.storage_failed(io, slot_index, errno);
-                self.answer(io, slot_index, status);
-            }
-        }
-        false
-    }
-
-    /// Ends a pass: bounced reads go to the guest as far as the turn allows, all responses become
-    /// visible. `true`: notify.
-    #[inline]
-    pub fn finish_pass<G: Grants, E>(&mut self, io: &mut Resources<G, E>) -> bool {
-        if !self.copied_out.is_empty() {
-            self.copy_reads_out(io);
-        }
-        self.settle(io);
-        let notify = self.ring.publish() | std::mem::take(&mut self.notify);
-        if notify {
-            self.counters.notifications.add(1);
-        }
-        notify
-    }
-
-    /// Gives back the places of requests that were answered.
-    #[inline]
-    fn settle<G, E>(&mut self, io: &mut Resources<G, E>) {
-        let answered = self.requests.used() - self.ring.in_flight() as usize;
-        if answered > 0 {
-            io.requests.give_back(&mut self.requests, answered);
-            io.freed += 1;
-        }
-    }
-
-    #[inline(always)]
-    fn answer<G: Grants, E>(&mut self, io: &mut Resources<G, E>, slot_index: u32, status: Status) {
-        let slot = self.slots.get_mut(slot_index);
-        if slot.is_bounced() {
-            slot.give_back_bounced(&mut io.bounce, &mut self.bounce);
-        }
-        if let Mapped::PerRequest(transient) = &mut self.mapped {
-            transient.release(&mut io.grants, slot);
-            self.counters.grants_mapped.set(transient.count() as u64);
-        }
-        let (request, taken_ns) = (slot.request, slot.taken_ns);
-        if self.device.is_some() {
-            io.devices.give_back(&mut self.device, slot.segments().len());
-        }
-        if let Some(table) = self.slots.give_back(slot_index) {
-            io.tables.give_back(table, &mut self.tables);
-        }
-        if self.barrier == Barrier::Began(slot_index) {
-            self.barrier = Barrier::None;
-        }
-        self.ring.answer(&RawResponse::new(request.id, request.operation, status));
-        io.freed += 1;
-        self.latency.record(io.now_ns.saturating_sub(taken_ns));
-        self.count(io, &request, status);
-    }
-}
-
-/// What an operation with so many segments weighs where the time to submit is shared.
-fn weight(segments: usize) -> u32 {
-    OPERATION_WEIGHT.saturating_add(u32::try_from(segments).unwrap_or(u32::MAX))
-}
-
-/// If a slot that was taken off a list is at its end again, beside the `others`, it stays the first.
-fn stays_first(list: &mut VecDeque<u32>, others: usize) -> bool {
-    let is_back = list.len() > others;
-    if is_back {
-        list.rotate_right(1);
-    }
-    is_back
 }
 
 /// Pages that the data of the largest request can be in.

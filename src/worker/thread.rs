@@ -23,7 +23,7 @@ use crate::xen::{Platform, PlatformError};
 pub struct Setup<P> {
     /// Its number.
     pub id: WorkerId,
-    /// Of so many that serve disks of the same storage.
+    /// How many workers serve disks of the same storage.
     pub workers: usize,
     /// The hypervisor.
     pub platform: P,

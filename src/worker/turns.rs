@@ -42,7 +42,7 @@ pub struct OperationCost {
 }
 
 impl OperationCost {
-    /// Takes note of what a turn has taken whose operations weigh so much together. One beyond a turn's effort
+    /// Takes note of the time of a turn and the weight of its operations. A cost beyond a turn's effort
     /// counts as that: the turn ends with it in any case, and one that was held up does not count for long.
     pub fn learn(&mut self, weight: u64, time_ns: u64) {
         let time_ns = time_ns.saturating_mul(OPERATION_WEIGHT.into());

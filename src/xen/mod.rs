@@ -38,7 +38,7 @@ pub trait Platform: Clone + Send + Sync + 'static {
     fn open_grants(&self) -> Result<Self::Grants, PlatformError>;
 }
 
-/// Why a part of the platform can't be had, and what to do about it.
+/// Why a part of the platform is missing, and what to do about it.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}: {mend}")]
 pub struct PlatformError {

@@ -35,7 +35,7 @@ pub fn device(stand_in: &StandIn) -> Device {
     Device::new(Arc::new(domain), Options::default()).unwrap()
 }
 
-/// A worker that never spins, for the only ring of `device`, of whose pages it may map so many.
+/// A worker that never spins, for the only ring of `device`, of whose pages it may map `budget_pages`.
 pub fn worker<P: Platform, E: Engine<Target = Image>>(
     platform: P,
     engine: E,

@@ -70,7 +70,7 @@ fn the_queues_of_a_domain_map_no_more_than_its_budget_and_copy_the_rest() {
     }
 }
 
-/// A process may have only so many mappings, whatever is in them.
+/// A process may have a limited number of mappings, whatever is in them.
 const MAX_MAP_COUNT: usize = 400;
 
 /// The stand-in, in a process that may have no more mappings than that.

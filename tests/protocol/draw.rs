@@ -144,7 +144,7 @@ impl Combination {
     }
 }
 
-/// What a frontend chooses where so much is offered.
+/// What a frontend chooses of what is offered.
 pub fn draw_options(random: &mut Random, queues: usize, offered_segments: usize) -> Options {
     let segments = match offered_segments {
         ..=SEGMENTS_PER_REQUEST => SEGMENTS_PER_REQUEST,
@@ -176,7 +176,7 @@ pub struct Request {
     pub publish: bool,
     /// Of a discard: how many.
     pub discard_sectors: u64,
-    /// Of a write, where it is not 0: so many segments have pages of their own, and the others are
+    /// Of a write, if it is not 0: how many segments have pages of their own; the others are
     /// in the same pages again.
     pub repeats: usize,
     /// Of a read: it is asked for twice at a time, into the same pages.
@@ -208,7 +208,7 @@ pub enum Fault {
     SegmentPage,
     /// An indirect request where none was offered.
     Unoffered,
-    /// A discard of so many sectors, which can't be.
+    /// A discard of this number of sectors, which can't be done.
     Sectors(u64),
     /// A discard beyond recovery, which was not offered.
     Secure,

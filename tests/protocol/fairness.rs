@@ -127,7 +127,7 @@ fn large(operation: u8) -> Load {
     Load { shape, operation, depth: 32, pages: 256, thinks_ns: 0, slow: false }
 }
 
-/// Requests answered to each guest in so much of the worker's time.
+/// Requests answered to each guest while the worker's clock goes on by `lasts_ns`.
 fn play(loads: &[Load], lasts_ns: u64) -> Vec<usize> {
     play_with(loads, lasts_ns, |_| ())
 }

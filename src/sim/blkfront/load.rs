@@ -30,7 +30,7 @@ pub struct Load {
     pub depth: usize,
     /// Reads among 100 requests.
     pub read_percent: u64,
-    /// One request in so many is a flush; 0: none.
+    /// One request in this number is a flush; 0: none.
     pub flush_every: u64,
     /// 512-byte sectors of the disk that it may use.
     pub sectors: Range<u64>,

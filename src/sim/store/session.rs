@@ -310,7 +310,7 @@ pub(super) fn only_string(payload: &[u8]) -> Result<&[u8], Errno> {
     exactly(payload).map(|[string]| string)
 }
 
-/// The strings of a payload that holds just so many.
+/// The strings of a payload that must hold exactly `N`.
 pub(super) fn exactly<const N: usize>(payload: &[u8]) -> Result<[&[u8]; N], Errno> {
     if !payload.ends_with(&[0]) {
         return Err(libc::EINVAL);

@@ -18,7 +18,7 @@ use crate::scenario::{Load, Wait};
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Contender {
-    /// `polldisk serve` with so many workers.
+    /// `polldisk serve` with this number of workers.
     Polldisk {
         /// 1 where it is not said.
         workers: u32,
@@ -272,7 +272,7 @@ pub fn qemu_arguments(iothread: bool, files: Files, contents: &Contents) -> Vec<
     arguments
 }
 
-/// fio's command line, for so many seconds.
+/// fio's command line, for a run of `seconds`.
 pub fn fio_arguments(registered: bool, load: &Load, file: &str, seconds: f64) -> Vec<String> {
     let way = match (load.read, load.sequential) {
         (0, false) => "randwrite",

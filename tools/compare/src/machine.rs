@@ -86,7 +86,7 @@ impl Machine {
         Ok((sorted(&rest[..load as usize]), sorted(backend)))
     }
 
-    /// Whether a load and a backend with so many busy threads hinder each other within a core.
+    /// Whether a load and a backend with these numbers of busy threads hinder each other within a core.
     pub fn is_shared_by(&self, load: u32, backend: u32) -> bool {
         (load + backend) as usize > self.cores.len()
     }

@@ -31,7 +31,7 @@ const IDLE_S: f64 = 3.0;
 /// Seconds after which disks that have connected are idle.
 const IDLE_WARMUP_S: f64 = 2.0;
 
-/// A contender's slices of a round together last so many turns.
+/// How many turns a contender's slices of a round last together.
 const SLICED_TURNS: f64 = 4.0;
 
 /// Longer than any slices take.

@@ -67,14 +67,14 @@ const LATENCIES: [Metric; 4] = [Metric::MeanUs, Metric::P50Us, Metric::P99Us, Me
 pub struct Sample {
     /// What is known of it.
     pub figures: BTreeMap<Metric, f64>,
-    /// Its latencies: so many microseconds at most for so many percent of the requests. For plots
+    /// Its latencies: microseconds, and the percent of requests that took at most that. For plots
     /// only: they would be most of a report's JSON.
     #[serde(skip)]
     pub latency_cdf: Vec<(f64, f64)>,
 }
 
 impl Sample {
-    /// From what `blkload --json` wrote for so many disks.
+    /// From what `blkload --json` wrote for this number of disks.
     pub fn of_blkload(json: &Value, disks: u32) -> Result<Sample> {
         let number = |path: &str| json.pointer(path).and_then(Value::as_f64);
         let mut figures: BTreeMap<Metric, f64> = [

@@ -25,7 +25,7 @@ pub struct Scenario {
     /// Part of a quick run.
     #[serde(default = "yes")]
     pub quick: bool,
-    /// Goals are judged by [`crate::slices`] of so many milliseconds: for storage that changes its
+    /// Goals are judged by [`crate::slices`] of this length in milliseconds: for storage that changes its
     /// pace between turns.
     pub slice_ms: Option<NonZeroU32>,
     /// The load.

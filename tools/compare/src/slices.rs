@@ -26,7 +26,7 @@ const LEAD: Duration = Duration::from_millis(3);
 /// From one slice to the next.
 const GAP: Duration = Duration::from_millis(1);
 
-/// Requests flow when storage was used in so many looks on end; a program that starts uses it, too,
+/// Requests flow when storage was used in this number of looks on end; a program that starts uses it, too,
 /// but not for so long.
 const LOOKS: u32 = 20;
 

@@ -81,7 +81,7 @@ impl Interval {
     }
 }
 
-/// How many of the smallest and of the largest of so many figures may be left out of an interval
+/// How many of the smallest and of the largest of `count` figures may be left out of an interval
 /// that still holds the median with confidence: the true median has at most `cut` of the figures
 /// on one side of it as seldom as a coin falls so in as many tosses.
 fn cut(count: usize) -> usize {

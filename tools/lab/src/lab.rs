@@ -107,7 +107,7 @@ impl Lab {
         self.backend.start(&mut self.dom0, None)
     }
 
-    /// [`Lab::start_backend`] with so many queues to offer for each disk.
+    /// [`Lab::start_backend`] with a number of queues to offer for each disk.
     pub fn start_backend_with_queues(&mut self, queues: u32) -> Result<Option<Daemon>> {
         self.backend.start(&mut self.dom0, Some(queues))
     }

@@ -155,7 +155,7 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// An empty one for so many samples.
+    /// An empty one for this number of samples.
     pub fn new(samples: usize) -> Tally {
         Tally {
             samples: vec![Latencies::new(); samples],

@@ -175,7 +175,7 @@ fn commit() -> String {
     String::from_utf8_lossy(&output).lines().next().unwrap_or("unknown").to_owned()
 }
 
-/// Runs all scenarios, so many at a time; a failure of one does not stop the others.
+/// Runs all scenarios, at most `jobs` at a time; a failure of one does not stop the others.
 fn run_all(
     scenarios: &[Scenario],
     jobs: u8,

@@ -46,7 +46,7 @@ pub fn verify(
     parse_fio(&output).with_context(|| format!("fio: {output}"))
 }
 
-/// [`verify`] from so many processors at the same time, each in a region of its own: a driver with
+/// [`verify`] from several processors at the same time, each in a region of its own: a driver with
 /// a queue for each processor then uses all of them.
 pub fn verify_on_cpus(guest: &mut Agent, vdev: &str, cpus: u32) -> Result<Requests> {
     let output = guest.ask_within(&cpus_command(vdev, cpus), IO_LIMIT)?;

@@ -47,7 +47,7 @@ impl Storage {
         Ok(Storage { hung: None, folder: Some(folder), files: 0 })
     }
 
-    /// Makes so many hung block devices.
+    /// Makes this number of hung block devices.
     pub fn hang(&mut self, count: usize) -> anyhow::Result<()> {
         if count > 0 {
             self.hung = Some(Hung::freeze(self.folder()?, count)?);
