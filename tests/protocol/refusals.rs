@@ -130,3 +130,31 @@ fn a_request_of_which_only_some_is_mapped_is_unmapped_and_copied() {
         assert_eq!(bench.counters[guest].grants_mapped.get(), 0);
     }
 }
+
+/// Otherwise it would go on with whatever stands where the segments should.
+#[test]
+fn an_indirect_request_whose_segments_cannot_be_read_comes_to_no_storage() {
+    let (mut bench, script, storage) = refusing();
+    let guest = bench.guest(Shape::copied(4).indirect(12, 0));
+    storage.borrow_mut().hung.insert(guest);
+    script.copies_refused.store(true, Ordering::Relaxed);
+    bench.ask_indirect(guest, 3);
+    assert!(bench.settle());
+    assert_eq!(bench.statuses(guest), [ERROR; 3]);
+    assert!(storage.borrow().taken.is_empty());
+}
+
+#[test]
+fn what_storage_does_not_support_is_answered_so_unless_it_is_a_read_or_write() {
+    const NOT_SUPPORTED: i16 = -2;
+    let (mut bench, _, storage) = refusing();
+    let guest = bench.guest(Shape::copied(4));
+    storage.borrow_mut().errno = Some(libc::EOPNOTSUPP);
+    for (operation, pages, status) in
+        [(op::FLUSH_DISKCACHE, 0, NOT_SUPPORTED), (op::READ, 1, ERROR), (op::WRITE, 1, ERROR)]
+    {
+        bench.ask(guest, operation, 1, pages);
+        assert!(bench.settle());
+        assert_eq!(bench.statuses(guest), [status], "operation {operation}");
+    }
+}
