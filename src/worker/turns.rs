@@ -21,9 +21,11 @@ const LAG_MAX_NS: u64 = 4 * SLACK_NS;
 /// not. To a guest that comes less often, waiting for a few turns of others is little beside its own pauses.
 const EXPECTED_NS: u64 = 200_000;
 
-/// What an operation counts that a thread of the kernel does (a flush, a discard): about what it takes of a
-/// core to wake it, to switch to it and back, and to have it ring the device's doorbell (44 us for a flush of
-/// an ext4 file on virtio, Linux 6.18). The worker has no part in that, but often it happens on its core.
+/// What an operation counts that a thread of the kernel does (a flush, a discard). The worker has no part in
+/// that, but often it happens on its core: a thread is woken, switched to, and rings the device's doorbell.
+/// For a flush of an ext4 file on virtio that takes 14 us (Linux 6.18). It counts for more, because it takes
+/// the core away in the middle of a pass: with 20 us a flood of flushes left another guest 0.7 to 0.9 of
+/// its share (`perf/scenarios/hostile-neighbours.toml`), with 40 us all of it.
 pub const THREAD_NS: u64 = 40_000;
 
 /// How the time of a worker is shared.
