@@ -47,7 +47,7 @@ impl Pool {
         if count > self.available(share) {
             return false;
         }
-        self.set_used(share, share.used + count);
+        self.take_beyond(share, count);
         true
     }
 

@@ -51,44 +51,60 @@ pub fn is_read_only(number: u64) -> bool {
     sysfs_value::<u8>(number, "ro") == Some(1)
 }
 
-/// Discards bytes; `secure`: beyond recovery. May take long.
+/// What a device does by one request of a discard.
 ///
 /// The kernel begins all requests that it makes of one call together, and those of a large discard can
 /// take all tags that the device has. So each call asks for what is one request.
-pub fn discard(device: &File, offset: u64, len: u64, secure: bool) -> io::Result<()> {
-    let number = device.metadata()?.rdev();
-    let limit = |name| sysfs_value::<u64>(number, name).unwrap_or(0);
-    let [most, granularity] = ["queue/discard_max_bytes", "queue/discard_granularity"].map(limit);
-    for [offset, len] in pieces(offset, len, most, granularity) {
-        let request = if secure { BLKSECDISCARD } else { BLKDISCARD };
-        let range = [offset, len];
+#[derive(Clone, Copy, Debug)]
+pub struct DiscardPieces {
+    /// Bytes at most; 0: there is no limit.
+    most: u64,
+    /// Where pieces begin, if they can: at a multiple of this.
+    granularity: u64,
+}
+
+impl DiscardPieces {
+    /// Those of the device with this number.
+    pub fn of(number: u64) -> DiscardPieces {
+        let limit = |name| sysfs_value(number, name).unwrap_or(0);
+        DiscardPieces {
+            most: limit("queue/discard_max_bytes"),
+            granularity: limit("queue/discard_granularity").max(1),
+        }
+    }
+
+    /// A range, as offsets and lengths.
+    fn split(self, offset: u64, len: u64) -> impl Iterator<Item = [u64; 2]> {
+        let DiscardPieces { most, granularity } = self;
+        let (mut at, end) = (offset, offset + len);
+        std::iter::from_fn(move || {
+            let next = if most == 0 || end - at <= most {
+                end
+            } else {
+                let whole = (at + most) / granularity * granularity;
+                if whole > at { whole } else { at + most }
+            };
+            let piece = [at, next - at];
+            at = next;
+            (piece[1] > 0).then_some(piece)
+        })
+    }
+}
+
+/// Discards bytes; `secure`: beyond recovery. May take long.
+pub fn discard(
+    device: &File,
+    pieces: DiscardPieces,
+    offset: u64,
+    len: u64,
+    secure: bool,
+) -> io::Result<()> {
+    let request = if secure { BLKSECDISCARD } else { BLKDISCARD };
+    for range in pieces.split(offset, len) {
         // SAFETY: both ioctls read two u64, start and length.
         check(unsafe { libc::ioctl(device.as_raw_fd(), request, range.as_ptr()) })?;
     }
     Ok(())
-}
-
-/// A range in pieces of at most `most` bytes each, which begin where the device can give back; 0: there is
-/// no such limit.
-fn pieces(offset: u64, len: u64, most: u64, granularity: u64) -> impl Iterator<Item = [u64; 2]> {
-    let (mut at, end) = (offset, offset + len);
-    std::iter::from_fn(move || {
-        let left = end - at;
-        let whole = match granularity {
-            0 => at + most.min(left),
-            granularity => (at + most.min(left)) / granularity * granularity,
-        };
-        let next = if most == 0 || left <= most {
-            end
-        } else if whole > at {
-            whole
-        } else {
-            at + most
-        };
-        let piece = [at, next - at];
-        at = next;
-        (piece[1] > 0).then_some(piece)
-    })
 }
 
 /// What a device that is open for writing says of discards in its queue's limits.
@@ -226,11 +242,11 @@ mod test {
     #[test]
     fn a_discard_comes_in_pieces_that_the_device_does_at_once() {
         let all = |offset, len, most, granularity| -> Vec<[u64; 2]> {
-            pieces(offset, len, most, granularity).collect()
+            DiscardPieces { most, granularity }.split(offset, len).collect()
         };
         assert_eq!(all(512, 4096, 0, 512), [[512, 4096]]);
         assert_eq!(all(512, 4096, 4096, 512), [[512, 4096]]);
-        assert_eq!(all(0, 10, 4, 0), [[0, 4], [4, 4], [8, 2]]);
+        assert_eq!(all(0, 10, 4, 1), [[0, 4], [4, 4], [8, 2]]);
         assert_eq!(all(512, 8192, 4096, 4096), [[512, 3584], [4096, 4096], [8192, 512]]);
         assert_eq!(all(1, 20, 4, 100), [[1, 4], [5, 4], [9, 4], [13, 4], [17, 4]]);
         assert_eq!(all(5, 0, 4, 1), [[0; 2]; 0]);

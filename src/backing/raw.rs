@@ -11,6 +11,7 @@ use rustix::fs::{AtFlags, FallocateFlags, FsWord, OFlags, StatxFlags};
 
 use super::advice::{self, Advice};
 use super::claims::{Claim, Usage};
+use super::device::DiscardPieces;
 use super::sharing::{self, SharingError};
 use super::storage::Located;
 use super::{
@@ -49,6 +50,7 @@ const PAGE_BYTES: u32 = 4096;
 #[derive(Debug)]
 pub struct DeviceHandle {
     file: Arc<File>,
+    discard_pieces: DiscardPieces,
     claim: Claim,
 }
 
@@ -178,7 +180,7 @@ impl Drop for RawImage {
 impl DeviceHandle {
     /// Discards bytes of a block device; `secure`: beyond recovery. May take long.
     pub fn discard(&self, offset: u64, len: u64, secure: bool) -> io::Result<()> {
-        device::discard(&self.file, offset, len, secure)
+        device::discard(&self.file, self.discard_pieces, offset, len, secure)
     }
 }
 
@@ -213,6 +215,7 @@ impl Opening<'_> {
             _ => Some(self.tail(&located, geometry.size)?),
         };
         self.advise(&file, &geometry);
+        let discard_pieces = DiscardPieces::of(located.metadata.rdev());
         claim.opened();
         Ok(RawImage {
             mapping: is_mapped.then(|| map(&file, shape.size, self.path, read_only)).flatten(),
@@ -240,7 +243,7 @@ impl Opening<'_> {
             emulation,
             warnings: self.warnings,
             raw_fd: file.as_raw_fd(),
-            file: Arc::new(DeviceHandle { file, claim }),
+            file: Arc::new(DeviceHandle { file, discard_pieces, claim }),
         })
     }
 

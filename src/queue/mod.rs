@@ -137,8 +137,6 @@ pub struct Queue {
     memory_alignment: u16,
     /// The worker moves its data itself.
     moves_data: bool,
-    /// A thread of the kernel moves its data.
-    is_threaded: bool,
     slots: Slots,
     /// This queue's part of the worker's requests in flight and tables.
     requests: Share,
@@ -253,7 +251,6 @@ impl Queue {
             rules: connect.rules,
             memory_alignment: connect.image.memory_alignment(),
             moves_data: connect.image.is_moved_by_worker(),
-            is_threaded: connect.image.is_moved_by_thread(),
             image: connect.image,
             slots: Slots::new(size),
             requests: Share::default(),
@@ -350,7 +347,6 @@ impl Queue {
         io.devices.leave(std::mem::replace(&mut self.device, device));
         self.memory_alignment = image.memory_alignment();
         self.moves_data = image.is_moved_by_worker();
-        self.is_threaded = image.is_moved_by_thread();
         self.image = image;
         if largest_request(&rules) > self.bounce.pages() {
             self.bounce = BouncePool::new(largest_request(&rules));

@@ -362,7 +362,7 @@ impl Queue {
     ) {
         match self.slots.get_mut(slot_index).step() {
             Step::Flush => self.flushed = true,
-            Step::Read | Step::Write if !self.is_threaded => {}
+            Step::Read | Step::Write if !self.image.is_moved_by_thread() => {}
             Step::Read | Step::Write | Step::Discard { .. } => {
                 self.threaded = self.threaded.saturating_add(1);
             }

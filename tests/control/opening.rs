@@ -263,7 +263,7 @@ fn what_cannot_be_closed_at_the_end_is_waited_for_until_the_admin_asks_again() {
     let path = rig.folder().join("disk.img");
     File::create(&path).unwrap().set_len(1 << 20).unwrap();
     rig.attach(5, "xvda", &format!("raw:{}", path.display())).unwrap();
-    // As many as may be in one folder, so that nothing of it is closed.
+    // These opens take all the helpers that a folder may have, so the disk's close has to wait.
     let hung: Vec<_> = (1..=HELPERS_PER_FOLDER)
         .map(|number| {
             let (lease, target) = hung_file(&rig, &format!("hung-{number}.img"));

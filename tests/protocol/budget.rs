@@ -10,16 +10,17 @@ use polldisk::budget::{GrantBudget, HostBudget};
 use polldisk::engine::host::HostEngine;
 use polldisk::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
 use polldisk::msg::Mapping;
+use polldisk::sim::StandIn;
 use polldisk::sim::blkfront::device::Options;
-use polldisk::sim::{SimXen, StandIn};
+use polldisk::sim::grants::SimGrants;
 use polldisk::units::{Bytes, DomId, GrantRef};
 use polldisk::xen::shm::{GuestBuf, GuestPages, Registration};
-use polldisk::xen::{GrantCopy, Grants, PageAccess, Platform, PlatformError};
+use polldisk::xen::{GrantCopy, Grants, PageAccess};
 
 use crate::alone;
 use crate::draw::{Combination, Request, SECTORS};
 use crate::guest::{Disk, Guest, HANG};
-use crate::scripted::{Bench, Shape, null, storage};
+use crate::scripted::{Bench, InFront, Shape, WithGrants, null, storage};
 use crate::workers::Rig;
 
 /// Far below what four queues of large requests would map.
@@ -73,30 +74,20 @@ fn the_queues_of_a_domain_map_no_more_than_its_budget_and_copy_the_rest() {
 /// A process may have a limited number of mappings, whatever is in them.
 const MAX_MAP_COUNT: usize = 400;
 
-/// The stand-in, in a process that may have no more mappings than that.
+/// Grants in a process that may have no more mappings than that.
 #[derive(Clone)]
-struct FewMappings(SimXen);
+struct FewMappings;
 
 struct FewGrants {
-    grants: <SimXen as Platform>::Grants,
+    grants: SimGrants,
     mappings: usize,
 }
 
-impl Platform for FewMappings {
-    type Store = <SimXen as Platform>::Store;
-    type Events = <SimXen as Platform>::Events;
+impl InFront for FewMappings {
     type Grants = FewGrants;
 
-    fn open_store(&self) -> Result<Self::Store, PlatformError> {
-        self.0.open_store()
-    }
-
-    fn open_events(&self) -> Result<Self::Events, PlatformError> {
-        self.0.open_events()
-    }
-
-    fn open_grants(&self) -> Result<FewGrants, PlatformError> {
-        Ok(FewGrants { grants: self.0.open_grants()?, mappings: 0 })
+    fn put(&self, grants: SimGrants) -> FewGrants {
+        FewGrants { grants, mappings: 0 }
     }
 }
 
@@ -133,7 +124,7 @@ fn guests_that_map_page_by_page_leave_mappings_for_the_next_guests_ring() {
     const { assert!(GUESTS * READS > MAX_MAP_COUNT) };
     let stand_in = StandIn::start_temporary().unwrap();
     let (engine, script) = storage();
-    let mut bench = Bench::on(FewMappings(stand_in.platform()), engine, stand_in);
+    let mut bench = Bench::on(WithGrants(stand_in.platform(), FewMappings), engine, stand_in);
     let host = Arc::new(HostBudget::new(usize::MAX, MAX_MAP_COUNT - RINGS));
     for number in 0..GUESTS {
         let budget = Arc::new(GrantBudget::within(Arc::clone(&host), 16 * READS));

@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use polldisk::blkif::op;
-use polldisk::sim::{SimXen, StandIn};
+use polldisk::sim::StandIn;
+use polldisk::sim::grants::SimGrants;
 use polldisk::units::{DomId, GrantRef};
 use polldisk::xen::shm::GuestPages;
-use polldisk::xen::{GrantCopy, Grants, PageAccess, Platform, PlatformError};
+use polldisk::xen::{GrantCopy, Grants, PageAccess};
 
-use crate::scripted::{Bench, Script, Shape, storage};
+use crate::scripted::{Bench, InFront, Script, Shape, WithGrants, storage};
 
 /// A look at the clock, and what else a queue costs in a pass.
 const LOOK_NS: u64 = 50;
@@ -37,26 +38,15 @@ impl Clock {
 }
 
 /// The stand-in, with copies that take their time.
-#[derive(Clone)]
-struct Timed(SimXen, Clock);
+type Timed = WithGrants<Clock>;
 
-struct TimedGrants(<SimXen as Platform>::Grants, Clock);
+struct TimedGrants(SimGrants, Clock);
 
-impl Platform for Timed {
-    type Store = <SimXen as Platform>::Store;
-    type Events = <SimXen as Platform>::Events;
+impl InFront for Clock {
     type Grants = TimedGrants;
 
-    fn open_store(&self) -> Result<Self::Store, PlatformError> {
-        self.0.open_store()
-    }
-
-    fn open_events(&self) -> Result<Self::Events, PlatformError> {
-        self.0.open_events()
-    }
-
-    fn open_grants(&self) -> Result<TimedGrants, PlatformError> {
-        Ok(TimedGrants(self.0.open_grants()?, self.1.clone()))
+    fn put(&self, grants: SimGrants) -> TimedGrants {
+        TimedGrants(grants, self.clone())
     }
 }
 
@@ -89,7 +79,7 @@ fn timed() -> (Bench<Timed>, Clock, Rc<RefCell<Script>>) {
     let (stand_in, clock) = (StandIn::start_temporary().unwrap(), Clock::default());
     let (engine, script) = storage();
     script.borrow_mut().clock = Some(Arc::clone(&clock.0));
-    let platform = Timed(stand_in.platform(), clock.clone());
+    let platform = WithGrants(stand_in.platform(), clock.clone());
     (Bench::on(platform, engine, stand_in), clock, script)
 }
 

@@ -78,6 +78,41 @@ fn can_freeze() -> bool {
     ["fsfreeze", "umount"].into_iter().all(host::is_there)
 }
 
+/// A filesystem whose device can be made to hang: it is a file on another one, which can be frozen.
+struct OnHungDevice {
+    // In this order: unmounted, unmounted, removed.
+    filesystem: Filesystem,
+    below: Filesystem,
+    folder: tempfile::TempDir,
+}
+
+impl OnHungDevice {
+    /// `None` on a machine that can't have one.
+    fn new() -> Option<OnHungDevice> {
+        if !can_freeze() {
+            return None;
+        }
+        let folder = host::folder();
+        let below = Filesystem::new("ext4", folder.path(), 256 << 20, &[])?;
+        let filesystem = Filesystem::new("ext4", below.folder(), 64 << 20, &[])?;
+        Some(OnHungDevice { filesystem, below, folder })
+    }
+
+    fn folder(&self) -> &Path {
+        self.filesystem.folder()
+    }
+
+    /// A guest on other storage, which is to be served all the same.
+    fn victim(&self, bench: &mut Bench<SimXen, HostEngine>) -> usize {
+        bench.guest_on(Shape::mapped(32), opened(&zeroes(self.folder.path())))
+    }
+
+    /// Does this while the device hangs; `false`: the worker waited for the device.
+    fn hangs_during(&self, work: impl FnOnce()) -> bool {
+        within(HANG / 2, host::freeze(self.below.folder()), work)
+    }
+}
+
 #[test]
 fn discards_and_writes_on_a_frozen_filesystem_leave_anothers_flushes_answered() {
     const DISCARDS: usize = 64;
@@ -135,23 +170,17 @@ fn within(limit: Duration, frozen: Frozen, work: impl FnOnce()) -> bool {
 #[test]
 fn more_writes_than_a_device_takes_leave_another_guest_answered_if_it_hangs() {
     const WRITES: usize = 512;
-    if !can_freeze() {
-        return;
-    }
-    let folder = host::folder();
-    let Some(below) = Filesystem::new("ext4", folder.path(), 256 << 20, &[]) else { return };
-    // Its disk is a file on the other one.
-    let Some(hung) = Filesystem::new("ext4", below.folder(), 64 << 20, &[]) else { return };
+    let Some(hung) = OnHungDevice::new() else { return };
     let image = hung.folder().join("disk.img");
     full_file(&image, 8 << 20);
 
     let mut bench = Bench::over(HostEngine::new().unwrap());
     let deep = Shape::mapped(WRITES).indirect(12, 4);
     let greedy = [(); 2].map(|()| bench.guest_on(deep, opened_with(&image, shareable())));
-    let victim = bench.guest_on(Shape::mapped(32), opened(&zeroes(folder.path())));
+    let victim = hung.victim(&mut bench);
 
     let mut early = 0;
-    let in_time = within(HANG / 2, host::freeze(below.folder()), || {
+    let in_time = hung.hangs_during(|| {
         for guest in greedy {
             put_apart(&mut bench, guest, op::WRITE, WRITES);
         }
@@ -238,12 +267,7 @@ fn a_flood_of_flushes_is_a_few_for_the_device() {
 #[test]
 fn flushes_of_many_files_on_a_device_that_hangs_leave_another_guest_answered() {
     const FLUSHERS: usize = 48;
-    if !can_freeze() {
-        return;
-    }
-    let folder = host::folder();
-    let Some(below) = Filesystem::new("ext4", folder.path(), 256 << 20, &[]) else { return };
-    let Some(hung) = Filesystem::new("ext4", below.folder(), 64 << 20, &[]) else { return };
+    let Some(hung) = OnHungDevice::new() else { return };
     let mut bench = Bench::over(HostEngine::new().unwrap());
     let flushers: Vec<usize> = (0..FLUSHERS)
         .map(|number| {
@@ -256,9 +280,9 @@ fn flushes_of_many_files_on_a_device_that_hangs_leave_another_guest_answered() {
     full_file(&image, 8 << 20);
     let deep = Shape::mapped(128).indirect(12, 2);
     let greedy = [(); 2].map(|()| bench.guest_on(deep, opened_with(&image, shareable())));
-    let victim = bench.guest_on(Shape::mapped(32), opened(&zeroes(folder.path())));
+    let victim = hung.victim(&mut bench);
 
-    let in_time = within(HANG / 2, host::freeze(below.folder()), || {
+    let in_time = hung.hangs_during(|| {
         hang(&mut bench, greedy[0]);
         for guest in &flushers {
             bench.ask(*guest, op::FLUSH_DISKCACHE, 1, 0);
@@ -280,12 +304,7 @@ fn flushes_of_many_files_on_a_device_that_hangs_leave_another_guest_answered() {
 /// One request of the guest's is then as many for the device as it has pages.
 #[test]
 fn large_reads_of_a_file_in_pieces_leave_another_guest_answered_if_its_device_hangs() {
-    if !can_freeze() {
-        return;
-    }
-    let folder = host::folder();
-    let Some(below) = Filesystem::new("ext4", folder.path(), 256 << 20, &[]) else { return };
-    let Some(hung) = Filesystem::new("ext4", below.folder(), 64 << 20, &[]) else { return };
+    let Some(hung) = OnHungDevice::new() else { return };
     // A disk that fills the filesystem, and gives back every second block of it.
     let first = hung.folder().join("first.img");
     let mut file = File::create(&first).unwrap();
@@ -299,7 +318,7 @@ fn large_reads_of_a_file_in_pieces_leave_another_guest_answered_if_its_device_ha
     let mut bench = Bench::over(HostEngine::new().unwrap());
     let filler = bench.guest_on(Shape::mapped(64).indirect(12, 2), opened(&first));
     let greedy = bench.guest_on(Shape::mapped(16).indirect(256, 2), opened(&second));
-    let victim = bench.guest_on(Shape::mapped(32), opened(&zeroes(folder.path())));
+    let victim = hung.victim(&mut bench);
     let every_second: Vec<u64> = (0..pages).step_by(2).collect();
     for some in every_second.chunks(64) {
         let device = &mut bench.guests[filler];
@@ -318,7 +337,7 @@ fn large_reads_of_a_file_in_pieces_leave_another_guest_answered_if_its_device_ha
     bench.ask(greedy, op::FLUSH_DISKCACHE, 1, 0);
     wait(&mut bench, greedy, 1);
 
-    let in_time = within(HANG / 2, host::freeze(below.folder()), || {
+    let in_time = hung.hangs_during(|| {
         hang(&mut bench, filler);
         bench.ask(greedy, op::READ, 8, 256);
         is_served(&mut bench, victim);

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use polldisk::blkif::op;
 use polldisk::msg::{Command, Event, ReplaceImage};
@@ -98,7 +98,7 @@ struct Late(SimXen);
 
 struct LateEvents {
     events: <SimXen as Platform>::Events,
-    unbound: Mutex<Vec<Port>>,
+    unbound: Vec<Port>,
 }
 
 impl Platform for Late {
@@ -111,7 +111,7 @@ impl Platform for Late {
     }
 
     fn open_events(&self) -> Result<LateEvents, PlatformError> {
-        Ok(LateEvents { events: self.0.open_events()?, unbound: Mutex::default() })
+        Ok(LateEvents { events: self.0.open_events()?, unbound: Vec::new() })
     }
 
     fn open_grants(&self) -> Result<Self::Grants, PlatformError> {
@@ -131,7 +131,7 @@ impl Events for LateEvents {
     }
 
     fn unbind(&mut self, port: Port) -> io::Result<()> {
-        self.unbound.lock().unwrap().push(port);
+        self.unbound.push(port);
         self.events.unbind(port)
     }
 
@@ -140,7 +140,7 @@ impl Events for LateEvents {
     }
 
     fn pending(&mut self, ports: &mut [Port]) -> io::Result<usize> {
-        let late = std::mem::take(&mut *self.unbound.lock().unwrap());
+        let late = std::mem::take(&mut self.unbound);
         ports[..late.len()].copy_from_slice(&late);
         Ok(late.len() + self.events.pending(&mut ports[late.len()..])?)
     }

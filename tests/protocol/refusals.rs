@@ -9,12 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use polldisk::blkif::op;
 use polldisk::msg::Mapping;
-use polldisk::sim::{SimXen, StandIn};
+use polldisk::sim::StandIn;
+use polldisk::sim::grants::SimGrants;
 use polldisk::units::{DomId, GrantRef};
 use polldisk::xen::shm::GuestPages;
-use polldisk::xen::{GrantCopy, Grants, PageAccess, Platform, PlatformError};
+use polldisk::xen::{GrantCopy, Grants, PageAccess};
 
-use crate::scripted::{self, Bench, Scripted, Shape, storage};
+use crate::scripted::{self, Bench, InFront, Scripted, Shape, WithGrants, storage};
 
 const ERROR: i16 = -1;
 
@@ -28,26 +29,15 @@ struct Script {
 }
 
 /// The stand-in, by a script.
-#[derive(Clone)]
-struct Refusing(SimXen, Arc<Script>);
+type Refusing = WithGrants<Arc<Script>>;
 
-struct RefusingGrants(<SimXen as Platform>::Grants, Arc<Script>);
+struct RefusingGrants(SimGrants, Arc<Script>);
 
-impl Platform for Refusing {
-    type Store = <SimXen as Platform>::Store;
-    type Events = <SimXen as Platform>::Events;
+impl InFront for Arc<Script> {
     type Grants = RefusingGrants;
 
-    fn open_store(&self) -> Result<Self::Store, PlatformError> {
-        self.0.open_store()
-    }
-
-    fn open_events(&self) -> Result<Self::Events, PlatformError> {
-        self.0.open_events()
-    }
-
-    fn open_grants(&self) -> Result<RefusingGrants, PlatformError> {
-        Ok(RefusingGrants(self.0.open_grants()?, Arc::clone(&self.1)))
+    fn put(&self, grants: SimGrants) -> RefusingGrants {
+        RefusingGrants(grants, Arc::clone(self))
     }
 }
 
@@ -90,7 +80,7 @@ fn refusing() -> (Bench<Refusing, Scripted>, Arc<Script>, Rc<RefCell<scripted::S
         maps_left: AtomicUsize::new(usize::MAX),
         mappings: AtomicUsize::new(0),
     });
-    let platform = Refusing(stand_in.platform(), Arc::clone(&script));
+    let platform = WithGrants(stand_in.platform(), Arc::clone(&script));
     (Bench::on(platform, engine, stand_in), script, of_storage)
 }
 

@@ -22,11 +22,12 @@ use polldisk::msg::{
 };
 use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::device::{Device, Options};
+use polldisk::sim::grants::SimGrants;
 use polldisk::sim::{SimXen, StandIn};
 use polldisk::units::{Bytes, DomId, QueueId};
 use polldisk::worker::{Progress, Setup, Worker};
-use polldisk::xen::Platform;
 use polldisk::xen::shm::{GuestBuf, Registration};
+use polldisk::xen::{Grants, Platform, PlatformError};
 
 /// Passes until everything that can happen has happened.
 const PASSES_MAX: usize = 100_000;
@@ -384,5 +385,34 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
     pub fn statuses(&mut self, guest: usize) -> Vec<i16> {
         let device = &mut self.guests[guest];
         std::iter::from_fn(|| device.next_answer().unwrap()).map(|answer| answer.status).collect()
+    }
+}
+
+/// The stand-in, with grants of a test's own in front of its own.
+#[derive(Clone)]
+pub struct WithGrants<W>(pub SimXen, pub W);
+
+/// Makes those grants.
+pub trait InFront: Clone + Send + Sync + 'static {
+    type Grants: Grants;
+
+    fn put(&self, grants: SimGrants) -> Self::Grants;
+}
+
+impl<W: InFront> Platform for WithGrants<W> {
+    type Store = <SimXen as Platform>::Store;
+    type Events = <SimXen as Platform>::Events;
+    type Grants = W::Grants;
+
+    fn open_store(&self) -> Result<Self::Store, PlatformError> {
+        self.0.open_store()
+    }
+
+    fn open_events(&self) -> Result<Self::Events, PlatformError> {
+        self.0.open_events()
+    }
+
+    fn open_grants(&self) -> Result<W::Grants, PlatformError> {
+        Ok(self.1.put(self.0.open_grants()?))
     }
 }
