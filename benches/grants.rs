@@ -15,7 +15,7 @@ use polldisk::limits::{
     GRANTS_PER_MAP_BATCH, PERSISTENT_GRANTS_PER_DOMAIN, PERSISTENT_GRANTS_PER_QUEUE,
     SEGMENTS_PER_REQUEST,
 };
-use polldisk::queue::grants::{Mapper, PersistentGrants};
+use polldisk::queue::persistent::{Mapper, PersistentGrants};
 use polldisk::sim::grants::SimGrants;
 use polldisk::sim::{Domain, Gfn, StandIn};
 use polldisk::units::{DomId, GrantRef};

@@ -49,8 +49,8 @@
 //! # Words
 //!
 //! *Queue*: one ring of a disk. *Worker*: a pinned thread. *Backing*: what is stored. *Engine*: how
-//! I/O is done. *Platform*: who plays the hypervisor, real Xen or the stand-in of [`sim`]. *Link*:
-//! one connection of a disk to the data plane. All other words are Xen's own.
+//! I/O is done. *Platform*: who plays the hypervisor, real Xen or the stand-in of [`sim`]. *Connection*:
+//! the rings of a disk being served, from Connected to Closed. All other words are Xen's own.
 
 pub mod backing;
 pub mod blkif;

@@ -114,8 +114,8 @@ pub const XENSTORE_REQUESTS_PER_BATCH: usize = 32;
 /// Commands waiting for one worker. Control sends a few per disk and life-cycle step.
 pub const WORKER_COMMANDS: usize = 8192;
 
-/// Events waiting for control, from all workers: two per command and one fault per queue.
-pub const WORKER_EVENTS: usize = 4 * WORKER_COMMANDS;
+/// Reports waiting for control, from all workers: two per command and one fault per queue.
+pub const WORKER_REPORTS: usize = 4 * WORKER_COMMANDS;
 
 /// Worker threads. More than this on one host is a typing error.
 pub const WORKERS_MAX: usize = 256;
@@ -258,8 +258,8 @@ pub const LOG_RETRY_MS: u64 = 10;
 /// events without end does not keep control from everybody else.
 pub const WATCH_EVENTS_PER_PASS: usize = 1024;
 
-/// Events of workers taken before everything else is looked at again.
-pub const WORKER_EVENTS_PER_PASS: usize = 1024;
+/// Reports of workers taken before everything else is looked at again.
+pub const WORKER_REPORTS_PER_PASS: usize = 1024;
 
 /// Seconds that `detach` waits for the guest: libxl's own patience (LIBXL_DESTROY_TIMEOUT).
 pub const DETACH_SECONDS: u64 = 10;

@@ -1,5 +1,5 @@
 //! All that crosses between the control thread and the workers: plain data, no Xen descriptor and
-//! no guest mapping. A command carries numbers and an opened image; an event carries results.
+//! no guest mapping. A command carries numbers and an opened image; an report carries results.
 
 use std::collections::VecDeque;
 use std::io;
@@ -18,16 +18,16 @@ use crate::metrics::QueueCounters;
 use crate::park::Doorbell;
 use crate::units::{DomId, GrantRef, Port, QueueId};
 
-/// One connection of one disk: unique in the life of the daemon, so that an event about an earlier
+/// One connection of one disk: unique in the life of the daemon, so that an report about an earlier
 /// connection of the same disk is recognised as stale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct LinkId(pub u64);
+pub struct ConnectionId(pub u64);
 
 /// One queue of one connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct QueueKey {
     /// Whose connection.
-    pub link: LinkId,
+    pub connection: ConnectionId,
     /// Which ring of it.
     pub queue: QueueId,
 }
@@ -36,23 +36,23 @@ pub struct QueueKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WorkerId(pub usize);
 
-/// What control asks of a worker. Every command is answered by the event named.
+/// What control asks of a worker. Every command is answered by the report named.
 #[derive(Debug)]
 pub enum Command {
-    /// Map the ring, bind the event channel, serve: [`Event::Connected`] or
-    /// [`Event::ConnectFailed`].
+    /// Map the ring, bind the event channel, serve: [`Report::Connected`] or
+    /// [`Report::ConnectFailed`].
     Connect(Box<Connect>),
-    /// Finish what is in flight, then unmap and unbind everything: [`Event::Disconnected`]. Also
+    /// Finish what is in flight, then unmap and unbind everything: [`Report::Disconnected`]. Also
     /// for a queue that failed; for a key unknown to the worker it is answered at once.
     Disconnect(QueueKey),
     /// Serve another image once what is in flight on the old one is finished:
-    /// [`Event::ImageReplaced`]. For a key unknown to the worker it is answered at once.
+    /// [`Report::ImageReplaced`]. For a key unknown to the worker it is answered at once.
     ReplaceImage(Box<ReplaceImage>),
-    /// Hand over the latencies recorded since the last time: [`Event::Latency`].
+    /// Hand over the latencies recorded since the last time: [`Report::Latency`].
     TakeLatency(QueueKey),
-    /// Tell what is in flight: [`Event::InFlight`]. For a key unknown to the worker nothing is.
+    /// Tell what is in flight: [`Report::InFlight`]. For a key unknown to the worker nothing is.
     TellInFlight(QueueKey),
-    /// Disconnect every queue without events, and end the thread.
+    /// Disconnect every queue without reports, and end the thread.
     Stop,
 }
 
@@ -69,8 +69,8 @@ pub struct Connect {
     pub port: Port,
     /// The layout of its ring entries.
     pub protocol: Protocol,
-    /// How its data is got at.
-    pub mapping: Mapping,
+    /// How its data pages are reached.
+    pub grant_mode: GrantMode,
     /// The frontend's domain's, shared by all of its queues.
     pub budget: Arc<GrantBudget>,
     /// What its guest may do.
@@ -81,16 +81,16 @@ pub struct Connect {
     pub counters: Arc<QueueCounters>,
 }
 
-/// What of a guest's data pages a queue maps. What it doesn't, it copies.
+/// How a queue reaches its guest's data pages. Whatever is not mapped is copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mapping {
-    /// Both ends said `feature-persistent`: pages stay mapped.
-    Kept,
-    /// The frontend takes its pages back with every answer: those of a large request are mapped for
-    /// its time.
-    PerRequest,
-    /// Nothing.
-    Nothing,
+pub enum GrantMode {
+    /// Persistent grants, for both ends said `feature-persistent`: pages stay mapped.
+    Persistent,
+    /// Grant maps. The frontend takes its pages back with every answer, so those of a large request are
+    /// mapped for as long as the request takes.
+    Map,
+    /// Grant copies only.
+    Copy,
 }
 
 /// Another medium for a ring that is being served.
@@ -107,7 +107,7 @@ pub struct ReplaceImage {
 
 /// What a worker tells control.
 #[derive(Debug)]
-pub enum Event {
+pub enum Report {
     /// The queue is being served.
     Connected(QueueKey),
     /// The queue is not served and holds nothing; the reason names the grant or port.
@@ -194,8 +194,8 @@ pub struct CommandReceiver {
 
 /// The workers' end of the channel to control.
 #[derive(Clone, Debug)]
-pub struct EventSender {
-    events: Sender<Event>,
+pub struct ReportSender {
+    reports: Sender<Report>,
     bell: Doorbell,
 }
 
@@ -203,15 +203,15 @@ pub struct EventSender {
 /// again.
 #[derive(Debug)]
 pub struct Outbox {
-    sender: EventSender,
-    kept: VecDeque<Event>,
+    sender: ReportSender,
+    kept: VecDeque<Report>,
 }
 
 /// Control's end of the channel from all workers.
 #[derive(Debug)]
-pub struct EventReceiver {
+pub struct ReportReceiver {
     /// What was sent.
-    pub events: Receiver<Event>,
+    pub reports: Receiver<Report>,
     /// Readable when something was sent.
     pub bell: Doorbell,
 }
@@ -239,10 +239,10 @@ pub fn command_channel(worker: WorkerId) -> io::Result<(CommandSender, CommandRe
 }
 
 /// Makes the channel from all workers to control.
-pub fn event_channel() -> io::Result<(EventSender, EventReceiver)> {
-    let (sender, events) = bounded(limits::WORKER_EVENTS);
+pub fn report_channel() -> io::Result<(ReportSender, ReportReceiver)> {
+    let (sender, reports) = bounded(limits::WORKER_REPORTS);
     let bell = Doorbell::new()?;
-    Ok((EventSender { events: sender, bell: bell.clone() }, EventReceiver { events, bell }))
+    Ok((ReportSender { reports: sender, bell: bell.clone() }, ReportReceiver { reports, bell }))
 }
 
 impl CommandSender {
@@ -262,30 +262,30 @@ impl CommandSender {
     }
 }
 
-impl EventSender {
+impl ReportSender {
     /// Sends, or gives back what control has no room for now. If control has ended there is nobody
     /// left to tell.
-    fn try_send(&self, event: Event) -> Result<(), Event> {
-        match self.events.try_send(event) {
+    fn try_send(&self, report: Report) -> Result<(), Report> {
+        match self.reports.try_send(report) {
             Ok(()) => {
                 self.bell.ring();
                 Ok(())
             }
-            Err(TrySendError::Full(event)) => Err(event),
+            Err(TrySendError::Full(report)) => Err(report),
             Err(TrySendError::Disconnected(_)) => Ok(()),
         }
     }
 
-    /// Sends; waits for a while if control is thousands of events behind, as a thread may with its last
+    /// Sends; waits for a while if control is thousands of reports behind, as a thread may with its last
     /// words. If control has ended there is nobody left to tell.
-    pub fn send(&self, event: Event) {
-        self.wait_and_send(event);
+    pub fn send(&self, report: Report) {
+        self.wait_and_send(report);
     }
 
     /// The same; whether it was sent.
-    fn wait_and_send(&self, event: Event) -> bool {
+    fn wait_and_send(&self, report: Report) -> bool {
         let patience = Duration::from_secs(limits::FAREWELL_SECONDS);
-        let sent = self.events.send_timeout(event, patience).is_ok();
+        let sent = self.reports.send_timeout(report, patience).is_ok();
         if sent {
             self.bell.ring();
         }
@@ -295,22 +295,22 @@ impl EventSender {
 
 impl Outbox {
     /// Nothing kept yet.
-    pub fn new(sender: EventSender) -> Outbox {
+    pub fn new(sender: ReportSender) -> Outbox {
         Outbox { sender, kept: VecDeque::new() }
     }
 
     /// Tells control as soon as it has room, in order. What is kept is bounded: by answers to commands,
     /// and of what guests can cause by a few for each queue and second.
-    pub fn send(&mut self, event: Event) {
-        self.kept.push_back(event);
+    pub fn send(&mut self, report: Report) {
+        self.kept.push_back(report);
         self.offer();
     }
 
     /// Offers control again what it had no room for.
     pub fn offer(&mut self) {
-        while let Some(event) = self.kept.pop_front() {
-            if let Err(event) = self.sender.try_send(event) {
-                return self.kept.push_front(event);
+        while let Some(report) = self.kept.pop_front() {
+            if let Err(report) = self.sender.try_send(report) {
+                return self.kept.push_front(report);
             }
         }
     }
@@ -323,8 +323,8 @@ impl Outbox {
 
     /// Tells what is left, once nobody will offer it again; waits for a while if control is behind.
     pub fn close(&mut self) {
-        while let Some(event) = self.kept.pop_front() {
-            if !self.sender.wait_and_send(event) {
+        while let Some(report) = self.kept.pop_front() {
+            if !self.sender.wait_and_send(report) {
                 return;
             }
         }
@@ -337,23 +337,23 @@ mod test {
 
     #[test]
     fn an_outbox_never_waits_and_tells_everything_in_order() {
-        let (sender, receiver) = event_channel().unwrap();
+        let (sender, receiver) = report_channel().unwrap();
         let mut outbox = Outbox::new(sender);
-        let key = |link| QueueKey { link: LinkId(link), queue: QueueId(0) };
-        let count = limits::WORKER_EVENTS as u64 + 3;
-        (0..count).for_each(|link| outbox.send(Event::Connected(key(link))));
+        let key = |connection| QueueKey { connection: ConnectionId(connection), queue: QueueId(0) };
+        let count = limits::WORKER_REPORTS as u64 + 3;
+        (0..count).for_each(|connection| outbox.send(Report::Connected(key(connection))));
         assert!(!outbox.is_empty(), "control has no room for all");
         let mut told = 0;
         while told < count {
             outbox.offer();
-            for event in receiver.events.try_iter() {
-                assert!(matches!(event, Event::Connected(queue) if queue == key(told)));
+            for report in receiver.reports.try_iter() {
+                assert!(matches!(report, Report::Connected(queue) if queue == key(told)));
                 told += 1;
             }
         }
         assert!(outbox.is_empty());
         drop(receiver);
-        outbox.send(Event::Connected(key(0)));
+        outbox.send(Report::Connected(key(0)));
         assert!(outbox.is_empty(), "there is nobody left to tell");
     }
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use polldisk::control;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Attach, Request};
-use polldisk::msg::event_channel;
+use polldisk::msg::report_channel;
 use polldisk::park::Doorbell;
 use polldisk::sim::StandIn;
 use polldisk::sim::blkfront::device::Options;
@@ -92,15 +92,15 @@ fn thread(name: &str) -> i32 {
 fn allocations(target: &str, options: Options) -> u64 {
     let stand_in = StandIn::start_temporary().unwrap();
     let platform = stand_in.platform();
-    let (reports, events) = event_channel().unwrap();
+    let (reporter, reports) = report_channel().unwrap();
     let poll = Duration::from_micros(50);
-    let (senders, workers) = spawn_all(&platform, &[None], poll, &reports).unwrap();
+    let (senders, workers) = spawn_all(&platform, &[None], poll, &reporter).unwrap();
     let admin = stand_in.folder().join("admin.sock");
     let config = control::Config { admin_path: Some(admin.clone()), ..control::Config::default() };
     let stop = Doorbell::new().unwrap();
     let control = std::thread::spawn({
         let stop = stop.clone();
-        move || control::run(&platform, &config, senders, events, &stop)
+        move || control::run(&platform, &config, senders, reports, &stop)
     });
     until("the daemon answers", || request(&admin, &Request::List).is_ok());
 

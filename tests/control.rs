@@ -28,7 +28,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use polldisk::blkif::features::Offer;
 use polldisk::control::Config;
 use polldisk::control::admin::protocol::{Detach, Request};
-use polldisk::msg::{Event, Mapping, WorkerId};
+use polldisk::msg::{GrantMode, Report, WorkerId};
 use polldisk::xen::store::StoreClient;
 use polldisk::xen::{NodeAccess, Nodes};
 use rig::{Areas, BAD_GRANT, Guest, Rig, domid, owner, reads, until, xvd};
@@ -72,7 +72,7 @@ fn a_connected_disk_tells_its_size_in_512_byte_sectors() {
     assert_eq!(guest.read(&areas.backend, "sectors").as_deref(), Some("16777216"));
     assert_eq!(guest.read(&areas.backend, "info").as_deref(), Some("0"));
     assert_eq!(rig.served(5), 1);
-    assert_eq!(rig.plane().mapping, Some(Mapping::Kept));
+    assert_eq!(rig.plane().grant_mode, Some(GrantMode::Persistent));
 }
 
 #[test]
@@ -232,7 +232,7 @@ fn a_ring_fault_closes_that_disk_only() {
     let (_other, other) = connected(&rig, 6);
     let (guest, areas) = connected(&rig, 5);
     let key = rig.queue_of(5);
-    rig.worker_events.send(Event::RingFault(key, "req_prod ran away".into()));
+    rig.worker_reports.send(Report::RingFault(key, "req_prod ran away".into()));
     rig.wait_state(&areas.backend, 5);
     assert!(rig.read(&areas.error).unwrap().contains("req_prod ran away"));
     until("it is disconnected", || rig.served(5) == 0);
@@ -240,9 +240,9 @@ fn a_ring_fault_closes_that_disk_only() {
     guest.set_state(&areas, 1);
     guest.connect(&rig, &areas);
 
-    // What is said of the old link now is stale.
-    rig.worker_events.send(Event::RingFault(key, "again".into()));
-    rig.worker_events.send(Event::Disconnected(key));
+    // What is said of the old connection now is stale.
+    rig.worker_reports.send(Report::RingFault(key, "again".into()));
+    rig.worker_reports.send(Report::Disconnected(key));
     rig.list();
     assert_eq!(rig.state(&areas.backend), Some(4));
     assert_eq!(rig.state(&other.backend), Some(4));
@@ -670,7 +670,7 @@ fn a_worker_that_dies_takes_only_its_own_disks_down() {
     let rig = Rig::start();
     let (guest, areas) = connected(&rig, 5);
     let (_other, other) = connected(&rig, 6);
-    rig.worker_events.send(Event::Stopped(WorkerId(0), "it panicked".into()));
+    rig.worker_reports.send(Report::Stopped(WorkerId(0), "it panicked".into()));
     rig.wait_state(&areas.backend, 5);
     assert!(rig.read(&areas.error).unwrap().contains("worker 0"));
     guest.close(&rig, &areas);

@@ -10,8 +10,8 @@ use polldisk::engine::host::HostEngine;
 use polldisk::limits::PERSISTENT_GRANTS_PER_DOMAIN;
 use polldisk::metrics::QueueCounters;
 use polldisk::msg::{
-    Command, CommandSender, Connect, EventReceiver, LinkId, Mapping, QueueKey, WorkerId,
-    command_channel, event_channel,
+    Command, CommandSender, Connect, ConnectionId, GrantMode, QueueKey, ReportReceiver, WorkerId,
+    command_channel, report_channel,
 };
 use polldisk::sim::blkfront::device::{Device, Options};
 use polldisk::sim::{SimXen, StandIn};
@@ -23,7 +23,7 @@ pub struct Rig {
     worker: Worker<SimXen, HostEngine>,
     clock_ns: u64,
     _commands: CommandSender,
-    _events: EventReceiver,
+    _reports: ReportReceiver,
     _stand_in: StandIn,
 }
 
@@ -38,7 +38,7 @@ impl Rig {
         let backing = target.parse::<Spec>().unwrap().open(&Access::default()).unwrap();
         let image = backing.image().clone();
         let (commands, receiver) = command_channel(WorkerId(0)).unwrap();
-        let (reports, events) = event_channel().unwrap();
+        let (reporter, reports) = report_channel().unwrap();
         let setup = Setup {
             id: WorkerId(0),
             workers: 1,
@@ -46,15 +46,15 @@ impl Rig {
             core: None,
             poll: Duration::from_micros(50),
             commands: receiver,
-            reports,
+            reporter,
         };
         let connect = Connect {
-            key: QueueKey { link: LinkId(1), queue: QueueId(0) },
+            key: QueueKey { connection: ConnectionId(1), queue: QueueId(0) },
             frontend: domid,
             ring_refs: device.ring_refs().to_vec(),
             port: device.port(),
             protocol: options.protocol,
-            mapping: if options.persistent { Mapping::Kept } else { Mapping::Nothing },
+            grant_mode: if options.persistent { GrantMode::Persistent } else { GrantMode::Copy },
             budget: Arc::new(GrantBudget::new(PERSISTENT_GRANTS_PER_DOMAIN)),
             rules: DiskRules {
                 geometry: image.geometry(),
@@ -73,7 +73,7 @@ impl Rig {
             worker,
             clock_ns: 0,
             _commands: commands,
-            _events: events,
+            _reports: reports,
             _stand_in: stand_in,
         };
         rig.pass();

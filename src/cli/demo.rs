@@ -22,7 +22,7 @@ use polldisk::control;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Attach, DiskReport, Request};
 use polldisk::control::{ControlError, Ended};
-use polldisk::msg::event_channel;
+use polldisk::msg::report_channel;
 use polldisk::output;
 use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::load::{Load, Report};
@@ -285,8 +285,8 @@ struct Daemon {
 impl Daemon {
     fn start(stand_in: &StandIn, config: &Config) -> anyhow::Result<Daemon> {
         let platform: SimXen = stand_in.platform();
-        let (reports, events) = event_channel()?;
-        let (senders, workers) = spawn_all(&platform, &config.workers, config.poll, &reports)?;
+        let (reporter, reports) = report_channel()?;
+        let (senders, workers) = spawn_all(&platform, &config.workers, config.poll, &reporter)?;
         let admin = stand_in.folder().join("admin.sock");
         let control_config = control::Config {
             admin_path: Some(admin.clone()),
@@ -298,7 +298,7 @@ impl Daemon {
             let stop = stop.clone();
             std::thread::Builder::new()
                 .name("control".to_owned())
-                .spawn(move || control::run(&platform, &control_config, senders, events, &stop))?
+                .spawn(move || control::run(&platform, &control_config, senders, reports, &stop))?
         };
         let daemon = Daemon { admin, stop, control, workers };
         // The control thread binds its socket when it starts, or ends.

@@ -7,7 +7,7 @@ use clap::Args;
 use polldisk::blkif::features::Offer;
 use polldisk::config::{Config, ServeOptions};
 use polldisk::control::{self, Ended};
-use polldisk::msg::event_channel;
+use polldisk::msg::report_channel;
 use polldisk::park::Doorbell;
 use polldisk::text::ranges;
 use polldisk::worker::{WorkerThread, spawn_all};
@@ -47,8 +47,8 @@ impl Serve {
 }
 
 fn serve(xen: &LinuxXen, config: &Config) -> anyhow::Result<()> {
-    let (reports, events) = event_channel().context("cannot make the workers' channel")?;
-    let (workers, threads) = spawn_all(xen, &config.workers, config.poll, &reports)?;
+    let (reporter, reports) = report_channel().context("cannot make the workers' channel")?;
+    let (workers, threads) = spawn_all(xen, &config.workers, config.poll, &reporter)?;
     tell(config);
     let control_config = control::Config {
         backend_types: config.backend_types.clone(),
@@ -57,7 +57,7 @@ fn serve(xen: &LinuxXen, config: &Config) -> anyhow::Result<()> {
         signals: true,
     };
     let stop = Doorbell::new().context("cannot make an eventfd")?;
-    match control::run(xen, &control_config, workers, events, &stop)? {
+    match control::run(xen, &control_config, workers, reports, &stop)? {
         Ended::Drained => threads.into_iter().for_each(WorkerThread::join),
         // Threads that storage keeps end with the process, as far as the kernel lets them.
         Ended::GaveUp => bail!("storage did not answer all requests; the log names them"),

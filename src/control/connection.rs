@@ -13,13 +13,13 @@ use super::workers::Workers;
 use crate::backing::Image;
 use crate::blkif::request::DiskRules;
 use crate::metrics::{Counts, QueueCounters, new_latency_histogram};
-use crate::msg::{Command, Connect, LinkId, QueueKey, ReplaceImage, WorkerId};
+use crate::msg::{Command, Connect, ConnectionId, QueueKey, ReplaceImage, WorkerId};
 use crate::units::QueueId;
 
 /// The queues of one connection.
 #[derive(Debug)]
 pub struct Connection {
-    id: LinkId,
+    id: ConnectionId,
     published: Published,
     queues: Vec<Queue>,
     ending: bool,
@@ -49,7 +49,7 @@ enum QueueState {
 pub struct News {
     /// For the disk's machine.
     pub input: Input,
-    /// Why, for `LinkFailed` and `LinkFault`.
+    /// Why, for `ConnectionFailed` and `ConnectionFault`.
     pub reason: String,
 }
 
@@ -74,16 +74,16 @@ impl Connection {
         workers: &mut Workers,
         now: Instant,
     ) -> (Connection, Option<News>) {
-        let id = workers.begin_link(disk);
+        let id = workers.begin_connection(disk);
         let budget = workers.budget(disk.domid);
         let mut queues = Vec::with_capacity(published.rings.len());
         let mut news = None;
         for (number, ring) in (0..).zip(&published.rings) {
             let Some(worker) = workers.place() else {
-                news = News::because(Input::LinkFailed, "no worker is left".to_owned());
+                news = News::because(Input::ConnectionFailed, "no worker is left".to_owned());
                 break;
             };
-            let key = QueueKey { link: id, queue: QueueId(number) };
+            let key = QueueKey { connection: id, queue: QueueId(number) };
             let counters = Arc::new(QueueCounters::default());
             let connect = Connect {
                 key,
@@ -91,7 +91,7 @@ impl Connection {
                 ring_refs: ring.refs.clone(),
                 port: ring.port,
                 protocol: published.protocol,
-                mapping: published.mapping,
+                grant_mode: published.grant_mode,
                 budget: Arc::clone(&budget),
                 rules,
                 image: image.clone(),
@@ -107,7 +107,7 @@ impl Connection {
             };
             if let Err(gone) = workers.send(worker, Command::Connect(Box::new(connect))) {
                 queue.set_down(workers);
-                news = News::because(Input::LinkFailed, gone.to_string());
+                news = News::because(Input::ConnectionFailed, gone.to_string());
             }
             queues.push(queue);
         }
@@ -123,7 +123,7 @@ impl Connection {
     }
 
     /// Its name.
-    pub fn id(&self) -> LinkId {
+    pub fn id(&self) -> ConnectionId {
         self.id
     }
 
@@ -149,7 +149,7 @@ impl Connection {
     pub fn queue_connected(&mut self, key: QueueKey) -> Option<News> {
         self.queue(key)?.state = QueueState::Served;
         let served = self.queues.iter().all(|queue| queue.state == QueueState::Served);
-        if served && !self.ending { News::plain(Input::LinkUp) } else { None }
+        if served && !self.ending { News::plain(Input::ConnectionUp) } else { None }
     }
 
     /// Asks the workers to go over to another image; the news comes when the last has done so.
@@ -163,7 +163,7 @@ impl Connection {
             let replace = ReplaceImage { key: queue.key, rules, image: image.clone() };
             let command = Command::ReplaceImage(Box::new(replace));
             if let Err(gone) = workers.send(queue.worker, command) {
-                return News::because(Input::LinkFault, gone.to_string());
+                return News::because(Input::ConnectionFault, gone.to_string());
             }
             queue.replacing = true;
         }
@@ -184,13 +184,13 @@ impl Connection {
     /// A worker can't serve this queue. It is still to be disconnected with the others.
     pub fn queue_failed(&mut self, key: QueueKey, reason: String) -> Option<News> {
         self.queue(key)?;
-        if self.ending { None } else { News::because(Input::LinkFailed, reason) }
+        if self.ending { None } else { News::because(Input::ConnectionFailed, reason) }
     }
 
     /// The frontend broke the ring protocol on this queue.
     pub fn queue_broken(&mut self, key: QueueKey, reason: String) -> Option<News> {
         self.queue(key)?;
-        if self.ending { None } else { News::because(Input::LinkFault, reason) }
+        if self.ending { None } else { News::because(Input::ConnectionFault, reason) }
     }
 
     /// A worker holds nothing of this queue any more.
@@ -208,7 +208,7 @@ impl Connection {
         }
         match hit {
             true if !self.ending => {
-                News::because(Input::LinkFault, format!("worker {} has ended", worker.0))
+                News::because(Input::ConnectionFault, format!("worker {} has ended", worker.0))
             }
             true => self.ended(),
             false => None,
@@ -277,7 +277,7 @@ impl Connection {
 
     fn ended(&self) -> Option<News> {
         let down = self.queues.iter().all(|queue| queue.state == QueueState::Down);
-        if self.ending && down { News::plain(Input::LinkDown) } else { None }
+        if self.ending && down { News::plain(Input::ConnectionDown) } else { None }
     }
 }
 

@@ -14,7 +14,7 @@ use super::frontend;
 use super::guests::{Guests, Pace, guest_log};
 use super::helpers::{Helpers, OpenBacking, OpenId};
 use super::key::DiskKey;
-use super::machine::{Effect, Input, Link, Machine};
+use super::machine::{ConnectionState, Effect, Input, Machine};
 use super::workers::Workers;
 use crate::backing::{Backing, Geometry, Image};
 use crate::blkif::features::{DiskOffer, Offer};
@@ -222,7 +222,7 @@ impl Disk {
 
     /// Whether it ends as soon as its requests in flight are answered, without its guest.
     pub fn is_draining(&self) -> bool {
-        self.machine.link() == Link::Disconnecting || self.machine.is_gone()
+        self.machine.connection() == ConnectionState::Disconnecting || self.machine.is_gone()
     }
 
     /// When it was found.
@@ -272,7 +272,7 @@ impl Disk {
         &mut self,
         around: &mut Surroundings<'_, S>,
     ) -> io::Result<()> {
-        let is_served = self.machine.link() == Link::Up;
+        let is_served = self.machine.connection() == ConnectionState::Up;
         let published = self.connection.as_ref().filter(|_| is_served).map(Connection::published);
         let glance = frontend::glance(around.store, &self.frontend_area, published)?;
         let (state, rings) = (glance.state, glance.rings_may_be_new);
@@ -290,7 +290,7 @@ impl Disk {
     /// those that are served.
     fn has_other_rings<S: Store>(&self, around: &Surroundings<'_, S>) -> bool {
         let Some(connection) = &self.connection else { return false };
-        self.machine.link() == Link::Up
+        self.machine.connection() == ConnectionState::Up
             && frontend::read(around.store, &self.frontend_area, &self.offer(around))
                 .is_ok_and(|published| published != *connection.published())
     }
@@ -339,7 +339,7 @@ impl Disk {
         // What its rings still have in flight is answered to nobody.
         if let Some(mut connection) = self.connection.take() {
             connection.close(around.workers);
-            around.workers.end_link(connection.id());
+            around.workers.end_connection(connection.id());
         }
         if let Err(error) = self.forget(around) {
             tracing::error!(disk = %self.key, "xenstore refused: {error}");
@@ -470,7 +470,7 @@ impl Disk {
         let (published, image) = match (published, self.backing()) {
             (Ok(published), Some(backing)) => (published, backing.image().clone()),
             (Err(fault), _) => {
-                return Some(self.fail(Input::LinkFailed, Failure::of(&fault), around));
+                return Some(self.fail(Input::ConnectionFailed, Failure::of(&fault), around));
             }
             (Ok(_), None) => unreachable!("a disk is ready only with its storage open"),
         };
@@ -503,20 +503,20 @@ impl Disk {
 
     fn disconnect<S: Store>(&mut self, around: &mut Surroundings<'_, S>) -> Option<Input> {
         // Without a connection the frontend was refused before any worker heard of it.
-        let Some(connection) = &mut self.connection else { return Some(Input::LinkDown) };
+        let Some(connection) = &mut self.connection else { return Some(Input::ConnectionDown) };
         let news = connection.close(around.workers)?;
         Some(self.digest(news, around))
     }
 
     fn digest<S: Store>(&mut self, news: News, around: &mut Surroundings<'_, S>) -> Input {
         match news.input {
-            Input::LinkFailed | Input::LinkFault => {
+            Input::ConnectionFailed | Input::ConnectionFault => {
                 let failure = Failure { errno: libc::EINVAL, text: news.reason };
                 return self.fail(news.input, failure, around);
             }
-            Input::LinkDown => {
+            Input::ConnectionDown => {
                 if let Some(connection) = self.connection.take() {
-                    around.workers.end_link(connection.id());
+                    around.workers.end_connection(connection.id());
                 }
                 self.told_sector_bytes = None;
                 self.is_full = false;

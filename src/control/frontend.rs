@@ -8,7 +8,7 @@ use xenstore_rs::Xs;
 use super::ahead::ReadAhead;
 use crate::backing::DataPath;
 use crate::blkif::features::Offer;
-use crate::msg::{Mapping, Protocol};
+use crate::msg::{GrantMode, Protocol};
 use crate::text::excerpt;
 use crate::units::{GrantRef, Port};
 use crate::xen::Nodes;
@@ -19,8 +19,8 @@ use crate::xen::keys::{self, XenbusState};
 pub struct Published {
     /// The layout of its ring entries.
     pub protocol: Protocol,
-    /// What is mapped of its data pages.
-    pub mapping: Mapping,
+    /// How its data pages are reached.
+    pub grant_mode: GrantMode,
     /// Its rings, at least one.
     pub rings: Vec<Ring>,
     /// Where the grant of its first ring's first page was, and the event channel of that ring.
@@ -140,12 +140,12 @@ pub fn read(store: &impl Nodes, area: &str, offer: &Offer) -> Result<Published, 
     // A guest that says neither has its data copied: that is right for any.
     let keeps_grants =
         nodes.text(keys::FEATURE_PERSISTENT)?.and_then(|text| keys::flag(&text)) == Some(true);
-    let mapping = match offer.data_path {
-        DataPath::Auto | DataPath::Map if keeps_grants => Mapping::Kept,
-        DataPath::Map => Mapping::PerRequest,
-        DataPath::Auto | DataPath::Copy => Mapping::Nothing,
+    let grant_mode = match offer.data_path {
+        DataPath::Auto | DataPath::Map if keeps_grants => GrantMode::Persistent,
+        DataPath::Map => GrantMode::Map,
+        DataPath::Auto | DataPath::Copy => GrantMode::Copy,
     };
-    Ok(Published { protocol: nodes.protocol()?, mapping, rings, first_nodes })
+    Ok(Published { protocol: nodes.protocol()?, grant_mode, rings, first_nodes })
 }
 
 /// A frontend's area, whose every word may be wrong.

@@ -9,9 +9,9 @@
 //! - a failure writes the xenbus `error` node and moves to Closing, as Linux's `xenbus_dev_fatal`
 //!   does; the disk then stays down until the frontend starts over;
 //! - the data plane and storage answer later, so the frontend and the toolstack may move on while a
-//!   link is being made or ended, or storage opened. The answer acts on what they want by then;
+//!   connection is being made or ended, or storage opened. The answer acts on what they want by then;
 //! - several changes may have been seen as one. A frontend found in Initialising under a running
-//!   link, or with another ring than the link uses, has started over: the link is ended first;
+//!   connection, or with another ring than the connection uses, has started over: the connection is ended first;
 //! - a toolstack that writes Initialising again gets the disk opened afresh;
 //! - a drive may be empty, and its medium may change while it is connected.
 
@@ -32,7 +32,7 @@ pub enum Input {
     Online(bool),
     /// The frontend's `state` now holds this; `Unknown` where it or the whole area is gone.
     Frontend(XenbusState),
-    /// The frontend, Initialised or Connected, has published another ring than the link uses.
+    /// The frontend, Initialised or Connected, has published another ring than the connection uses.
     RingReplaced,
     /// Storage is open.
     Opened,
@@ -43,14 +43,14 @@ pub enum Input {
     /// Storage is open and no hotplug script has to finish any more.
     Ready,
     /// The data plane serves every queue.
-    LinkUp,
+    ConnectionUp,
     /// A queue can't be served, or the frontend published nonsense.
-    LinkFailed,
+    ConnectionFailed,
     /// The frontend broke the ring protocol, or a worker died.
-    LinkFault,
-    /// The data plane holds nothing of the link any more.
-    LinkDown,
-    /// The drive has another medium, or none; every queue of the link serves that.
+    ConnectionFault,
+    /// The data plane holds nothing of the connection any more.
+    ConnectionDown,
+    /// The drive has another medium, or none; every queue of the connection serves that.
     MediumChanged,
     /// The medium that the toolstack named can't be used; the drive is empty.
     MediumFailed,
@@ -75,9 +75,9 @@ pub enum Effect {
     /// Write the backend's `state`, and what the frontend reads in it: InitWait with all of
     /// [`Effect::PublishFeatures`], Connected with all of [`Effect::PublishDisk`].
     SetState(XenbusState),
-    /// Read what the frontend published and have it served; answer with `LinkUp` or `LinkFailed`.
+    /// Read what the frontend published and have it served; answer with `ConnectionUp` or `ConnectionFailed`.
     Connect,
-    /// Have the link ended; answer with `LinkDown`.
+    /// Have the connection ended; answer with `ConnectionDown`.
     Disconnect,
     /// Write the xenbus `error` node: why the disk failed.
     WriteError,
@@ -87,9 +87,9 @@ pub enum Effect {
     Forget,
 }
 
-/// The link to the data plane.
+/// The connection to the data plane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Link {
+pub enum ConnectionState {
     /// Nothing is connected.
     Down,
     /// Asked for and not answered.
@@ -106,7 +106,7 @@ pub struct Machine {
     backend: XenbusState,
     frontend: XenbusState,
     online: bool,
-    link: Link,
+    connection: ConnectionState,
     opening: bool,
     ready: bool,
     failed: bool,
@@ -137,11 +137,11 @@ enum On {
 enum When {
     Backend(&'static [XenbusState]),
     Frontend(&'static [XenbusState]),
-    Link(&'static [Link]),
+    Connection(&'static [ConnectionState]),
     Online(bool),
     /// Storage is open and the hotplug script is done.
     Ready,
-    /// The last link failed and the frontend has not started over since.
+    /// The last connection failed and the frontend has not started over since.
     Failed,
     Gone,
     /// The guest exists no more.
@@ -158,8 +158,8 @@ const READY: &[XenbusState] = &[Initialised, Connected];
 const LEFT: &[XenbusState] = &[Unknown, Closed];
 /// Backend states in which a disk that is not online has nobody to wait for.
 const IDLE: &[XenbusState] = &[Unknown, Initialising, InitWait, Closed];
-/// A link that has to be ended.
-const ALIVE: &[Link] = &[Link::Connecting, Link::Up];
+/// A connection that has to be ended.
+const ALIVE: &[ConnectionState] = &[ConnectionState::Connecting, ConnectionState::Up];
 
 use Effect::{
     Connect, Disconnect, Forget, Open, PublishDisk, PublishFeatures, SetState, WriteError,
@@ -173,17 +173,21 @@ const fn row(on: On, when: &'static [When], then: &'static [Effect]) -> Row {
 /// The whole behaviour. Rows are tried from the top; the first that matches is the only one.
 pub static TABLE: &[Row] = &[
     // The daemon ends: rings are drained, the states of the toolstack's disks stay.
-    row(On::Just(Input::Stop), &[When::Link(ALIVE)], &[Disconnect]),
-    row(On::Just(Input::Stop), &[When::Link(&[Link::Down])], &[Forget]),
-    row(On::Just(Input::LinkDown), &[When::Stopping], &[Forget]),
+    row(On::Just(Input::Stop), &[When::Connection(ALIVE)], &[Disconnect]),
+    row(On::Just(Input::Stop), &[When::Connection(&[ConnectionState::Down])], &[Forget]),
+    row(On::Just(Input::ConnectionDown), &[When::Stopping], &[Forget]),
     // The backend area is gone: nothing may be written there any more.
-    row(On::Just(Input::Gone), &[When::Link(ALIVE)], &[Disconnect]),
-    row(On::Just(Input::Gone), &[When::Link(&[Link::Down])], &[Forget]),
-    row(On::Just(Input::LinkDown), &[When::Gone], &[Forget]),
+    row(On::Just(Input::Gone), &[When::Connection(ALIVE)], &[Disconnect]),
+    row(On::Just(Input::Gone), &[When::Connection(&[ConnectionState::Down])], &[Forget]),
+    row(On::Just(Input::ConnectionDown), &[When::Gone], &[Forget]),
     // The guest is gone, and its toolstack may never clean up.
-    row(On::Just(Input::DomainGone), &[When::Link(ALIVE)], &[Disconnect]),
-    row(On::Just(Input::DomainGone), &[When::Link(&[Link::Down])], &[SetState(Closed), Forget]),
-    row(On::Just(Input::LinkDown), &[When::Deserted], &[SetState(Closed), Forget]),
+    row(On::Just(Input::DomainGone), &[When::Connection(ALIVE)], &[Disconnect]),
+    row(
+        On::Just(Input::DomainGone),
+        &[When::Connection(&[ConnectionState::Down])],
+        &[SetState(Closed), Forget],
+    ),
+    row(On::Just(Input::ConnectionDown), &[When::Deserted], &[SetState(Closed), Forget]),
     // Opening: everything that the frontend reads is there before InitWait.
     row(On::Just(Input::Opened), &[When::Backend(&[Initialising])], &[SetState(InitWait)]),
     row(
@@ -206,53 +210,65 @@ pub static TABLE: &[Row] = &[
         &[
             When::Backend(&[InitWait]),
             When::Frontend(READY),
-            When::Link(&[Link::Down]),
+            When::Connection(&[ConnectionState::Down]),
             When::Online(true),
         ],
         &[Connect],
     ),
     // The toolstack (or an admin) wrote the backend's state.
-    row(On::Backend(&[Initialising]), &[When::Link(ALIVE)], &[Disconnect]),
-    row(On::Backend(&[Initialising]), &[When::Link(&[Link::Down]), When::Online(true)], &[Open]),
-    row(On::Backend(&[Closing]), &[When::Frontend(DEAD), When::Link(ALIVE)], &[Disconnect]),
+    row(On::Backend(&[Initialising]), &[When::Connection(ALIVE)], &[Disconnect]),
+    row(
+        On::Backend(&[Initialising]),
+        &[When::Connection(&[ConnectionState::Down]), When::Online(true)],
+        &[Open],
+    ),
+    row(On::Backend(&[Closing]), &[When::Frontend(DEAD), When::Connection(ALIVE)], &[Disconnect]),
     row(
         On::Backend(&[Closing]),
-        &[When::Frontend(DEAD), When::Link(&[Link::Down]), When::Online(true)],
+        &[When::Frontend(DEAD), When::Connection(&[ConnectionState::Down]), When::Online(true)],
         &[SetState(Closed)],
     ),
     row(
         On::Backend(&[Closing]),
-        &[When::Frontend(DEAD), When::Link(&[Link::Down])],
+        &[When::Frontend(DEAD), When::Connection(&[ConnectionState::Down])],
         &[SetState(Closed), Forget],
     ),
-    row(On::Backend(IDLE), &[When::Online(false), When::Link(ALIVE)], &[Disconnect]),
+    row(On::Backend(IDLE), &[When::Online(false), When::Connection(ALIVE)], &[Disconnect]),
     row(
         On::Backend(IDLE),
-        &[When::Online(false), When::Link(&[Link::Down])],
+        &[When::Online(false), When::Connection(&[ConnectionState::Down])],
         &[SetState(Closed), Forget],
     ),
     row(On::Backend(ANY), &[], &[]),
     // Destruction.
-    row(On::Online(false), &[When::Backend(IDLE), When::Link(ALIVE)], &[Disconnect]),
+    row(On::Online(false), &[When::Backend(IDLE), When::Connection(ALIVE)], &[Disconnect]),
     row(
         On::Online(false),
-        &[When::Backend(IDLE), When::Link(&[Link::Down])],
+        &[When::Backend(IDLE), When::Connection(&[ConnectionState::Down])],
         &[SetState(Closed), Forget],
     ),
     row(
         On::Online(false),
-        &[When::Backend(&[Closing]), When::Frontend(DEAD), When::Link(&[Link::Down])],
+        &[
+            When::Backend(&[Closing]),
+            When::Frontend(DEAD),
+            When::Connection(&[ConnectionState::Down]),
+        ],
         &[SetState(Closed), Forget],
     ),
-    row(On::Online(true), &[When::Backend(&[Initialising]), When::Link(&[Link::Down])], &[Open]),
+    row(
+        On::Online(true),
+        &[When::Backend(&[Initialising]), When::Connection(&[ConnectionState::Down])],
+        &[Open],
+    ),
     // The frontend moved; what it did before the disk is open is only remembered.
     row(On::Frontend(ANY), &[When::Backend(&[Initialising])], &[]),
-    row(On::Frontend(&[Initialising]), &[When::Link(ALIVE)], &[Disconnect]),
+    row(On::Frontend(&[Initialising]), &[When::Connection(ALIVE)], &[Disconnect]),
     row(
         On::Frontend(&[Initialising]),
         &[
             When::Backend(&[Closing, Closed]),
-            When::Link(&[Link::Down]),
+            When::Connection(&[ConnectionState::Down]),
             When::Online(true),
             When::Ready,
         ],
@@ -260,89 +276,109 @@ pub static TABLE: &[Row] = &[
     ),
     row(
         On::Frontend(&[Initialising]),
-        &[When::Backend(&[Closing]), When::Link(&[Link::Down]), When::Online(true)],
+        &[
+            When::Backend(&[Closing]),
+            When::Connection(&[ConnectionState::Down]),
+            When::Online(true),
+        ],
         &[SetState(Closed)],
     ),
     row(
         On::Frontend(&[Initialising]),
-        &[When::Backend(&[Closing]), When::Link(&[Link::Down])],
+        &[When::Backend(&[Closing]), When::Connection(&[ConnectionState::Down])],
         &[SetState(Closed), Forget],
     ),
     row(On::Frontend(READY), &[When::Failed], &[]),
     row(
         On::Frontend(READY),
-        &[When::Backend(&[Closing]), When::Link(&[Link::Up]), When::Online(true)],
+        &[When::Backend(&[Closing]), When::Connection(&[ConnectionState::Up]), When::Online(true)],
         &[SetState(Connected)],
     ),
     row(
         On::Frontend(READY),
         &[
             When::Backend(&[InitWait, Closed]),
-            When::Link(&[Link::Down]),
+            When::Connection(&[ConnectionState::Down]),
             When::Online(true),
             When::Ready,
         ],
         &[Connect],
     ),
     row(On::Frontend(&[Closing]), &[], &[SetState(Closing)]),
-    row(On::Frontend(LEFT), &[When::Link(ALIVE)], &[Disconnect]),
-    row(On::Frontend(LEFT), &[When::Link(&[Link::Down]), When::Online(true)], &[SetState(Closed)]),
-    row(On::Frontend(LEFT), &[When::Link(&[Link::Down])], &[SetState(Closed), Forget]),
+    row(On::Frontend(LEFT), &[When::Connection(ALIVE)], &[Disconnect]),
+    row(
+        On::Frontend(LEFT),
+        &[When::Connection(&[ConnectionState::Down]), When::Online(true)],
+        &[SetState(Closed)],
+    ),
+    row(
+        On::Frontend(LEFT),
+        &[When::Connection(&[ConnectionState::Down])],
+        &[SetState(Closed), Forget],
+    ),
     row(On::Frontend(ANY), &[], &[]),
-    row(On::Just(Input::RingReplaced), &[When::Link(&[Link::Up])], &[Disconnect]),
+    row(On::Just(Input::RingReplaced), &[When::Connection(&[ConnectionState::Up])], &[Disconnect]),
     // The data plane answered.
     row(
-        On::Just(Input::LinkUp),
-        &[When::Link(&[Link::Up]), When::Backend(&[InitWait, Connected, Closed])],
+        On::Just(Input::ConnectionUp),
+        &[When::Connection(&[ConnectionState::Up]), When::Backend(&[InitWait, Connected, Closed])],
         &[SetState(Connected)],
     ),
     row(
-        On::Just(Input::LinkFailed),
-        &[When::Link(ALIVE)],
+        On::Just(Input::ConnectionFailed),
+        &[When::Connection(ALIVE)],
         &[WriteError, SetState(Closing), Disconnect],
     ),
     row(
-        On::Just(Input::LinkFault),
-        &[When::Link(ALIVE)],
+        On::Just(Input::ConnectionFault),
+        &[When::Connection(ALIVE)],
         &[WriteError, SetState(Closing), Disconnect],
     ),
-    row(On::Just(Input::LinkDown), &[When::Online(true), When::Backend(&[Initialising])], &[Open]),
     row(
-        On::Just(Input::LinkDown),
+        On::Just(Input::ConnectionDown),
+        &[When::Online(true), When::Backend(&[Initialising])],
+        &[Open],
+    ),
+    row(
+        On::Just(Input::ConnectionDown),
         &[When::Online(true), When::Frontend(&[Initialising]), When::Ready],
         &[SetState(InitWait)],
     ),
     row(
-        On::Just(Input::LinkDown),
+        On::Just(Input::ConnectionDown),
         &[When::Online(true), When::Frontend(DEAD)],
         &[SetState(Closed)],
     ),
     row(
-        On::Just(Input::LinkDown),
+        On::Just(Input::ConnectionDown),
         &[When::Online(false), When::Frontend(DEAD)],
         &[SetState(Closed), Forget],
     ),
     row(
-        On::Just(Input::LinkDown),
+        On::Just(Input::ConnectionDown),
         &[When::Online(false), When::Backend(IDLE)],
         &[SetState(Closed), Forget],
     ),
-    row(On::Just(Input::LinkDown), &[When::Failed], &[]),
+    row(On::Just(Input::ConnectionDown), &[When::Failed], &[]),
     row(
-        On::Just(Input::LinkDown),
+        On::Just(Input::ConnectionDown),
         &[When::Online(true), When::Frontend(READY), When::Ready],
         &[Connect],
     ),
     // Another medium in the drive.
     row(
         On::Just(Input::MediumChanged),
-        &[When::Link(&[Link::Up]), When::Backend(&[Connected])],
+        &[When::Connection(&[ConnectionState::Up]), When::Backend(&[Connected])],
         &[SetState(Connected)],
     ),
-    row(On::Just(Input::MediumChanged), &[When::Link(&[Link::Up])], &[PublishDisk]),
     row(
         On::Just(Input::MediumChanged),
-        &[When::Link(&[Link::Down]), When::Backend(&[InitWait])],
+        &[When::Connection(&[ConnectionState::Up])],
+        &[PublishDisk],
+    ),
+    row(
+        On::Just(Input::MediumChanged),
+        &[When::Connection(&[ConnectionState::Down]), When::Backend(&[InitWait])],
         &[PublishFeatures],
     ),
     row(On::Just(Input::MediumFailed), &[], &[WriteError]),
@@ -356,7 +392,7 @@ impl Machine {
             backend: Unknown,
             frontend,
             online,
-            link: Link::Down,
+            connection: ConnectionState::Down,
             opening: false,
             ready: false,
             failed: false,
@@ -381,9 +417,9 @@ impl Machine {
         self.online
     }
 
-    /// The link to the data plane.
-    pub fn link(&self) -> Link {
-        self.link
+    /// The connection to the data plane.
+    pub fn connection(&self) -> ConnectionState {
+        self.connection
     }
 
     /// Whether storage is open and the hotplug script done.
@@ -433,11 +469,15 @@ impl Machine {
             }
             Input::Opened | Input::OpenFailed | Input::OpenFailedScript => self.opening = false,
             Input::Ready => self.ready = true,
-            Input::LinkUp if self.link == Link::Connecting => self.link = Link::Up,
-            Input::LinkFailed | Input::LinkFault if ALIVE.contains(&self.link) => {
+            Input::ConnectionUp if self.connection == ConnectionState::Connecting => {
+                self.connection = ConnectionState::Up
+            }
+            Input::ConnectionFailed | Input::ConnectionFault
+                if ALIVE.contains(&self.connection) =>
+            {
                 self.failed = true;
             }
-            Input::LinkDown => self.link = Link::Down,
+            Input::ConnectionDown => self.connection = ConnectionState::Down,
             Input::Gone => self.gone = true,
             Input::DomainGone => self.deserted = true,
             Input::Stop => self.stopping = true,
@@ -448,8 +488,8 @@ impl Machine {
     fn apply(&mut self, effect: Effect) {
         match effect {
             SetState(state) => self.backend = state,
-            Connect => self.link = Link::Connecting,
-            Disconnect => self.link = Link::Disconnecting,
+            Connect => self.connection = ConnectionState::Connecting,
+            Disconnect => self.connection = ConnectionState::Disconnecting,
             Open => (self.opening, self.ready) = (true, false),
             _ => {}
         }
@@ -474,7 +514,7 @@ impl When {
         match self {
             When::Backend(states) => states.contains(&machine.backend),
             When::Frontend(states) => states.contains(&machine.frontend),
-            When::Link(links) => links.contains(&machine.link),
+            When::Connection(connections) => connections.contains(&machine.connection),
             When::Online(online) => machine.online == online,
             When::Ready => machine.ready,
             When::Failed => machine.failed,
@@ -514,7 +554,7 @@ impl fmt::Display for When {
         match self {
             When::Backend(states) => write!(f, "backend {}", choice(states)),
             When::Frontend(states) => write!(f, "frontend {}", choice(states)),
-            When::Link(links) => write!(f, "link {}", choice(links)),
+            When::Connection(connections) => write!(f, "connection {}", choice(connections)),
             When::Online(online) => write!(f, "{}", if *online { "online" } else { "not online" }),
             When::Ready => f.write_str("ready"),
             When::Failed => f.write_str("failed"),

@@ -3,7 +3,7 @@
 //! ```text
 //!  xenstore --events--> registry --inputs--> disk: machine --effects--> xenstore
 //!  admin socket ------>    |                                      \---> commands to workers
-//!  workers' events -------'
+//!  workers' reports ------'
 //! ```
 //!
 //! `registry` finds the disks and routes; `machine` decides, from a table; `disk` carries out;

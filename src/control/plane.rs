@@ -8,7 +8,7 @@ use super::admin::Admin;
 use super::registry::Registry;
 use super::{Config, ControlError};
 use crate::limits;
-use crate::msg::{CommandSender, Event, EventReceiver};
+use crate::msg::{CommandSender, Report, ReportReceiver};
 use crate::park::Doorbell;
 use crate::xen::{Platform, Store};
 
@@ -38,7 +38,7 @@ pub enum Ended {
 pub struct Control<P: Platform> {
     platform: P,
     registry: Registry<P::Store>,
-    events: EventReceiver,
+    reports: ReportReceiver,
     /// Rung by helpers.
     opened: Doorbell,
     admin: Option<Admin>,
@@ -59,7 +59,7 @@ impl<P: Platform> Control<P> {
         platform: P,
         config: &Config,
         workers: Vec<CommandSender>,
-        events: EventReceiver,
+        reports: ReportReceiver,
         instance: String,
     ) -> Result<Self, ControlError> {
         let store = platform.open_store()?;
@@ -70,7 +70,7 @@ impl<P: Platform> Control<P> {
         Ok(Control {
             platform,
             registry,
-            events,
+            reports,
             opened,
             admin: None,
             store_retry: None,
@@ -122,7 +122,7 @@ impl<P: Platform> Control<P> {
 
     /// Readable once workers have something to say.
     pub fn workers_fd(&self) -> BorrowedFd<'_> {
-        self.events.bell.as_fd()
+        self.reports.bell.as_fd()
     }
 
     /// Readable once helpers have.
@@ -144,7 +144,7 @@ impl<P: Platform> Control<P> {
     fn work(&mut self, now: Instant) -> bool {
         let store = self.take_store_events(now);
         let looked = self.registry.look(now);
-        let workers = self.take_worker_events(now);
+        let workers = self.take_worker_reports(now);
         self.opened.silence();
         let opened = self.registry.take_answers(now);
         if let Some(admin) = &mut self.admin {
@@ -192,18 +192,18 @@ impl<P: Platform> Control<P> {
         true
     }
 
-    fn take_worker_events(&mut self, now: Instant) -> bool {
-        self.events.bell.silence();
-        for taken in 0..limits::WORKER_EVENTS_PER_PASS {
-            let Ok(event) = self.events.events.try_recv() else { return taken > 0 };
-            let latency_of = match &event {
-                Event::Latency(queue, _) => Some(*queue),
+    fn take_worker_reports(&mut self, now: Instant) -> bool {
+        self.reports.bell.silence();
+        for taken in 0..limits::WORKER_REPORTS_PER_PASS {
+            let Ok(report) = self.reports.reports.try_recv() else { return taken > 0 };
+            let latency_of = match &report {
+                Report::Latency(queue, _) => Some(*queue),
                 _ => None,
             };
-            if let (Event::InFlight(..), Some(due)) = (&event, &mut self.in_flight_due) {
+            if let (Report::InFlight(..), Some(due)) = (&report, &mut self.in_flight_due) {
                 *due = due.saturating_sub(1);
             }
-            self.registry.take_worker_event(event, now);
+            self.registry.take_worker_report(report, now);
             if let (Some(queue), Some(admin)) = (latency_of, &mut self.admin) {
                 admin.latency_taken(queue);
             }

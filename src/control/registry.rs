@@ -25,7 +25,7 @@ use super::key::DiskKey;
 use super::machine::Input;
 use super::workers::Workers;
 use crate::blkif::features::Offer;
-use crate::msg::{CommandSender, Event, InFlight, QueueKey};
+use crate::msg::{CommandSender, InFlight, QueueKey, Report};
 use crate::park::Doorbell;
 use crate::units::{DomId, VbdId};
 use crate::xen::keys::{self, XenbusState};
@@ -478,38 +478,38 @@ impl<S: Store> Registry<S> {
     }
 
     /// Acts on what a worker says.
-    pub fn take_worker_event(&mut self, event: Event, now: Instant) {
+    pub fn take_worker_report(&mut self, event: Report, now: Instant) {
         match event {
-            Event::Connected(queue) => self.tell(queue, now, |disk, around| {
+            Report::Connected(queue) => self.tell(queue, now, |disk, around| {
                 disk.tell_connection(around, |it, _| it.queue_connected(queue));
             }),
-            Event::ConnectFailed(queue, reason) => self.tell(queue, now, |disk, around| {
+            Report::ConnectFailed(queue, reason) => self.tell(queue, now, |disk, around| {
                 disk.tell_connection(around, |it, _| it.queue_failed(queue, reason));
             }),
-            Event::RingFault(queue, reason) => self.tell(queue, now, |disk, around| {
+            Report::RingFault(queue, reason) => self.tell(queue, now, |disk, around| {
                 disk.tell_connection(around, |it, _| it.queue_broken(queue, reason));
             }),
-            Event::Disconnected(queue) => self.tell(queue, now, |disk, around| {
+            Report::Disconnected(queue) => self.tell(queue, now, |disk, around| {
                 disk.tell_connection(around, |it, workers| it.queue_disconnected(queue, workers));
             }),
-            Event::ImageReplaced(queue) => self.tell(queue, now, |disk, around| {
+            Report::ImageReplaced(queue) => self.tell(queue, now, |disk, around| {
                 disk.tell_connection(around, |it, _| it.queue_replaced(queue));
             }),
-            Event::Latency(queue, latency) => self.tell(queue, now, |disk, _| {
+            Report::Latency(queue, latency) => self.tell(queue, now, |disk, _| {
                 if let Some(connection) = disk.connection_mut() {
                     connection.add_latency(queue, latency.as_deref());
                 }
             }),
-            Event::InFlight(queue, in_flight) => {
+            Report::InFlight(queue, in_flight) => {
                 self.tell(queue, now, |disk, _| tell_in_flight(disk, queue, &in_flight));
             }
-            Event::StorageFailed(queue, failure) => {
+            Report::StorageFailed(queue, failure) => {
                 self.tell(queue, now, |disk, around| disk.take_storage_failure(&failure, around));
             }
-            Event::SpaceLeft(queue) => {
+            Report::SpaceLeft(queue) => {
                 self.tell(queue, now, |disk, around| disk.take_space_left(around));
             }
-            Event::Stopped(worker, reason) => {
+            Report::Stopped(worker, reason) => {
                 if !reason.is_empty() {
                     tracing::error!(worker = worker.0, "has ended: {reason}");
                 }
@@ -523,14 +523,14 @@ impl<S: Store> Registry<S> {
         }
     }
 
-    /// Passes something on to the disk whose link it is about; a link that has ended has none.
+    /// Passes something on to the disk whose connection it is about; one that has ended has none.
     fn tell(
         &mut self,
         queue: QueueKey,
         now: Instant,
         hear: impl FnOnce(&mut Disk, &mut Surroundings<'_, S>),
     ) {
-        if let Some(key) = self.workers.owner(queue.link).cloned() {
+        if let Some(key) = self.workers.owner(queue.connection).cloned() {
             self.with_disk(&key, now, hear);
         }
     }

@@ -12,7 +12,7 @@ use signal_hook_mio::v1_0::Signals;
 use super::admin::{Admin, BindError, FIRST_CLIENT};
 use super::plane::{Control, Ended, Progress};
 use crate::blkif::features::Offer;
-use crate::msg::{Command, CommandSender, EventReceiver};
+use crate::msg::{Command, CommandSender, ReportReceiver};
 use crate::park::Doorbell;
 use crate::xen::{Platform, PlatformError};
 
@@ -72,12 +72,12 @@ pub fn run<P: Platform>(
     platform: &P,
     config: &Config,
     workers: Vec<CommandSender>,
-    events: EventReceiver,
+    reports: ReportReceiver,
     stop: &Doorbell,
 ) -> Result<Ended, ControlError> {
     let senders = workers.clone();
     let result =
-        Loop::new(platform, config, workers, events, stop).and_then(|mut control| control.serve());
+        Loop::new(platform, config, workers, reports, stop).and_then(|mut control| control.serve());
     for sender in senders {
         // One that takes no more commands has ended.
         let _ = sender.send(Command::Stop);
@@ -99,14 +99,14 @@ impl<'a, P: Platform> Loop<'a, P> {
         platform: &P,
         config: &Config,
         workers: Vec<CommandSender>,
-        events: EventReceiver,
+        reports: ReportReceiver,
         stop: &'a Doorbell,
     ) -> Result<Self, ControlError> {
         let poll = Poll::new().map_err(ControlError::Wait)?;
         // Before anything of xenstore is touched: another daemon may have that place.
         let admin = config.admin_path.as_deref();
         let admin = admin.map(|path| Admin::bind(path, poll.registry(), ADMIN)).transpose()?;
-        let mut control = Control::new(platform.clone(), config, workers, events, instance())?;
+        let mut control = Control::new(platform.clone(), config, workers, reports, instance())?;
         if let Some(admin) = admin {
             control.answer(admin);
         }

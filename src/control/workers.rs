@@ -1,4 +1,4 @@
-//! The data plane as control sees it: where commands go, which worker has room, whose link is
+//! The data plane as control sees it: where commands go, which worker has room, whose connection is
 //! whose.
 
 use std::collections::VecDeque;
@@ -10,20 +10,20 @@ use super::key::DiskKey;
 use super::placement::Placement;
 use crate::budget::{GrantBudget, HostBudget};
 use crate::limits;
-use crate::msg::{Command, CommandSender, LinkId, Refused, WorkerGone, WorkerId};
+use crate::msg::{Command, CommandSender, ConnectionId, Refused, WorkerGone, WorkerId};
 use crate::units::DomId;
 
-/// The workers and the links that they serve.
+/// The workers and the connections that they serve.
 #[derive(Debug)]
 pub struct Workers {
     workers: Vec<Worker>,
     placement: Placement,
-    owners: FxHashMap<LinkId, DiskKey>,
+    owners: FxHashMap<ConnectionId, DiskKey>,
     /// What all domains may map together.
     host: Arc<HostBudget>,
     /// Of domains that have queues.
     budgets: FxHashMap<DomId, Weak<GrantBudget>>,
-    next_link: u64,
+    next_connection: u64,
 }
 
 /// The way to one worker.
@@ -67,25 +67,25 @@ impl Workers {
         let workers = senders.into_iter().map(worker).collect();
         let (owners, budgets) = Default::default();
         let host = Arc::new(HostBudget::of_this_host());
-        Workers { workers, placement, owners, host, budgets, next_link: 0 }
+        Workers { workers, placement, owners, host, budgets, next_connection: 0 }
     }
 
-    /// A name for a new link of this disk.
-    pub fn begin_link(&mut self, disk: &DiskKey) -> LinkId {
-        let link = LinkId(self.next_link);
-        self.next_link += 1;
-        self.owners.insert(link, disk.clone());
-        link
+    /// A name for a new connection of this disk.
+    pub fn begin_connection(&mut self, disk: &DiskKey) -> ConnectionId {
+        let connection = ConnectionId(self.next_connection);
+        self.next_connection += 1;
+        self.owners.insert(connection, disk.clone());
+        connection
     }
 
-    /// Events about this link are stale from now on.
-    pub fn end_link(&mut self, link: LinkId) {
-        self.owners.remove(&link);
+    /// Events about this connection are stale from now on.
+    pub fn end_connection(&mut self, connection: ConnectionId) {
+        self.owners.remove(&connection);
     }
 
-    /// Whose link this is; `None` for one that has ended.
-    pub fn owner(&self, link: LinkId) -> Option<&DiskKey> {
-        self.owners.get(&link)
+    /// Whose connection this is; `None` for one that has ended.
+    pub fn owner(&self, connection: ConnectionId) -> Option<&DiskKey> {
+        self.owners.get(&connection)
     }
 
     /// What the queues of a domain may map together. It lasts as long as any queue has it.
@@ -138,19 +138,19 @@ mod test {
 
     #[test]
     fn what_a_full_worker_does_not_take_is_kept_in_order_and_a_worker_that_ended_is_told() {
-        use crate::msg::{LinkId, QueueKey, command_channel};
+        use crate::msg::{ConnectionId, QueueKey, command_channel};
         use crate::units::QueueId;
         let (sender, receiver) = command_channel(WorkerId(0)).unwrap();
         let mut workers = Workers::new(vec![sender]);
-        let key = |link| QueueKey { link: LinkId(link), queue: QueueId(0) };
+        let key = |connection| QueueKey { connection: ConnectionId(connection), queue: QueueId(0) };
         let all = limits::WORKER_COMMANDS as u64 + 10;
-        for link in 0..all {
-            workers.send(WorkerId(0), Command::Disconnect(key(link))).unwrap();
+        for connection in 0..all {
+            workers.send(WorkerId(0), Command::Disconnect(key(connection))).unwrap();
         }
         let mut taken = Vec::new();
         while taken.len() < usize::try_from(all).unwrap() {
             while let Ok(Command::Disconnect(key)) = receiver.commands.try_recv() {
-                taken.push(key.link.0);
+                taken.push(key.connection.0);
             }
             assert!(!workers.send_backlog());
         }

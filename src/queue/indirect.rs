@@ -6,7 +6,7 @@
 //! for all requests of the pass.
 
 use super::slots::LargeTable;
-use super::{Mapped, Queue, Resources, Scratch};
+use super::{DataGrants, Queue, Resources, Scratch};
 use crate::blkif::Status;
 use crate::blkif::codec::{RawResponse, RawSegment, SEGMENT_BYTES};
 use crate::blkif::request::IndirectHead;
@@ -65,7 +65,7 @@ impl Queue {
     }
 
     fn map_segment_pages<G: Grants, E: RegisterBuffers>(&mut self, io: &mut Resources<G, E>) {
-        if let Mapped::Kept(_) = self.mapped {
+        if let DataGrants::Persistent(_) = self.data_grants {
             let Scratch { indirect, wanted, .. } = &mut io.scratch;
             let pages = indirect.iter().flat_map(|indirect| indirect.head.pages());
             wanted.extend(pages.map(|(gref, _)| GrantRef(gref)));
@@ -85,7 +85,7 @@ impl Queue {
             for (gref, count) in head.pages() {
                 let (bytes, after) = rest.split_at_mut(count * SEGMENT_BYTES);
                 rest = after;
-                match self.mapped.kept().and_then(|persistent| persistent.page(gref)) {
+                match self.data_grants.persistent().and_then(|persistent| persistent.page(gref)) {
                     Some(page) => page.copy_to(bytes),
                     None => {
                         let copy = GrantCopy {

@@ -1,9 +1,9 @@
 //! Where the data of each segment is: the guest's page where that is mapped, else bounce memory.
 
 use super::bounce::Whose;
-use super::grants::PersistentGrants;
+use super::persistent::PersistentGrants;
 use super::slots::Slot;
-use super::{Mapped, Queue, Resources, Scratch};
+use super::{DataGrants, Queue, Resources, Scratch};
 use crate::backing::Image;
 use crate::blkif::Status;
 use crate::blkif::request::{Kind, Segment};
@@ -19,7 +19,7 @@ impl Queue {
     #[inline]
     pub(super) fn locate<G: Grants, E: Engine>(&mut self, io: &mut Resources<G, E>) {
         let Scratch { fresh, unmapped, .. } = &mut io.scratch;
-        let persistent = self.mapped.kept();
+        let persistent = self.data_grants.persistent();
         for slot_index in &*fresh {
             let slot = self.slots.get_mut(*slot_index);
             for index in 0..slot.segments().len() {
@@ -31,10 +31,10 @@ impl Queue {
             }
         }
         if !unmapped.is_empty() {
-            match self.mapped {
-                Mapped::Kept(_) => self.map_missing(io),
-                Mapped::PerRequest(_) => self.map_requests(io),
-                Mapped::Nothing => {}
+            match self.data_grants {
+                DataGrants::Persistent(_) => self.map_missing(io),
+                DataGrants::Map(_) => self.map_requests(io),
+                DataGrants::Copy => {}
             }
             self.bounce_unmapped(io);
         }
@@ -54,7 +54,7 @@ impl Queue {
     /// Maps the wanted pages that are not mapped yet, to stay; for a queue that keeps none mapped
     /// nothing is wanted.
     pub(super) fn map_wanted<G: Grants, E: RegisterBuffers>(&mut self, io: &mut Resources<G, E>) {
-        let Mapped::Kept(persistent) = &mut self.mapped else { return };
+        let DataGrants::Persistent(persistent) = &mut self.data_grants else { return };
         let mut wanted = std::mem::take(&mut io.scratch.wanted);
         wanted.retain(|gref| persistent.page(gref.0).is_none());
         if !wanted.is_empty() {
@@ -67,7 +67,7 @@ impl Queue {
 
     /// Maps the pages of each request, for its time; what has no page then is left as unmapped.
     fn map_requests<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
-        let Mapped::PerRequest(transient) = &mut self.mapped else { return };
+        let DataGrants::Map(transient) = &mut self.data_grants else { return };
         let Scratch { fresh, unmapped, wanted, .. } = &mut io.scratch;
         for index in &*fresh {
             let slot = self.slots.get_mut(*index);
@@ -107,7 +107,7 @@ impl Queue {
         segments.iter().all(|(slot, index)| {
             let slot = self.slots.get_mut(*slot);
             let segment = slot.segments()[*index];
-            let buffer = mapped(self.mapped.kept(), segment, self.memory_alignment);
+            let buffer = mapped(self.data_grants.persistent(), segment, self.memory_alignment);
             buffer.inspect(|buffer| slot.set_buffer(*index, *buffer)).is_some()
         })
     }
@@ -200,12 +200,12 @@ fn segments_effort(count: usize) -> u32 {
     u32::try_from(count).expect("at most a request's segments") * MOVED_PAGE_EFFORT
 }
 
-impl Mapped {
+impl DataGrants {
     #[inline]
-    pub(super) fn kept(&self) -> Option<&PersistentGrants> {
+    pub(super) fn persistent(&self) -> Option<&PersistentGrants> {
         match self {
-            Mapped::Kept(persistent) => Some(persistent),
-            Mapped::PerRequest(_) | Mapped::Nothing => None,
+            DataGrants::Persistent(persistent) => Some(persistent),
+            DataGrants::Map(_) | DataGrants::Copy => None,
         }
     }
 }

@@ -16,15 +16,15 @@
 //! The steady path neither allocates nor calls the system per request, with one exception that the
 //! admin has to choose: pages that are mapped for the time of a request ([`transient`]).
 //!
-//! [`grants`] and [`slots`] are public for `benches/` only.
+//! [`persistent`] and [`slots`] are public for `benches/` only.
 
 mod bounce;
 mod copies;
 mod devices;
-pub mod grants;
 mod indirect;
 mod locate;
 mod pass;
+pub mod persistent;
 mod report;
 pub mod slots;
 mod transient;
@@ -42,7 +42,7 @@ use crate::limits::{
     BOUNCE_PAGES_COMMON, REQUESTS_COMMON, REQUESTS_PER_QUEUE, SEGMENTS_PER_REQUEST,
 };
 use crate::metrics::{LatencyLog, QueueCounters};
-use crate::msg::{Connect, Mapping, Outbox, QueueKey};
+use crate::msg::{Connect, GrantMode, Outbox, QueueKey};
 use crate::pool::{Pool, Share};
 use crate::units::{DomId, GrantRef, Port};
 use crate::xen::shm::SharedPage;
@@ -52,8 +52,8 @@ pub use bounce::BouncePool;
 use copies::CopyBatch;
 use devices::DeviceShare;
 pub use devices::Devices;
-use grants::{Mapper, PersistentGrants};
 use indirect::Indirect;
+use persistent::{Mapper, PersistentGrants};
 use report::Reports;
 pub use slots::LargeTables;
 use slots::Slots;
@@ -168,7 +168,7 @@ pub struct Queue {
     threaded: u32,
     /// ... without flushes: those that come back together were one for storage.
     flushed: bool,
-    mapped: Mapped,
+    data_grants: DataGrants,
     counters: Arc<QueueCounters>,
     latency: LatencyLog,
     barrier: Barrier,
@@ -190,12 +190,12 @@ pub struct Turn {
     pub operation_effort: u32,
 }
 
-/// What is mapped of the guest's data pages ([`Mapping`]).
+/// What is mapped of the guest's data pages ([`GrantMode`]).
 #[derive(Debug)]
-enum Mapped {
-    Kept(PersistentGrants),
-    PerRequest(TransientGrants),
-    Nothing,
+enum DataGrants {
+    Persistent(PersistentGrants),
+    Map(TransientGrants),
+    Copy,
 }
 
 /// A write that may not change places with others. Nothing is taken before it is answered.
@@ -268,10 +268,10 @@ impl Queue {
             started: 0,
             threaded: 0,
             flushed: false,
-            mapped: match connect.mapping {
-                Mapping::Kept => Mapped::Kept(PersistentGrants::new(share)),
-                Mapping::PerRequest => Mapped::PerRequest(TransientGrants::new(share)),
-                Mapping::Nothing => Mapped::Nothing,
+            data_grants: match connect.grant_mode {
+                GrantMode::Persistent => DataGrants::Persistent(PersistentGrants::new(share)),
+                GrantMode::Map => DataGrants::Map(TransientGrants::new(share)),
+                GrantMode::Copy => DataGrants::Copy,
             },
             counters: connect.counters,
             latency: LatencyLog::default(),
@@ -294,7 +294,7 @@ impl Queue {
         if let Err(error) = events.unbind(self.port) {
             tracing::warn!(domid = %self.frontend, port = %self.port, %error, "unbinding failed");
         }
-        if let Mapped::Kept(persistent) = &mut self.mapped {
+        if let DataGrants::Persistent(persistent) = &mut self.data_grants {
             persistent.unmap_all(&mut io.mapper());
         }
         self.counters.grants_mapped.set(0);
@@ -430,7 +430,7 @@ impl Queue {
 
     /// Unmaps granted pages that have long been idle; `true`: others are still mapped.
     pub fn sweep<G: Grants, E: RegisterBuffers>(&mut self, io: &mut Resources<G, E>) -> bool {
-        let Mapped::Kept(persistent) = &mut self.mapped else { return false };
+        let DataGrants::Persistent(persistent) = &mut self.data_grants else { return false };
         persistent.sweep(&mut io.mapper(), self.slots.refs());
         self.counters.grants_mapped.set(persistent.count() as u64);
         persistent.count() > 0

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 
 use super::locate::locate_mapped;
 use super::slots::{Advance, Step};
-use super::{Barrier, Mapped, Queue, Resources, Turn};
+use super::{Barrier, DataGrants, Queue, Resources, Turn};
 use crate::backing::Image;
 use crate::blkif::Status;
 use crate::blkif::codec::{Loaded, RawResponse};
@@ -171,7 +171,8 @@ impl Queue {
         match self.rules.check_direct(raw, slot.inline_segments_mut()) {
             Ok((request, count)) => {
                 slot.begin(request, count, None, io.now_ns);
-                let is_mapped = locate_mapped(self.mapped.kept(), slot, self.memory_alignment);
+                let is_mapped =
+                    locate_mapped(self.data_grants.persistent(), slot, self.memory_alignment);
                 io.devices.take(&mut self.device, count);
                 self.spend_on_request(count);
                 if request.is_barrier() {
@@ -431,7 +432,7 @@ impl Queue {
         if slot.is_bounced() {
             slot.give_back_bounced(&mut io.bounce, &mut self.bounce);
         }
-        if let Mapped::PerRequest(transient) = &mut self.mapped {
+        if let DataGrants::Map(transient) = &mut self.data_grants {
             transient.release(&mut io.grants, slot);
             self.counters.grants_mapped.set(transient.count() as u64);
         }

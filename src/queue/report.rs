@@ -7,7 +7,7 @@ use super::{Queue, Resources};
 use crate::blkif::Status;
 use crate::blkif::request::{Kind, Request};
 use crate::limits::{IN_FLIGHT_TOLD, SPACE_REPORT_NS};
-use crate::msg::{Event, InFlight, InFlightRequest, StorageFailure, is_full};
+use crate::msg::{InFlight, InFlightRequest, Report, StorageFailure, is_full};
 
 /// What was told to control of a queue's storage.
 #[derive(Debug, Default)]
@@ -85,7 +85,7 @@ impl Queue {
                 counters.writes.add(1);
                 counters.written_bytes.add(request.len_bytes);
                 if self.reports.is_full && self.reports.wrote(io.now_ns) {
-                    io.outbox.send(Event::SpaceLeft(self.key));
+                    io.outbox.send(Report::SpaceLeft(self.key));
                 }
             }
             Kind::Flush => {}
@@ -116,7 +116,7 @@ impl Queue {
                 errno,
                 errors_so_far,
             };
-            io.outbox.send(Event::StorageFailed(self.key, failure));
+            io.outbox.send(Report::StorageFailed(self.key, failure));
         }
         match (request.kind, errno) {
             (Kind::Read | Kind::Write, _) => Status::Error,

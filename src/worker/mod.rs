@@ -27,7 +27,7 @@ use crate::limits::{
     PERSISTENT_SWEEP_SECONDS, PORTS_PER_READ, QUEUES_PER_WORKER, REQUESTS_COMMON, TURN_EFFORT,
     TURN_EFFORT_AHEAD, TURN_EFFORT_ALONE,
 };
-use crate::msg::{Command, CommandReceiver, Connect, Event, Outbox, QueueKey, ReplaceImage};
+use crate::msg::{Command, CommandReceiver, Connect, Outbox, QueueKey, ReplaceImage, Report};
 use crate::park::{self, Patience, Pause};
 use crate::queue::{Queue, Resources, Turn};
 use crate::units::Port;
@@ -109,7 +109,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         let (polled, waiting, draining, unmask) = Default::default();
         Ok(Worker {
             events,
-            resources: Resources::new(grants, engine, Outbox::new(setup.reports), setup.workers),
+            resources: Resources::new(grants, engine, Outbox::new(setup.reporter), setup.workers),
             queues: Slab::new(),
             by_key: FxHashMap::default(),
             by_port: FxHashMap::default(),
@@ -323,11 +323,11 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             Command::ReplaceImage(replace) => self.replace(*replace, now_ns),
             Command::TakeLatency(key) => {
                 let latency = self.served_mut(key).map(|served| served.queue.take_latency());
-                self.tell(Event::Latency(key, latency.map(Box::new)));
+                self.tell(Report::Latency(key, latency.map(Box::new)));
             }
             Command::TellInFlight(key) => {
                 let told = self.served_mut(key).map(|served| served.queue.in_flight(now_ns));
-                self.tell(Event::InFlight(key, told.unwrap_or_default()));
+                self.tell(Report::InFlight(key, told.unwrap_or_default()));
             }
             Command::Stop => {
                 self.stopping = true;
@@ -342,8 +342,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         self.by_key.get(&key).and_then(|index| self.queues.get_mut(*index))
     }
 
-    fn tell(&mut self, event: Event) {
-        self.resources.outbox.send(event);
+    fn tell(&mut self, report: Report) {
+        self.resources.outbox.send(report);
     }
 
     fn connect(&mut self, connect: Connect, now_ns: u64) {
@@ -362,9 +362,9 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 self.by_port.insert(queue.port(), index);
                 entry.insert(Served::new(queue, now_ns));
                 self.poll_queue(index, now_ns);
-                self.tell(Event::Connected(key));
+                self.tell(Report::Connected(key));
             }
-            Err(reason) => self.tell(Event::ConnectFailed(key, reason)),
+            Err(reason) => self.tell(Report::ConnectFailed(key, reason)),
         }
     }
 
@@ -376,7 +376,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 served.leaving = true;
                 self.drain(index);
             }
-            None => self.tell(Event::Disconnected(key)),
+            None => self.tell(Report::Disconnected(key)),
         }
     }
 
@@ -389,7 +389,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 self.poll_queue(index, now_ns);
                 self.drain(index);
             }
-            None => self.tell(Event::ImageReplaced(replace.key)),
+            None => self.tell(Report::ImageReplaced(replace.key)),
         }
     }
 
@@ -422,7 +422,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         for replace in std::mem::take(&mut served.replacements) {
             let ReplaceImage { key, rules, image } = replace;
             served.queue.replace_image(&mut self.resources, image, rules);
-            self.resources.outbox.send(Event::ImageReplaced(key));
+            self.resources.outbox.send(Report::ImageReplaced(key));
         }
         // Requests may have come meanwhile.
         self.poll_queue(index, now_ns);
@@ -436,7 +436,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         self.by_key.remove(&key);
         self.by_port.remove(&port);
         queue.disconnect(&mut self.resources, &mut self.events);
-        self.tell(Event::Disconnected(key));
+        self.tell(Report::Disconnected(key));
     }
 
     /// While every queue is polled no event can tell anything new; otherwise ask now and then for
@@ -518,8 +518,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 worked
             }
             Err(fault) => {
-                let event = Event::RingFault(served.queue.key(), fault.to_string());
-                self.tell(event);
+                let report = Report::RingFault(served.queue.key(), fault.to_string());
+                self.tell(report);
                 false
             }
         }

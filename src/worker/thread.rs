@@ -14,7 +14,7 @@ use crate::backing::Image;
 use crate::engine::Engine;
 use crate::engine::host::HostEngine;
 use crate::msg::{
-    Command, CommandReceiver, CommandSender, Event, EventSender, WorkerId, command_channel,
+    Command, CommandReceiver, CommandSender, Report, ReportSender, WorkerId, command_channel,
 };
 use crate::xen::{Platform, PlatformError};
 
@@ -34,7 +34,7 @@ pub struct Setup<P> {
     /// What control wants.
     pub commands: CommandReceiver,
     /// What it tells control.
-    pub reports: EventSender,
+    pub reporter: ReportSender,
 }
 
 /// A running worker.
@@ -46,7 +46,7 @@ pub struct WorkerThread {
 impl WorkerThread {
     /// Waits until it has ended, which it does after `Command::Stop`.
     pub fn join(self) {
-        // A panic was reported as Event::Stopped already.
+        // A panic was reported as Report::Stopped already.
         let _ = self.thread.join();
     }
 }
@@ -77,7 +77,7 @@ pub fn spawn_all<P: Platform>(
     platform: &P,
     cores: &[Option<usize>],
     poll: Duration,
-    reports: &EventSender,
+    reporter: &ReportSender,
 ) -> Result<(Vec<CommandSender>, Vec<WorkerThread>), SpawnError> {
     let mut senders: Vec<CommandSender> = Vec::new();
     let mut threads = Vec::new();
@@ -91,7 +91,7 @@ pub fn spawn_all<P: Platform>(
             core: core.map(|id| CoreId { id }),
             poll,
             commands,
-            reports: reports.clone(),
+            reporter: reporter.clone(),
         };
         match spawn(setup) {
             Ok(thread) => threads.push(thread),
@@ -114,7 +114,7 @@ pub fn spawn<P: Platform>(setup: Setup<P>) -> Result<WorkerThread, SpawnError> {
     let thread = std::thread::Builder::new()
         .name(format!("worker-{}", setup.id.0))
         .spawn(move || {
-            let mut farewell = Farewell::new(setup.id, setup.reports.clone());
+            let mut farewell = Farewell::new(setup.id, setup.reporter.clone());
             match prepare(setup) {
                 Ok(worker) => {
                     // Only a caller that waits can be told; it always waits.
@@ -169,19 +169,19 @@ const PANICKED: &str = "it panicked; the log tells where";
 /// Tells control that the thread ends, however it ends.
 struct Farewell {
     id: WorkerId,
-    reports: EventSender,
+    reporter: ReportSender,
     reason: Option<String>,
 }
 
 impl Farewell {
-    fn new(id: WorkerId, reports: EventSender) -> Farewell {
-        Farewell { id, reports, reason: Some(PANICKED.to_owned()) }
+    fn new(id: WorkerId, reporter: ReportSender) -> Farewell {
+        Farewell { id, reporter, reason: Some(PANICKED.to_owned()) }
     }
 }
 
 impl Drop for Farewell {
     fn drop(&mut self) {
         let reason = self.reason.take().unwrap_or_default();
-        self.reports.send(Event::Stopped(self.id, reason));
+        self.reporter.send(Report::Stopped(self.id, reason));
     }
 }

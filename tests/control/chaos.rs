@@ -5,7 +5,7 @@ use std::thread::JoinHandle;
 
 use polldisk::control::admin::client::RequestError;
 use polldisk::control::admin::protocol::{Attach, Detach, Eject, Insert, Reply, Request};
-use polldisk::msg::Event;
+use polldisk::msg::Report;
 use polldisk::units::VbdId;
 use polldisk::xen::Store;
 use polldisk::xen::vdev::Vdev;
@@ -146,12 +146,12 @@ impl Play<'_> {
     fn workers(&mut self) {
         let served: Vec<_> = self.rig.plane().serving.keys().copied().collect();
         if let Some(queue) = served.first().copied() {
-            let event = match self.random.below(3) {
-                0 => Event::RingFault(queue, "a broken ring".to_owned()),
-                1 => Event::ImageReplaced(queue),
-                _ => Event::SpaceLeft(queue),
+            let report = match self.random.below(3) {
+                0 => Report::RingFault(queue, "a broken ring".to_owned()),
+                1 => Report::ImageReplaced(queue),
+                _ => Report::SpaceLeft(queue),
             };
-            self.rig.worker_events.send(event);
+            self.rig.worker_reports.send(report);
         }
     }
 

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use polldisk::limits;
-use polldisk::msg::{Event, StorageFailure};
+use polldisk::msg::{Report, StorageFailure};
 use xenstore_rs::Xs;
 
 use super::{XVDA, connected};
@@ -36,7 +36,7 @@ fn a_guest_that_reconnects_on_full_storage_does_not_fill_the_log() {
         let queue = rig.queue_of(71);
         for errors_so_far in [1, 2, 4, 8] {
             let failure = failure(libc::ENOSPC, errors_so_far);
-            rig.worker_events.send(Event::StorageFailed(queue, failure));
+            rig.worker_reports.send(Report::StorageFailed(queue, failure));
         }
         guest.close(&rig, &areas);
         guest.set_state(&areas, 1);
@@ -47,7 +47,7 @@ fn a_guest_that_reconnects_on_full_storage_does_not_fill_the_log() {
     // A disk made anew, or another one, buys no more lines.
     rig.toolstack_removes(&areas, true);
     until("it is forgotten", || rig.list().is_empty());
-    let noisy = |rig: &Rig| rig.worker_events.send(Event::SpaceLeft(rig.queue_of(71)));
+    let noisy = |rig: &Rig| rig.worker_reports.send(Report::SpaceLeft(rig.queue_of(71)));
     rig.dom0.rm(&areas.backend).unwrap();
     let areas = rig.toolstack_disk(71, XVDA, "null:1G");
     guest.connect(&rig, &areas);
@@ -64,7 +64,7 @@ fn a_storage_failure_names_disk_target_operation_place_and_cause() {
     let guest = rig.guest(72);
     let areas = rig.toolstack_disk(72, XVDA, "null:1G");
     guest.connect(&rig, &areas);
-    rig.worker_events.send(Event::StorageFailed(rig.queue_of(72), failure(libc::EIO, 1)));
+    rig.worker_reports.send(Report::StorageFailed(rig.queue_of(72), failure(libc::EIO, 1)));
     rig.list();
     let lines = log::lines(&[
         "vbd/72/51712 (xvda)",
@@ -81,10 +81,10 @@ fn full_storage_is_a_state_until_writes_succeed_again() {
     let rig = Rig::start();
     let (_guest, _areas) = connected(&rig, 73);
     for errno in [libc::ENOSPC, libc::EDQUOT] {
-        rig.worker_events.send(Event::StorageFailed(rig.queue_of(73), failure(errno, 1)));
+        rig.worker_reports.send(Report::StorageFailed(rig.queue_of(73), failure(errno, 1)));
         until("it is told", || rig.list()[0].failure.contains("no space is left"));
         assert_eq!(rig.list()[0].state, "Connected", "reads go on");
-        rig.worker_events.send(Event::SpaceLeft(rig.queue_of(73)));
+        rig.worker_reports.send(Report::SpaceLeft(rig.queue_of(73)));
         until("it is told", || rig.list()[0].failure.is_empty());
     }
     assert_eq!(log::lines(&["vbd/73/", "no space is left"]).len(), 2);

@@ -15,8 +15,8 @@ use polldisk::control::admin::protocol::{
 use polldisk::control::{self, Config, ControlError, Ended};
 use polldisk::metrics::new_latency_histogram;
 use polldisk::msg::{
-    self, Command, CommandReceiver, Event, EventSender, InFlight, InFlightRequest, Mapping,
-    QueueKey, WorkerId,
+    self, Command, CommandReceiver, GrantMode, InFlight, InFlightRequest, QueueKey, Report,
+    ReportSender, WorkerId,
 };
 use polldisk::park::{self, Doorbell};
 use polldisk::sim::store::{Quota, StoreServer};
@@ -113,9 +113,9 @@ pub struct Plane {
     pub serving: BTreeMap<QueueKey, (DomId, WorkerId)>,
     pub connects: usize,
     pub disconnects: usize,
-    /// A second link to a ring that was still served.
+    /// A second connection to a ring that was still served.
     pub doubles: usize,
-    pub mapping: Option<Mapping>,
+    pub grant_mode: Option<GrantMode>,
     pub read_only: Option<bool>,
     /// Bytes of each image that a queue went over to.
     pub media: Vec<u64>,
@@ -123,12 +123,12 @@ pub struct Plane {
     pub hold: bool,
     /// Answers to Disconnect are kept back, as by storage that hangs.
     pub hangs: bool,
-    held: Vec<Event>,
+    held: Vec<Report>,
 }
 
 impl Plane {
     /// A worker's answer, unless it is kept back.
-    fn unless_kept_back(&mut self, is_kept_back: bool, answer: Event) -> Option<Event> {
+    fn unless_kept_back(&mut self, is_kept_back: bool, answer: Report) -> Option<Report> {
         if is_kept_back {
             self.held.push(answer);
             return None;
@@ -140,7 +140,7 @@ impl Plane {
 pub struct Rig {
     pub plane: Arc<Mutex<Plane>>,
     pub dom0: StoreClient,
-    pub worker_events: EventSender,
+    pub worker_reports: ReportSender,
     server: Option<StoreServer>,
     control: Option<JoinHandle<Result<Ended, ControlError>>>,
     stop: Doorbell,
@@ -165,11 +165,11 @@ impl Rig {
         let dom0 = StoreClient::connect_unix(server.socket()).unwrap();
         let plane = Arc::default();
         let stop = Doorbell::new().unwrap();
-        let (events, _) = msg::event_channel().unwrap();
+        let (reports, _) = msg::report_channel().unwrap();
         Rig {
             plane,
             dom0,
-            worker_events: events,
+            worker_reports: reports,
             server: Some(server),
             control: None,
             stop,
@@ -185,17 +185,17 @@ impl Rig {
     /// Starts a control loop of its own workers.
     pub fn run(&mut self, config: Config) {
         let config = Config { admin_path: Some(self.admin_path()), ..config };
-        let (events, receiver) = msg::event_channel().unwrap();
+        let (reports, receiver) = msg::report_channel().unwrap();
         let mut senders = Vec::new();
         for number in 0..2 {
             let (sender, commands) = msg::command_channel(WorkerId(number)).unwrap();
             senders.push(sender);
-            let (plane, events) = (self.plane.clone(), events.clone());
-            std::thread::spawn(move || serve(WorkerId(number), &commands, &events, &plane));
+            let (plane, reports) = (self.plane.clone(), reports.clone());
+            std::thread::spawn(move || serve(WorkerId(number), &commands, &reports, &plane));
         }
         let platform = self.platform();
         let stop = self.stop.clone();
-        self.worker_events = events;
+        self.worker_reports = reports;
         self.control = Some(std::thread::spawn(move || {
             control::run(&platform, &config, senders, receiver, &stop)
         }));
@@ -229,7 +229,7 @@ impl Rig {
     /// Tries to run a second control loop in this thread.
     pub fn start_another(&self) -> Result<Ended, ControlError> {
         let config = Config { admin_path: Some(self.admin_path()), ..Config::default() };
-        let (_, receiver) = msg::event_channel().unwrap();
+        let (_, receiver) = msg::report_channel().unwrap();
         let platform = self.platform();
         control::run(&platform, &config, Vec::new(), receiver, &Doorbell::new().unwrap())
     }
@@ -318,7 +318,7 @@ impl Rig {
             (plane.hold, plane.hangs) = (false, false);
             std::mem::take(&mut plane.held)
         };
-        held.into_iter().for_each(|event| self.worker_events.send(event));
+        held.into_iter().for_each(|report| self.worker_reports.send(report));
     }
 
     /// A guest domain, as the toolstack makes its first nodes.
@@ -553,7 +553,12 @@ pub fn xvd(index: u32) -> VbdId {
     VbdId(if index < 16 { 202 << 8 | index << 4 } else { 1 << 28 | index << 8 })
 }
 
-fn serve(worker: WorkerId, commands: &CommandReceiver, events: &EventSender, plane: &Mutex<Plane>) {
+fn serve(
+    worker: WorkerId,
+    commands: &CommandReceiver,
+    reports: &ReportSender,
+    plane: &Mutex<Plane>,
+) {
     loop {
         park::sleep(&[commands.bell.as_fd()], None);
         commands.bell.silence();
@@ -561,36 +566,36 @@ fn serve(worker: WorkerId, commands: &CommandReceiver, events: &EventSender, pla
             if matches!(command, Command::Stop) {
                 return;
             }
-            if let Some(event) = answer(worker, command, &mut plane.lock().unwrap()) {
-                events.send(event);
+            if let Some(report) = answer(worker, command, &mut plane.lock().unwrap()) {
+                reports.send(report);
             }
         }
     }
 }
 
-fn answer(worker: WorkerId, command: Command, plane: &mut Plane) -> Option<Event> {
+fn answer(worker: WorkerId, command: Command, plane: &mut Plane) -> Option<Report> {
     Some(match command {
         Command::Connect(connect) => {
             plane.connects += 1;
-            plane.mapping = Some(connect.mapping);
+            plane.grant_mode = Some(connect.grant_mode);
             plane.read_only = Some(connect.rules.read_only);
             if connect.ring_refs.contains(&GrantRef(BAD_GRANT)) {
-                Event::ConnectFailed(connect.key, "grant 4294967295 can't be mapped".into())
+                Report::ConnectFailed(connect.key, "grant 4294967295 can't be mapped".into())
             } else {
-                let rings: BTreeSet<_> = plane.serving.keys().map(|key| key.link).collect();
-                plane.doubles += usize::from(rings.contains(&connect.key.link));
+                let rings: BTreeSet<_> = plane.serving.keys().map(|key| key.connection).collect();
+                plane.doubles += usize::from(rings.contains(&connect.key.connection));
                 plane.serving.insert(connect.key, (connect.frontend, worker));
-                plane.unless_kept_back(plane.hold, Event::Connected(connect.key))?
+                plane.unless_kept_back(plane.hold, Report::Connected(connect.key))?
             }
         }
         Command::Disconnect(key) => {
             plane.disconnects += 1;
             plane.serving.remove(&key);
-            plane.unless_kept_back(plane.hangs, Event::Disconnected(key))?
+            plane.unless_kept_back(plane.hangs, Report::Disconnected(key))?
         }
         Command::ReplaceImage(replace) => {
             plane.media.push(replace.rules.geometry.size.0);
-            plane.unless_kept_back(plane.hold, Event::ImageReplaced(replace.key))?
+            plane.unless_kept_back(plane.hold, Report::ImageReplaced(replace.key))?
         }
         Command::TakeLatency(key) => {
             let latency = plane.serving.contains_key(&key).then(|| {
@@ -598,7 +603,7 @@ fn answer(worker: WorkerId, command: Command, plane: &mut Plane) -> Option<Event
                 latency.record(1_000).unwrap();
                 Box::new(latency)
             });
-            Event::Latency(key, latency)
+            Report::Latency(key, latency)
         }
         Command::TellInFlight(key) => {
             let write = InFlightRequest {
@@ -607,7 +612,7 @@ fn answer(worker: WorkerId, command: Command, plane: &mut Plane) -> Option<Event
                 len_bytes: 4096,
                 age_ns: 31_500_000_000,
             };
-            Event::InFlight(key, InFlight { count: 7, oldest: vec![write] })
+            Report::InFlight(key, InFlight { count: 7, oldest: vec![write] })
         }
         Command::Stop => return None,
     })

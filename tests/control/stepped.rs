@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use polldisk::control::{Config, Control, Ended, Progress};
 use polldisk::limits::OPEN_SECONDS;
-use polldisk::msg::event_channel;
+use polldisk::msg::report_channel;
 
 use super::XVDA;
 use crate::opening::hung_file;
@@ -13,7 +13,7 @@ use crate::rig::{Rig, until};
 #[test]
 fn time_is_what_the_caller_says() {
     let rig = Rig::without_control();
-    let (_events, receiver) = event_channel().unwrap();
+    let (_sender, receiver) = report_channel().unwrap();
     let config = Config::default();
     let mut control =
         Control::new(rig.platform(), &config, Vec::new(), receiver, "a test".to_owned()).unwrap();

@@ -9,8 +9,8 @@ use polldisk::budget::GrantBudget;
 use polldisk::engine::Engine;
 use polldisk::metrics::QueueCounters;
 use polldisk::msg::{
-    Command, CommandSender, Connect, EventReceiver, LinkId, Mapping, QueueKey, WorkerId,
-    command_channel, event_channel,
+    Command, CommandSender, Connect, ConnectionId, GrantMode, QueueKey, ReportReceiver, WorkerId,
+    command_channel, report_channel,
 };
 use polldisk::sim::StandIn;
 use polldisk::sim::blkfront::device::{Device, Options};
@@ -26,7 +26,7 @@ pub struct Alone<P: Platform, E> {
     pub worker: Worker<P, E>,
     pub commands: CommandSender,
     pub budget: Arc<GrantBudget>,
-    _events: EventReceiver,
+    _reports: ReportReceiver,
 }
 
 /// A guest without a backend.
@@ -44,15 +44,15 @@ pub fn worker<P: Platform, E: Engine<Target = Image>>(
     budget_pages: usize,
 ) -> Alone<P, E> {
     let (commands, receiver) = command_channel(WorkerId(0)).unwrap();
-    let (reports, events) = event_channel().unwrap();
+    let (reporter, reports) = report_channel().unwrap();
     let budget = Arc::new(GrantBudget::new(budget_pages));
     let connect = Connect {
-        key: QueueKey { link: LinkId(1), queue: QueueId(0) },
+        key: QueueKey { connection: ConnectionId(1), queue: QueueId(0) },
         frontend: device.domain().domid(),
         ring_refs: device.ring_refs().to_vec(),
         port: device.port(),
         protocol: device.options().protocol,
-        mapping: Mapping::Kept,
+        grant_mode: GrantMode::Persistent,
         budget: Arc::clone(&budget),
         rules: DiskRules {
             geometry: image.geometry(),
@@ -66,6 +66,6 @@ pub fn worker<P: Platform, E: Engine<Target = Image>>(
     };
     commands.send(Command::Connect(Box::new(connect))).unwrap();
     let (id, poll) = (WorkerId(0), Duration::ZERO);
-    let setup = Setup { id, workers: 1, platform, core: None, poll, commands: receiver, reports };
-    Alone { worker: Worker::new(setup, engine).unwrap(), commands, budget, _events: events }
+    let setup = Setup { id, workers: 1, platform, core: None, poll, commands: receiver, reporter };
+    Alone { worker: Worker::new(setup, engine).unwrap(), commands, budget, _reports: reports }
 }

@@ -9,7 +9,7 @@ use polldisk::blkif::op;
 use polldisk::budget::{GrantBudget, HostBudget};
 use polldisk::engine::host::HostEngine;
 use polldisk::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
-use polldisk::msg::Mapping;
+use polldisk::msg::GrantMode;
 use polldisk::sim::StandIn;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::sim::grants::SimGrants;
@@ -33,13 +33,13 @@ fn the_queues_of_a_domain_map_no_more_than_its_budget_and_copy_the_rest() {
     let mut rig = Rig::start();
     let bad_gref = rig.domain.reserve_refs(1).unwrap()[0];
     let mut disk = Disk::new(1, bad_gref);
-    for mapping in [Mapping::Kept, Mapping::PerRequest] {
-        let persistent = mapping == Mapping::Kept;
+    for grant_mode in [GrantMode::Persistent, GrantMode::Map] {
+        let persistent = grant_mode == GrantMode::Persistent;
         let options = Options { persistent, buffers: 8, segments: PAGES, ..Options::default() };
         let combination = Combination {
             queues: QUEUES,
             options,
-            mapping,
+            grant_mode,
             offered_segments: 256,
             budget: BUDGET,
             ..Combination::default()

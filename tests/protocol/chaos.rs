@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use polldisk::blkif::op;
-use polldisk::msg::{Command, Event, Mapping, ReplaceImage};
+use polldisk::msg::{Command, GrantMode, ReplaceImage, Report};
 use polldisk::worker::Progress;
 
 use crate::draw::Random;
@@ -37,7 +37,7 @@ struct Play {
 impl Play {
     fn new(seed: u64) -> Play {
         let (mut bench, script) = bench();
-        let per_request = Shape { mapping: Mapping::PerRequest, ..Shape::copied(20) };
+        let per_request = Shape { grant_mode: GrantMode::Map, ..Shape::copied(20) };
         let shapes = [
             Shape::copied(20).indirect(PAGES[0], 0),
             Shape::mapped(40).indirect(PAGES[1], 1),
@@ -152,8 +152,8 @@ impl Play {
         let orderly = || script.taken.iter().filter(|it| it.ticket.queue() == ORDERLY);
         assert!(!orderly().any(|it| it.is_flush) || orderly().count() == 1);
         drop(script);
-        let told = self.bench.events.events.try_iter();
-        self.told += told.filter(|event| matches!(event, Event::ImageReplaced(_))).count();
+        let told = self.bench.reports.reports.try_iter();
+        self.told += told.filter(|report| matches!(report, Report::ImageReplaced(_))).count();
     }
 
     /// Whoever's storage works is served, whatever the others do.
@@ -187,8 +187,8 @@ impl Play {
             self.bench.commands.send(Command::Disconnect(self.bench.key(guest))).unwrap();
         }
         assert!(self.settle());
-        let gone = self.bench.events.events.try_iter();
-        let gone = gone.filter(|event| matches!(event, Event::Disconnected(_))).count();
+        let gone = self.bench.reports.reports.try_iter();
+        let gone = gone.filter(|report| matches!(report, Report::Disconnected(_))).count();
         assert_eq!(gone, PAGES.len());
         for device in &self.bench.guests {
             assert_eq!(device.domain().mapped_grants(), 0, "nothing stays mapped");

@@ -9,7 +9,7 @@ use polldisk::blkif::features::Offer;
 use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Attach, DiskReport, Reply, Request};
 use polldisk::control::{self, ControlError, Ended};
-use polldisk::msg::event_channel;
+use polldisk::msg::report_channel;
 use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::xenbus::Xenbus;
 use polldisk::sim::{Domain, StandIn};
@@ -38,9 +38,9 @@ impl Daemon {
     pub fn start(offer: Offer) -> Daemon {
         let stand_in = StandIn::start_temporary().unwrap();
         let platform = stand_in.platform();
-        let (reports, events) = event_channel().unwrap();
+        let (reporter, reports) = report_channel().unwrap();
         let poll = Duration::from_micros(50);
-        let (senders, workers) = spawn_all(&platform, &[None, None], poll, &reports).unwrap();
+        let (senders, workers) = spawn_all(&platform, &[None, None], poll, &reporter).unwrap();
         let admin = stand_in.folder().join("admin.sock");
         let config = control::Config {
             admin_path: Some(admin.clone()),
@@ -50,7 +50,7 @@ impl Daemon {
         let stop = Doorbell::new().unwrap();
         let control = std::thread::spawn({
             let stop = stop.clone();
-            move || control::run(&platform, &config, senders, events, &stop)
+            move || control::run(&platform, &config, senders, reports, &stop)
         });
         let start = std::time::Instant::now();
         while request(&admin, &Request::List).is_err() {

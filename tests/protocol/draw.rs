@@ -6,7 +6,7 @@ use polldisk::blkif::op;
 use polldisk::limits::{
     INDIRECT_SEGMENTS_MAX, PERSISTENT_GRANTS_PER_DOMAIN, RING_PAGE_ORDER_MAX, SEGMENTS_PER_REQUEST,
 };
-use polldisk::msg::Mapping;
+use polldisk::msg::GrantMode;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::units::DomId;
 
@@ -70,7 +70,7 @@ pub struct Combination {
     pub queues: usize,
     pub options: Options,
     /// What the backend maps; a frontend may keep granted what the backend does not keep mapped.
-    pub mapping: Mapping,
+    pub grant_mode: GrantMode,
     /// Segments of an indirect request that were offered; 0: none.
     pub offered_segments: u16,
     pub sector_bytes: u32,
@@ -87,7 +87,7 @@ impl Default for Combination {
         Combination {
             queues: 1,
             options: Options::default(),
-            mapping: Mapping::Kept,
+            grant_mode: GrantMode::Persistent,
             offered_segments: 0,
             sector_bytes: 512,
             read_only: false,
@@ -109,14 +109,14 @@ impl Combination {
         Combination {
             queues,
             options,
-            mapping: match options.persistent {
+            grant_mode: match options.persistent {
                 true => random.one_of(&[
-                    Mapping::Kept,
-                    Mapping::Kept,
-                    Mapping::PerRequest,
-                    Mapping::Nothing,
+                    GrantMode::Persistent,
+                    GrantMode::Persistent,
+                    GrantMode::Map,
+                    GrantMode::Copy,
                 ]),
-                false => random.one_of(&[Mapping::PerRequest, Mapping::Nothing]),
+                false => random.one_of(&[GrantMode::Map, GrantMode::Copy]),
             },
             offered_segments: u16::try_from(offered_segments).unwrap(),
             sector_bytes: random.one_of(&[512, 4096]),

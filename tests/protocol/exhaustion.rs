@@ -3,7 +3,7 @@
 use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
 use polldisk::limits::{BOUNCE_PAGES_COMMON, PERSISTENT_GRANTS_PER_QUEUE, TABLES_COMMON};
-use polldisk::msg::Mapping;
+use polldisk::msg::GrantMode;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::units::Bytes;
 
@@ -23,13 +23,13 @@ fn play_batches(queues: usize, requests: usize, pages: usize) {
         segments: pages.max(12),
         ..Options::default()
     };
-    for (persistent, mapping) in
-        [(true, Mapping::Kept), (false, Mapping::PerRequest), (false, Mapping::Nothing)]
+    for (persistent, grant_mode) in
+        [(true, GrantMode::Persistent), (false, GrantMode::Map), (false, GrantMode::Copy)]
     {
         let combination = Combination {
             queues,
             options: Options { persistent, ..options },
-            mapping,
+            grant_mode,
             offered_segments: 512,
             ..Combination::default()
         };
@@ -85,7 +85,7 @@ fn more_data_than_bounce_memory_waits_on_a_disk_without_contents_too() {
     };
     let combination = Combination {
         options,
-        mapping: Mapping::Nothing,
+        grant_mode: GrantMode::Copy,
         offered_segments: 512,
         ..Combination::default()
     };

@@ -3,7 +3,7 @@
 use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
 use polldisk::limits::BOUNCE_PAGES_COMMON;
-use polldisk::msg::Mapping;
+use polldisk::msg::GrantMode;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::units::Bytes;
 
@@ -23,7 +23,7 @@ fn play(requests: Vec<Request>) {
     let options = Options { persistent: false, segments: PAGES, buffers: 3, ..Options::default() };
     let combination = Combination {
         options,
-        mapping: Mapping::Nothing,
+        grant_mode: GrantMode::Copy,
         offered_segments: u16::try_from(PAGES).unwrap(),
         ..Combination::default()
     };

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use polldisk::blkif::op;
-use polldisk::msg::{Command, Event, ReplaceImage};
+use polldisk::msg::{Command, ReplaceImage, Report};
 use polldisk::sim::{SimXen, StandIn};
 use polldisk::units::{DomId, Port};
 use polldisk::xen::{Events, Platform, PlatformError};
@@ -26,7 +26,7 @@ fn a_queue_that_is_leaving_takes_no_more_requests() {
     assert_eq!(script.borrow().taken.len(), 1);
     script.borrow_mut().hung.clear();
     assert!(bench.settle());
-    assert!(matches!(bench.event(), Event::Disconnected(key) if key == bench.key(guest)));
+    assert!(matches!(bench.report(), Report::Disconnected(key) if key == bench.key(guest)));
     assert_eq!(bench.answers(guest), 1);
 }
 
@@ -39,7 +39,7 @@ fn a_broken_ring_is_told_once_and_nothing_more_is_taken_of_it() {
     bench.guests[guest].ring_mut().forge_req_prod(1 << 31);
     bench.ask(other, op::READ, 1, 1);
     assert!(bench.settle());
-    assert!(matches!(bench.event(), Event::RingFault(key, _) if key == bench.key(guest)));
+    assert!(matches!(bench.report(), Report::RingFault(key, _) if key == bench.key(guest)));
     // As if nothing had been.
     bench.ask(guest, op::READ, 1, 1);
     for _ in 0..10 {
@@ -48,7 +48,7 @@ fn a_broken_ring_is_told_once_and_nothing_more_is_taken_of_it() {
         assert!(bench.settle());
     }
     assert!(script.borrow().taken.is_empty());
-    assert!(bench.events.events.is_empty(), "control was told already");
+    assert!(bench.reports.reports.is_empty(), "control was told already");
 }
 
 #[test]
@@ -67,11 +67,11 @@ fn each_of_several_replacements_is_told_once_the_queue_is_drained() {
         bench.pass();
     }
     assert!(bench.settle());
-    assert!(bench.events.events.is_empty(), "a request is in flight");
+    assert!(bench.reports.reports.is_empty(), "a request is in flight");
     script.borrow_mut().hung.clear();
     assert!(bench.settle());
-    let told = bench.events.events.try_iter();
-    let told = told.filter(|event| matches!(event, Event::ImageReplaced(of) if *of == key));
+    let told = bench.reports.reports.try_iter();
+    let told = told.filter(|report| matches!(report, Report::ImageReplaced(of) if *of == key));
     assert_eq!(told.count(), 3);
     bench.ask(guest, op::READ, 2, 1);
     assert!(bench.settle());
@@ -157,7 +157,7 @@ fn an_event_for_a_port_that_was_let_go_reaches_nobody() {
     let [gone, stays] = [(); 2].map(|()| bench.guest(Shape::mapped(8)));
     bench.commands.send(Command::Disconnect(bench.key(gone))).unwrap();
     assert!(bench.settle());
-    assert!(matches!(bench.event(), Event::Disconnected(key) if key == bench.key(gone)));
+    assert!(matches!(bench.report(), Report::Disconnected(key) if key == bench.key(gone)));
     bench.ask(stays, op::READ, 1, 1);
     assert!(bench.settle() && bench.settle());
     assert_eq!(bench.answers(stays), 1);

@@ -6,7 +6,7 @@ use std::time::Instant;
 use polldisk::backing::Image;
 use polldisk::blkif::op;
 use polldisk::engine::host::HostEngine;
-use polldisk::msg::{Command, Event, ReplaceImage};
+use polldisk::msg::{Command, ReplaceImage, Report};
 
 use crate::guest::HANG;
 use crate::scripted::{Bench, Shape, rules};
@@ -38,8 +38,8 @@ fn what_was_published_before_an_ejection_is_done_on_the_medium_before_it() {
         assert!(start.elapsed() < HANG);
         bench.pass();
         answered += bench.answers(guest);
-        let mut told = bench.events.events.try_iter();
-        replaced |= told.any(|event| matches!(event, Event::ImageReplaced(_)));
+        let mut told = bench.reports.reports.try_iter();
+        replaced |= told.any(|report| matches!(report, Report::ImageReplaced(_)));
     }
     bench.ask(guest, op::WRITE, 1, 1);
     let after = loop {

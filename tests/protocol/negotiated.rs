@@ -4,7 +4,7 @@ use polldisk::backing::DataPath;
 use polldisk::blkif::Protocol;
 use polldisk::blkif::features::Offer;
 use polldisk::limits::{INDIRECT_SEGMENTS_MAX, RING_PAGE_ORDER_MAX};
-use polldisk::msg::Mapping;
+use polldisk::msg::GrantMode;
 use polldisk::sim::blkfront::xenbus::Wanted;
 
 use xenstore_rs::Xs;
@@ -68,10 +68,10 @@ fn connect_and_play(random: &mut Random, daemon: &Daemon, offer: &Offer, disk: &
     let combination = Combination {
         queues: devices.len(),
         options: agreed,
-        mapping: match offer.data_path {
-            DataPath::Auto | DataPath::Map if agreed.persistent => Mapping::Kept,
-            DataPath::Map => Mapping::PerRequest,
-            DataPath::Auto | DataPath::Copy => Mapping::Nothing,
+        grant_mode: match offer.data_path {
+            DataPath::Auto | DataPath::Map if agreed.persistent => GrantMode::Persistent,
+            DataPath::Map => GrantMode::Map,
+            DataPath::Auto | DataPath::Copy => GrantMode::Copy,
         },
         offered_segments: offer.indirect_segments,
         sector_bytes: told.sector_bytes,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use polldisk::blkif::op;
-use polldisk::msg::Mapping;
+use polldisk::msg::GrantMode;
 use polldisk::sim::StandIn;
 use polldisk::sim::grants::SimGrants;
 use polldisk::units::{DomId, GrantRef};
@@ -107,7 +107,7 @@ fn a_grant_copy_that_is_refused_as_a_whole_fails_its_requests() {
 fn a_request_of_which_only_some_is_mapped_is_unmapped_and_copied() {
     const PAGES: usize = 400;
     let (mut bench, script, _) = refusing();
-    let shape = Shape { mapping: Mapping::PerRequest, ..Shape::copied(2).indirect(PAGES, 0) };
+    let shape = Shape { grant_mode: GrantMode::Map, ..Shape::copied(2).indirect(PAGES, 0) };
     let guest = bench.guest(shape);
     let ring = script.mappings.load(Ordering::Relaxed);
     for operation in [op::WRITE, op::READ] {

@@ -1,8 +1,8 @@
 //! What a worker tells control, and how it ends.
 
 use polldisk::blkif::op;
-use polldisk::limits::{IN_FLIGHT_TOLD, WORKER_EVENTS};
-use polldisk::msg::{Command, Event, InFlight, InFlightRequest, StorageFailure, is_full};
+use polldisk::limits::{IN_FLIGHT_TOLD, WORKER_REPORTS};
+use polldisk::msg::{Command, InFlight, InFlightRequest, Report, StorageFailure, is_full};
 use polldisk::worker::serve;
 
 use crate::draw::ERROR;
@@ -39,20 +39,20 @@ fn what_is_in_flight_is_told_the_oldest_first() {
         request("read", 4096, 4096, 3),
     ];
     assert_eq!(oldest.len(), IN_FLIGHT_TOLD);
-    let Event::InFlight(key, told) = bench.event() else { panic!("another event") };
+    let Report::InFlight(key, told) = bench.report() else { panic!("another report") };
     assert_eq!((key, told), (bench.key(guest), InFlight { count: 12, oldest }));
-    let Event::InFlight(_, nothing) = bench.event() else { panic!("another event") };
+    let Report::InFlight(_, nothing) = bench.report() else { panic!("another report") };
     assert_eq!(nothing, InFlight::default(), "of a queue that is not served");
 }
 
 /// What control was told about storage: the errors so far, or that there is room again.
 fn told(bench: &crate::scripted::Bench) -> Vec<Option<StorageFailure>> {
-    let told = |event| match event {
-        Event::StorageFailed(_, failure) => Some(failure),
-        Event::SpaceLeft(_) => None,
+    let told = |report| match report {
+        Report::StorageFailed(_, failure) => Some(failure),
+        Report::SpaceLeft(_) => None,
         other => panic!("{other:?}"),
     };
-    bench.events.events.try_iter().map(told).collect()
+    bench.reports.reports.try_iter().map(told).collect()
 }
 
 #[test]
@@ -109,17 +109,17 @@ fn whatever_found_storage_full_a_write_that_succeeds_later_takes_it_back() {
 fn a_worker_never_waits_for_a_control_that_is_far_behind() {
     let (mut bench, _) = bench();
     let key = bench.key(7);
-    for asked in 0..WORKER_EVENTS + 100 {
+    for asked in 0..WORKER_REPORTS + 100 {
         bench.commands.send(Command::TakeLatency(key)).unwrap();
         if asked % 1000 == 999 {
             bench.settle();
         }
     }
     bench.settle();
-    assert_eq!(bench.events.events.len(), WORKER_EVENTS, "control has no room for more");
+    assert_eq!(bench.reports.reports.len(), WORKER_REPORTS, "control has no room for more");
     let mut answers = 0;
-    while answers < WORKER_EVENTS + 100 {
-        answers += bench.events.events.try_iter().count();
+    while answers < WORKER_REPORTS + 100 {
+        answers += bench.reports.reports.try_iter().count();
         bench.settle();
     }
     let guest = bench.guest(Shape::mapped(8));

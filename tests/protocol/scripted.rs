@@ -17,8 +17,8 @@ use polldisk::budget::GrantBudget;
 use polldisk::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
 use polldisk::metrics::QueueCounters;
 use polldisk::msg::{
-    Command, CommandSender, Connect, Event, EventReceiver, LinkId, Mapping, QueueKey, WorkerId,
-    command_channel, event_channel,
+    Command, CommandSender, Connect, ConnectionId, GrantMode, QueueKey, Report, ReportReceiver,
+    WorkerId, command_channel, report_channel,
 };
 use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::device::{Device, Options};
@@ -199,7 +199,7 @@ pub struct Bench<P: Platform = SimXen, E = Scripted> {
     pub guests: Vec<Device>,
     pub counters: Vec<Arc<QueueCounters>>,
     pub commands: CommandSender,
-    pub events: EventReceiver,
+    pub reports: ReportReceiver,
     pub now_ns: u64,
     stand_in: StandIn,
 }
@@ -208,7 +208,7 @@ pub struct Bench<P: Platform = SimXen, E = Scripted> {
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     pub options: Options,
-    pub mapping: Mapping,
+    pub grant_mode: GrantMode,
     pub indirect_segments: u16,
 }
 
@@ -216,13 +216,13 @@ impl Shape {
     /// A ring of one page, data copied, no indirect requests.
     pub fn copied(buffers: usize) -> Shape {
         let options = Options { persistent: false, buffers, ..Options::default() };
-        Shape { options, mapping: Mapping::Nothing, indirect_segments: 0 }
+        Shape { options, grant_mode: GrantMode::Copy, indirect_segments: 0 }
     }
 
     /// Pages kept mapped, no indirect requests.
     pub fn mapped(buffers: usize) -> Shape {
         let options = Options { persistent: true, buffers, ..Options::default() };
-        Shape { options, mapping: Mapping::Kept, indirect_segments: 0 }
+        Shape { options, grant_mode: GrantMode::Persistent, indirect_segments: 0 }
     }
 
     /// Indirect requests of at most `segments` segments, on a ring of `1 << ring_order` pages.
@@ -273,13 +273,13 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
     /// The same on a platform of the test's.
     pub fn on(platform: P, engine: E, stand_in: StandIn) -> Bench<P, E> {
         let (commands, receiver) = command_channel(WorkerId(0)).unwrap();
-        let (reports, events) = event_channel().unwrap();
+        let (reporter, reports) = report_channel().unwrap();
         let (id, poll) = (WorkerId(0), Duration::ZERO);
         let setup =
-            Setup { id, workers: 1, platform, core: None, poll, commands: receiver, reports };
+            Setup { id, workers: 1, platform, core: None, poll, commands: receiver, reporter };
         let worker = Worker::new(setup, engine).unwrap();
         let (guests, counters) = Default::default();
-        Bench { worker, guests, counters, commands, events, now_ns: 1, stand_in }
+        Bench { worker, guests, counters, commands, reports, now_ns: 1, stand_in }
     }
 
     /// One more guest, on a disk without contents; its number.
@@ -307,7 +307,7 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
             ring_refs: device.ring_refs().to_vec(),
             port: device.port(),
             protocol: shape.options.protocol,
-            mapping: shape.mapping,
+            grant_mode: shape.grant_mode,
             budget,
             rules: rules(&image, shape.indirect_segments),
             image: Arc::new(image),
@@ -315,8 +315,8 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
         };
         self.commands.send(Command::Connect(Box::new(connect))).unwrap();
         self.settle();
-        match self.event() {
-            Event::Connected(connected) => assert_eq!(connected, key),
+        match self.report() {
+            Report::Connected(connected) => assert_eq!(connected, key),
             other => panic!("{other:?}"),
         }
         self.guests.push(device);
@@ -325,11 +325,11 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
     }
 
     pub fn key(&self, guest: usize) -> QueueKey {
-        QueueKey { link: LinkId(guest as u64), queue: QueueId(0) }
+        QueueKey { connection: ConnectionId(guest as u64), queue: QueueId(0) }
     }
 
-    pub fn event(&self) -> Event {
-        self.events.events.try_recv().unwrap()
+    pub fn report(&self) -> Report {
+        self.reports.reports.try_recv().unwrap()
     }
 
     /// A guest asks for `count` times `pages` pages at different places, as far as it has buffers.

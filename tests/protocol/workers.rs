@@ -10,7 +10,7 @@ use polldisk::blkif::request::DiskRules;
 use polldisk::budget::GrantBudget;
 use polldisk::metrics::QueueCounters;
 use polldisk::msg::{
-    Command, CommandSender, Connect, Event, EventReceiver, LinkId, QueueKey, event_channel,
+    Command, CommandSender, Connect, ConnectionId, QueueKey, Report, ReportReceiver, report_channel,
 };
 use polldisk::sim::blkfront::device::Device;
 use polldisk::sim::{Domain, StandIn};
@@ -31,8 +31,8 @@ pub struct Rig {
     path: PathBuf,
     senders: Vec<CommandSender>,
     threads: Vec<WorkerThread>,
-    events: EventReceiver,
-    links: u64,
+    reports: ReportReceiver,
+    connections: u64,
     /// Of the connection that there is.
     budget: Arc<GrantBudget>,
     budget_pages: usize,
@@ -60,10 +60,10 @@ impl Rig {
         let stand_in = StandIn::start_temporary().unwrap();
         let domid = DomId::try_from(1).unwrap();
         let domain = Arc::new(stand_in.create_domain(domid, GUEST_PAGES).unwrap());
-        let (reports, events) = event_channel().unwrap();
+        let (reporter, reports) = report_channel().unwrap();
         let poll = Duration::from_micros(50);
         let (senders, threads) =
-            spawn_all(&stand_in.platform(), &[None, None], poll, &reports).unwrap();
+            spawn_all(&stand_in.platform(), &[None, None], poll, &reporter).unwrap();
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let path = zeroes(folder.path());
         Rig {
@@ -73,8 +73,8 @@ impl Rig {
             path,
             senders,
             threads,
-            events,
-            links: 0,
+            reports,
+            connections: 0,
             budget: Arc::new(GrantBudget::new(0)),
             budget_pages: 0,
         }
@@ -89,7 +89,7 @@ impl Rig {
 
     /// The same with another disk.
     pub fn connect_to(&mut self, image: Image, combination: &Combination) -> Vec<Device> {
-        self.links += 1;
+        self.connections += 1;
         self.budget_pages = combination.budget;
         self.budget = Arc::new(GrantBudget::new(combination.budget));
         // The rules may be those of larger sectors than storage has.
@@ -112,7 +112,7 @@ impl Rig {
                 ring_refs: device.ring_refs().to_vec(),
                 port: device.port(),
                 protocol: combination.options.protocol,
-                mapping: combination.mapping,
+                grant_mode: combination.grant_mode,
                 budget: Arc::clone(&self.budget),
                 rules,
                 image: Arc::clone(&image),
@@ -120,7 +120,7 @@ impl Rig {
             };
             self.ask(queue % 2, Command::Connect(Box::new(connect)));
             match self.answer() {
-                Event::Connected(key) => assert_eq!(key, self.key(queue)),
+                Report::Connected(key) => assert_eq!(key, self.key(queue)),
                 other => panic!("{other:?}"),
             }
         }
@@ -132,7 +132,7 @@ impl Rig {
         for queue in 0..devices.len() {
             self.ask(queue % 2, Command::Disconnect(self.key(queue)));
             match self.answer() {
-                Event::Disconnected(key) => assert_eq!(key, self.key(queue)),
+                Report::Disconnected(key) => assert_eq!(key, self.key(queue)),
                 other => panic!("{other:?}"),
             }
         }
@@ -146,7 +146,7 @@ impl Rig {
     pub fn answered(&self, worker: usize, queue: usize) -> Option<u64> {
         self.ask(worker, Command::TakeLatency(self.key(queue)));
         match self.answer() {
-            Event::Latency(key, latency) if key == self.key(queue) => {
+            Report::Latency(key, latency) if key == self.key(queue) => {
                 latency.map(|latency| latency.len())
             }
             other => panic!("{other:?}"),
@@ -154,15 +154,18 @@ impl Rig {
     }
 
     fn key(&self, queue: usize) -> QueueKey {
-        QueueKey { link: LinkId(self.links), queue: QueueId(u16::try_from(queue).unwrap()) }
+        QueueKey {
+            connection: ConnectionId(self.connections),
+            queue: QueueId(u16::try_from(queue).unwrap()),
+        }
     }
 
     fn ask(&self, worker: usize, command: Command) {
         self.senders[worker].send(command).unwrap();
     }
 
-    fn answer(&self) -> Event {
-        self.events.events.recv_timeout(HANG).unwrap()
+    fn answer(&self) -> Report {
+        self.reports.reports.recv_timeout(HANG).unwrap()
     }
 }
 

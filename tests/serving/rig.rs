@@ -14,7 +14,7 @@ use polldisk::control::admin::protocol::{
     Attach, Detach, DiskReport, Eject, Insert, Reply, Request,
 };
 use polldisk::control::{self, ControlError, Ended};
-use polldisk::msg::event_channel;
+use polldisk::msg::report_channel;
 use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::device::{Device, Options};
 use polldisk::sim::blkfront::load::{Load, Report, Runner};
@@ -62,10 +62,10 @@ impl Rig {
     pub fn with_workers(count: u16) -> Rig {
         let stand_in = StandIn::start_temporary().unwrap();
         let platform = stand_in.platform();
-        let (reports, events) = event_channel().unwrap();
+        let (reporter, reports) = report_channel().unwrap();
         let poll = Duration::from_micros(50);
         let (senders, workers) =
-            spawn_all(&platform, &vec![None; count.into()], poll, &reports).unwrap();
+            spawn_all(&platform, &vec![None; count.into()], poll, &reporter).unwrap();
         let admin = stand_in.folder().join("admin.sock");
         let config = control::Config {
             admin_path: Some(admin.clone()),
@@ -76,7 +76,7 @@ impl Rig {
         let stop = Doorbell::new().unwrap();
         let control = std::thread::Builder::new().name("control".to_owned()).spawn({
             let stop = stop.clone();
-            move || control::run(&platform, &config, senders, events, &stop)
+            move || control::run(&platform, &config, senders, reports, &stop)
         });
         let images = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let control = Some(control.unwrap());

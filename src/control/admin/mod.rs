@@ -23,7 +23,7 @@ use super::key::DiskKey;
 use super::registry::{Begun, Registry};
 use crate::backing::Image;
 use crate::limits;
-use crate::msg::{Mapping, QueueKey};
+use crate::msg::{GrantMode, QueueKey};
 use crate::xen::Store;
 use crate::xen::vdev::Vdev;
 use protocol::{DiskReport, Eject, Insert, Reply, Request};
@@ -263,10 +263,10 @@ fn report(disk: &Disk, now: Instant) -> DiskReport {
         drive: description.is_some_and(Description::is_drive),
         sectors: geometry.map_or(0, |geometry| geometry.sectors().0),
         sector_size: geometry.map_or(0, |geometry| geometry.sector_bytes),
-        data_path: match connection.map(|connection| connection.published().mapping) {
-            Some(Mapping::Kept) => "persistent",
-            Some(Mapping::PerRequest) => "map",
-            Some(Mapping::Nothing) => "copy",
+        data_path: match connection.map(|connection| connection.published().grant_mode) {
+            Some(GrantMode::Persistent) => "persistent",
+            Some(GrantMode::Map) => "map",
+            Some(GrantMode::Copy) => "copy",
             None => "",
         }
         .to_owned(),

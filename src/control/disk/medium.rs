@@ -6,7 +6,7 @@ use std::io;
 use super::super::area::{self, Failure};
 use super::super::drive::Step;
 use super::super::helpers::OpenBacking;
-use super::super::machine::{Input, Link};
+use super::super::machine::{ConnectionState, Input};
 use super::{Disk, Params, Surroundings, backend_token};
 use crate::xen::Store;
 use crate::xen::keys::{self, XenbusState};
@@ -116,7 +116,7 @@ impl Disk {
         while !self.forgotten
             && self.backing.is_some()
             && !self.machine.is_opening()
-            && self.machine.link() != Link::Disconnecting
+            && self.machine.connection() != ConnectionState::Disconnecting
             && let Some(step) = self.drive.next_step()
         {
             match step {

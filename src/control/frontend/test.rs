@@ -87,7 +87,7 @@ fn a_one_page_ring_is_its_ring_ref() {
         published,
         Published {
             protocol: Protocol::X86_64,
-            mapping: Mapping::Kept,
+            grant_mode: GrantMode::Persistent,
             rings: vec![ring(&[8], 15)],
             first_nodes: ["ring-ref".into(), "event-channel".into()],
         }
@@ -96,13 +96,13 @@ fn a_one_page_ring_is_its_ring_ref() {
 
 #[test]
 fn what_is_mapped_is_what_the_data_path_and_the_frontend_allow() {
-    for (data_path, keeps_grants, mapping) in [
-        (DataPath::Auto, "1", Mapping::Kept),
-        (DataPath::Auto, "0", Mapping::Nothing),
-        (DataPath::Map, "1", Mapping::Kept),
-        (DataPath::Map, "0", Mapping::PerRequest),
-        (DataPath::Copy, "1", Mapping::Nothing),
-        (DataPath::Copy, "0", Mapping::Nothing),
+    for (data_path, keeps_grants, grant_mode) in [
+        (DataPath::Auto, "1", GrantMode::Persistent),
+        (DataPath::Auto, "0", GrantMode::Copy),
+        (DataPath::Map, "1", GrantMode::Persistent),
+        (DataPath::Map, "0", GrantMode::Map),
+        (DataPath::Copy, "1", GrantMode::Copy),
+        (DataPath::Copy, "0", GrantMode::Copy),
     ] {
         let area = Area::new(&[
             ("ring-ref", "8"),
@@ -110,7 +110,7 @@ fn what_is_mapped_is_what_the_data_path_and_the_frontend_allow() {
             ("feature-persistent", keeps_grants),
         ]);
         let published = area.read(Offer { data_path, ..Offer::default() }).unwrap();
-        assert_eq!(published.mapping, mapping, "{data_path} for {keeps_grants}");
+        assert_eq!(published.grant_mode, grant_mode, "{data_path} for {keeps_grants}");
     }
 }
 

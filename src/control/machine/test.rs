@@ -4,20 +4,20 @@
 //! |---|---|
 //! | found with online and Initialising | `a_new_disk_is_opened_and_offers_itself_before_init_wait` |
 //! | FE 1, BE 6, online | `a_closed_disk_waits_again_when_the_frontend_starts_over` |
-//! | FE 1 otherwise | `a_frontend_that_initialises_beside_init_wait_changes_nothing`, `a_closed_disk_that_is_not_online_does_not_wait_again`, `a_frontend_that_starts_over_unseen_gets_its_old_link_ended` |
+//! | FE 1 otherwise | `a_frontend_that_initialises_beside_init_wait_changes_nothing`, `a_closed_disk_that_is_not_online_does_not_wait_again`, `a_frontend_that_starts_over_unseen_gets_its_old_connection_ended` |
 //! | FE 2 | `a_frontend_in_init_wait_changes_nothing` |
 //! | FE 3 or 4, BE 4 | `a_frontend_that_follows_to_connected_changes_nothing` |
 //! | FE 3 or 4, BE not 4 | `a_frontend_with_a_ring_is_connected`, `a_frontend_with_a_ring_connects_a_closed_disk` |
-//! | the same, on an error | `a_link_that_fails_writes_the_error_and_closes` (mended: QEMU only logs) |
+//! | the same, on an error | `a_connection_that_fails_writes_the_error_and_closes` (mended: QEMU only logs) |
 //! | FE 5 | `a_closing_frontend_keeps_its_ring` |
 //! | FE 6 or 0 | `a_frontend_that_closed_is_disconnected`, `a_frontend_area_that_vanished_is_disconnected` |
 //! | BE changed by others: cached | `a_state_written_by_others_is_taken_as_it_is` |
 //! | BE 5, FE not 2 to 5 | `closing_written_over_a_dead_frontend_closes` |
 //! | online 0, BE 6, 1, 2 or 0 | `a_disk_without_a_guest_is_forgotten_when_it_goes_offline` |
 //! | device_del: online 0 and BE 5 at once | `a_detached_disk_waits_for_its_frontend` |
-//! | forced removal | `a_forced_removal_waits_for_the_link_only` |
+//! | forced removal | `a_forced_removal_waits_for_the_connection_only` |
 //! | (not in QEMU: the domain is gone, its areas stay) | `the_disk_of_a_guest_that_is_gone_is_closed_and_let_go` |
-//! | exit | `when_the_daemon_ends_the_link_is_drained_and_no_state_written` |
+//! | exit | `when_the_daemon_ends_the_connection_is_drained_and_no_state_written` |
 //! | another medium in the drive (mended: QEMU never looks) | `a_connected_frontend_is_told_of_another_medium`, `a_medium_changed_before_the_connection_changes_what_is_offered`, `a_medium_that_cannot_be_used_is_an_error_and_no_failure` |
 //!
 //! Rows that do not apply here: creation writes and the frontend's creation (the registry's and
@@ -42,7 +42,7 @@ fn waiting() -> Machine {
 fn connected() -> Machine {
     let mut machine = waiting();
     assert_eq!(machine.step(Input::Frontend(Initialised)), [Connect]);
-    assert_eq!(machine.step(Input::LinkUp), [SetState(Connected)]);
+    assert_eq!(machine.step(Input::ConnectionUp), [SetState(Connected)]);
     assert_eq!(machine.step(Input::Frontend(Connected)), []);
     machine
 }
@@ -50,14 +50,14 @@ fn connected() -> Machine {
 fn closed() -> Machine {
     let mut machine = connected();
     assert_eq!(machine.step(Input::Frontend(Closed)), [Disconnect]);
-    assert_eq!(machine.step(Input::LinkDown), [SetState(Closed)]);
+    assert_eq!(machine.step(Input::ConnectionDown), [SetState(Closed)]);
     machine
 }
 
 fn failed() -> Machine {
     let mut machine = connected();
-    assert_eq!(machine.step(Input::LinkFault), [WriteError, SetState(Closing), Disconnect]);
-    assert_eq!(machine.step(Input::LinkDown), []);
+    assert_eq!(machine.step(Input::ConnectionFault), [WriteError, SetState(Closing), Disconnect]);
+    assert_eq!(machine.step(Input::ConnectionDown), []);
     machine
 }
 
@@ -102,7 +102,7 @@ fn a_disk_that_failed_is_opened_again_when_the_toolstack_starts_over() {
 fn a_disk_in_use_is_drained_before_the_toolstack_starts_it_over() {
     let mut machine = connected();
     assert_eq!(machine.step(Input::Backend(Initialising)), [Disconnect]);
-    assert_eq!(machine.step(Input::LinkDown), [Open]);
+    assert_eq!(machine.step(Input::ConnectionDown), [Open]);
 }
 
 #[test]
@@ -121,11 +121,11 @@ fn a_closed_disk_waits_again_when_the_frontend_starts_over() {
         let effects = machine.step(Input::Frontend(Initialising));
         assert_eq!(effects, [SetState(InitWait)]);
         assert_eq!(machine.step(Input::Frontend(Initialised)), [Connect]);
-        machine.step(Input::LinkUp);
+        machine.step(Input::ConnectionUp);
         machine.step(Input::Frontend(Connected));
         machine.step(Input::Frontend(Closing));
         machine.step(Input::Frontend(Closed));
-        assert_eq!(machine.step(Input::LinkDown), [SetState(Closed)]);
+        assert_eq!(machine.step(Input::ConnectionDown), [SetState(Closed)]);
     }
 }
 
@@ -142,15 +142,15 @@ fn a_closed_disk_that_is_not_online_does_not_wait_again() {
 }
 
 #[test]
-fn a_frontend_that_starts_over_unseen_gets_its_old_link_ended() {
+fn a_frontend_that_starts_over_unseen_gets_its_old_connection_ended() {
     let mut machine = connected();
     assert_eq!(machine.step(Input::Frontend(Initialising)), [Disconnect]);
-    assert_eq!(machine.step(Input::LinkDown), [SetState(InitWait)]);
+    assert_eq!(machine.step(Input::ConnectionDown), [SetState(InitWait)]);
 
     let mut machine = connected();
     assert_eq!(machine.step(Input::RingReplaced), [Disconnect]);
-    assert_eq!(machine.step(Input::LinkDown), [Connect]);
-    assert_eq!(machine.step(Input::LinkUp), [SetState(Connected)]);
+    assert_eq!(machine.step(Input::ConnectionDown), [Connect]);
+    assert_eq!(machine.step(Input::ConnectionUp), [SetState(Connected)]);
 }
 
 #[test]
@@ -188,11 +188,11 @@ fn a_frontend_with_a_ring_connects_a_closed_disk() {
 }
 
 #[test]
-fn a_link_that_fails_writes_the_error_and_closes() {
+fn a_connection_that_fails_writes_the_error_and_closes() {
     let mut machine = waiting();
     machine.step(Input::Frontend(Initialised));
-    assert_eq!(machine.step(Input::LinkFailed), [WriteError, SetState(Closing), Disconnect]);
-    assert_eq!(machine.step(Input::LinkDown), []);
+    assert_eq!(machine.step(Input::ConnectionFailed), [WriteError, SetState(Closing), Disconnect]);
+    assert_eq!(machine.step(Input::ConnectionDown), []);
     assert_eq!(machine.backend(), Closing);
 }
 
@@ -212,9 +212,9 @@ fn a_failed_disk_stays_down_until_the_frontend_starts_over() {
 fn a_closing_frontend_keeps_its_ring() {
     let mut machine = connected();
     assert_eq!(machine.step(Input::Frontend(Closing)), [SetState(Closing)]);
-    assert_eq!(machine.link(), Link::Up);
+    assert_eq!(machine.connection(), ConnectionState::Up);
     assert_eq!(machine.step(Input::Frontend(Connected)), [SetState(Connected)]);
-    assert_eq!(machine.link(), Link::Up);
+    assert_eq!(machine.connection(), ConnectionState::Up);
 }
 
 #[test]
@@ -222,15 +222,15 @@ fn a_frontend_that_closes_while_connecting_is_not_called_connected() {
     let mut machine = waiting();
     machine.step(Input::Frontend(Initialised));
     assert_eq!(machine.step(Input::Frontend(Closing)), [SetState(Closing)]);
-    assert_eq!(machine.step(Input::LinkUp), []);
+    assert_eq!(machine.step(Input::ConnectionUp), []);
     assert_eq!(machine.step(Input::Frontend(Closed)), [Disconnect]);
-    assert_eq!(machine.step(Input::LinkDown), [SetState(Closed)]);
+    assert_eq!(machine.step(Input::ConnectionDown), [SetState(Closed)]);
 
     let mut machine = waiting();
     machine.step(Input::Frontend(Initialised));
     assert_eq!(machine.step(Input::Frontend(Closed)), [Disconnect]);
-    assert_eq!(machine.step(Input::LinkUp), [], "the answer crossed the disconnection");
-    assert_eq!(machine.step(Input::LinkDown), [SetState(Closed)]);
+    assert_eq!(machine.step(Input::ConnectionUp), [], "the answer crossed the disconnection");
+    assert_eq!(machine.step(Input::ConnectionDown), [SetState(Closed)]);
 }
 
 #[test]
@@ -239,7 +239,7 @@ fn a_frontend_that_comes_back_while_disconnecting_is_served_after() {
     machine.step(Input::Frontend(Closed));
     assert_eq!(machine.step(Input::Frontend(Initialising)), []);
     assert_eq!(machine.step(Input::Frontend(Initialised)), []);
-    assert_eq!(machine.step(Input::LinkDown), [Connect]);
+    assert_eq!(machine.step(Input::ConnectionDown), [Connect]);
 }
 
 #[test]
@@ -252,7 +252,7 @@ fn a_frontend_that_closed_is_disconnected() {
 fn a_frontend_area_that_vanished_is_disconnected() {
     let mut machine = connected();
     assert_eq!(machine.step(Input::Frontend(Unknown)), [Disconnect]);
-    assert_eq!(machine.step(Input::LinkDown), [SetState(Closed)]);
+    assert_eq!(machine.step(Input::ConnectionDown), [SetState(Closed)]);
 }
 
 #[test]
@@ -261,7 +261,7 @@ fn a_state_written_by_others_is_taken_as_it_is() {
         let mut machine = connected();
         assert_eq!(machine.step(Input::Backend(state)), []);
         assert_eq!(machine.backend(), state);
-        assert_eq!(machine.link(), Link::Up);
+        assert_eq!(machine.connection(), ConnectionState::Up);
     }
 }
 
@@ -271,7 +271,7 @@ fn closing_written_over_a_dead_frontend_closes() {
     let mut machine = connected();
     machine.step(Input::Frontend(Reconfiguring));
     assert_eq!(machine.step(Input::Backend(Closing)), [Disconnect]);
-    assert_eq!(machine.step(Input::LinkDown), [SetState(Closed)]);
+    assert_eq!(machine.step(Input::ConnectionDown), [SetState(Closed)]);
 }
 
 #[test]
@@ -282,7 +282,7 @@ fn a_disk_without_a_guest_is_forgotten_when_it_goes_offline() {
         let mut machine = connected();
         machine.step(Input::Online(false));
         assert_eq!(machine.step(Input::Backend(state)), [Disconnect], "{state}");
-        assert_eq!(machine.step(Input::LinkDown), [SetState(Closed), Forget]);
+        assert_eq!(machine.step(Input::ConnectionDown), [SetState(Closed), Forget]);
     }
 }
 
@@ -298,7 +298,7 @@ fn a_detached_disk_waits_for_its_frontend() {
         }
         assert_eq!(machine.step(Input::Frontend(Closing)), [SetState(Closing)]);
         assert_eq!(machine.step(Input::Frontend(Closed)), [Disconnect]);
-        assert_eq!(machine.step(Input::LinkDown), [SetState(Closed), Forget]);
+        assert_eq!(machine.step(Input::ConnectionDown), [SetState(Closed), Forget]);
     }
 }
 
@@ -308,12 +308,12 @@ fn a_disk_detached_while_connecting_stays_closing() {
     machine.step(Input::Frontend(Initialised));
     machine.step(Input::Online(false));
     machine.step(Input::Backend(Closing));
-    assert_eq!(machine.step(Input::LinkUp), []);
+    assert_eq!(machine.step(Input::ConnectionUp), []);
     assert_eq!(machine.backend(), Closing);
 }
 
 #[test]
-fn a_forced_removal_waits_for_the_link_only() {
+fn a_forced_removal_waits_for_the_connection_only() {
     let inputs = [Input::Online(false), Input::Backend(Closing), Input::Frontend(Unknown)];
     for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
         for mut machine in [connected(), failed(), waiting()] {
@@ -322,7 +322,7 @@ fn a_forced_removal_waits_for_the_link_only() {
                 effects.extend_from_slice(machine.step(inputs[index]));
             }
             if effects == [Disconnect] {
-                effects.extend_from_slice(machine.step(Input::LinkDown));
+                effects.extend_from_slice(machine.step(Input::ConnectionDown));
             }
             assert_eq!(effects.last(), Some(&Forget), "{order:?}: {effects:?}");
             assert!(effects.contains(&SetState(Closed)));
@@ -344,7 +344,7 @@ fn an_area_that_vanished_is_not_written_to() {
     assert_eq!(waiting().step(Input::Gone), [Forget]);
     let mut machine = connected();
     assert_eq!(machine.step(Input::Gone), [Disconnect]);
-    assert_eq!(machine.step(Input::LinkDown), [Forget]);
+    assert_eq!(machine.step(Input::ConnectionDown), [Forget]);
 }
 
 #[test]
@@ -353,7 +353,7 @@ fn the_disk_of_a_guest_that_is_gone_is_closed_and_let_go() {
     let mut machine = connected();
     assert_eq!(machine.step(Input::DomainGone), [Disconnect]);
     assert_eq!(machine.step(Input::Frontend(Unknown)), []);
-    assert_eq!(machine.step(Input::LinkDown), [SetState(Closed), Forget]);
+    assert_eq!(machine.step(Input::ConnectionDown), [SetState(Closed), Forget]);
 }
 
 #[test]
@@ -380,10 +380,10 @@ fn an_answer_that_nobody_waits_for_changes_nothing() {
 }
 
 #[test]
-fn when_the_daemon_ends_the_link_is_drained_and_no_state_written() {
+fn when_the_daemon_ends_the_connection_is_drained_and_no_state_written() {
     let mut machine = connected();
     assert_eq!(machine.step(Input::Stop), [Disconnect]);
-    assert_eq!(machine.step(Input::LinkDown), [Forget]);
+    assert_eq!(machine.step(Input::ConnectionDown), [Forget]);
     assert_eq!(waiting().step(Input::Stop), [Forget]);
 }
 
@@ -401,8 +401,12 @@ fn a_medium_changed_before_the_connection_changes_what_is_offered() {
     let mut machine = waiting();
     assert_eq!(machine.step(Input::MediumChanged), [PublishFeatures]);
     machine.step(Input::Frontend(Initialised));
-    assert_eq!(machine.step(Input::MediumChanged), [], "the link's answer publishes the size");
-    assert_eq!(machine.step(Input::LinkUp), [SetState(Connected)]);
+    assert_eq!(
+        machine.step(Input::MediumChanged),
+        [],
+        "the connection's answer publishes the size"
+    );
+    assert_eq!(machine.step(Input::ConnectionUp), [SetState(Connected)]);
     assert_eq!(closed().step(Input::MediumChanged), []);
 }
 
@@ -410,7 +414,7 @@ fn a_medium_changed_before_the_connection_changes_what_is_offered() {
 fn a_medium_that_cannot_be_used_is_an_error_and_no_failure() {
     let mut machine = connected();
     assert_eq!(machine.step(Input::MediumFailed), [WriteError]);
-    assert_eq!((machine.backend(), machine.link()), (Connected, Link::Up));
+    assert_eq!((machine.backend(), machine.connection()), (Connected, ConnectionState::Up));
     assert_eq!(machine.step(Input::MediumChanged), [SetState(Connected)]);
 }
 
@@ -438,7 +442,7 @@ fn the_table_is_the_one_that_was_reviewed() {
     }
 }
 
-/// What is around a machine: the data plane's side of the link.
+/// What is around a machine: the data plane's side of the connection.
 #[derive(Debug, Default)]
 struct Around {
     connecting: bool,
@@ -457,7 +461,7 @@ impl Around {
             let idle = !(self.connecting || self.linked || self.ending);
             match effect {
                 Connect => {
-                    assert!(idle, "two links: {self:?}");
+                    assert!(idle, "two connections: {self:?}");
                     self.connecting = true;
                 }
                 Disconnect => {
@@ -466,11 +470,11 @@ impl Around {
                 }
                 SetState(Connected) => assert!(self.linked && !self.ending, "{self:?}"),
                 Open => {
-                    assert!(idle, "opened under a link");
+                    assert!(idle, "opened under a connection");
                     (self.opening, self.open) = (true, false);
                 }
                 Forget => {
-                    assert!(idle, "forgotten with a link: {self:?}");
+                    assert!(idle, "forgotten with a connection: {self:?}");
                     self.forgotten = true;
                 }
                 _ => {}
@@ -488,21 +492,21 @@ impl Around {
             }
             Input::Opened | Input::OpenFailed | Input::OpenFailedScript => None,
             Input::Ready => self.open.then_some(input),
-            Input::LinkUp if self.connecting => {
+            Input::ConnectionUp if self.connecting => {
                 self.connecting = false;
                 self.linked = true;
                 Some(input)
             }
-            Input::LinkFailed if self.connecting => Some(input),
-            Input::LinkFault | Input::RingReplaced if self.linked => Some(input),
-            Input::LinkDown if self.ending => {
+            Input::ConnectionFailed if self.connecting => Some(input),
+            Input::ConnectionFault | Input::RingReplaced if self.linked => Some(input),
+            Input::ConnectionDown if self.ending => {
                 (self.connecting, self.linked, self.ending) = (false, false, false);
                 Some(input)
             }
-            Input::LinkUp
-            | Input::LinkFailed
-            | Input::LinkFault
-            | Input::LinkDown
+            Input::ConnectionUp
+            | Input::ConnectionFailed
+            | Input::ConnectionFault
+            | Input::ConnectionDown
             | Input::RingReplaced => None,
             _ => Some(input),
         }
@@ -518,9 +522,9 @@ fn any_input() -> impl Strategy<Value = Input> {
         2 => Just(Input::Ready),
         2 => Just(Input::Opened),
         1 => prop::sample::select(vec![Input::OpenFailed, Input::OpenFailedScript]),
-        4 => Just(Input::LinkUp),
-        1 => prop::sample::select(vec![Input::LinkFailed, Input::LinkFault, Input::RingReplaced]),
-        4 => Just(Input::LinkDown),
+        4 => Just(Input::ConnectionUp),
+        1 => prop::sample::select(vec![Input::ConnectionFailed, Input::ConnectionFault, Input::RingReplaced]),
+        4 => Just(Input::ConnectionDown),
         2 => prop::sample::select(vec![Input::MediumChanged, Input::MediumFailed]),
     ]
 }
@@ -541,7 +545,9 @@ fn play(inputs: &[Input]) -> (Machine, Around) {
 }
 
 fn finish(mut machine: Machine, mut around: Around, inputs: &[Input]) -> bool {
-    for input in inputs.iter().chain(&[Input::LinkDown, Input::LinkDown, Input::LinkDown]) {
+    for input in
+        inputs.iter().chain(&[Input::ConnectionDown, Input::ConnectionDown, Input::ConnectionDown])
+    {
         if !around.forgotten
             && let Some(input) = around.allow(*input)
         {
@@ -567,7 +573,7 @@ proptest! {
     #![proptest_config(many_cases())]
 
     #[test]
-    fn whatever_happens_there_is_one_link_at_most_and_the_disk_can_be_removed(
+    fn whatever_happens_there_is_one_connection_at_most_and_the_disk_can_be_removed(
         inputs in prop::collection::vec(any_input(), 0..60)
     ) {
         let (machine, around) = play(&inputs);
@@ -593,7 +599,7 @@ proptest! {
             Input::Opened,
             Input::Ready,
             Input::Frontend(Closed),
-            Input::LinkDown,
+            Input::ConnectionDown,
             Input::Frontend(Initialising),
         ] {
             if let Some(input) = around.allow(input) {

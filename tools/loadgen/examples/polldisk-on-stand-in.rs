@@ -3,7 +3,7 @@
 
 use polldisk::config::ServeOptions;
 use polldisk::control;
-use polldisk::msg::event_channel;
+use polldisk::msg::report_channel;
 use polldisk::park::Doorbell;
 use polldisk::sim::SimXen;
 use polldisk::worker::{WorkerThread, spawn_all};
@@ -25,15 +25,15 @@ fn main() -> anyhow::Result<()> {
     let cores: Vec<usize> = cores.into_iter().map(|core| core.id).collect();
     let config = options.check(&cores)?;
     let platform = SimXen::connect(folder.as_ref());
-    let (reports, events) = event_channel()?;
-    let (workers, threads) = spawn_all(&platform, &config.workers, config.poll, &reports)?;
+    let (reporter, reports) = report_channel()?;
+    let (workers, threads) = spawn_all(&platform, &config.workers, config.poll, &reporter)?;
     let control_config = control::Config {
         backend_types: config.backend_types.clone(),
         admin_path,
         offer: config.offer,
         signals: true,
     };
-    control::run(&platform, &control_config, workers, events, &Doorbell::new()?)?;
+    control::run(&platform, &control_config, workers, reports, &Doorbell::new()?)?;
     threads.into_iter().for_each(WorkerThread::join);
     Ok(())
 }
