@@ -12,7 +12,7 @@ use polldisk::park;
 use polldisk::sim::domain::StillMapped;
 use polldisk::sim::events::SimEvents;
 use polldisk::sim::grants::SimGrants;
-use polldisk::sim::{Domain, Gfn, SimXen, StandIn};
+use polldisk::sim::{Domain, Endpoint, Gfn, SimXen, StandIn};
 use polldisk::units::{DomId, GrantRef, Port};
 use polldisk::xen::abi;
 use polldisk::xen::store::StoreClient;
@@ -274,7 +274,7 @@ fn pages_and_references_are_finite_and_come_back() {
 // Xenstore.
 
 fn as_guest(guest: &Domain) -> StoreClient {
-    StoreClient::from_stream(guest.open_store().unwrap()).unwrap()
+    guest.open_store().unwrap()
 }
 
 #[test]
@@ -521,7 +521,7 @@ fn another_process_plays_its_role() {
 
 fn play_guest() {
     let folder = PathBuf::from(std::env::var_os(RUN_FOLDER).unwrap());
-    let guest = Domain::create(&folder, domid(7), 16).unwrap();
+    let guest = Domain::create(&Endpoint::at(&folder), domid(7), 16).unwrap();
     let (_, gref) = granted_page(&guest, b"far away", PageAccess::ReadOnly);
     let mut events = guest.open_events().unwrap();
     let port = events.alloc_unbound(DomId::DOM0).unwrap();

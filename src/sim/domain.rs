@@ -10,20 +10,20 @@
 //!   goes nowhere; its mappings stay valid until it unmaps them.
 
 use std::io;
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::connection::{Connection, Endpoint};
 use super::events::SimEvents;
 use super::grants::Faults;
 use super::memory::{Gfn, GuestMemory};
-use super::wire::{Connection, Request};
+use super::wire::Request;
 use crate::limits::SIM_GRANT_ENTRIES;
 use crate::units::{DomId, GrantRef};
 use crate::xen::PageAccess;
 use crate::xen::abi::{self, GrantEntryV1};
 use crate::xen::shm::{GuestBuf, GuestPages, SharedPage};
+use crate::xen::store::StoreClient;
 
 /// A domain with its memory. It ends when this is dropped or its process dies.
 ///
@@ -33,7 +33,7 @@ use crate::xen::shm::{GuestBuf, GuestPages, SharedPage};
 #[derive(Debug)]
 pub struct Domain {
     domid: DomId,
-    folder: PathBuf,
+    endpoint: Endpoint,
     connection: Mutex<Connection>,
     memory: GuestMemory,
     /// By page: whether it is allocated.
@@ -47,15 +47,14 @@ pub struct Domain {
 pub struct StillMapped(pub GrantRef);
 
 impl Domain {
-    /// Makes a domain of `pages` pages with the hypervisor of a run folder. An existing domid is
-    /// refused with EEXIST.
-    pub fn create(folder: &Path, domid: DomId, pages: u32) -> io::Result<Domain> {
-        let mut connection = Connection::open(folder)?;
+    /// Makes a domain of `pages` pages with a hypervisor. An existing domid is refused with EEXIST.
+    pub fn create(endpoint: &Endpoint, domid: DomId, pages: u32) -> io::Result<Domain> {
+        let mut connection = endpoint.connect()?;
         let (_, mut fds) = connection.call(Request::CreateDomain { domid, pages })?;
         let memory = GuestMemory::open(fds.pop().ok_or(io::ErrorKind::InvalidData)?)?;
         Ok(Domain {
             domid,
-            folder: folder.to_owned(),
+            endpoint: endpoint.clone(),
             connection: Mutex::new(connection),
             pages: Mutex::new(vec![false; pages as usize]),
             // Taken from the end: the lowest first.
@@ -78,14 +77,12 @@ impl Domain {
 
     /// A set of event channels, one for each thread that wants some.
     pub fn open_events(&self) -> io::Result<SimEvents> {
-        SimEvents::open(&self.folder, self.domid)
+        SimEvents::open(&self.endpoint, self.domid)
     }
 
     /// A xenstore connection with the domain's own rights.
-    pub fn open_store(&self) -> io::Result<UnixStream> {
-        let mut connection = lock(&self.connection);
-        let (_, mut fds) = connection.call(Request::OpenStore)?;
-        Ok(fds.pop().ok_or(io::ErrorKind::InvalidData)?.into())
+    pub fn open_store(&self) -> io::Result<StoreClient> {
+        self.endpoint.open_store_of(self.domid, &mut lock(&self.connection))
     }
 
     /// Allocates `count` consecutive pages and returns the first; ENOMEM where there are none.

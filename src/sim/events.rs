@@ -5,14 +5,14 @@
 use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 
 use rustc_hash::FxHashMap;
 
+use super::connection::{Connection, Endpoint};
 use super::mailbox::Mailbox;
-use super::wire::{Connection, Request};
+use super::wire::Request;
 use crate::limits::SIM_PORTS_PER_HANDLE as SLOTS;
 use crate::units::{DomId, Port};
 use crate::xen::Events;
@@ -49,8 +49,8 @@ struct Peer {
 
 impl SimEvents {
     /// Opens a handle that acts for `domid`.
-    pub fn open(folder: &Path, domid: DomId) -> io::Result<SimEvents> {
-        let mut connection = Connection::attach(folder, domid)?;
+    pub fn open(endpoint: &Endpoint, domid: DomId) -> io::Result<SimEvents> {
+        let mut connection = endpoint.attach(domid)?;
         let (words, fds) = connection.call(Request::OpenEvents)?;
         let &[first_port] = words else { return Err(io::ErrorKind::InvalidData.into()) };
         let mailbox = Mailbox::open(fds)?;

@@ -9,13 +9,13 @@
 
 use std::collections::hash_map::Entry as Slot;
 use std::io;
-use std::path::Path;
 use std::sync::atomic::Ordering;
 
 use rustc_hash::FxHashMap;
 
+use super::connection::{Connection, Endpoint};
 use super::memory::{self, Gfn, GuestMemory, MappedRange};
-use super::wire::{Connection, Request};
+use super::wire::Request;
 use crate::limits::GRANTS_PER_MAP_BATCH;
 use crate::units::{DomId, GrantRef};
 use crate::xen::abi::{self, GrantEntryV1};
@@ -68,8 +68,8 @@ pub struct SimGrants {
 
 impl SimGrants {
     /// Opens a handle that acts for `domid`.
-    pub fn open(folder: &Path, domid: DomId) -> io::Result<SimGrants> {
-        let connection = Connection::attach(folder, domid)?;
+    pub fn open(endpoint: &Endpoint, domid: DomId) -> io::Result<SimGrants> {
+        let connection = endpoint.attach(domid)?;
         let (mappings, guests) = Default::default();
         Ok(SimGrants { domid, mappings, guests, connection })
     }

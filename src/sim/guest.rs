@@ -1,10 +1,9 @@
 //! A guest as the stand-in's hypervisor knows it: its memory and which of its grants are in use.
 
-use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::rc::Rc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustc_hash::FxHashMap;
 
@@ -19,7 +18,7 @@ use crate::xen::abi::{self, GrantEntryV1};
 pub struct Guest {
     /// Its pages and grant table.
     pub memory: GuestMemory,
-    pins: RefCell<FxHashMap<GrantRef, Pins>>,
+    pins: Mutex<FxHashMap<GrantRef, Pins>>,
 }
 
 /// How often a grant is mapped.
@@ -32,7 +31,7 @@ struct Pins {
 /// One use of a grant; ends on drop.
 #[derive(Debug)]
 pub struct Pinned {
-    guest: Rc<Guest>,
+    guest: Arc<Guest>,
     gref: GrantRef,
     access: PageAccess,
 }
@@ -40,7 +39,7 @@ pub struct Pinned {
 impl Guest {
     /// A guest whose grants nobody uses.
     pub fn new(memory: GuestMemory) -> Guest {
-        Guest { memory, pins: RefCell::default() }
+        Guest { memory, pins: Mutex::default() }
     }
 
     /// Its memory, for another process.
@@ -51,7 +50,7 @@ impl Guest {
     /// Takes all of `refs` into use for `by`; the frames are in their order. All or none: as with
     /// gntdev, a bad one fails the batch with EINVAL.
     pub fn pin_all(
-        guest: &Rc<Guest>,
+        guest: &Arc<Guest>,
         refs: &[u32],
         by: DomId,
         access: PageAccess,
@@ -59,10 +58,15 @@ impl Guest {
         let pin = |gref: &u32| {
             let gref = GrantRef(*gref);
             let frame = guest.pin(gref, by, access)?;
-            Ok((Pinned { guest: Rc::clone(guest), gref, access }, frame.0))
+            Ok((Pinned { guest: Arc::clone(guest), gref, access }, frame.0))
         };
         let pinned: Result<(Vec<_>, Vec<_>), i16> = refs.iter().map(pin).collect();
         pinned.map_err(|_| io::Error::from_raw_os_error(libc::EINVAL))
+    }
+
+    /// They are whole even if a thread panicked while it held them.
+    fn pins(&self) -> MutexGuard<'_, FxHashMap<GrantRef, Pins>> {
+        self.pins.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Checks an entry and marks it as in use, in one step, so that the guest cannot take it back
@@ -87,7 +91,7 @@ impl Guest {
                 Err(changed) => word = changed,
             }
         };
-        let mut pins = self.pins.borrow_mut();
+        let mut pins = self.pins();
         let pins = pins.entry(gref).or_default();
         pins.all += 1;
         pins.writable += u32::from(access == PageAccess::ReadWrite);
@@ -95,7 +99,7 @@ impl Guest {
     }
 
     fn unpin(&self, gref: GrantRef, access: PageAccess) {
-        let mut pins = self.pins.borrow_mut();
+        let mut pins = self.pins();
         let (Some(left), Some(entry)) = (pins.get_mut(&gref), self.memory.entry(gref)) else {
             return;
         };

@@ -1,81 +1,33 @@
-//! The stand-in's hypervisor: a thread that knows every domain, mapping and event channel.
+//! The stand-in's hypervisor, without I/O: it knows every domain, mapping and event channel.
 //!
-//! [`super::wire`] tells the protocol. The thread serves one request after the other, so what it
-//! answers has happened for everybody. When a connection closes, its mappings, its ports and the
-//! domain it made go with it.
+//! Clients are numbered. What one asks ([`super::wire::Request`]) has happened for everybody once it is
+//! answered. When a client disconnects, its mappings, its ports and the domain it made go with it.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::rc::Rc;
-use std::thread::JoinHandle;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
-use mio::unix::SourceFd;
-use mio::{Interest, Poll, Token, Waker};
 use rustc_hash::FxHashMap;
 use slab::Slab;
 
 use super::channels::Channels;
 use super::guest::{Guest, Pinned};
 use super::memory::GuestMemory;
-use super::wire::{self, Packet, Request};
+use super::wire::Request;
 use crate::units::DomId;
 use crate::xen::PageAccess;
 
-/// What the hypervisor leaves to the toolstack. Called in the hypervisor's thread: it must not
-/// call the hypervisor.
+/// What the hypervisor leaves to the toolstack, which must not call the hypervisor meanwhile.
 pub trait Toolstack: Send {
     /// A domain was made. After an error it is destroyed.
     fn created(&mut self, domid: DomId) -> io::Result<()>;
     /// A domain has ended.
     fn destroyed(&mut self, domid: DomId);
-    /// Connects to xenstore with the rights of a domain.
-    fn connect_store(&mut self, domid: DomId) -> io::Result<UnixStream>;
 }
 
-/// A running hypervisor. Dropping it ends it; clients then get errors.
-#[derive(Debug)]
-pub struct Hypervisor {
-    socket: PathBuf,
-    stop: Waker,
-    thread: Option<JoinHandle<()>>,
-}
-
-const LISTENER: Token = Token(usize::MAX);
-const STOP: Token = Token(usize::MAX - 1);
-
-impl Hypervisor {
-    /// Starts it on `hypervisor.sock` in `folder`, which must exist.
-    pub fn start(folder: &Path, toolstack: Box<dyn Toolstack>) -> io::Result<Hypervisor> {
-        wire::raise_descriptor_limit();
-        let socket = folder.join(wire::SOCKET_NAME);
-        let listener = wire::listen(&socket)?;
-        let poll = Poll::new()?;
-        poll.registry().register(
-            &mut SourceFd(&listener.as_raw_fd()),
-            LISTENER,
-            Interest::READABLE,
-        )?;
-        let stop = Waker::new(poll.registry(), STOP)?;
-        let serve = move || Server::new(poll, listener, toolstack).run();
-        let thread = std::thread::Builder::new().name("hypervisor".to_owned()).spawn(serve)?;
-        Ok(Hypervisor { socket, stop, thread: Some(thread) })
-    }
-}
-
-impl Drop for Hypervisor {
-    fn drop(&mut self) {
-        // Nothing is left to do about an error in any of these.
-        let _ = std::fs::remove_file(&self.socket);
-        let _ = self.stop.wake();
-        let _ = self.thread.take().map(JoinHandle::join);
-    }
-}
-
-/// A connection and what it holds.
+/// A client and what it holds.
+#[derive(Default)]
 struct Client {
-    socket: Rc<OwnedFd>,
     /// Whom it acts for; none before its first request and after that domain's end.
     domid: Option<DomId>,
     /// The domain that it made.
@@ -86,107 +38,48 @@ struct Client {
 }
 
 /// What a reply carries beside its status.
-#[derive(Default)]
-struct Reply {
-    words: Vec<u32>,
-    fds: Vec<OwnedFd>,
+#[derive(Debug, Default)]
+pub struct Reply {
+    /// As [`super::wire`] lists them.
+    pub words: Vec<u32>,
+    /// Likewise.
+    pub fds: Vec<OwnedFd>,
 }
 
-struct Server {
-    poll: Poll,
-    listener: OwnedFd,
+/// Every domain, mapping and event channel.
+pub struct Hypervisor {
     toolstack: Box<dyn Toolstack>,
     clients: Slab<Client>,
-    guests: FxHashMap<DomId, Rc<Guest>>,
+    guests: FxHashMap<DomId, Arc<Guest>>,
     channels: Channels,
 }
 
-impl Server {
-    fn new(poll: Poll, listener: OwnedFd, toolstack: Box<dyn Toolstack>) -> Server {
+impl std::fmt::Debug for Hypervisor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hypervisor").field("clients", &self.clients.len()).finish_non_exhaustive()
+    }
+}
+
+impl Hypervisor {
+    /// One with dom0 only.
+    pub fn new(toolstack: Box<dyn Toolstack>) -> Hypervisor {
         let (clients, guests, channels) = Default::default();
-        Server { poll, listener, toolstack, clients, guests, channels }
+        Hypervisor { toolstack, clients, guests, channels }
     }
 
-    fn run(&mut self) {
-        let mut events = mio::Events::with_capacity(256);
-        let mut packet = Packet::default();
-        loop {
-            match self.poll.poll(&mut events, None) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => {
-                    panic!("the stand-in's hypervisor cannot wait for requests: {error}")
-                }
-                _ => {}
-            }
-            for event in &events {
-                match event.token() {
-                    STOP => return,
-                    LISTENER => self.accept(),
-                    Token(key) => self.serve(key, &mut packet),
-                }
-            }
-        }
+    /// A new client's number.
+    pub fn connect(&mut self) -> usize {
+        self.clients.insert(Client::default())
     }
 
-    fn accept(&mut self) {
-        // An error other than "no more" concerns a client that has gone, or a lack of descriptors
-        // that the next client may not meet.
-        while let Ok(socket) = wire::accept(&self.listener) {
-            let entry = self.clients.vacant_entry();
-            let token = Token(entry.key());
-            let mut source = SourceFd(&socket.as_raw_fd());
-            if self.poll.registry().register(&mut source, token, Interest::READABLE).is_ok() {
-                entry.insert(Client {
-                    socket: Rc::new(socket),
-                    domid: None,
-                    domain: None,
-                    handle: None,
-                    mappings: Slab::new(),
-                });
-            }
-        }
-    }
-
-    /// Answers what a client has sent, and lets go of a client that has gone.
-    fn serve(&mut self, key: usize, packet: &mut Packet) {
-        let Some(client) = self.clients.get(key) else { return };
-        let socket = Rc::clone(&client.socket);
-        loop {
-            let answered = match wire::receive(&socket, packet) {
-                Ok(true) => self.answer(key, &socket, &packet.words),
-                Ok(false) => Err(io::ErrorKind::UnexpectedEof.into()),
-                Err(error) => Err(error),
-            };
-            match answered {
-                Ok(()) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(_) => break,
-            }
-        }
+    /// Lets go of a client and of all that it holds.
+    pub fn disconnect(&mut self, key: usize) {
         self.release(key);
-        self.clients.remove(key);
+        self.clients.try_remove(key);
     }
 
-    fn answer(&mut self, key: usize, socket: &OwnedFd, words: &[u32]) -> io::Result<()> {
-        let handled = match Request::decode(words) {
-            Some(request) => self.handle(key, request),
-            None => Err(io::Error::from_raw_os_error(libc::EINVAL)),
-        };
-        let reply = match handled {
-            Ok(mut reply) => {
-                reply.words.insert(0, 0);
-                reply
-            }
-            Err(error) => {
-                let errno = error.raw_os_error().unwrap_or(libc::EIO);
-                Reply { words: vec![errno.cast_unsigned()], fds: Vec::new() }
-            }
-        };
-        let fds: Vec<BorrowedFd<'_>> = reply.fds.iter().map(AsFd::as_fd).collect();
-        // A client that does not take its reply is dropped, also where the socket is full.
-        wire::send(socket, &reply.words, &fds).map_err(|_| io::ErrorKind::BrokenPipe.into())
-    }
-
-    fn handle(&mut self, key: usize, request: Request<'_>) -> io::Result<Reply> {
+    /// Does what a client asks; [`Request::OpenStore`] is not the hypervisor's.
+    pub fn handle(&mut self, key: usize, request: Request<'_>) -> io::Result<Reply> {
         match request {
             Request::Attach { domid } => self.attach(key, domid),
             Request::CreateDomain { domid, pages } => self.create_domain(key, domid, pages),
@@ -210,10 +103,7 @@ impl Server {
                 let handle = self.handle_of(key)?;
                 self.channels.unbind(handle, port.0).map(|()| Reply::default())
             }
-            Request::OpenStore => {
-                let domid = self.domid_of(key)?;
-                Ok(Reply::fd(self.toolstack.connect_store(domid)?.into()))
-            }
+            Request::OpenStore => Err(errno(libc::ENOSYS)),
             Request::Close => {
                 self.release(key);
                 Ok(Reply::default())
@@ -239,7 +129,7 @@ impl Server {
             self.toolstack.destroyed(domid);
             return Err(error);
         }
-        self.guests.insert(domid, Rc::new(guest));
+        self.guests.insert(domid, Arc::new(guest));
         let client = self.client(key)?;
         client.domid = Some(domid);
         client.domain = Some(domid);
@@ -282,7 +172,8 @@ impl Server {
         self.clients.get_mut(key).ok_or_else(|| errno(libc::EIO))
     }
 
-    fn domid_of(&self, key: usize) -> io::Result<DomId> {
+    /// Whom a client acts for.
+    pub fn domid_of(&self, key: usize) -> io::Result<DomId> {
         self.clients.get(key).and_then(|client| client.domid).ok_or_else(|| errno(libc::ENOTCONN))
     }
 
@@ -290,7 +181,7 @@ impl Server {
         self.clients.get(key).and_then(|client| client.handle).ok_or_else(|| errno(libc::EBADF))
     }
 
-    fn guest(&self, domid: DomId) -> io::Result<&Rc<Guest>> {
+    fn guest(&self, domid: DomId) -> io::Result<&Arc<Guest>> {
         self.guests.get(&domid).ok_or_else(|| errno(libc::ESRCH))
     }
 
@@ -328,7 +219,8 @@ impl Reply {
         Reply { words: vec![word], fds: Vec::new() }
     }
 
-    fn fd(fd: OwnedFd) -> Reply {
+    /// With one descriptor.
+    pub fn fd(fd: OwnedFd) -> Reply {
         Reply { words: Vec::new(), fds: vec![fd] }
     }
 }

@@ -1,10 +1,12 @@
 //! The embedded stand-in for Xen.
 //!
-//! A run folder holds `hypervisor.sock` and `xenstore.sock`. [`StandIn`] serves both; [`SimXen`] is
-//! the platform that a backend gets, [`Domain`] is a guest. All of them may be in one process or
-//! each in its own.
+//! [`StandIn`] serves it on two sockets in a run folder, `hypervisor.sock` and `xenstore.sock`, to any
+//! process. [`LocalStandIn`] is the same hypervisor and xenstore without sockets and threads: what is
+//! asked has happened when the call returns, so that one thread can step guests, control and workers in
+//! an order of its own. Of both, [`SimXen`] is the platform that a backend gets, and [`Domain`] a guest.
 
 pub mod blkfront;
+pub mod connection;
 pub mod domain;
 pub mod events;
 pub mod grants;
@@ -15,22 +17,26 @@ mod channels;
 mod guest;
 mod mailbox;
 mod memory;
+mod server;
 mod wire;
 
+pub use connection::Endpoint;
 pub use domain::Domain;
 pub use memory::Gfn;
 
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use xenstore_rs::Xs;
 
+use connection::Local;
 use events::SimEvents;
 use grants::SimGrants;
 use hypervisor::{Hypervisor, Toolstack};
-use store::{Quota, StoreServer};
+use server::HypervisorServer;
+use store::{LocalStore, Quota, StoreServer};
 
 use crate::units::DomId;
 use crate::xen::store::StoreClient;
@@ -43,7 +49,7 @@ pub const XENSTORE_SOCKET: &str = "xenstore.sock";
 #[derive(Debug)]
 pub struct StandIn {
     // In the order of their end: the hypervisor uses the store.
-    _hypervisor: Hypervisor,
+    _hypervisor: HypervisorServer,
     _store: Arc<StoreServer>,
     folder: PathBuf,
     /// Removes the folder where we made it.
@@ -58,10 +64,11 @@ impl StandIn {
         remove_abandoned(&socket)?;
         remove_abandoned(&folder.join(wire::SOCKET_NAME))?;
         let store = Arc::new(StoreServer::start(&socket, Quota::default())?);
-        let toolstack = Toolbox { store: Arc::clone(&store) };
-        toolstack.create_dom0()?;
+        let hypervisor = Hypervisor::new(Box::new(Toolbox::new(Arc::clone(&store))?));
+        let of_domains = Arc::clone(&store);
+        let connect_store = Box::new(move |domid| of_domains.connect_as(domid));
         Ok(StandIn {
-            _hypervisor: Hypervisor::start(folder, Box::new(toolstack))?,
+            _hypervisor: HypervisorServer::start(folder, hypervisor, connect_store)?,
             _store: store,
             folder: folder.to_owned(),
             _temporary: None,
@@ -87,7 +94,7 @@ impl StandIn {
 
     /// Makes a guest with `pages` pages of memory.
     pub fn create_domain(&self, domid: DomId, pages: u32) -> io::Result<Domain> {
-        Domain::create(&self.folder, domid, pages)
+        Domain::create(&Endpoint::at(&self.folder), domid, pages)
     }
 }
 
@@ -101,23 +108,83 @@ fn remove_abandoned(socket: &Path) -> io::Result<()> {
     }
 }
 
+/// A stand-in in the caller's process, without sockets and threads.
+#[derive(Clone, Debug)]
+pub struct LocalStandIn {
+    local: Local,
+}
+
+impl LocalStandIn {
+    /// One with dom0 only.
+    pub fn new() -> io::Result<LocalStandIn> {
+        let store = LocalStore::new(Quota::default());
+        let hypervisor = Hypervisor::new(Box::new(Toolbox::new(store.clone())?));
+        Ok(LocalStandIn { local: Local { hypervisor: Arc::new(Mutex::new(hypervisor)), store } })
+    }
+
+    /// The platform for a backend in dom0.
+    pub fn platform(&self) -> SimXen {
+        SimXen { endpoint: Endpoint::Local(self.local.clone()) }
+    }
+
+    /// Makes a guest with `pages` pages of memory.
+    pub fn create_domain(&self, domid: DomId, pages: u32) -> io::Result<Domain> {
+        Domain::create(&Endpoint::Local(self.local.clone()), domid, pages)
+    }
+}
+
+/// A xenstore, as its toolstack needs it.
+trait Xenstored: Send {
+    fn client(&self) -> io::Result<StoreClient>;
+    fn introduce(&self, domid: DomId) -> io::Result<()>;
+    fn release(&self, domid: DomId) -> io::Result<()>;
+}
+
+impl Xenstored for Arc<StoreServer> {
+    fn client(&self) -> io::Result<StoreClient> {
+        StoreClient::from_stream(self.connect_as(DomId::DOM0)?)
+    }
+
+    fn introduce(&self, domid: DomId) -> io::Result<()> {
+        StoreServer::introduce(self, domid)
+    }
+
+    fn release(&self, domid: DomId) -> io::Result<()> {
+        StoreServer::release(self, domid)
+    }
+}
+
+impl Xenstored for LocalStore {
+    fn client(&self) -> io::Result<StoreClient> {
+        self.connect_as(DomId::DOM0)
+    }
+
+    fn introduce(&self, domid: DomId) -> io::Result<()> {
+        LocalStore::introduce(self, domid);
+        Ok(())
+    }
+
+    fn release(&self, domid: DomId) -> io::Result<()> {
+        LocalStore::release(self, domid);
+        Ok(())
+    }
+}
+
 /// What a toolstack does for domains: their areas in xenstore, with the permissions that libxl
 /// gives, and the announcements.
 #[derive(Debug)]
-struct Toolbox {
-    store: Arc<StoreServer>,
+struct Toolbox<S> {
+    store: S,
 }
 
-impl Toolbox {
-    fn client(&self) -> io::Result<StoreClient> {
-        StoreClient::from_stream(self.store.connect_as(DomId::DOM0)?)
-    }
-
-    fn create_dom0(&self) -> io::Result<()> {
+impl<S: Xenstored> Toolbox<S> {
+    /// That of a new store, in which dom0 gets its area.
+    fn new(store: S) -> io::Result<Toolbox<S>> {
         let area = area(DomId::DOM0);
-        let client = self.client()?;
+        let client = store.client()?;
         client.write(&format!("{area}/name"), "Domain-0")?;
-        client.write(&format!("{area}/domid"), "0")
+        client.write(&format!("{area}/domid"), "0")?;
+        Ok(Toolbox { store })
     }
 
     /// The guest reads its area, and owns what it may write in it.
@@ -126,7 +193,7 @@ impl Toolbox {
             .map(|(domid, access)| Permission { domid, access });
         let own = [Permission { domid, access: NodeAccess::None }];
         let area = area(domid);
-        self.client()?.atomically(|span| {
+        self.store.client()?.atomically(|span| {
             span.mkdir(&area)?;
             span.set_permissions(&area, &read_only)?;
             span.write(&format!("{area}/name"), &format!("guest-{domid}"))?;
@@ -142,7 +209,7 @@ impl Toolbox {
     }
 }
 
-impl Toolstack for Toolbox {
+impl<S: Xenstored> Toolstack for Toolbox<S> {
     fn created(&mut self, domid: DomId) -> io::Result<()> {
         // Dom0 with memory of its own (a frontend in dom0, through gntalloc) has its area already.
         if domid == DomId::DOM0 {
@@ -157,12 +224,8 @@ impl Toolstack for Toolbox {
             return;
         }
         // Both fail only where the store has ended, and the area with it.
-        let _ = self.client().and_then(|client| client.rm(&area(domid)));
+        let _ = self.store.client().and_then(|client| client.rm(&area(domid)));
         let _ = self.store.release(domid);
-    }
-
-    fn connect_store(&mut self, domid: DomId) -> io::Result<UnixStream> {
-        self.store.connect_as(domid)
     }
 }
 
@@ -173,23 +236,18 @@ fn area(domid: DomId) -> String {
 /// A stand-in, seen from a backend in dom0.
 #[derive(Clone, Debug)]
 pub struct SimXen {
-    folder: PathBuf,
+    endpoint: Endpoint,
 }
 
 impl SimXen {
     /// The stand-in whose sockets are in `folder`.
     pub fn connect(folder: &Path) -> SimXen {
-        SimXen { folder: folder.to_owned() }
-    }
-
-    /// The run folder.
-    pub fn folder(&self) -> &Path {
-        &self.folder
+        SimXen { endpoint: Endpoint::at(folder) }
     }
 
     fn unreachable(&self, what: &str, source: io::Error) -> PlatformError {
         PlatformError {
-            what: format!("cannot reach the {what} of the stand-in in {}", self.folder.display()),
+            what: format!("cannot reach the {what} of {}", self.endpoint),
             mend: "check that it runs and that the folder is the one it was started with"
                 .to_owned(),
             source,
@@ -203,17 +261,16 @@ impl Platform for SimXen {
     type Grants = SimGrants;
 
     fn open_store(&self) -> Result<StoreClient, PlatformError> {
-        StoreClient::connect_unix(&self.folder.join(XENSTORE_SOCKET))
-            .map_err(|error| self.unreachable("xenstore", error))
+        self.endpoint.open_store().map_err(|error| self.unreachable("xenstore", error))
     }
 
     fn open_events(&self) -> Result<SimEvents, PlatformError> {
-        SimEvents::open(&self.folder, DomId::DOM0)
+        SimEvents::open(&self.endpoint, DomId::DOM0)
             .map_err(|error| self.unreachable("hypervisor", error))
     }
 
     fn open_grants(&self) -> Result<SimGrants, PlatformError> {
-        SimGrants::open(&self.folder, DomId::DOM0)
+        SimGrants::open(&self.endpoint, DomId::DOM0)
             .map_err(|error| self.unreachable("hypervisor", error))
     }
 }

@@ -139,54 +139,14 @@ pub struct Packet {
     pub fds: Vec<OwnedFd>,
 }
 
-/// A client's end. Closing it waits until the hypervisor has let go of what it held.
-#[derive(Debug)]
-pub struct Connection {
-    socket: OwnedFd,
-    request: Vec<u32>,
-    reply: Packet,
-}
-
-impl Connection {
-    /// Connects to the hypervisor of a run folder and acts for `domid`.
-    pub fn attach(folder: &Path, domid: DomId) -> io::Result<Connection> {
-        let mut connection = Connection::open(folder)?;
-        connection.call(Request::Attach { domid })?;
-        Ok(connection)
-    }
-
-    /// Connects without saying for whom.
-    pub fn open(folder: &Path) -> io::Result<Connection> {
-        raise_descriptor_limit();
-        let socket = seqpacket_socket()?;
-        let (address, len) = socket_address(&folder.join(SOCKET_NAME))?;
-        // SAFETY: `address` holds `len` bytes of a socket address.
-        check(unsafe {
-            libc::connect(socket.as_raw_fd(), std::ptr::from_ref(&address).cast(), len)
-        })?;
-        Ok(Connection { socket, request: Vec::new(), reply: Packet::default() })
-    }
-
-    /// Asks and waits for the answer: its words after the status, and its descriptors.
-    pub fn call(&mut self, request: Request<'_>) -> io::Result<(&[u32], Vec<OwnedFd>)> {
-        request.encode(&mut self.request);
-        send(&self.socket, &self.request, &[])?;
-        if !receive(&self.socket, &mut self.reply)? {
-            return Err(io::ErrorKind::ConnectionReset.into());
-        }
-        match self.reply.words.as_slice() {
-            [0, words @ ..] => Ok((words, std::mem::take(&mut self.reply.fds))),
-            [errno, ..] => Err(io::Error::from_raw_os_error(errno.cast_signed())),
-            [] => Err(io::ErrorKind::InvalidData.into()),
-        }
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        // Where the hypervisor is gone, so is what it held for us.
-        let _ = self.call(Request::Close);
-    }
+/// Connects to the hypervisor of a run folder.
+pub fn connect(folder: &Path) -> io::Result<OwnedFd> {
+    raise_descriptor_limit();
+    let socket = seqpacket_socket()?;
+    let (address, len) = socket_address(&folder.join(SOCKET_NAME))?;
+    // SAFETY: `address` holds `len` bytes of a socket address.
+    check(unsafe { libc::connect(socket.as_raw_fd(), std::ptr::from_ref(&address).cast(), len) })?;
+    Ok(socket)
 }
 
 /// Makes the socket on which the hypervisor listens, non-blocking.

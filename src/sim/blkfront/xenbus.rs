@@ -113,7 +113,7 @@ pub struct Disk {
 impl Xenbus {
     /// Opens the area of a disk, once the toolstack has made it.
     pub fn open(domain: &Domain, vbd: VbdId) -> io::Result<Xenbus> {
-        let store = StoreClient::from_stream(domain.open_store()?)?;
+        let store = domain.open_store()?;
         store.watch(&format!("{}/{}", area_of(vbd), keys::BACKEND), "area")?;
         let xenbus = wait(&store, || Xenbus::find(&store, vbd))?;
         store.watch(&xenbus.theirs(keys::STATE), "backend")?;

@@ -2,7 +2,7 @@
 //!
 //! [`StoreCore`] is the daemon without I/O: messages in, messages out, nothing depends on time or
 //! on chance, so that a simulation can drive it. [`StoreServer`] serves it on a unix socket, to our
-//! own client as to Xen's tools. What a client can see is xenstored's (`docs/misc/xenstore.txt` of
+//! own client as to Xen's tools; [`LocalStore`] without a socket, to our own client only. What a client can see is xenstored's (`docs/misc/xenstore.txt` of
 //! Xen and what its C implementation does where that is silent), except:
 //! - a node's children are listed in alphabetical order, not in the order of their creation;
 //! - tokens must be UTF-8;
@@ -12,6 +12,7 @@
 
 mod access;
 mod core;
+mod local;
 mod path;
 mod quota;
 mod server;
@@ -24,6 +25,7 @@ mod watch;
 mod test;
 
 pub use self::core::{ClientId, StoreCore};
+pub use local::LocalStore;
 pub use quota::Quota;
 pub use server::StoreServer;
 

@@ -6,8 +6,8 @@
 //! out of step. A caller that must not wait has no business with xenstore.
 
 pub mod events;
-mod link;
 mod readiness;
+pub mod transport;
 pub mod wire;
 
 use std::cell::RefCell;
@@ -26,8 +26,8 @@ use crate::limits;
 use crate::park;
 use crate::units::DomId;
 use events::{EventQueue, covers};
-use link::Link;
 use readiness::Readiness;
+use transport::{Socket, Transport};
 use wire::{Inbox, Op};
 
 /// A connection to xenstore, for one thread. Clones share it.
@@ -54,8 +54,8 @@ impl StoreClient {
     /// Connects as Xen's own tools do: to `$XENSTORED_PATH` where that is set, else to xenstored's
     /// socket, else to the kernel's device.
     pub fn connect() -> Result<StoreClient, PlatformError> {
-        let link = Link::find()?;
-        StoreClient::over(link).map_err(|source| PlatformError {
+        let transport = transport::find()?;
+        StoreClient::over(transport).map_err(|source| PlatformError {
             what: "cannot poll the xenstore connection".to_owned(),
             mend: "raise the limit on open files (ulimit -n)".to_owned(),
             source,
@@ -69,12 +69,13 @@ impl StoreClient {
 
     /// Takes a stream with a xenstore server at its other end.
     pub fn from_stream(stream: UnixStream) -> io::Result<StoreClient> {
-        StoreClient::over(Link::from_stream(stream)?)
+        StoreClient::over(Box::new(Socket::from_stream(stream)?))
     }
 
-    fn over(link: Link) -> io::Result<StoreClient> {
-        let readiness = Readiness::over(link.as_fd())?;
-        let connection = Connection { link, readiness, state: RefCell::default() };
+    /// Takes any stream of messages with a xenstore server at its other end.
+    pub fn over(transport: Box<dyn Transport>) -> io::Result<StoreClient> {
+        let readiness = Readiness::over(transport.as_fd())?;
+        let connection = Connection { transport, readiness, state: RefCell::default() };
         Ok(StoreClient { scope: Scope { connection: Rc::new(connection), tx_id: 0 } })
     }
 
@@ -328,7 +329,7 @@ fn split_part(answer: &[u8]) -> io::Result<DirectoryPart<'_>> {
 /// The stream and all that its clients share.
 #[derive(Debug)]
 struct Connection {
-    link: Link,
+    transport: Box<dyn Transport>,
     readiness: Readiness,
     state: RefCell<State>,
 }
@@ -387,7 +388,7 @@ impl Connection {
         payloads: &[Vec<u8>],
         answers: &mut Vec<io::Result<Vec<u8>>>,
     ) -> io::Result<()> {
-        if !self.link.takes_batches() {
+        if !self.transport.takes_batches() {
             answers.extend(payloads.iter().map(|payload| self.ask(op, tx_id, &[payload])));
             return Ok(());
         }
@@ -407,8 +408,8 @@ impl Connection {
     }
 
     fn send(&self, state: &mut State) -> io::Result<()> {
-        match self.link.send(&state.outbox) {
-            Err(error) if self.link.is_lost_by_failed_send() => Err(state.lose(error)),
+        match self.transport.send(&state.outbox) {
+            Err(error) if self.transport.is_lost_by_failed_send() => Err(state.lose(error)),
             sent => sent,
         }
     }
@@ -420,7 +421,7 @@ impl Connection {
                 return Ok(answer);
             }
             if !self.fill(state)? {
-                park::sleep(&[self.link.as_fd()], None);
+                park::sleep(&[self.transport.as_fd()], None);
             }
         }
     }
@@ -437,7 +438,7 @@ impl Connection {
 
     /// Reads into the inbox; false where nothing is here.
     fn fill(&self, state: &mut State) -> io::Result<bool> {
-        match self.link.receive(state.inbox.space()) {
+        match self.transport.receive(state.inbox.space()) {
             Ok(Some(count)) => {
                 state.inbox.filled(count);
                 Ok(true)
@@ -611,14 +612,19 @@ mod test {
     use std::io::{Read, Write};
     use std::os::fd::OwnedFd;
 
+    use super::transport::Device;
     use super::*;
+
+    fn device(end: impl Into<OwnedFd>) -> StoreClient {
+        StoreClient::over(Box::new(Device(File::from(end.into())))).unwrap()
+    }
 
     #[test]
     fn a_write_that_the_device_refuses_fails_the_request_and_not_the_connection() {
         // The end of a pipe that can only be read refuses every write, as the kernel's device does
         // with a watch it doesn't like.
         let (reader, _writer) = io::pipe().unwrap();
-        let client = StoreClient::over(Link::Device(File::from(OwnedFd::from(reader)))).unwrap();
+        let client = device(reader);
         for _ in 0..2 {
             let refused = client.watch("/a", "t").unwrap_err();
             assert_eq!(refused.raw_os_error(), Some(libc::EBADF));
@@ -629,7 +635,7 @@ mod test {
     fn an_event_may_overtake_the_answer_to_its_watch_and_each_request_is_one_write() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        let client = StoreClient::over(Link::Device(File::from(OwnedFd::from(ours)))).unwrap();
+        let client = device(ours);
         let kernel = std::thread::spawn(move || {
             let mut request = [0; wire::MESSAGE_MAX];
             let count = theirs.read(&mut request).unwrap();

@@ -49,7 +49,7 @@ impl Kernel for SimKernel {
     type Events = SimEvents;
 
     fn open_store(&self) -> anyhow::Result<StoreClient> {
-        Ok(StoreClient::from_stream(self.0.open_store()?)?)
+        Ok(self.0.open_store()?)
     }
 
     fn open_events(&self, backend: DomId) -> anyhow::Result<(SimEvents, Port)> {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use polldisk::output;
 use polldisk::sim::blkfront::device::Options as RingOptions;
-use polldisk::sim::{SimXen, StandIn, XENSTORE_SOCKET};
+use polldisk::sim::{StandIn, XENSTORE_SOCKET};
 use polldisk::units::DomId;
 use polldisk::xen::Platform;
 use polldisk::xen::keys;
@@ -61,7 +61,7 @@ fn on_stand_in(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> 
         kernels.extend(kernel);
     }
     let started = Instant::now();
-    let mut server = Server::start(plan, &platform, &places)?;
+    let mut server = Server::start(plan, &stand_in, &places)?;
     // After an error it goes before the server, which does not end as long as storage hangs.
     let mut neighbours = neighbours;
     if plan.options.command.is_empty() && !plan.options.echo {
@@ -259,7 +259,7 @@ enum Server {
 }
 
 impl Server {
-    fn start(plan: &Plan, platform: &SimXen, places: &[Place]) -> anyhow::Result<Server> {
+    fn start(plan: &Plan, stand_in: &StandIn, places: &[Place]) -> anyhow::Result<Server> {
         let options = &plan.options;
         if options.echo {
             let rings = places.len() * usize::from(options.queues);
@@ -267,12 +267,12 @@ impl Server {
             let mut cores = plan.cores.clone();
             let taken = rings % cores.len().max(1);
             cores.rotate_left(taken);
-            return Ok(Server::Echo(Echo::start(platform, &options.backend_type, places, &cores)?));
+            return Ok(Server::Echo(Echo::start(&stand_in.platform(), &options.backend_type, places, &cores)?));
         }
         if options.command.is_empty() {
             return Ok(Server::Other { kind: "other", pid: options.pid });
         }
-        let backend = Backend::start(&options.command, platform.folder(), options.verbose)?;
+        let backend = Backend::start(&options.command, stand_in.folder(), options.verbose)?;
         let pid = options.pid.unwrap_or(backend.pid());
         Ok(Server::Child { backend, pid })
     }

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
 use polldisk::limits::PORTS_PER_UNMASK;
+use polldisk::sim::Endpoint;
 use polldisk::sim::events::SimEvents;
 use polldisk::units::{DomId, Port};
 use polldisk::xen::Events;
@@ -43,7 +44,7 @@ impl Evtchn {
     /// Opens one that acts for dom0.
     pub fn open(settings: &Settings, flags: c_int) -> io::Result<Evtchn> {
         Ok(Evtchn {
-            events: SimEvents::open(&settings.folder, DomId::DOM0)?,
+            events: SimEvents::open(&Endpoint::at(&settings.folder), DomId::DOM0)?,
             is_nonblocking: flags & libc::O_NONBLOCK != 0,
             partner: None,
             toll: settings.toll,

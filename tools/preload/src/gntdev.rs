@@ -8,6 +8,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
 use polldisk::limits::GRANTS_PER_MAP_BATCH;
+use polldisk::sim::Endpoint;
 use polldisk::sim::grants::SimGrants;
 use polldisk::units::{DomId, GrantRef};
 use polldisk::xen::abi::{self, GntdevCopySegment, GntdevGrantRef};
@@ -42,7 +43,7 @@ struct Room {
 impl Gntdev {
     /// Opens one that acts for dom0.
     pub fn open(settings: &Settings) -> io::Result<Gntdev> {
-        let grants = SimGrants::open(&settings.folder, DomId::DOM0)?;
+        let grants = SimGrants::open(&Endpoint::at(&settings.folder), DomId::DOM0)?;
         Ok(Gntdev { grants, rooms: BTreeMap::new(), next_index: 0, toll: settings.toll })
     }
 

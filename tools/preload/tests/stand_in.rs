@@ -5,7 +5,7 @@ mod rig;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use polldisk::sim::Domain;
+use polldisk::sim::{Domain, Endpoint};
 use rig::Running;
 
 const STAND_IN: &str = env!("CARGO_BIN_EXE_stand-in");
@@ -29,7 +29,7 @@ fn guests_of_other_processes_live_on_it_until_it_is_told_to_end() {
     let mut served = serve(&folder);
     let mut guest = None;
     rig::until("a domain can be made", || {
-        guest = Domain::create(&folder, rig::domid(1), 16).ok();
+        guest = Domain::create(&Endpoint::at(&folder), rig::domid(1), 16).ok();
         guest.is_some()
     });
     let second = Command::new(STAND_IN).arg("serve").arg(&folder).output().unwrap();
