@@ -40,7 +40,7 @@
 //! queue    backing blkif budget engine limits metrics msg pool units xen
 //! worker   backing engine limits metrics msg park queue units xen
 //! control  backing blkif budget limits metrics msg park text units xen
-//! sim      blkif limits msg park units xen
+//! sim      backing blkif control engine limits msg park units worker xen
 //! ```
 //!
 //! So `control` and `worker` meet in `msg` only. [`sim`] and [`xen::linux`] play the hypervisor, and only

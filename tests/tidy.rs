@@ -33,7 +33,13 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         "control",
         &["backing", "blkif", "budget", "limits", "metrics", "msg", "park", "text", "units", "xen"],
     ),
-    ("sim", &["blkif", "limits", "msg", "park", "units", "xen"]),
+    (
+        "sim",
+        &[
+            "backing", "blkif", "control", "engine", "limits", "msg", "park", "units", "worker",
+            "xen",
+        ],
+    ),
 ];
 
 /// Files that may hold unsafe code, each named in DESIGN's sense: guest memory, the kernel's

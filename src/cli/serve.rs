@@ -55,6 +55,7 @@ fn serve(xen: &LinuxXen, config: &Config) -> anyhow::Result<()> {
         admin_path: Some(config.admin.clone()),
         offer: config.offer,
         signals: true,
+        ..control::Config::default()
     };
     let stop = Doorbell::new().context("cannot make an eventfd")?;
     match control::run(xen, &control_config, workers, reports, &stop)? {

@@ -154,7 +154,7 @@ mod test {
 
     #[test]
     fn a_change_is_an_ejection_and_then_an_insertion() {
-        let helpers = Helpers::new(Doorbell::new().unwrap());
+        let helpers = Helpers::new(Doorbell::new().unwrap(), 1);
         let mut drive = Drive::with("raw:/a");
         assert_eq!(drive.next_step(), None);
         for target in ["raw:/b", "raw:/b", "raw:/a"] {
@@ -178,7 +178,7 @@ mod test {
 
     #[test]
     fn what_is_wanted_meanwhile_counts_when_the_way_is_free() {
-        let mut helpers = Helpers::new(Doorbell::new().unwrap());
+        let mut helpers = Helpers::new(Doorbell::new().unwrap(), 1);
         let mut drive = Drive::with("raw:/a");
         drive.want("");
         assert_eq!(drive.next_step(), Some(Step::Eject));

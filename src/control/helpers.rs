@@ -95,6 +95,7 @@ struct Pool {
     changed: Condvar,
     results: Sender<Opened>,
     bell: Doorbell,
+    threads_max: usize,
 }
 
 #[derive(Debug, Default)]
@@ -147,12 +148,22 @@ impl Place {
 struct Places(Vec<Place>);
 
 impl Helpers {
-    /// No thread yet; `bell` is rung for each answer, and when all that was let go is closed.
-    pub fn new(bell: Doorbell) -> Helpers {
+    /// No thread yet, and never more than `threads_max`; with 0, [`Helpers::help_once`] does what they
+    /// would. `bell` is rung for each answer, and when all that was let go is closed.
+    pub fn new(bell: Doorbell, threads_max: usize) -> Helpers {
         let (sender, results) = unbounded();
         let (state, changed) = Default::default();
-        let pool = Arc::new(Pool { state, changed, results: sender, bell });
+        let pool = Arc::new(Pool { state, changed, results: sender, bell, threads_max });
         Helpers { pool, results, asked: BTreeMap::new(), next: 0 }
+    }
+
+    /// Opens or closes one thing in the calling thread; false if nothing is asked for.
+    pub fn help_once(&self) -> bool {
+        let job = self.pool.state().next_job();
+        job.is_some_and(|job| {
+            self.pool.work(job);
+            true
+        })
     }
 
     /// Has storage opened; [`Helpers::next_answer`] will tell. An error is that `target` names none.
@@ -261,7 +272,7 @@ impl Pool {
         }
         let due = state.waiting.iter().filter(|job| state.may_run(job)).count();
         // A thread that was woken may still count as idle.
-        if due <= state.idle || state.threads == limits::HELPERS_MAX {
+        if due <= state.idle || state.threads == self.threads_max {
             drop(state);
             self.changed.notify_all();
         } else if let Some(job) = state.next_job() {
@@ -322,15 +333,8 @@ impl Pool {
         loop {
             if let Some(job) = first.take().or_else(|| state.next_job()) {
                 drop(state);
-                let (places, closes) = (job.places.clone(), job.closes());
-                self.run(job);
+                self.work(job);
                 state = self.state();
-                state.leave(&places);
-                state.closings -= closes;
-                if closes > 0 && state.closings == 0 {
-                    self.bell.ring();
-                }
-                self.changed.notify_all();
                 continue;
             }
             state.idle += 1;
@@ -343,6 +347,20 @@ impl Pool {
                 return;
             }
         }
+    }
+
+    /// Does a job, and makes room for those that wait for its places.
+    fn work(self: &Arc<Self>, job: Job) {
+        let (places, closes) = (job.places.clone(), job.closes());
+        self.run(job);
+        let mut state = self.state();
+        state.leave(&places);
+        state.closings -= closes;
+        if closes > 0 && state.closings == 0 {
+            self.bell.ring();
+        }
+        drop(state);
+        self.changed.notify_all();
     }
 
     fn run(self: &Arc<Self>, job: Job) {

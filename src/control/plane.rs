@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use super::admin::Admin;
+use super::helpers::Helpers;
 use super::registry::Registry;
 use super::{Config, ControlError};
 use crate::limits;
@@ -65,7 +66,8 @@ impl<P: Platform> Control<P> {
         let store = platform.open_store()?;
         let opened = Doorbell::new().map_err(ControlError::Wait)?;
         let kinds = &config.backend_types;
-        let registry = Registry::new(store, kinds, config.offer, workers, instance, opened.clone())
+        let helpers = Helpers::new(opened.clone(), config.helper_threads);
+        let registry = Registry::new(store, kinds, config.offer, workers, instance, helpers)
             .map_err(ControlError::Watch)?;
         Ok(Control {
             platform,
@@ -89,6 +91,12 @@ impl<P: Platform> Control<P> {
             None if worked => Progress::Worked,
             None => Progress::Idle,
         }
+    }
+
+    /// Opens or closes one thing, as a helper thread would, if [`Config::helper_threads`] is 0; false if there
+    /// is nothing to be opened or closed.
+    pub fn help_once(&self) -> bool {
+        self.registry.help_once()
     }
 
     /// When there is something to do, even if nothing happens before.

@@ -26,7 +26,6 @@ use super::machine::Input;
 use super::workers::Workers;
 use crate::blkif::features::Offer;
 use crate::msg::{CommandSender, InFlight, QueueKey, Report};
-use crate::park::Doorbell;
 use crate::units::{DomId, VbdId};
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::{Store, WatchEvent, if_there};
@@ -105,7 +104,7 @@ impl<S: Store> Registry<S> {
         offer: Offer,
         senders: Vec<CommandSender>,
         instance: String,
-        opened: Doorbell,
+        helpers: Helpers,
     ) -> io::Result<Registry<S>> {
         assert!(!kinds.is_empty(), "a registry serves at least one backend type");
         let own = own_domid(&store)?;
@@ -115,7 +114,7 @@ impl<S: Store> Registry<S> {
             kinds: kinds.iter().map(|kind| Arc::from(kind.as_str())).collect(),
             offer,
             workers: Workers::new(senders),
-            helpers: Helpers::new(opened),
+            helpers,
             guests: Guests::default(),
             disks: BTreeMap::new(),
             due: Due::default(),
@@ -450,6 +449,11 @@ impl<S: Store> Registry<S> {
     /// Sends what workers had no room for; `true`: some still have none.
     pub fn send_backlog(&mut self) -> bool {
         self.workers.send_backlog()
+    }
+
+    /// Does one thing that a helper would, in the calling thread.
+    pub fn help_once(&self) -> bool {
+        self.helpers.help_once()
     }
 
     /// Acts on what helpers have opened, or take too long for; says whether there was anything.

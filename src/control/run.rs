@@ -12,6 +12,7 @@ use signal_hook_mio::v1_0::Signals;
 use super::admin::{Admin, BindError, FIRST_CLIENT};
 use super::plane::{Control, Ended, Progress};
 use crate::blkif::features::Offer;
+use crate::limits;
 use crate::msg::{Command, CommandSender, ReportReceiver};
 use crate::park::Doorbell;
 use crate::xen::{Platform, PlatformError};
@@ -25,6 +26,8 @@ pub struct Config {
     pub admin_path: Option<PathBuf>,
     /// What frontends are offered.
     pub offer: Offer,
+    /// How many threads may open and close storage at a time. With 0, [`Control::help_once`] does that.
+    pub helper_threads: usize,
     /// Whether SIGTERM and SIGINT end it, and SIGHUP does not. Only one thread of a process should have
     /// that.
     pub signals: bool,
@@ -36,6 +39,7 @@ impl Default for Config {
             backend_types: vec!["vbd".to_owned()],
             admin_path: None,
             offer: Offer::default(),
+            helper_threads: limits::HELPERS_MAX,
             signals: false,
         }
     }

@@ -4,14 +4,19 @@
 //! process. [`LocalStandIn`] is the same hypervisor and xenstore without sockets and threads: what is
 //! asked has happened when the call returns, so that one thread can step guests, control and workers in
 //! an order of its own. Of both, [`SimXen`] is the platform that a backend gets, and [`Domain`] a guest.
+//!
+//! [`world`] does just that, with [storage that follows a script](disk).
 
 pub mod blkfront;
 pub mod connection;
+pub mod disk;
 pub mod domain;
 pub mod events;
 pub mod grants;
 pub mod hypervisor;
+pub mod random;
 pub mod store;
+pub mod world;
 
 mod channels;
 mod guest;

@@ -6,6 +6,7 @@ use std::thread::JoinHandle;
 use polldisk::control::admin::client::RequestError;
 use polldisk::control::admin::protocol::{Attach, Detach, Eject, Insert, Reply, Request};
 use polldisk::msg::Report;
+use polldisk::sim::random::Random;
 use polldisk::units::VbdId;
 use polldisk::xen::Store;
 use polldisk::xen::vdev::Vdev;
@@ -21,22 +22,6 @@ const ROUNDS: u64 = 40;
 /// Names the one round that is to be played.
 const SEED: &str = "POLLDISK_CHAOS_SEED";
 
-/// The xorshift of Marsaglia, 2003.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 33).unwrap() % end
-    }
-
-    fn of<T: Copy>(&mut self, choice: &[T]) -> T {
-        choice[self.below(choice.len())]
-    }
-}
-
 struct Play<'a> {
     rig: &'a Rig,
     random: Random,
@@ -48,17 +33,17 @@ struct Play<'a> {
 
 impl Play<'_> {
     fn step(&mut self) {
-        let guest = self.random.below(DOMAINS.len());
-        let vbd = xvd(u32::try_from(self.random.below(DISKS as usize)).unwrap()).0;
+        let guest = self.random.between(0, DOMAINS.len() - 1);
+        let vbd = xvd(self.random.between(0, DISKS - 1)).0;
         let areas = Areas::new(DOMAINS[guest], vbd);
-        match self.random.below(13) {
+        match self.random.between(0, 12) {
             0 | 1 => self.make(DOMAINS[guest], vbd, &areas),
             2 => self.toolstack(&areas),
             3 => self.storage(),
             4 => self.workers(),
             5 => std::thread::sleep(std::time::Duration::from_micros(500)),
             // It exists no more, or again.
-            6 if self.random.below(4) == 0 => {
+            6 if self.random.between(0, 3) == 0 => {
                 if self.guests[guest].take().is_some() {
                     self.rig.server().release(domid(DOMAINS[guest])).unwrap();
                 }
@@ -78,8 +63,8 @@ impl Play<'_> {
         if self.rig.read(&areas.backend).is_some() {
             return;
         }
-        let target = self.random.of(&["null:1G", "null:2G", "raw:/nowhere/at/all", "bad"]);
-        let nodes: &[(&str, &str)] = match self.random.below(5) {
+        let target = self.random.one_of(&["null:1G", "null:2G", "raw:/nowhere/at/all", "bad"]);
+        let nodes: &[(&str, &str)] = match self.random.between(0, 4) {
             0 | 1 => &[("device-type", "cdrom"), ("removable", "1")],
             2 => &[("script", "/etc/xen/scripts/block-polldisk")],
             _ => &[],
@@ -96,15 +81,18 @@ impl Play<'_> {
                 span.write(&format!("{}/{node}", areas.backend), value)
             });
         };
-        match self.random.below(10) {
+        match self.random.between(0, 9) {
             0 => drop(dom0.rm(&areas.backend)),
             1 => drop(dom0.rm(&areas.frontend)),
             2 => drop(self.rig.toolstack_forgets(areas)),
-            3 => write("state", self.random.of(&["0", "1", "2", "3", "4", "5", "6", "7", "x", ""])),
-            4 => write("online", self.random.of(&["0", "1", "1\n", "y"])),
-            5 => write("hotplug-status", self.random.of(&["connected", "error"])),
+            3 => write(
+                "state",
+                self.random.one_of(&["0", "1", "2", "3", "4", "5", "6", "7", "x", ""]),
+            ),
+            4 => write("online", self.random.one_of(&["0", "1", "1\n", "y"])),
+            5 => write("hotplug-status", self.random.one_of(&["connected", "error"])),
             6 | 7 => {
-                let target = self.random.of(&["", "null:1G", "aio:null:3G", "raw:/nowhere"]);
+                let target = self.random.one_of(&["", "null:1G", "aio:null:3G", "raw:/nowhere"]);
                 write("params", target);
             }
             8 => {
@@ -120,7 +108,7 @@ impl Play<'_> {
     }
 
     fn storage(&mut self) {
-        match self.random.below(4) {
+        match self.random.between(0, 3) {
             0 => self.rig.plane().hold = true,
             1 => self.rig.plane().hangs = true,
             _ => self.rig.release(),
@@ -130,13 +118,13 @@ impl Play<'_> {
     /// Asks the daemon for something and does not wait for it.
     fn admin(&mut self, domid: u32, vbd: u32) {
         let vdev = Vdev::from(VbdId(vbd)).to_string();
-        let target = self.random.of(&["null:1G", "null:2G", "raw:/nowhere", ""]).to_owned();
-        let asked = match self.random.below(5) {
+        let target = self.random.one_of(&["null:1G", "null:2G", "raw:/nowhere", ""]).to_owned();
+        let asked = match self.random.between(0, 4) {
             0 => Request::Detach(Detach { domid, vdev, force: true }),
             1 => Request::Insert(Insert { domid, vdev, target }),
             2 => Request::Eject(Eject { domid, vdev }),
             _ => {
-                let cdrom = self.random.below(2) == 0;
+                let cdrom = self.random.between(0, 1) == 0;
                 Request::Attach(Attach { domid, vdev, target, cdrom, ..Attach::default() })
             }
         };
@@ -146,7 +134,7 @@ impl Play<'_> {
     fn workers(&mut self) {
         let served: Vec<_> = self.rig.plane().serving.keys().copied().collect();
         if let Some(queue) = served.first().copied() {
-            let report = match self.random.below(3) {
+            let report = match self.random.between(0, 2) {
                 0 => Report::RingFault(queue, "a broken ring".to_owned()),
                 1 => Report::ImageReplaced(queue),
                 _ => Report::SpaceLeft(queue),
@@ -158,12 +146,12 @@ impl Play<'_> {
     fn guest(&mut self, guest: usize, areas: &Areas) {
         let Some(guest) = &self.guests[guest] else { return };
         let node = |node: &str| format!("{}/{node}", areas.frontend);
-        match self.random.below(8) {
+        match self.random.between(0, 7) {
             0 => drop(guest.store.rm(&node("state"))),
             1 => drop(guest.store.rm(&node("ring-ref"))),
             _ => {
                 let state =
-                    self.random.of(&["1", "2", "3", "4", "5", "6", "7", "8", "0", "-1", "4\n"]);
+                    self.random.one_of(&["1", "2", "3", "4", "5", "6", "7", "8", "0", "-1", "4\n"]);
                 drop(guest.store.write(&node("state"), state));
             }
         }
@@ -173,7 +161,7 @@ impl Play<'_> {
     fn go_on(&mut self, areas: &Areas, guest: usize) {
         let Some(guest) = &self.guests[guest] else { return };
         let backend = self.rig.state(&areas.backend);
-        let ring = self.random.of(&[8, 9, BAD_GRANT]).to_string();
+        let ring = self.random.one_of(&[8, 9, BAD_GRANT]).to_string();
         let next = match backend {
             Some(2) => {
                 for (node, value) in [
@@ -229,11 +217,11 @@ impl Play<'_> {
 fn whatever_happens_in_any_order_everything_can_be_taken_away_and_the_next_disk_works() {
     let rig = Rig::start();
     let guests = DOMAINS.map(|domid| Some(rig.guest(domid)));
-    let mut play = Play { rig: &rig, random: Random(1), guests, asked: Vec::new() };
+    let mut play = Play { rig: &rig, random: Random::new(1), guests, asked: Vec::new() };
     let asked = std::env::var(SEED).ok().map(|seed| seed.parse().expect("a number"));
     for seed in asked.map_or(1..=ROUNDS, |seed: u64| seed..=seed) {
         println!("{SEED}={seed}");
-        play.random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        play.random = Random::new(seed);
         (0..STEPS).for_each(|_| play.step());
         play.end();
         for (number, domid) in DOMAINS.into_iter().enumerate() {

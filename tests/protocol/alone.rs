@@ -12,7 +12,7 @@ use polldisk::msg::{
     Command, CommandSender, Connect, ConnectionId, GrantMode, QueueKey, ReportReceiver, WorkerId,
     command_channel, report_channel,
 };
-use polldisk::sim::StandIn;
+use polldisk::sim::LocalStandIn;
 use polldisk::sim::blkfront::device::{Device, Options};
 use polldisk::units::{DomId, QueueId};
 use polldisk::worker::{Setup, Worker};
@@ -30,7 +30,7 @@ pub struct Alone<P: Platform, E> {
 }
 
 /// A guest without a backend.
-pub fn device(stand_in: &StandIn) -> Device {
+pub fn device(stand_in: &LocalStandIn) -> Device {
     let domain = stand_in.create_domain(DomId::try_from(1).unwrap(), GUEST_PAGES).unwrap();
     Device::new(Arc::new(domain), Options::default()).unwrap()
 }

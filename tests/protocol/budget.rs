@@ -10,7 +10,7 @@ use polldisk::budget::{GrantBudget, HostBudget};
 use polldisk::engine::host::HostEngine;
 use polldisk::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
 use polldisk::msg::GrantMode;
-use polldisk::sim::StandIn;
+use polldisk::sim::LocalStandIn;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::sim::grants::SimGrants;
 use polldisk::units::{Bytes, DomId, GrantRef};
@@ -122,7 +122,7 @@ fn guests_that_map_page_by_page_leave_mappings_for_the_next_guests_ring() {
     const READS: usize = 64;
     const RINGS: usize = 20;
     const { assert!(GUESTS * READS > MAX_MAP_COUNT) };
-    let stand_in = StandIn::start_temporary().unwrap();
+    let stand_in = LocalStandIn::new().unwrap();
     let (engine, script) = storage();
     let mut bench = Bench::on(WithGrants(stand_in.platform(), FewMappings), engine, stand_in);
     let host = Arc::new(HostBudget::new(usize::MAX, MAX_MAP_COUNT - RINGS));
@@ -200,7 +200,7 @@ impl Engine for Failing {
 
 #[test]
 fn a_worker_that_dies_takes_nothing_of_the_budget_along() {
-    let stand_in = StandIn::start_temporary().unwrap();
+    let stand_in = LocalStandIn::new().unwrap();
     let mut device = alone::device(&stand_in);
     let engine = Failing { engine: HostEngine::new().unwrap(), fails: false };
     let image = Image::Null(NullImage::new(Bytes(1 << 20), true));

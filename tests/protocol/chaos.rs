@@ -9,8 +9,9 @@ use polldisk::blkif::op;
 use polldisk::msg::{Command, GrantMode, ReplaceImage, Report};
 use polldisk::worker::Progress;
 
-use crate::draw::Random;
-use crate::scripted::{Bench, Script, Shape, bench, null, rules};
+use crate::scripted::{Bench, Shape, bench, null, rules};
+use polldisk::sim::disk::Script;
+use polldisk::sim::random::Random;
 
 const ROUNDS: u64 = 45;
 const STEPS: usize = 120;

@@ -8,6 +8,7 @@ use polldisk::limits::{
 };
 use polldisk::msg::GrantMode;
 use polldisk::sim::blkfront::device::Options;
+use polldisk::sim::random::Random;
 use polldisk::units::DomId;
 
 /// Sectors of the disk: as many as the largest indirect request moves.
@@ -22,47 +23,6 @@ const BUFFER_PAGES: usize = 6 * 1024;
 pub const OKAY: i16 = 0;
 pub const ERROR: i16 = -1;
 pub const NOT_SUPPORTED: i16 = -2;
-
-/// splitmix64.
-pub struct Random(u64);
-
-impl Random {
-    pub fn new(seed: u64) -> Random {
-        Random(seed)
-    }
-
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut hash = self.0;
-        hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        hash ^ (hash >> 31)
-    }
-
-    /// A number from `low` to `high`, both possible.
-    pub fn between<N>(&mut self, low: N, high: N) -> N
-    where
-        N: TryInto<u64> + TryFrom<u64>,
-    {
-        let [low, high] = [low, high].map(|number| number.try_into().ok().unwrap());
-        assert!(low <= high);
-        N::try_from(low + self.next() % (high - low + 1)).ok().unwrap()
-    }
-
-    /// The same, small numbers as often as large ones.
-    pub fn between_by_size(&mut self, low: usize, high: usize) -> usize {
-        let bound = low.max(1) << self.between(0, (high / low.max(1)).ilog2() + 1);
-        self.between(low, bound.clamp(low, high))
-    }
-
-    pub fn chance(&mut self, percent: u64) -> bool {
-        self.between(1, 100) <= percent
-    }
-
-    pub fn one_of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.between(0, choices.len() - 1)]
-    }
-}
 
 /// A connection: what both ends agreed on, and the disk.
 #[derive(Clone, Copy, Debug)]

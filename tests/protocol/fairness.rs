@@ -8,13 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use polldisk::blkif::op;
-use polldisk::sim::StandIn;
+use polldisk::sim::LocalStandIn;
 use polldisk::sim::grants::SimGrants;
 use polldisk::units::{DomId, GrantRef};
 use polldisk::xen::shm::GuestPages;
 use polldisk::xen::{GrantCopy, Grants, PageAccess};
 
-use crate::scripted::{Bench, InFront, Script, Shape, WithGrants, storage};
+use crate::scripted::{Bench, InFront, Shape, WithGrants, storage};
+use polldisk::sim::disk::Script;
 
 /// A look at the clock, and what else a queue costs in a pass.
 const LOOK_NS: u64 = 50;
@@ -76,7 +77,7 @@ impl Grants for TimedGrants {
 
 /// A bench whose worker lives in the time of this clock, and the script of its storage.
 fn timed() -> (Bench<Timed>, Clock, Rc<RefCell<Script>>) {
-    let (stand_in, clock) = (StandIn::start_temporary().unwrap(), Clock::default());
+    let (stand_in, clock) = (LocalStandIn::new().unwrap(), Clock::default());
     let (engine, script) = storage();
     script.borrow_mut().clock = Some(Arc::clone(&clock.0));
     let platform = WithGrants(stand_in.platform(), clock.clone());

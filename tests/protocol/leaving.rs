@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use polldisk::blkif::op;
 use polldisk::msg::{Command, ReplaceImage, Report};
-use polldisk::sim::{SimXen, StandIn};
+use polldisk::sim::{LocalStandIn, SimXen};
 use polldisk::units::{DomId, Port};
 use polldisk::xen::{Events, Platform, PlatformError};
 
@@ -152,7 +152,7 @@ impl Events for LateEvents {
 
 #[test]
 fn an_event_for_a_port_that_was_let_go_reaches_nobody() {
-    let stand_in = StandIn::start_temporary().unwrap();
+    let stand_in = LocalStandIn::new().unwrap();
     let mut bench = Bench::on(Late(stand_in.platform()), storage().0, stand_in);
     let [gone, stays] = [(); 2].map(|()| bench.guest(Shape::mapped(8)));
     bench.commands.send(Command::Disconnect(bench.key(gone))).unwrap();

@@ -10,7 +10,9 @@ use polldisk::sim::blkfront::xenbus::Wanted;
 use xenstore_rs::Xs;
 
 use crate::daemon::Daemon;
-use crate::draw::{Combination, Random, draw_options};
+use polldisk::sim::random::Random;
+
+use crate::draw::{Combination, draw_options};
 use crate::guest::{Disk, Guest};
 use crate::random::{SEED, case, seeds};
 

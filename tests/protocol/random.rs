@@ -1,6 +1,8 @@
 //! Random connections, driven through workers alone.
 
-use crate::draw::{Combination, Random, Request};
+use polldisk::sim::random::Random;
+
+use crate::draw::{Combination, Request};
 use crate::guest::{Disk, Guest};
 use crate::workers::Rig;
 

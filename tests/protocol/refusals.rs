@@ -9,13 +9,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use polldisk::blkif::op;
 use polldisk::msg::GrantMode;
-use polldisk::sim::StandIn;
+use polldisk::sim::LocalStandIn;
 use polldisk::sim::grants::SimGrants;
 use polldisk::units::{DomId, GrantRef};
 use polldisk::xen::shm::GuestPages;
 use polldisk::xen::{GrantCopy, Grants, PageAccess};
 
-use crate::scripted::{self, Bench, InFront, Scripted, Shape, WithGrants, storage};
+use crate::scripted::{Bench, InFront, Shape, WithGrants, storage};
+use polldisk::sim::disk::{self, ScriptedDisk};
 
 const ERROR: i16 = -1;
 
@@ -72,8 +73,8 @@ fn refused() -> io::Error {
     io::Error::from_raw_os_error(libc::ENOMEM)
 }
 
-fn refusing() -> (Bench<Refusing, Scripted>, Arc<Script>, Rc<RefCell<scripted::Script>>) {
-    let stand_in = StandIn::start_temporary().unwrap();
+fn refusing() -> (Bench<Refusing, ScriptedDisk>, Arc<Script>, Rc<RefCell<disk::Script>>) {
+    let stand_in = LocalStandIn::new().unwrap();
     let (engine, of_storage) = storage();
     let script = Arc::new(Script {
         copies_refused: AtomicBool::new(false),

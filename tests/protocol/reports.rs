@@ -6,7 +6,8 @@ use polldisk::msg::{Command, InFlight, InFlightRequest, Report, StorageFailure, 
 use polldisk::worker::serve;
 
 use crate::draw::ERROR;
-use crate::scripted::{Failure, Shape, bench};
+use crate::scripted::{Shape, bench};
+use polldisk::sim::disk::Failure;
 
 const SECOND: u64 = 1_000_000_000;
 

@@ -2,206 +2,43 @@
 //! happens is counted in passes.
 
 use std::cell::RefCell;
-use std::collections::HashSet;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
 use polldisk::blkif::request::DiskRules;
 use polldisk::budget::GrantBudget;
-use polldisk::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
+use polldisk::engine::Engine;
 use polldisk::metrics::QueueCounters;
 use polldisk::msg::{
     Command, CommandSender, Connect, ConnectionId, GrantMode, QueueKey, Report, ReportReceiver,
     WorkerId, command_channel, report_channel,
 };
-use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::device::{Device, Options};
+use polldisk::sim::disk::{Script, ScriptedDisk};
 use polldisk::sim::grants::SimGrants;
-use polldisk::sim::{SimXen, StandIn};
+use polldisk::sim::{LocalStandIn, SimXen};
 use polldisk::units::{Bytes, DomId, QueueId};
 use polldisk::worker::{Progress, Setup, Worker};
-use polldisk::xen::shm::{GuestBuf, Registration};
 use polldisk::xen::{Grants, Platform, PlatformError};
 
 /// Passes until everything that can happen has happened.
 const PASSES_MAX: usize = 100_000;
 
-/// What it costs to submit an operation, if there is a clock.
-const SUBMIT_NS: u64 = 300;
-
-/// The same for storage whose kernel driver takes its time.
-const SLOW_SUBMIT_NS: u64 = 5_000;
-
-/// What each operation adds to the time of a kick, if its pages do.
-const KICK_NS: u64 = 2_000;
-
 /// Bytes of every disk.
 const DISK: Bytes = Bytes(1 << 30);
 
-/// What storage does, as the test says, and what it was asked for.
-#[derive(Debug, Default)]
-pub struct Script {
-    /// Queues whose operations hang.
-    pub hung: HashSet<usize>,
-    /// Operations that there is room for; `None`: for all.
-    pub room: Option<usize>,
-    /// Operations that complete with each reap; `None`: all that do not hang.
-    pub per_reap: Option<usize>,
-    /// What becomes of each operation, in place of its success.
-    pub errno: Option<i32>,
-    /// Something completes just when the worker falls asleep.
-    pub arming_finds_a_completion: bool,
-    /// Flushes are kept by the engine.
-    pub parks_flushes: bool,
-    /// The host fails with its next operation, or panics.
-    pub fails: Option<Failure>,
-    /// Queues whose operations cost the worker much.
-    pub slow: HashSet<usize>,
-    /// What a flush, or several of a disk at once, takes a thread of the kernel,
-    pub flush_ns: u64,
-    /// ... and what all have taken since the test last took it out.
-    pub threads_ns: u64,
-    /// What the next kick takes of the worker's time, and what each page submitted adds to it.
-    pub kick_ns: u64,
-    pub kick_page_ns: u64,
-    /// Moves with each operation, by what it costs to submit.
-    pub clock: Option<Arc<AtomicU64>>,
-    /// The engine is no more.
-    pub is_dropped: bool,
-    /// Operations taken and not completed, in order.
-    pub taken: Vec<Taken>,
-}
-
-/// How the host fails.
-#[derive(Clone, Copy, Debug)]
-pub enum Failure {
-    Error,
-    Panic,
-}
-
-/// An operation.
-#[derive(Debug)]
-pub struct Taken {
-    pub ticket: Ticket,
-    pub is_flush: bool,
-    bytes: i32,
-}
-
-/// Storage by a script.
-pub struct Scripted {
-    script: Rc<RefCell<Script>>,
-    bell: Doorbell,
-}
-
-impl Drop for Scripted {
-    fn drop(&mut self) {
-        self.script.borrow_mut().is_dropped = true;
-    }
-}
-
-impl RegisterBuffers for Scripted {
-    fn register(&mut self, _memory: GuestBuf) -> io::Result<Registration> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn unregister(&mut self, _registration: Registration) {
-        unreachable!("nothing was registered");
-    }
-}
-
-impl Engine for Scripted {
-    type Target = Image;
-
-    fn submit(&mut self, _: &Image, operation: &IoOp<'_>, ticket: Ticket, _: By) -> Submitted {
-        let mut script = self.script.borrow_mut();
-        if script.room.is_some_and(|room| script.taken.len() >= room) {
-            return Submitted::Full(ticket);
-        }
-        let bytes = match operation {
-            IoOp::Read { buffers, .. } | IoOp::Write { buffers, .. } => {
-                buffers.iter().map(|buffer| buffer.len().cast_signed()).sum()
-            }
-            IoOp::Flush | IoOp::Discard { .. } => 0,
-        };
-        if let Some(clock) = &script.clock {
-            let is_slow = script.slow.contains(&ticket.queue());
-            clock.fetch_add(if is_slow { SLOW_SUBMIT_NS } else { SUBMIT_NS }, Ordering::Relaxed);
-        }
-        if script.kick_page_ns > 0 {
-            let pages = u64::try_from(bytes).unwrap() / 4096;
-            script.kick_ns += KICK_NS + script.kick_page_ns * pages;
-        }
-        let is_flush = matches!(operation, IoOp::Flush);
-        script.taken.push(Taken { ticket, is_flush, bytes });
-        match operation {
-            IoOp::Flush if script.parks_flushes => Submitted::Parked,
-            _ => Submitted::Started,
-        }
-    }
-
-    fn kick(&mut self) -> io::Result<()> {
-        let script = &mut *self.script.borrow_mut();
-        let kick_ns = std::mem::take(&mut script.kick_ns);
-        if let Some(clock) = &script.clock {
-            clock.fetch_add(kick_ns, Ordering::Relaxed);
-        }
-        let fails = script.fails;
-        match fails {
-            None => Ok(()),
-            Some(Failure::Error) => Err(io::Error::other("the host fails")),
-            Some(Failure::Panic) => panic!("the host has its worker panic"),
-        }
-    }
-
-    fn reap(&mut self, done: &mut Vec<Completion>) {
-        let script = &mut *self.script.borrow_mut();
-        let Script { hung, per_reap, errno, taken, flush_ns, threads_ns, .. } = script;
-        let mut flushed = HashSet::new();
-        let mut left = per_reap.unwrap_or(usize::MAX);
-        for it in std::mem::take(taken) {
-            if hung.contains(&it.ticket.queue()) || left == 0 {
-                taken.push(it);
-            } else {
-                left -= 1;
-                let Taken { ticket, bytes, is_flush } = it;
-                if is_flush && flushed.insert(ticket.queue()) {
-                    *threads_ns += *flush_ns;
-                }
-                done.push(Completion { ticket, result: errno.map_or(bytes, |errno| -errno) });
-            }
-        }
-    }
-
-    fn in_flight(&self) -> usize {
-        self.script.borrow().taken.len()
-    }
-
-    fn arm(&mut self) -> io::Result<bool> {
-        Ok(self.script.borrow().arming_finds_a_completion)
-    }
-
-    fn disarm(&mut self, _signalled: bool) {}
-
-    fn completion_fd(&self) -> BorrowedFd<'_> {
-        self.bell.as_fd()
-    }
-}
-
 /// A worker with its guests, each with one ring. A guest's number is its queue's.
-pub struct Bench<P: Platform = SimXen, E = Scripted> {
+pub struct Bench<P: Platform = SimXen, E = ScriptedDisk> {
     pub worker: Worker<P, E>,
     pub guests: Vec<Device>,
     pub counters: Vec<Arc<QueueCounters>>,
     pub commands: CommandSender,
     pub reports: ReportReceiver,
     pub now_ns: u64,
-    stand_in: StandIn,
+    stand_in: LocalStandIn,
 }
 
 /// What a guest and its disk are like.
@@ -250,9 +87,8 @@ pub fn rules(image: &Image, indirect_segments: u16) -> DiskRules {
 }
 
 /// Storage by a script, and the script.
-pub fn storage() -> (Scripted, Rc<RefCell<Script>>) {
-    let script = Rc::new(RefCell::new(Script::default()));
-    (Scripted { script: Rc::clone(&script), bell: Doorbell::new().unwrap() }, script)
+pub fn storage() -> (ScriptedDisk, Rc<RefCell<Script>>) {
+    ScriptedDisk::new(Script::default()).unwrap()
 }
 
 /// A bench with storage by a script.
@@ -264,14 +100,14 @@ pub fn bench() -> (Bench, Rc<RefCell<Script>>) {
 impl<E: Engine<Target = Image>> Bench<SimXen, E> {
     /// A worker without guests, with this storage.
     pub fn over(engine: E) -> Bench<SimXen, E> {
-        let stand_in = StandIn::start_temporary().unwrap();
+        let stand_in = LocalStandIn::new().unwrap();
         Bench::on(stand_in.platform(), engine, stand_in)
     }
 }
 
 impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
     /// The same on a platform of the test's.
-    pub fn on(platform: P, engine: E, stand_in: StandIn) -> Bench<P, E> {
+    pub fn on(platform: P, engine: E, stand_in: LocalStandIn) -> Bench<P, E> {
         let (commands, receiver) = command_channel(WorkerId(0)).unwrap();
         let (reporter, reports) = report_channel().unwrap();
         let (id, poll) = (WorkerId(0), Duration::ZERO);

@@ -13,7 +13,7 @@ use polldisk::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted,
 use polldisk::msg::{Command, CommandSender};
 use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::device::Device;
-use polldisk::sim::{SimXen, StandIn};
+use polldisk::sim::{LocalStandIn, SimXen};
 use polldisk::units::{Bytes, DomId, Port};
 use polldisk::xen::shm::{GuestBuf, Registration};
 use polldisk::xen::{Events, Platform, PlatformError};
@@ -28,7 +28,7 @@ const CALLS_BESIDE: usize = 4;
 
 #[test]
 fn storage_wakes_a_worker_once_for_each_request_and_the_guest_not_at_all() {
-    let stand_in = StandIn::start_temporary().unwrap();
+    let stand_in = LocalStandIn::new().unwrap();
     let mut device = alone::device(&stand_in);
     device.put(op::READ, 0, 4096);
     device.publish().unwrap();

@@ -20,7 +20,7 @@ impl Rig {
     fn new() -> Rig {
         let bell = Doorbell::new().unwrap();
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        Rig { helpers: Helpers::new(bell.clone()), bell, folder }
+        Rig { helpers: Helpers::new(bell.clone(), limits::HELPERS_MAX), bell, folder }
     }
 
     fn image(&self, name: &str) -> PathBuf {

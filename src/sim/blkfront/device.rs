@@ -370,6 +370,16 @@ impl Device {
             return Ok(());
         }
         park::sleep(&[self.events.as_fd()], Some(timeout));
+        self.take_events()
+    }
+
+    /// Asks to be notified of the next response, and lets the next notification come; without waiting.
+    pub fn arm(&mut self) -> io::Result<()> {
+        self.ring.arm(1);
+        self.take_events()
+    }
+
+    fn take_events(&mut self) -> io::Result<()> {
         let mut ports = [Port(0); 4];
         let count = self.events.pending(&mut ports)?;
         self.events.unmask(&ports[..count])

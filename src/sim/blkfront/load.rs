@@ -118,13 +118,37 @@ impl<'a> Runner<'a> {
     /// Random reads and writes until `stop`, then waits for all answers. `done` counts requests.
     pub fn run(&mut self, stop: &AtomicBool, done: &AtomicU64) -> Result<(), LoadError> {
         while !stop.load(Ordering::Relaxed) {
-            while self.device.in_flight() < self.load.depth && self.device.free_buffer().is_some() {
-                self.put_random();
-            }
-            self.device.publish()?;
+            self.put_as_many_as_fit()?;
             done.fetch_add(self.take_answers()?, Ordering::Relaxed);
         }
         self.settle()
+    }
+
+    /// Goes on without waiting: puts random requests, if it is to, and takes the answers that are there;
+    /// returns how many.
+    pub fn step(&mut self, puts: bool) -> Result<u64, LoadError> {
+        if puts {
+            self.put_as_many_as_fit()?;
+        }
+        let mut count = 0;
+        while let Some(answer) = self.device.next_answer()? {
+            self.judge(answer);
+            count += 1;
+        }
+        self.device.arm()?;
+        Ok(count)
+    }
+
+    /// Whether all requests are answered.
+    pub fn is_settled(&self) -> bool {
+        self.device.in_flight() == 0
+    }
+
+    fn put_as_many_as_fit(&mut self) -> Result<(), LoadError> {
+        while self.device.in_flight() < self.load.depth && self.device.free_buffer().is_some() {
+            self.put_random();
+        }
+        Ok(self.device.publish()?)
     }
 
     /// Reads every block once, in order: what was written is still there, and nothing else is.

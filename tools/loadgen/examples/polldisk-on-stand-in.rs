@@ -32,6 +32,7 @@ fn main() -> anyhow::Result<()> {
         admin_path,
         offer: config.offer,
         signals: true,
+        ..control::Config::default()
     };
     control::run(&platform, &control_config, workers, reports, &Doorbell::new()?)?;
     threads.into_iter().for_each(WorkerThread::join);

@@ -267,7 +267,12 @@ impl Server {
             let mut cores = plan.cores.clone();
             let taken = rings % cores.len().max(1);
             cores.rotate_left(taken);
-            return Ok(Server::Echo(Echo::start(&stand_in.platform(), &options.backend_type, places, &cores)?));
+            return Ok(Server::Echo(Echo::start(
+                &stand_in.platform(),
+                &options.backend_type,
+                places,
+                &cores,
+            )?));
         }
         if options.command.is_empty() {
             return Ok(Server::Other { kind: "other", pid: options.pid });
