@@ -91,7 +91,7 @@ impl Channels {
     }
 
     /// Where to signal the other end of a port of ours: link, mailbox number, slot, and the
-    /// mailbox; link 0 and nothing else where it has none.
+    /// mailbox; link 0 and nothing else if it has none.
     pub fn peer(&self, handle: usize, port: u32) -> io::Result<([u32; 3], Vec<OwnedFd>)> {
         let here = own(handle, port)?;
         let ours = self.handle(handle)?;

@@ -33,11 +33,11 @@ const SECTOR: u32 = 512;
 /// What storage does, as the test says, and what it was asked for.
 #[derive(Debug, Default)]
 pub struct Script {
-    /// What the disk holds, whichever image names it, for all workers that have it; `None`: data is neither kept nor
+    /// What the disk holds, whichever image names it; workers share it. `None`: data is neither kept nor
     /// made.
     pub contents: Option<Rc<RefCell<Vec<u8>>>>,
-    /// Chooses which operations complete with each reap, in which order, and which only in part; `None`: all do,
-    /// in order.
+    /// Chooses which operations complete with each reap, in which order, and which only in part; `None`: all
+    /// do, in order.
     pub random: Option<Random>,
     /// Queues whose operations hang.
     pub hung: HashSet<usize>,

@@ -85,7 +85,7 @@ impl Domain {
         self.endpoint.open_store_of(self.domid, &mut lock(&self.connection))
     }
 
-    /// Allocates `count` consecutive pages and returns the first; ENOMEM where there are none.
+    /// Allocates `count` consecutive pages and returns the first; ENOMEM if there are none.
     /// What they hold is left from before.
     pub fn alloc_pages(&self, count: u32) -> io::Result<Gfn> {
         let mut pages = lock(&self.pages);
@@ -100,7 +100,7 @@ impl Domain {
     /// Gives pages back. Their grants must have been ended.
     ///
     /// # Panics
-    /// Where one of them was not allocated.
+    /// If one of them was not allocated.
     pub fn free_pages(&self, first: Gfn, count: u32) {
         let mut pages = lock(&self.pages);
         let run = &mut pages[first.0 as usize..first.0 as usize + count as usize];
@@ -111,7 +111,7 @@ impl Domain {
     /// A page, to be read and written.
     ///
     /// # Panics
-    /// Where the domain has no such page.
+    /// If the domain has no such page.
     #[inline]
     pub fn page(&self, gfn: Gfn) -> GuestBuf {
         self.memory.page(gfn).expect("a page of this domain")
@@ -120,7 +120,7 @@ impl Domain {
     /// Consecutive pages seen as words, for a ring.
     ///
     /// # Panics
-    /// Where the domain has no such pages.
+    /// If the domain has no such pages.
     pub fn shared_pages(&self, first: Gfn, count: u32) -> SharedPage {
         self.memory.shared_pages(first, count).expect("pages of this domain")
     }
@@ -128,12 +128,12 @@ impl Domain {
     /// Consecutive pages as one range. Not to be given to a `Grants`, which did not map it.
     ///
     /// # Panics
-    /// Where the domain has no such pages.
+    /// If the domain has no such pages.
     pub fn guest_pages(&self, first: Gfn, count: u32) -> GuestPages {
         self.memory.guest_pages(first, count).expect("pages of this domain")
     }
 
-    /// Takes `count` references out of the pool, for [`Domain::permit`]; ENOSPC where the table
+    /// Takes `count` references out of the pool, for [`Domain::permit`]; ENOSPC if the table
     /// has no more.
     pub fn reserve_refs(&self, count: usize) -> io::Result<Vec<GrantRef>> {
         let mut free = lock(&self.free_refs);
@@ -234,7 +234,7 @@ fn is_mapped(entry: u64) -> bool {
     GrantEntryV1::from_word(entry).flags & (abi::GTF_READING | abi::GTF_WRITING) != 0
 }
 
-/// What the locks guard is whole even where a thread panicked while it held one.
+/// A thread that panicked while it held a lock left nothing half done.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

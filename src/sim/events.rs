@@ -19,7 +19,7 @@ use crate::xen::Events;
 
 /// Event channels of one thread, each end of which any process may hold.
 ///
-/// A notification is one system call where the other end was neither pending nor masked, else
+/// A notification is one system call if the other end was neither pending nor masked, else
 /// none; so is an unmask; taking what is pending is one read.
 #[derive(Debug)]
 pub struct SimEvents {
@@ -34,7 +34,7 @@ pub struct SimEvents {
 #[derive(Debug)]
 struct Peers {
     connection: Connection,
-    /// By slot; `None` where the slot is not a port of ours.
+    /// By slot; `None` if the slot is not a port of ours.
     ends: Vec<Option<Peer>>,
     /// By number, so that channels to the same handle share its mailbox.
     mailboxes: FxHashMap<u32, Weak<Mailbox>>,
@@ -65,7 +65,7 @@ impl SimEvents {
     }
 
     /// As [`Events::pending`]: how many ports, and whether the descriptor was readable. It can be
-    /// without a port, once, where events cross.
+    /// without a port, once, if events cross.
     pub fn take_pending(&mut self, ports: &mut [Port]) -> (usize, bool) {
         let mut count = 0;
         if ports.is_empty() {

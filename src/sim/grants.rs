@@ -137,7 +137,7 @@ impl Grants for SimGrants {
     }
 }
 
-/// A guest's memory, mapped as a whole: the one that is known, where the guest still lives.
+/// A guest's memory, mapped as a whole: the mapping that there is, if the guest still lives.
 fn guest<'a>(
     guests: &'a mut FxHashMap<DomId, GuestMemory>,
     connection: &mut Connection,

@@ -1,7 +1,7 @@
 //! Where a handle's event channels become pending: bits in shared memory and one bell.
 //!
 //! As in Xen's shared info page each port (here: slot of a handle) has a pending bit and a mask
-//! bit. A notification sets the pending bit and rings the bell only where the port was neither
+//! bit. A notification sets the pending bit and rings the bell only if the port was neither
 //! pending nor masked, so a burst costs one system call and a masked port none. A third word per
 //! slot, the link, tells the owner whom it is connected to: 0 nobody, else a number that changes
 //! with every connection, so that notifying needs no question to the hypervisor.
@@ -75,7 +75,7 @@ impl Mailbox {
 
     /// Silences the bell and takes those of the first `slots` that are pending and unmasked, which
     /// become masked. `take` gets each and says whether there is room for more. Returns whether the
-    /// bell had rung: it can have without a slot, where one was taken before its bell was heard.
+    /// bell had rung: it may have without a slot being ready, if the slot was taken before its bell was heard.
     pub fn take_pending(&self, slots: usize, mut take: impl FnMut(usize) -> bool) -> bool {
         let rang = self.silence();
         let words = slots.div_ceil(64);
@@ -130,7 +130,7 @@ impl Mailbox {
     }
 
     fn ring(&self) {
-        // It can fail only where the counter is full, and then the descriptor is readable already.
+        // It fails only if the counter is full, and then the descriptor is readable anyway.
         let _ = (&self.bell).write(&1u64.to_ne_bytes());
     }
 

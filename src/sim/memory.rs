@@ -171,7 +171,7 @@ impl GuestMemory {
     #[inline]
     pub fn page(&self, gfn: Gfn) -> Option<GuestBuf> {
         let address = self.address(gfn, 1)?;
-        // SAFETY: the page is mapped until self is dropped, which the caller is told to outlive.
+        // SAFETY: the page is mapped until self is dropped, and callers must not use it after that.
         Some(unsafe { GuestBuf::from_raw(address, PAGE_LEN) })
     }
 

@@ -57,7 +57,7 @@ pub struct StandIn {
     _hypervisor: HypervisorServer,
     _store: Arc<StoreServer>,
     folder: PathBuf,
-    /// Removes the folder where we made it.
+    /// Removes the folder, if we made it.
     _temporary: Option<tempfile::TempDir>,
 }
 
@@ -228,7 +228,7 @@ impl<S: Xenstored> Toolstack for Toolbox<S> {
         if domid == DomId::DOM0 {
             return;
         }
-        // Both fail only where the store has ended, and the area with it.
+        // Both fail only if the store has ended, and the area with it.
         let _ = self.store.client().and_then(|client| client.rm(&area(domid)));
         let _ = self.store.release(domid);
     }

@@ -22,8 +22,8 @@
 //! | 11 `OpenStore` | | | xenstore connection as this domain |
 //! | 12 `Close` | | | |
 //!
-//! Errors are Xen's: `Map` fails with EINVAL where any reference is bad, and then maps nothing;
-//! `BindInterdomain` with EINVAL where the port does not wait for this domain. `Close` answers
+//! Errors are Xen's: `Map` fails with EINVAL if any reference is bad, and then maps nothing;
+//! `BindInterdomain` with EINVAL if the port does not wait for this domain. `Close` answers
 //! after everything that the connection held has gone, which closing the socket does not.
 #![allow(unsafe_code)]
 
@@ -103,7 +103,7 @@ impl<'a> Request<'a> {
         }
     }
 
-    /// Reads a request; `None` where the words are none.
+    /// Reads a request; `None` if the words are none.
     pub fn decode(words: &'a [u32]) -> Option<Request<'a>> {
         let domain = |raw: &u32| DomId::try_from(*raw).ok();
         Some(match words {
@@ -213,7 +213,7 @@ pub fn send(socket: &OwnedFd, words: &[u32], fds: &[BorrowedFd<'_>]) -> io::Resu
     Ok(())
 }
 
-/// Receives one packet; `false` where the other end has closed.
+/// Receives one packet; `false` if the other end has closed.
 pub fn receive(socket: &OwnedFd, packet: &mut Packet) -> io::Result<bool> {
     packet.words.resize(PACKET_WORDS, 0);
     packet.fds.clear();
@@ -253,7 +253,7 @@ fn take_fds(message: &libc::msghdr, fds: &mut Vec<OwnedFd>) {
 }
 
 /// Lets this process have as many descriptors as it may: a thousand disks in one process need
-/// several each. An error shows itself where they run out.
+/// several each. If they run out, an error will show it.
 pub fn raise_descriptor_limit() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {

@@ -199,7 +199,7 @@ impl World {
         Err(WorldError::Hangs(what.to_owned()))
     }
 
-    /// Has control end, and says how it did; the workers are told to stop.
+    /// Makes control end, and returns how it did; the workers get the command to stop.
     pub fn end(&mut self) -> Result<Progress, WorldError> {
         self.control.end(self.now());
         let mut ended = Progress::Idle;

@@ -108,7 +108,7 @@ pub struct Device {
     segments: Vec<RawSegment>,
 }
 
-/// Pages for one request: those of its data, then those of its segments where it is indirect.
+/// Pages for one request: those of its data, then those of its segments if it is an indirect one.
 #[derive(Debug)]
 struct Buffer {
     first: Gfn,
@@ -286,8 +286,8 @@ impl Device {
         self.free_buffer().expect("a free buffer") as u64
     }
 
-    /// Writes a request that [`Device::direct`] or [`Device::indirect`] made, whatever became of it
-    /// since, with the first `pages` pages of its buffer; returns the buffer.
+    /// Writes a request that [`Device::direct`] or [`Device::indirect`] made, however it was
+    /// changed since, with the first `pages` pages of its buffer; returns the buffer.
     pub fn put_request(&mut self, request: &RawRequest, pages: usize) -> usize {
         let index = self.free.pop().expect("a free buffer");
         assert_eq!(request.id(), index as u64, "a request of this buffer");
@@ -387,7 +387,7 @@ impl Device {
 
     /// Takes everything back from the backend; an error names a page that it still has mapped.
     pub fn close(mut self) -> Result<(), StillMapped> {
-        // Closing a channel fails only where the hypervisor is gone, and then it is closed.
+        // Closing a channel fails only if the hypervisor is gone, and then it is closed.
         let _ = self.events.unbind(self.port);
         self.ring_refs.iter().try_for_each(|gref| self.domain.end_access(*gref))?;
         self.domain.free_pages(self.ring_page, self.options.ring_pages());

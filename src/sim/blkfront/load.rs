@@ -96,7 +96,7 @@ impl<'a> Runner<'a> {
     /// A load on a device whose disk has the sectors named.
     ///
     /// # Panics
-    /// Where the load's numbers do not fit the device or each other.
+    /// If the load's numbers do not fit the device or each other.
     pub fn new(load: Load, device: &'a mut Device) -> Runner<'a> {
         let sectors = usize::try_from(load.sectors.end - load.sectors.start).expect("a small disk");
         let per_block = load.block_bytes / SECTOR;

@@ -36,7 +36,7 @@ impl Oracle {
     /// Whether a sector was written.
     ///
     /// # Panics
-    /// Where it is beyond the disk.
+    /// If it is beyond the disk.
     pub fn is_written(&self, sector: usize) -> bool {
         self.contents[sector] != ZEROES
     }
@@ -44,7 +44,7 @@ impl Oracle {
     /// Makes the next version of the sectors from `first` on, as many as fill `data`.
     ///
     /// # Panics
-    /// Where `data` reaches beyond the disk.
+    /// If `data` reaches beyond the disk.
     pub fn write(&mut self, first: usize, data: &mut [u8]) {
         for (sector, bytes) in (first..).zip(data.chunks_exact_mut(SECTOR)) {
             let version = &mut self.versions[sector];
@@ -61,7 +61,7 @@ impl Oracle {
     /// Takes note that sectors were written with what those from `from` on hold.
     ///
     /// # Panics
-    /// Where either reaches beyond the disk.
+    /// If either reaches beyond the disk.
     pub fn repeat(&mut self, from: usize, sectors: Range<usize>) {
         self.contents.copy_within(from..from + sectors.len(), sectors.start);
     }
@@ -69,7 +69,7 @@ impl Oracle {
     /// Takes note that sectors were given back: they hold zeroes.
     ///
     /// # Panics
-    /// Where they reach beyond the disk.
+    /// If they reach beyond the disk.
     pub fn discard(&mut self, sectors: Range<usize>) {
         self.contents[sectors].fill(ZEROES);
     }
@@ -77,7 +77,7 @@ impl Oracle {
     /// Sectors in `data`, read from `first` on, that do not hold what they should.
     ///
     /// # Panics
-    /// Where `data` reaches beyond the disk.
+    /// If `data` reaches beyond the disk.
     pub fn mismatches(&self, first: usize, data: &[u8]) -> usize {
         let sectors = (first..).zip(data.chunks_exact(SECTOR));
         sectors.filter(|(sector, bytes)| !self.is_right(*sector, bytes)).count()

@@ -55,8 +55,8 @@ pub struct Wanted {
     pub options: Options,
     /// It writes `protocol`; without it the backend takes an x86 guest for a 32-bit one.
     pub names_protocol: bool,
-    /// Nodes of its earlier connection stay where the new one has no use for them. Such a frontend
-    /// writes the order and the number of its rings even where they are 0 and 1.
+    /// Nodes of its earlier connection stay if the new one does not need them. Such a frontend
+    /// writes the order and the number of its rings even when they are 0 and 1.
     pub leaves_nodes: bool,
 }
 
@@ -120,7 +120,7 @@ impl Xenbus {
         Ok(xenbus)
     }
 
-    /// The area of a disk, through a connection with its domain's rights; `None` where nobody has
+    /// The area of a disk, through a connection with its domain's rights; `None` if nobody has
     /// made it. It watches nothing: the caller looks.
     pub fn find(store: &StoreClient, vbd: VbdId) -> io::Result<Option<Xenbus>> {
         let area = area_of(vbd);
@@ -148,7 +148,7 @@ impl Xenbus {
         self.store.write(&self.own(keys::STATE), &state.number().to_string())
     }
 
-    /// The backend's `state`; `Unknown` where it is gone.
+    /// The backend's `state`; `Unknown` if it is gone.
     pub fn backend_state(&self) -> io::Result<XenbusState> {
         let text = read_text(&self.store, &self.theirs(keys::STATE))?;
         Ok(text.map_or(XenbusState::Unknown, |text| XenbusState::from_text(&text)))

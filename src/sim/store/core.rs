@@ -214,7 +214,7 @@ impl StoreCore {
             return Err(libc::EACCES);
         }
         match op {
-            // A watch belongs to no transaction, whatever the header says.
+            // A watch belongs to no transaction, even if the header names one.
             Op::Watch => self.watch(id, payload),
             Op::Unwatch => self.unwatch(id, payload),
             _ if tx_id != 0 && !client.transactions.contains_key(&tx_id) => Err(libc::ENOENT),
@@ -367,7 +367,7 @@ impl StoreCore {
         Caller { domid, target: self.targets.get(&domid).copied() }
     }
 
-    /// ENOSPC where a guest's connections together have as many as it may.
+    /// ENOSPC if a guest's connections together have as many as it may.
     fn check_quota(
         &self,
         id: ClientId,

@@ -47,7 +47,7 @@ const WAKER: Token = Token(1);
 const FIRST_CLIENT: usize = 2;
 
 impl StoreServer {
-    /// Serves an empty store on a new socket; `AlreadyExists` or `AddrInUse` where something is in
+    /// Serves an empty store on a new socket; `AlreadyExists` or `AddrInUse` if something is in
     /// its place.
     pub fn start(socket: &Path, quota: Quota) -> io::Result<StoreServer> {
         let poll = Poll::new()?;
@@ -113,7 +113,7 @@ impl StoreServer {
 
 impl Drop for StoreServer {
     fn drop(&mut self) {
-        // Where the thread is gone already, there is nobody to tell.
+        // If the thread is gone already, there is nobody to tell.
         let _ = self.command(Command::Stop);
         if let Some(thread) = self.thread.take() {
             let ended = thread.join();
@@ -192,7 +192,7 @@ impl Service {
     }
 
     fn obey(&mut self) -> std::ops::ControlFlow<()> {
-        // Nobody waits for the answer any more where sending it fails.
+        // Nobody waits for the answer any more if sending it fails.
         while let Ok(command) = self.commands.try_recv() {
             match command {
                 Command::Connect(stream, domid) => self.add(UnixStream::from_std(stream), domid),
@@ -231,7 +231,7 @@ impl Service {
                 return;
             }
             let Some(peer) = self.peers.get_mut(&id) else { return };
-            // Where its answers pile up, its reading them makes the stream writable again.
+            // If its answers pile up, its reading them makes the stream writable again.
             if !self.core.accepts(id) {
                 return;
             }

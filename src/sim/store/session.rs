@@ -22,7 +22,7 @@ pub(super) struct Footprint {
     pub(super) seen: BTreeSet<NodePath>,
     /// Nodes that were written, created or removed.
     pub(super) modified: BTreeSet<NodePath>,
-    /// What watches are told, in order, each node once.
+    /// Changes to report to watches, in order, each node once.
     changes: Vec<Change>,
     told: BTreeMap<NodePath, usize>,
 }
@@ -60,7 +60,7 @@ pub(super) struct Session<'a> {
 const ACK: &[u8] = b"OK\0";
 
 impl Session<'_> {
-    /// Serves a request; `ENOSYS` where it is none on nodes.
+    /// Serves a request; `ENOSYS` if it is none on nodes.
     pub(super) fn serve(&mut self, op: Op, payload: &[u8]) -> Result<Vec<u8>, Errno> {
         match op {
             Op::Directory => self.directory(payload),
@@ -147,7 +147,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Creates a missing node and whatever is missing above it. They inherit the permissions of
+    /// Creates a missing node and all missing nodes above it. They inherit the permissions of
     /// the node that exists, but a guest owns what it creates.
     fn create(&mut self, path: &NodePath, value: &[u8]) -> Result<(), Errno> {
         let mut missing = vec![path.clone()];
@@ -213,14 +213,14 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Removing what does not exist is fine where the node above does.
+    /// Removing what does not exist is fine if the node above does.
     fn removed_already(&mut self, path: &NodePath) -> Result<(), Errno> {
         let parent = path.parent().ok_or(libc::ENOENT)?;
         self.footprint.seen.insert(parent.clone());
         self.tree.get(&parent).map(drop).ok_or(libc::ENOENT)
     }
 
-    /// Removes an existing node with all below it, whoever owns that.
+    /// Removes an existing node with all below it, whoever owns them.
     pub(super) fn remove(&mut self, path: &NodePath) {
         for gone in self.tree.below(path) {
             let reach = if gone == *path { Reach::Subtree } else { Reach::Exact };
@@ -260,7 +260,7 @@ impl Session<'_> {
         NodePath::parse(alleged, self.caller.domid, allowed).ok_or(libc::EINVAL)
     }
 
-    /// The node, where the caller has that right to it.
+    /// The node, if the caller has this right to it.
     fn find(&mut self, path: &NodePath, right: Right) -> Result<&Node, Errno> {
         self.footprint.seen.insert(path.clone());
         match self.tree.get(path) {

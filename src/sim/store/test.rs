@@ -114,7 +114,7 @@ fn request() -> impl Strategy<Value = (Op, Vec<u8>)> {
 enum Step {
     /// A request outside of any transaction.
     Direct(Op, Vec<u8>),
-    /// A request in a transaction; one is begun where none is under way.
+    /// A request in a transaction; one is begun if none is under way.
     Within(usize, Op, Vec<u8>),
     /// The end of a transaction.
     Commit(usize),

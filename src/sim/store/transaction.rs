@@ -48,7 +48,7 @@ impl Transaction {
         answer
     }
 
-    /// Makes its changes to the tree and returns them for the watches. EAGAIN where a node that it
+    /// Makes its changes to the tree and returns them for the watches. EAGAIN if a node that it
     /// looked at has changed since it began.
     ///
     /// The nodes are merged by their final state, not by repeating the requests, so that a

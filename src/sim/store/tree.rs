@@ -72,7 +72,7 @@ impl Tree {
         path.names().try_fold(&*self.root, |node, name| node.children.get(name).map(|node| &**node))
     }
 
-    /// A node's generation, `None` where it does not exist: equal values mean an equal node.
+    /// A node's generation, `None` if it does not exist: equal values mean an equal node.
     pub(super) fn generation(&self, path: &NodePath) -> Option<u64> {
         self.get(path).map(|node| node.generation)
     }
@@ -157,7 +157,7 @@ impl Tree {
         all
     }
 
-    /// The node, to be changed: from the root down, whatever a snapshot shares is copied first.
+    /// The node, to be changed. Nodes on the way from the root that a snapshot shares are copied first.
     fn change(&mut self, path: &NodePath) -> Option<&mut Node> {
         self.get(path)?;
         self.generation += 1;
