@@ -357,7 +357,7 @@ impl Queue {
         }
         self.rules = rules;
         self.before_pause = None;
-        // Whatever it waited for was for the previous image.
+        // What it waited for concerned the previous image.
         self.waits_since = None;
     }
 

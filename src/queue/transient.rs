@@ -89,7 +89,10 @@ impl TransientGrants {
             if let Err(error) = grants.unmap(pages) {
                 // The host is at fault: map no more for this queue, because that might fail, too.
                 self.refusals = MAP_REFUSALS_MAX;
-                tracing::warn!(%error, "unmapping a request's pages failed; its ring's data is copied now");
+                tracing::warn!(
+                    %error,
+                    "unmapping a request's pages failed; data of its ring is copied from now on"
+                );
             }
         }
         let count = slot.segments().len();

@@ -166,7 +166,7 @@ pub fn serve<P: Platform, E: Engine<Target = Image>>(worker: Worker<P, E>) -> Op
 
 const PANICKED: &str = "it panicked; the log says where";
 
-/// Reports to control that the thread ends, however it does.
+/// Reports to control that the thread ends, whatever the reason.
 struct Farewell {
     id: WorkerId,
     reporter: ReportSender,
