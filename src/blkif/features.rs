@@ -49,7 +49,7 @@ pub struct DiskOffer {
     pub general: Offer,
     /// The disk's sizes.
     pub geometry: Geometry,
-    /// How it can be discarded; `None`: not at all.
+    /// How its blocks can be discarded; `None`: not at all.
     pub discard: Option<Discard>,
 }
 
@@ -89,7 +89,7 @@ pub const FEATURES: &[Feature] = &[
         name: "several rings for a disk",
         offered: &[(keys::MULTI_QUEUE_MAX_QUEUES, |disk| number(disk.general.queues))],
         taken_up: &[keys::MULTI_QUEUE_NUM_QUEUES],
-        negotiation: "two or more, up to what is offered, each have a directory `queue-N`",
+        negotiation: "two or more rings, up to what is offered, have a directory `queue-N` each",
     },
     Feature {
         name: "persistent grants",

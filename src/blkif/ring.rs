@@ -1,9 +1,9 @@
 //! The shared ring, seen from either end: indices, publication, notification.
 //!
 //! Mirrors Xen's `public/io/ring.h`. The first page starts with `req_prod`, `req_event`,
-//! `rsp_prod`, `rsp_event`; entries follow from byte 64. Indices run freely modulo 2^32; an
-//! index modulo the ring's size, a power of two, is its entry. A response takes the entry of a request that
-//! was consumed before.
+//! `rsp_prod`, `rsp_event`; entries follow from byte 64. Indices run freely modulo 2^32; the
+//! entry of an index is that index modulo the ring's size, a power of two. A response takes the entry of a
+//! request that was consumed before.
 
 use std::sync::atomic::Ordering;
 
@@ -34,7 +34,7 @@ pub enum RingFault {
     Overflow {
         /// What the frontend published.
         req_prod: u32,
-        /// How far the backend has answered.
+        /// The index of the backend's next response.
         rsp_prod: u32,
         /// The number of entries of the ring.
         size: u32,
@@ -130,8 +130,8 @@ impl BackRing {
         Ok(if waiting > self.ring.size { 0 } else { waiting })
     }
 
-    /// Prefetches a request that will be taken soon, because it must come from the cache of the frontend's
-    /// core, which wrote it.
+    /// Prefetches a request that will be taken soon, because its cache lines must come from the frontend's
+    /// core, which wrote them.
     #[inline]
     pub fn prefetch(&self) {
         let at = self.ring.entry(self.req_cons.wrapping_add(PREFETCH_DISTANCE));
@@ -194,7 +194,7 @@ impl BackRing {
     }
 
     /// Asks the frontend to notify us of its next request, then looks again (the final check of
-    /// `RING_FINAL_CHECK_FOR_REQUESTS`). `true`: there is work, which came in between.
+    /// `RING_FINAL_CHECK_FOR_REQUESTS`). `true`: work has arrived in the meantime.
     pub fn arm(&mut self) -> bool {
         self.ring.store(REQ_EVENT, self.req_cons.wrapping_add(1));
         full_fence();

@@ -111,8 +111,8 @@ impl Queue {
         })
     }
 
-    /// Finds bounce memory for all data of a slot, mapped or not: in one run of pages it is a single vector
-    /// for storage. `false`: there is not enough now.
+    /// Finds bounce memory for all data of a slot, mapped or not: if there is a run of pages, storage gets a
+    /// single vector. `false`: there is not enough now.
     pub(super) fn bounce<G, E: Engine>(&mut self, io: &mut Resources<G, E>, index: u32) -> bool {
         if let Some(memory) = io.bounce.allocate() {
             match io.engine.register(memory) {

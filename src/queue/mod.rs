@@ -326,8 +326,8 @@ impl Queue {
         self.stopped = true;
     }
 
-    /// Takes the requests published so far, then none until [`Queue::replace_image`]. Those in flight are
-    /// finished and answered, for which the queue must be polled.
+    /// Takes the requests published so far, then none until [`Queue::replace_image`]. The queue must be
+    /// polled until those in flight are finished and answered.
     pub fn pause(&mut self) {
         // A broken ring is noticed when it is next looked at.
         self.before_pause = Some(self.ring.requests().unwrap_or(0));

@@ -25,8 +25,8 @@ use crate::xen::{Grants, PageAccess};
 /// batch not used for `limits::PERSISTENT_IDLE_SWEEPS` sweeps is unmapped, so that the guest gets its pages
 /// back.
 ///
-/// A frontend can reuse a reference for another page only after it ended access to the first one, and it
-/// can't do that while we have it mapped. So an entry stays valid until it is unmapped.
+/// A frontend can reuse a reference for another page only after it ended access to the first page, and it
+/// can't do that while we have the page mapped. So an entry stays valid until it is unmapped.
 #[derive(Debug)]
 pub struct PersistentGrants {
     pages: HashMap<u32, MappedPage, FxBuildHasher>,
@@ -197,7 +197,7 @@ impl PersistentGrants {
         }
     }
 
-    /// Maps the references of a batch that failed one by one, because a single bad one fails them all. If a
+    /// Maps a failed batch's references one by one, because a single bad one fails them all. If a
     /// frontend keeps sending bad ones, its data is only copied, so that it can't cause a failing system call
     /// per segment.
     fn map_singly<G: Grants, E: RegisterBuffers>(

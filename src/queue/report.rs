@@ -15,7 +15,7 @@ pub struct Reports {
     failures: u64,
     /// Control was told that storage is full, and not yet that a write has succeeded since.
     is_full: bool,
-    /// When control was last told either.
+    /// When control was last told one or the other.
     space_told_ns: Option<u64>,
 }
 

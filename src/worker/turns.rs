@@ -8,7 +8,7 @@
 
 use crate::limits::{EFFORT_NS, OPERATION_WEIGHT, TURN_EFFORT};
 
-/// How much more time than the least served queue another may have had without being put off. Equally busy
+/// How much more time than the least served queue a queue may have had before it is put off. Equally busy
 /// guests differ by less, so that each of them has a turn in every pass.
 const SLACK_NS: u64 = 50_000;
 
@@ -16,9 +16,9 @@ const SLACK_NS: u64 = 50_000;
 /// waiting for longer than this.
 const LAG_MAX_NS: u64 = 4 * SLACK_NS;
 
-/// How long after its last work a queue is expected back; no other is put off for one that is not. A guest
-/// that sends requests less often than this waits for a few turns of others, which is little compared with
-/// its own pauses.
+/// How long after its last work a queue is expected back; no other is put off for one that isn't. A guest
+/// that sends requests less often may wait for a few turns of others, which is little compared with its
+/// pauses.
 const EXPECTED_NS: u64 = 200_000;
 
 /// The time charged for an operation that a kernel thread executes (a flush, a discard). The worker has no

@@ -5,7 +5,7 @@
 
 use crate::limits;
 
-/// The number of an ioctl without a direction (`_IOC_NONE`), as all ioctls here are.
+/// The number of an ioctl; none of the ioctls here has a direction (`_IOC_NONE`).
 const fn ioctl(kind: u8, number: u8, size: usize) -> libc::Ioctl {
     assert!(size < 1 << 14);
     ((size as libc::Ioctl) << 16) | ((kind as libc::Ioctl) << 8) | number as libc::Ioctl

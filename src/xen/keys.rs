@@ -77,13 +77,13 @@ pub fn number<T: FromStr>(text: &str) -> Option<T> {
     parse_decimal(word.strip_prefix('+').unwrap_or(word))
 }
 
-/// Whether a node means yes: any number but 0 does, as in Linux's uses of `xenbus_read_unsigned`. `None`: it
-/// holds no number.
+/// Whether a node means yes: any number but 0 does, as Linux reads flags with `xenbus_read_unsigned`. `None`:
+/// it holds no number.
 pub fn flag(text: &str) -> Option<bool> {
     number::<u64>(text).map(|number| number != 0)
 }
 
-/// The domid of the domain that reads this path, which is relative to its own directory.
+/// A relative path, at which each domain reads its own domid.
 pub const OWN_DOMID: &str = "domid";
 
 /// Both areas: how far this end has got.

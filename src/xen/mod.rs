@@ -148,7 +148,7 @@ pub enum NodeAccess {
 /// Event channels of one thread. The descriptor is readable while a bound port is pending and
 /// unmasked. A port that became pending stays masked until [`Events::unmask`].
 pub trait Events: AsFd {
-    /// Binds to a port that `remote` allocated for us; returns our port, which, as on Xen, starts pending.
+    /// Binds to a port that `remote` allocated for us; returns our port, which starts pending, as on Xen.
     fn bind_interdomain(&mut self, remote: DomId, port: Port) -> io::Result<Port>;
     /// Closes a port of ours.
     fn unbind(&mut self, port: Port) -> io::Result<()>;

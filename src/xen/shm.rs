@@ -1,7 +1,7 @@
 //! Memory that a guest can write while we look at it.
 //!
 //! [`GuestPages`] owns a mapping, [`SharedPage`] views one as a ring, [`GuestBuf`] names a piece of
-//! one page. These are the only types that touch guest memory, and none of them ever forms a Rust
+//! memory. These are the only types that touch guest memory, and none of them ever forms a Rust
 //! reference or slice over it: every access is one volatile or atomic load or store, so each byte
 //! is fetched once and what is validated is what is used (XSA-155).
 #![allow(unsafe_code)]

@@ -1,9 +1,9 @@
 //! Grants through `/dev/xen/gntdev`.
 //!
-//! Mapping a batch takes an ioctl, which reserves a range of the device's offsets, and an mmap of that range,
-//! which asks the hypervisor. The mmap fails with EINVAL if any reference of the batch is bad. Then the range
-//! must be given back by another ioctl, or it counts against the module's limit for as long as the device is
-//! open.
+//! Mapping a batch takes an ioctl, which reserves a range of the device's offsets, and an mmap of that
+//! range, which calls the hypervisor. The mmap fails with EINVAL if any reference of the batch is bad. Then
+//! the range must be given back by another ioctl, or it counts against the module's limit for as long as the
+//! device is open.
 #![allow(unsafe_code)]
 
 use std::fmt;

@@ -101,7 +101,7 @@ operations! {
 /// A message's first 16 bytes: `struct xsd_sockmsg`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// The number of an [`Op`], or any other number until it is converted.
+    /// The number of an [`Op`]; not checked until it is converted.
     pub kind: u32,
     /// Chosen by the client, echoed in the answer; 0 in a watch event.
     pub req_id: u32,
@@ -168,7 +168,7 @@ pub fn encode(
     Ok(())
 }
 
-/// The first message in `stream` and its length there; `None`: it is not complete yet.
+/// The first message in `stream` and its whole length; `None`: it is not complete yet.
 pub fn decode(stream: &[u8]) -> Result<Option<(Message<'_>, usize)>, TooLong> {
     let Some((head, rest)) = stream.split_first_chunk::<HEADER_BYTES>() else {
         return Ok(None);
