@@ -1,4 +1,4 @@
-//! Entries of a ring, laid out as each protocol has them, in and out of shared memory.
+//! Ring entries in the layout of each protocol, copied out of and into shared memory.
 //!
 //! An entry is copied out of the ring word by word, each word once, before anything looks at it
 //! (`RING_COPY_REQUEST`, XSA-155). Only as many segments are copied as the copied count says.
@@ -11,14 +11,14 @@ use super::{Status, op};
 
 const _: () = assert!(cfg!(target_endian = "little"), "blkif words are little-endian");
 
-/// A request as the frontend wrote it, copied and not yet believed.
+/// A request as the frontend wrote it, copied but not yet validated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RawRequest {
-    /// Everything whose segments stand in the entry itself, and every unknown operation.
+    /// A request whose segments are in the entry itself, or an unknown operation.
     Direct(RawDirect),
-    /// Segments in granted pages.
+    /// A request whose segments are in granted pages.
     Indirect(RawIndirect),
-    /// No data.
+    /// A discard, which has no data.
     Discard(RawDiscard),
 }
 
@@ -27,18 +27,18 @@ pub enum RawRequest {
 pub enum Loaded {
     /// A direct request, which was put where the caller wanted it.
     Direct,
-    /// Segments in granted pages.
+    /// A request whose segments are in granted pages.
     Indirect(RawIndirect),
-    /// No data.
+    /// A discard, which has no data.
     Discard(RawDiscard),
 }
 
 /// `struct blkif_request`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RawDirect {
-    /// One of [`super::op`] but INDIRECT and DISCARD, or anything unknown.
+    /// One of [`super::op`] except INDIRECT and DISCARD, or any unknown operation.
     pub operation: u8,
-    /// Claimed count of segments; those up to 11 are in `segments`.
+    /// The claimed number of segments; at most 11 are in `segments`.
     pub nr_segments: u8,
     /// The frontend's handle of the disk; backends ignore it.
     pub handle: u16,
@@ -53,9 +53,9 @@ pub struct RawDirect {
 /// `struct blkif_request_indirect`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawIndirect {
-    /// What to do with the segments: READ or WRITE, or anything else.
+    /// What the request claims to do: READ, WRITE, or anything else.
     pub operation: u8,
-    /// Claimed count of segments.
+    /// The claimed number of segments.
     pub nr_segments: u16,
     /// Echoed in the response.
     pub id: u64,
@@ -70,7 +70,7 @@ pub struct RawIndirect {
 /// `struct blkif_request_discard`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawDiscard {
-    /// `BLKIF_DISCARD_SECURE` (bit 0), or anything.
+    /// `BLKIF_DISCARD_SECURE` is bit 0; the others may be anything.
     pub flag: u8,
     /// The frontend's handle of the disk; backends ignore it.
     pub handle: u16,
@@ -78,7 +78,7 @@ pub struct RawDiscard {
     pub id: u64,
     /// First sector on the disk, in 512-byte units.
     pub sector: u64,
-    /// How many.
+    /// How many sectors.
     pub nr_sectors: u64,
 }
 
@@ -89,7 +89,7 @@ pub struct RawSegment {
     pub gref: u32,
     /// First 512-byte sector in the page.
     pub first: u8,
-    /// Last one.
+    /// Last 512-byte sector in the page.
     pub last: u8,
 }
 
@@ -108,7 +108,7 @@ impl RawRequest {
         }
     }
 
-    /// What the response echoes: for an indirect request what it does, as blkback answers.
+    /// Echoed in the response: for an indirect request its inner operation, as in blkback.
     pub fn operation(&self) -> u8 {
         match self {
             RawRequest::Direct(direct) => direct.operation,
@@ -136,7 +136,7 @@ impl RawDirect {
         RawDirect { operation, id, sector, ..RawDirect::default() }
     }
 
-    /// The segments that the entry itself holds.
+    /// How many segments the entry itself holds.
     #[inline]
     fn present(&self) -> usize {
         usize::from(self.nr_segments).min(SEGMENTS_PER_REQUEST)
@@ -150,7 +150,7 @@ pub struct RawResponse {
     pub id: u64,
     /// The request's operation.
     pub operation: u8,
-    /// A [`Status`], or anything else where the backend is not polldisk.
+    /// A [`Status`], or anything else if the backend is not polldisk.
     pub status: i16,
 }
 
@@ -174,8 +174,8 @@ pub fn load_request(page: &SharedPage, at: usize, protocol: Protocol) -> RawRequ
     }
 }
 
-/// As [`load_request`], but a direct request, the largest and most frequent, is put into `direct`,
-/// where segments beyond its own stay what they were.
+/// As [`load_request`], but puts a direct request, the largest and most frequent kind, into `direct`, where
+/// segments beyond the request's own keep their old values.
 #[inline(always)]
 pub fn load_request_into(
     page: &SharedPage,
@@ -240,7 +240,7 @@ pub fn store_request(page: &SharedPage, at: usize, protocol: Protocol, request: 
     }
 }
 
-/// Bytes before the part that differs by operation: operation and three more, id, sector.
+/// Bytes before the part that differs by operation: the operation and three bytes more, id, sector.
 const fn head_bytes(protocol: Protocol) -> usize {
     match protocol {
         Protocol::X86_64 => 24,
@@ -292,8 +292,8 @@ fn load_segments(page: &SharedPage, at: usize, protocol: Protocol, segments: &mu
     }
 }
 
-/// Writes a response into the entry at byte `at`, padding included: what the entry held before,
-/// and our stack, stay our own (XSA-216).
+/// Writes a response into the entry at byte `at`, padding included, so that nothing of our stack leaks into
+/// the guest (XSA-216).
 #[inline]
 pub fn store_response(page: &SharedPage, at: usize, protocol: Protocol, response: &RawResponse) {
     let tail = u32::from(response.operation) | u32::from(response.status.cast_unsigned()) << 16;
@@ -324,14 +324,14 @@ pub fn load_response(page: &SharedPage, at: usize, protocol: Protocol) -> RawRes
 }
 
 impl RawSegment {
-    /// From its 8 bytes, padding ignored.
+    /// Decodes its 8 bytes; the padding is ignored.
     #[inline]
     pub fn from_word(word: u64) -> RawSegment {
         let [g0, g1, g2, g3, first, last, ..] = word.to_le_bytes();
         RawSegment { gref: u32::from_le_bytes([g0, g1, g2, g3]), first, last }
     }
 
-    /// Its 8 bytes, padding zero.
+    /// Encodes it in 8 bytes; the padding is zero.
     #[inline]
     pub fn to_word(self) -> u64 {
         u64::from(self.gref) | u64::from(self.first) << 32 | u64::from(self.last) << 40

@@ -1,13 +1,13 @@
 //! What frontends are offered, in one table: [`FEATURES`].
 //!
 //! Names and meaning of the nodes are those of Xen's `public/io/blkif.h`. What is not offered is
-//! denied in words (`0`), since a daemon before this one may have offered it.
+//! explicitly denied (`0`), because an earlier daemon may have offered it.
 
 use crate::backing::{DataPath, Discard, Geometry};
 use crate::limits;
 use crate::xen::keys;
 
-/// What polldisk offers to frontends, as the data plane can keep it.
+/// What polldisk offers to frontends, within what the data plane can deliver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offer {
     /// How data gets from the guest's pages to storage.
@@ -16,9 +16,9 @@ pub struct Offer {
     pub flush: bool,
     /// log2 of the largest ring in pages, at most `limits::RING_PAGE_ORDER_MAX`.
     pub ring_page_order: u32,
-    /// Most rings of one disk, at least 1.
+    /// The most rings of one disk, at least 1.
     pub queues: u16,
-    /// Most segments of an indirect request, at most `limits::INDIRECT_SEGMENTS_MAX`; 0: none.
+    /// The most segments of an indirect request, up to `limits::INDIRECT_SEGMENTS_MAX`; 0: no such requests.
     pub indirect_segments: u16,
 }
 
@@ -29,7 +29,7 @@ impl Offer {
     }
 }
 
-/// What one worker can keep; with more of them a disk may have more queues.
+/// What one worker can deliver; with more workers, a disk can have more queues.
 impl Default for Offer {
     fn default() -> Self {
         Offer {
@@ -45,11 +45,11 @@ impl Default for Offer {
 /// What the frontend of one disk is offered.
 #[derive(Clone, Copy, Debug)]
 pub struct DiskOffer {
-    /// What every frontend is.
+    /// What every frontend is offered.
     pub general: Offer,
     /// The disk's sizes.
     pub geometry: Geometry,
-    /// What may be discarded of it.
+    /// How its blocks can be discarded; `None`: not at all.
     pub discard: Option<Discard>,
 }
 
@@ -58,11 +58,11 @@ pub struct DiskOffer {
 pub struct Feature {
     /// Its name in the table of FEATURES.md.
     pub name: &'static str,
-    /// What the backend writes for it before InitWait: node, and its value where there is one.
+    /// The nodes that the backend writes for it before InitWait; one without a value is not written.
     pub offered: &'static [(&'static str, Value)],
-    /// Nodes of the frontend's own area by which it takes up the offer.
+    /// The nodes in the frontend's own area by which it takes up the offer.
     pub taken_up: &'static [&'static str],
-    /// How both ends come to agree.
+    /// How both ends agree on it.
     pub negotiation: &'static str,
 }
 
@@ -82,20 +82,20 @@ pub const FEATURES: &[Feature] = &[
         name: "rings of several pages",
         offered: &[(keys::MAX_RING_PAGE_ORDER, |disk| number(disk.general.ring_page_order))],
         taken_up: &[keys::RING_PAGE_ORDER, keys::RING_REF],
-        negotiation: "`ring-page-order`, up to what is offered, makes its grants `ring-refN`; \
-                      without it the only one is `ring-ref`",
+        negotiation: "a frontend that writes `ring-page-order`, up to what is offered, has grants \
+                      `ring-refN`; others have one, `ring-ref`",
     },
     Feature {
         name: "several rings for a disk",
         offered: &[(keys::MULTI_QUEUE_MAX_QUEUES, |disk| number(disk.general.queues))],
         taken_up: &[keys::MULTI_QUEUE_NUM_QUEUES],
-        negotiation: "two or more, up to what is offered, lie in `queue-N` each",
+        negotiation: "two or more rings, up to what is offered, have a directory `queue-N` each",
     },
     Feature {
         name: "persistent grants",
         offered: &[(keys::FEATURE_PERSISTENT, |disk| flag(disk.general.is_persistent()))],
         taken_up: &[keys::FEATURE_PERSISTENT],
-        negotiation: "in use where both ends say 1",
+        negotiation: "in use if both ends say 1",
     },
     Feature {
         name: "flush",
@@ -107,7 +107,7 @@ pub const FEATURES: &[Feature] = &[
         name: "barrier",
         offered: &[(keys::FEATURE_BARRIER, |disk| flag(disk.general.flush))],
         taken_up: &[],
-        negotiation: "a frontend that has no flush sends barriers",
+        negotiation: "a frontend that does not use flushes sends barriers",
     },
     Feature {
         name: "discard",
@@ -127,13 +127,13 @@ pub const FEATURES: &[Feature] = &[
             (keys::PHYSICAL_SECTOR_SIZE, |disk| number(disk.geometry.physical_sector_bytes)),
         ],
         taken_up: &[],
-        negotiation: "requests count in 512 bytes and are multiples of `sector-size`",
+        negotiation: "requests count in units of 512 bytes and must be multiples of `sector-size`",
     },
     Feature {
         name: "ring layouts",
         offered: &[],
         taken_up: &[keys::PROTOCOL],
-        negotiation: "the frontend names its layout; on x86 one that names none has the 32-bit one",
+        negotiation: "the frontend names its layout; on x86, one that names none uses the 32-bit one",
     },
 ];
 
@@ -177,7 +177,7 @@ mod test {
     }
 
     #[test]
-    fn what_is_not_offered_is_denied_in_words() {
+    fn what_is_not_offered_is_explicitly_denied() {
         let discard = Discard { granularity_bytes: 4096, alignment_bytes: 512, secure: true };
         let all = nodes(&disk(Offer { queues: 2, ..Offer::default() }, Some(discard)));
         let none = nodes(&disk(NOTHING, None));
@@ -216,10 +216,14 @@ mod test {
         for feature in FEATURES {
             let row = rows
                 .find(|row| row.split(" | ").next() == Some(feature.name))
-                .unwrap_or_else(|| panic!("it has no row \"{}\" here", feature.name));
+                .unwrap_or_else(|| panic!("FEATURES.md has no row \"{}\" here", feature.name));
             let offered = feature.offered.iter().map(|(node, _)| node);
             for node in offered.chain(feature.taken_up) {
-                assert!(row.contains(&format!("`{node}")), "{}: no `{node}` there", feature.name);
+                assert!(
+                    row.contains(&format!("`{node}")),
+                    "{}: no `{node}` in its row",
+                    feature.name
+                );
             }
         }
     }

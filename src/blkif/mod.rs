@@ -17,7 +17,7 @@ pub mod op {
     pub const WRITE_BARRIER: u8 = 2;
     /// Make completed writes durable; with segments, write them afterwards.
     pub const FLUSH_DISKCACHE: u8 = 3;
-    /// Forget sectors.
+    /// Discard sectors.
     pub const DISCARD: u8 = 5;
     /// A read or write whose segments lie in granted pages.
     pub const INDIRECT: u8 = 6;
@@ -41,6 +41,6 @@ pub enum Status {
     Okay = 0,
     /// Not done.
     Error = -1,
-    /// Never done by this backend: the frontend should not ask again.
+    /// Not supported by this backend: the frontend should not ask again.
     NotSupported = -2,
 }

@@ -1,4 +1,4 @@
-//! A request that may be executed: constructing one is the validation.
+//! Validation: every [`Request`] comes from one of the checks here and may be executed.
 
 use crate::backing::Geometry;
 use crate::limits::{SEGMENTS_PER_INDIRECT_PAGE, SEGMENTS_PER_REQUEST};
@@ -10,14 +10,14 @@ use super::{Status, op};
 /// Last 512-byte sector of a granted page.
 const LAST_SECTOR_OF_PAGE: u8 = 7;
 
-/// What a disk lets its guest do; requests are checked against it.
+/// What a disk allows its guest to do; requests are checked against it.
 #[derive(Clone, Copy, Debug)]
 pub struct DiskRules {
     /// Size and sector size.
     pub geometry: Geometry,
     /// Whether everything that changes data is refused.
     pub read_only: bool,
-    /// Segments in an indirect request at most; 0: none was offered.
+    /// The most segments in an indirect request; 0: such requests were not offered.
     pub indirect_segments: u16,
     /// Whether discards were offered.
     pub discard: bool,
@@ -28,8 +28,7 @@ pub struct DiskRules {
 /// `BLKIF_DISCARD_SECURE`.
 const DISCARD_SECURE: u8 = 1;
 
-/// A request all of whose numbers are in range. Its segments are checked with it, and kept beside
-/// it.
+/// A request whose numbers are all in range. Its segments are checked together with it and kept separately.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
     /// Echoed in the response.
@@ -45,8 +44,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// Whether it must wait for all requests before it, and all after it for it
-    /// (`BLKIF_OP_WRITE_BARRIER`).
+    /// Whether it must wait for all earlier requests, and all later ones for it (`BLKIF_OP_WRITE_BARRIER`).
     #[inline]
     pub fn is_barrier(&self) -> bool {
         self.operation == op::WRITE_BARRIER
@@ -64,11 +62,11 @@ pub enum Kind {
     Flush,
     /// Make completed writes durable, then write.
     FlushThenWrite,
-    /// The same, and then make that durable too.
+    /// Make completed writes durable, write, then make that write durable, too.
     FlushedWrite,
-    /// Forget.
+    /// Forget the data.
     Discard,
-    /// Forget beyond recovery.
+    /// Erase the data beyond recovery.
     SecureDiscard,
 }
 
@@ -90,16 +88,16 @@ impl Segment {
     }
 }
 
-/// Why a request can't be executed; it is answered with the status, and harms nobody else.
+/// Why a request can't be executed. It is answered with [`RequestFault::status`]; nobody else is affected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RequestFault {
-    /// No such operation here.
+    /// The operation is unknown, or was not offered.
     #[error("unknown operation")]
     UnknownOperation,
     /// 0, or more than the entry or its pages may hold.
-    #[error("bad count of segments")]
+    #[error("bad number of segments")]
     SegmentCount,
-    /// Backwards, or past the page.
+    /// It ends before it starts, or past its page.
     #[error("a segment is outside its page")]
     SegmentRange,
     /// Beyond the disk's last sector.
@@ -108,7 +106,7 @@ pub enum RequestFault {
     /// Not in whole sectors of the disk.
     #[error("not aligned to the sector size")]
     Unaligned,
-    /// A change of a disk that is read-only (XSA-142, XSA-266).
+    /// A write or discard on a read-only disk (XSA-142, XSA-266).
     #[error("the disk is read-only")]
     ReadOnly,
 }
@@ -153,8 +151,8 @@ impl DiskRules {
         Ok((request, count))
     }
 
-    /// Checks a discard. It is refused as unknown where it was not offered, so that a guest that
-    /// relies on it finds out.
+    /// Checks a discard. If discards were not offered it is refused as unknown, so that a guest that relies
+    /// on them finds out.
     pub fn check_discard(&self, raw: &RawDiscard) -> Result<Request, RequestFault> {
         let secure = raw.flag & DISCARD_SECURE != 0;
         if !self.discard || (secure && !self.secure_discard) {
@@ -171,7 +169,7 @@ impl DiskRules {
         Ok(request)
     }
 
-    /// Checks what an indirect request says before its pages are read.
+    /// Checks an indirect request before its pages are read.
     pub fn check_indirect(&self, raw: &RawIndirect) -> Result<IndirectHead, RequestFault> {
         let kind = match raw.operation {
             _ if self.indirect_segments == 0 => return Err(RequestFault::UnknownOperation),
@@ -186,7 +184,7 @@ impl DiskRules {
         Ok(IndirectHead { raw: *raw, kind })
     }
 
-    /// Checks the segments that the pages of an indirect request held when they were copied.
+    /// Checks the segments that were copied from the pages of an indirect request.
     pub fn check_indirect_segments(
         &self,
         head: &IndirectHead,
@@ -206,7 +204,8 @@ impl DiskRules {
         Ok(request)
     }
 
-    /// A guest that may not write has nothing to flush, but some flush all the same: harmless.
+    /// Refuses to change a read-only disk. A flush is harmless: there is nothing to flush, but some guests
+    /// send it anyway.
     #[inline]
     fn check_writable(&self, kind: Kind) -> Result<(), RequestFault> {
         match kind {
@@ -216,7 +215,7 @@ impl DiskRules {
         }
     }
 
-    /// Checks each segment against its page and the sector size; the sum in 512-byte sectors.
+    /// Checks each segment against its page and the sector size; returns the sum in 512-byte sectors.
     #[inline]
     fn check_segments(
         &self,
@@ -238,7 +237,7 @@ impl DiskRules {
         Ok(sectors)
     }
 
-    /// Checks that `sectors` from `first` on are on the disk.
+    /// Checks that `sectors` from `first` on are on the disk, and sets them as the request's range.
     #[inline]
     fn place(&self, request: &mut Request, first: u64, sectors: u64) -> Result<(), RequestFault> {
         if !self.geometry.is_whole(first) {
@@ -278,7 +277,7 @@ impl IndirectHead {
         self.raw.nr_segments.into()
     }
 
-    /// Its pages, and how many segments stand in each.
+    /// The grants of its pages, and how many segments are in each.
     pub fn pages(&self) -> impl Iterator<Item = (u32, usize)> + '_ {
         let starts = (0..self.segment_count()).step_by(SEGMENTS_PER_INDIRECT_PAGE);
         self.raw.pages.iter().zip(starts).map(|(gref, start)| {
@@ -287,7 +286,7 @@ impl IndirectHead {
     }
 }
 
-/// A segment inside its page, and its sectors.
+/// Checks that a segment is inside its page; returns it and its number of sectors.
 #[inline]
 fn check_segment(raw: &RawSegment) -> Result<(Segment, u8), RequestFault> {
     if raw.first > raw.last || raw.last > LAST_SECTOR_OF_PAGE {

@@ -1,9 +1,9 @@
 //! The shared ring, seen from either end: indices, publication, notification.
 //!
 //! Mirrors Xen's `public/io/ring.h`. The first page starts with `req_prod`, `req_event`,
-//! `rsp_prod`, `rsp_event`; entries follow from byte 64. Indices run freely modulo 2^32; the entry
-//! of an index is the index modulo the ring's size, a power of two. A response takes the entry of
-//! a request that was consumed before.
+//! `rsp_prod`, `rsp_event`; entries follow from byte 64. Indices run freely modulo 2^32; the
+//! entry of an index is that index modulo the ring's size, a power of two. A response takes the entry of a
+//! request that was consumed before.
 
 use std::sync::atomic::Ordering;
 
@@ -21,25 +21,27 @@ const RSP_PROD: usize = 8;
 const RSP_EVENT: usize = 12;
 const ENTRIES: usize = 64;
 
-/// Entries between the one taken and the one fetched from memory meanwhile.
+/// How many entries ahead of the one being taken to prefetch.
 const PREFETCH_DISTANCE: u32 = 4;
 
-/// The frontend broke the ring itself; its disk is closed, nobody else notices.
+/// The frontend broke the ring itself. Its disk is closed; nobody else is affected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RingFault {
     /// More requests than the ring has entries (`RING_REQUEST_PROD_OVERFLOW`).
-    #[error("the frontend's req_prod {req_prod} is more than {size} entries ahead of {rsp_prod}")]
+    #[error(
+        "the frontend's req_prod {req_prod} is more than {size} entries ahead of rsp_prod {rsp_prod}"
+    )]
     Overflow {
         /// What the frontend published.
         req_prod: u32,
-        /// Responses up to here are ours.
+        /// The index of the backend's next response.
         rsp_prod: u32,
-        /// Entries of the ring.
+        /// The number of entries of the ring.
         size: u32,
     },
 }
 
-/// Entries of a ring: as many as fit behind the header, rounded down to a power of two.
+/// The number of entries of a ring: as many as fit after the header, rounded down to a power of two.
 pub const fn ring_entries(ring_bytes: usize, protocol: Protocol) -> u32 {
     let fit = (ring_bytes - ENTRIES) / protocol.entry_bytes();
     assert!(fit > 0 && fit <= 1 << 20);
@@ -97,9 +99,8 @@ pub struct BackRing {
 }
 
 impl BackRing {
-    /// Attaches to a ring where its responses stand (`BACK_RING_ATTACH`): 0 on one that the
-    /// frontend has just made, anything on one that another daemon served before. The backend
-    /// never initialises the shared page.
+    /// Attaches to a ring at its current `rsp_prod` (`BACK_RING_ATTACH`), which is 0 on a new ring and may be
+    /// anything on one that another daemon served before. The backend never initialises the shared page.
     pub fn attach(
         page: SharedPage,
         protocol: Protocol,
@@ -113,7 +114,7 @@ impl BackRing {
         }
     }
 
-    /// Requests that wait to be taken: at most the ring's size.
+    /// How many requests wait to be taken: at most the ring's size.
     #[inline]
     pub fn requests(&self) -> Result<u32, RingFault> {
         let req_prod = self.ring.load(REQ_PROD);
@@ -125,21 +126,21 @@ impl BackRing {
             });
         }
         let waiting = req_prod.wrapping_sub(self.req_cons);
-        // A frontend that took requests back: what it published before is all there is.
+        // The frontend took requests back, so there are none to take.
         Ok(if waiting > self.ring.size { 0 } else { waiting })
     }
 
-    /// Has the processor fetch a request that will be taken soon: the frontend's core has written
-    /// it, and it comes from there.
+    /// Prefetches a request that will be taken soon, because its cache lines must come from the frontend's
+    /// core, which wrote them.
     #[inline]
     pub fn prefetch(&self) {
         let at = self.ring.entry(self.req_cons.wrapping_add(PREFETCH_DISTANCE));
         self.ring.page.prefetch(at);
-        // A request with one segment, and the response in its place.
+        // The end of a request with one segment, which may be in the next cache line.
         self.ring.page.prefetch(at + 31);
     }
 
-    /// Takes the next request; call only as often as [`BackRing::requests`] said.
+    /// Takes the next request; call at most as often as [`BackRing::requests`] said.
     pub fn take(&mut self) -> RawRequest {
         let at = self.consume();
         load_request(&self.ring.page, at, self.ring.protocol)
@@ -152,7 +153,7 @@ impl BackRing {
         load_request_into(&self.ring.page, at, self.ring.protocol, direct)
     }
 
-    /// The entry of the next request, which is taken with that.
+    /// Consumes the next request; returns where its entry is.
     #[inline(always)]
     fn consume(&mut self) -> usize {
         assert!(self.in_flight() < self.ring.size);
@@ -182,7 +183,7 @@ impl BackRing {
         self.rsp_prod.wrapping_sub(self.rsp_published)
     }
 
-    /// Publishes all responses written since the last time; `true`: notify the frontend.
+    /// Publishes all responses written since the last call; `true`: notify the frontend.
     #[inline]
     pub fn publish(&mut self) -> bool {
         if self.unpublished() == 0 {
@@ -193,20 +194,20 @@ impl BackRing {
     }
 
     /// Asks the frontend to notify us of its next request, then looks again (the final check of
-    /// `RING_FINAL_CHECK_FOR_REQUESTS`). `true`: requests came in between, there is work.
+    /// `RING_FINAL_CHECK_FOR_REQUESTS`). `true`: work has arrived in the meantime.
     pub fn arm(&mut self) -> bool {
         self.ring.store(REQ_EVENT, self.req_cons.wrapping_add(1));
         full_fence();
         !matches!(self.requests(), Ok(0))
     }
 
-    /// Takes that back, for one who looks for requests by himself again. Without it the frontend's
-    /// next notification wakes a backend that has its request already.
+    /// Undoes [`BackRing::arm`] for a backend that polls again. Otherwise the frontend would notify it of a
+    /// request that it has already taken.
     pub fn disarm(&self) {
         self.ring.store(REQ_EVENT, self.req_cons);
     }
 
-    /// Entries.
+    /// The number of entries.
     pub fn size(&self) -> u32 {
         self.ring.size
     }
@@ -217,7 +218,7 @@ impl BackRing {
     }
 }
 
-/// The frontend's end of a ring: the stand-in's guest and the load generator.
+/// The frontend's end of a ring, for the stand-in's guest and the load generator.
 #[derive(Debug)]
 pub struct FrontRing {
     ring: Ring,
@@ -237,7 +238,7 @@ impl FrontRing {
         FrontRing { ring, req_prod: 0, req_published: 0, rsp_cons: 0 }
     }
 
-    /// Entries free for requests.
+    /// How many entries are free for requests.
     #[inline]
     pub fn free(&self) -> u32 {
         self.ring.size - self.req_prod.wrapping_sub(self.rsp_cons)
@@ -246,7 +247,7 @@ impl FrontRing {
     /// Writes a request, not yet visible to the backend.
     ///
     /// # Panics
-    /// Where no entry is free.
+    /// If no entry is free.
     #[inline]
     pub fn put(&mut self, request: &RawRequest) {
         assert!(self.free() > 0);
@@ -255,7 +256,7 @@ impl FrontRing {
         self.req_prod = self.req_prod.wrapping_add(1);
     }
 
-    /// Publishes all requests written since the last time; `true`: notify the backend.
+    /// Publishes all requests written since the last call; `true`: notify the backend.
     #[inline]
     pub fn publish(&mut self) -> bool {
         if self.req_published == self.req_prod {
@@ -265,13 +266,13 @@ impl FrontRing {
         self.ring.publish(REQ_PROD, REQ_EVENT, old, self.req_prod)
     }
 
-    /// Responses that wait to be taken: more than [`FrontRing::in_flight`] are the backend's fault.
+    /// How many responses wait to be taken; more than [`FrontRing::in_flight`] is the backend's fault.
     #[inline]
     pub fn responses(&self) -> u32 {
         self.ring.load(RSP_PROD).wrapping_sub(self.rsp_cons)
     }
 
-    /// Takes the next response; call only as often as [`FrontRing::responses`] said.
+    /// Takes the next response; call at most as often as [`FrontRing::responses`] said.
     #[inline]
     pub fn take(&mut self) -> RawResponse {
         let at = self.ring.entry(self.rsp_cons);
@@ -298,7 +299,7 @@ impl FrontRing {
         self.ring.store(REQ_PROD, req_prod);
     }
 
-    /// Entries.
+    /// The number of entries.
     pub fn size(&self) -> u32 {
         self.ring.size
     }

@@ -1,8 +1,8 @@
-//! Bounce memory: where data is that grant copy brings and takes.
+//! Bounce memory: buffers that grant copies fill and empty.
 //!
-//! A worker has some for all of its queues, which storage knows beforehand. What finds none there goes to
-//! the queue's own, which has room for its largest request: so whatever the others hold, a queue with
-//! nothing bounced can always bounce one.
+//! A worker has some for all of its queues, registered with the engine. If too little of it is left, a queue
+//! uses its own, which has room for its largest request. So a queue that has nothing bounced can always
+//! bounce one request, however much the others hold.
 
 use crate::xen::shm::{GuestBuf, LocalPages, PAGE_BYTES, Registration};
 
@@ -12,12 +12,12 @@ pub struct BouncePool {
     memory: Option<LocalPages>,
     registration: Option<Registration>,
     pages: usize,
-    /// A bit for each page that is free.
+    /// One bit for each page: whether it is free.
     free: Box<[u64]>,
     free_count: usize,
 }
 
-/// Which memory of those that a request's data can be in.
+/// Whose bounce memory a request's data is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whose {
     /// The worker's.
@@ -27,25 +27,25 @@ pub enum Whose {
 }
 
 impl BouncePool {
-    /// Of `pages` pages.
+    /// A pool of `pages` pages.
     pub fn new(pages: usize) -> BouncePool {
         let bits = |word: usize| u64::MAX >> (64 - (pages - word * 64).min(64));
         let free = (0..pages.div_ceil(64)).map(bits).collect();
         BouncePool { memory: None, registration: None, pages, free, free_count: pages }
     }
 
-    /// Pages that it has in all.
+    /// How many pages it has in all.
     pub fn pages(&self) -> usize {
         self.pages
     }
 
-    /// Pages that can be had now.
+    /// How many pages are free.
     #[inline]
     pub fn free(&self) -> usize {
         self.free_count
     }
 
-    /// All of it, where this call has allocated it.
+    /// Allocates the memory and returns all of it; `None`: it is allocated already.
     pub fn allocate(&mut self) -> Option<GuestBuf> {
         if self.memory.is_some() {
             return None;
@@ -54,16 +54,16 @@ impl BouncePool {
         Some(memory.run(0, self.pages))
     }
 
-    /// As which the engine knows all of it.
+    /// Sets the name by which the engine knows the memory.
     pub fn set_registration(&mut self, registration: Registration) {
         self.registration = Some(registration);
     }
 
-    /// `count` pages in a row, with whatever they held before: never show them to a guest unless
+    /// Takes `count` contiguous pages. They still hold old data: never show them to a guest unless
     /// overwritten. `None`: there is no such run now.
     ///
     /// # Panics
-    /// Before [`BouncePool::allocate`].
+    /// If [`BouncePool::allocate`] was not called.
     pub fn take(&mut self, count: usize) -> Option<GuestBuf> {
         let first = self.find_run(count)?;
         self.set(first, count, false);
@@ -98,7 +98,7 @@ impl BouncePool {
         None
     }
 
-    /// The first page from `from` on that is free, or that is not; else the end.
+    /// The first page from `from` on that is free, or is not, as `free` says; the end if there is none.
     #[inline]
     fn next(&self, from: usize, free: bool) -> usize {
         let mut at = from;
@@ -113,7 +113,7 @@ impl BouncePool {
         self.pages
     }
 
-    /// Marks pages that are all of the other kind.
+    /// Marks pages as free or not; until now all of them must be the opposite.
     fn set(&mut self, first: usize, count: usize, free: bool) {
         let (mut at, end) = (first, first + count);
         while at < end {
@@ -131,7 +131,7 @@ impl BouncePool {
 mod test {
     use super::*;
 
-    /// No multiple of the bits of a word.
+    /// Not a multiple of the bits in a word.
     const PAGES: usize = 2010;
 
     #[test]
@@ -143,13 +143,12 @@ mod test {
         let mut at = whole.address();
         for (count, run) in runs {
             assert_eq!((run.address(), run.len() as usize), (at, count * PAGE_BYTES));
-            // SAFETY: nothing is accessed.
             at = at.map_addr(|addr| addr.saturating_add(count * PAGE_BYTES));
         }
         assert_eq!(pool.free(), PAGES - 494);
         pool.give_back(runs[3].1);
         assert_eq!(pool.take(64).unwrap().address(), runs[3].1.address(), "the first that fits");
-        // Parts of single pages, as buffers are: their pages come back whole.
+        // A buffer may be part of a page; the whole page is given back.
         pool.give_back(runs[2].1.part(0, 512).unwrap());
         assert_eq!(pool.take(1).unwrap().address(), runs[2].1.address());
     }

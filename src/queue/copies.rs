@@ -1,11 +1,11 @@
-//! Grant copies, many by one system call, and whose each is.
+//! Grant copies, many by one system call, each with its owner.
 
 use crate::limits::SEGMENTS_PER_COPY_BATCH;
 use crate::units::DomId;
 use crate::xen::abi::GNTST_GENERAL_ERROR;
 use crate::xen::{GrantCopy, Grants};
 
-/// Copies to do, and the slot or head that each is for.
+/// Copies to make, and the slot or indirect head that each belongs to.
 #[derive(Debug)]
 pub struct CopyBatch {
     copies: Vec<GrantCopy>,
@@ -13,7 +13,7 @@ pub struct CopyBatch {
 }
 
 impl Default for CopyBatch {
-    /// None, and room for what one system call does.
+    /// An empty batch, with room for what one system call copies.
     fn default() -> CopyBatch {
         let room = SEGMENTS_PER_COPY_BATCH;
         CopyBatch { copies: Vec::with_capacity(room), owners: Vec::with_capacity(room) }
@@ -21,14 +21,14 @@ impl Default for CopyBatch {
 }
 
 impl CopyBatch {
-    /// Adds one.
+    /// Adds a copy.
     pub fn push(&mut self, owner: u32, copy: GrantCopy) {
         self.copies.push(copy);
         self.owners.push(owner);
     }
 
-    /// Does all of them, and says how many that were. If a whole system call is refused, each copy of
-    /// it has failed.
+    /// Makes all copies and returns how many there were. If a whole system call fails, each of its copies
+    /// has failed.
     pub fn run<G: Grants>(&mut self, grants: &mut G, frontend: DomId) -> usize {
         for batch in self.copies.chunks_mut(SEGMENTS_PER_COPY_BATCH) {
             if grants.copy(frontend, batch).is_err() {
@@ -38,13 +38,13 @@ impl CopyBatch {
         self.copies.len()
     }
 
-    /// Owners of copies that failed, in order, once for each.
+    /// The owner of each copy that failed, in order.
     pub fn failed(&self) -> impl Iterator<Item = u32> + '_ {
         let each = self.owners.iter().zip(&self.copies);
         each.filter(|(_, copy)| copy.status != 0).map(|(owner, _)| *owner)
     }
 
-    /// Forgets them.
+    /// Empties the batch.
     pub fn clear(&mut self) {
         self.copies.clear();
         self.owners.clear();

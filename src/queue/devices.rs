@@ -1,13 +1,13 @@
 //! How much of each block device's request queue the rings of one worker use.
 //!
-//! If all tags of a device are taken the kernel has the next one who submits to a file sleep until one is free
-//! ([`RequestQueue`]). It would have the worker sleep, and all of its guests wait for that device. So the
-//! worker has requests for a part of the tags only, and what finds none stays on its ring: more would make
-//! nothing faster, because beyond that a request waits in the kernel as well as on the ring.
+//! If all tags of a device are taken, the kernel puts the next thread that submits to a file to sleep until
+//! one is free ([`RequestQueue`]). If that thread were the worker, all of its guests would wait for that
+//! device. So the worker uses only a part of the tags, and requests beyond that stay on their rings. This
+//! slows nothing down: they would only wait in the kernel instead.
 //!
-//! What the kernel makes of a request is known for a file in one piece. A guest can see to it that its file
-//! is in as many pieces as pages. So as soon as the tags could be too few at that, threads of the kernel
-//! submit ([`By::Thread`]), and sleep in place of the worker.
+//! How many tags a request takes is known only if its file is contiguous, and a guest can make its file so
+//! fragmented that each page takes one. So as soon as the tags might not suffice for that, kernel threads
+//! submit ([`By::Thread`]) and sleep in the worker's place.
 
 use slab::Slab;
 
@@ -16,10 +16,10 @@ use crate::engine::By;
 use crate::limits::{DEVICE_TAGS_COMMON_DIVISOR, DEVICE_TAGS_PER_QUEUE, device_tags_of_worker};
 use crate::pool::{Pool, Share};
 
-/// The devices that rings of this worker have their disks on.
+/// The block devices that hold the disks of this worker's rings.
 #[derive(Debug)]
 pub struct Devices {
-    /// Workers that have requests on the same devices.
+    /// How many workers share the devices.
     workers: usize,
     devices: Slab<Device>,
 }
@@ -28,37 +28,37 @@ pub struct Devices {
 struct Device {
     number: u64,
     tags: Pool,
-    /// Tags that what is in flight would take, each page of data in a request of its own,
+    /// Tags that the requests in flight would take if each page of data took one.
     pages: usize,
-    /// ... and up to how many the worker submits itself.
+    /// The worker itself submits until `pages` exceeds this.
     most: usize,
     rings: usize,
 }
 
-/// What a ring uses of a device.
+/// A ring's share of a device's tags.
 #[derive(Debug)]
 pub struct DeviceShare {
     device: usize,
     share: Share,
-    /// Pages of data that go into one request of the device.
+    /// Pages of data that fit into one request of the device.
     pages: usize,
 }
 
 impl DeviceShare {
-    /// How many requests the kernel makes of one with this number of segments, if the file is in one piece.
-    /// A flush or discard has no segments.
+    /// How many requests of the device the kernel makes of one with this number of segments, if the file is
+    /// contiguous. A flush or discard has no segments.
     fn requests(&self, segments: usize) -> usize {
         segments.div_ceil(self.pages).max(1)
     }
 }
 
 impl Devices {
-    /// None yet; `workers` is how many the host has.
+    /// No devices yet; `workers` is how many the host has.
     pub fn new(workers: usize) -> Devices {
         Devices { workers, devices: Slab::new() }
     }
 
-    /// What a ring that serves this image will use of its device, if it goes to one.
+    /// Adds a ring that serves this image to its device; `None`: the image is on no device with tags.
     pub fn join(&mut self, image: &Image) -> Option<DeviceShare> {
         image.request_queue().map(|queue| self.join_queue(&queue))
     }
@@ -76,7 +76,7 @@ impl Devices {
         DeviceShare { device, share: Share::default(), pages: queue.pages.max(1) }
     }
 
-    /// A ring of which nothing is in flight leaves its device.
+    /// Removes a ring, which must have nothing in flight, from its device.
     pub fn leave(&mut self, share: Option<DeviceShare>) {
         let Some(share) = share else { return };
         assert_eq!(share.share.used(), 0, "nothing is in flight");
@@ -87,7 +87,7 @@ impl Devices {
         }
     }
 
-    /// Whether a ring can have one more request under way.
+    /// Whether a ring can start one more request.
     #[inline(always)]
     pub fn has_room(&self, share: &Option<DeviceShare>) -> bool {
         share.as_ref().is_none_or(|share| self.has_tags(share))
@@ -98,7 +98,7 @@ impl Devices {
         self.devices[share.device].tags.available(&share.share) > 0
     }
 
-    /// Who is to submit what was taken.
+    /// Who is to submit the ring's requests.
     #[inline(always)]
     pub fn submitter(&self, share: &Option<DeviceShare>) -> By {
         share.as_ref().map_or(By::Worker, |share| self.submitter_to(share))
@@ -110,7 +110,7 @@ impl Devices {
         if device.pages > device.most { By::Thread } else { By::Worker }
     }
 
-    /// A request with this number of segments gets under way.
+    /// Takes the tags of a request with this number of segments.
     #[inline(always)]
     pub fn take(&mut self, share: &mut Option<DeviceShare>, segments: usize) {
         if let Some(share) = share {
@@ -126,7 +126,7 @@ impl Devices {
         device.tags.take_beyond(&mut share.share, requests);
     }
 
-    /// It is done.
+    /// Gives the tags of such a request back.
     #[inline(always)]
     pub fn give_back(&mut self, share: &mut Option<DeviceShare>, segments: usize) {
         if let Some(share) = share {
@@ -161,7 +161,7 @@ mod test {
         Some(devices.join_queue(&queue))
     }
 
-    /// Requests of `segments` segments that a ring can have under way.
+    /// Starts as many requests of `segments` segments as a ring can; says how many.
     fn take_all(devices: &mut Devices, share: &mut Option<DeviceShare>, segments: usize) -> usize {
         let mut taken = 0;
         while devices.has_room(share) {
@@ -199,7 +199,7 @@ mod test {
             devices.give_back(&mut share, 32);
         }
         assert_eq!(take_all(&mut devices, &mut share, 9), (32 + DEVICE_TAGS_PER_QUEUE).div_ceil(2));
-        assert_eq!(devices.submitter(&share), By::Thread, "they may be in as many pieces as pages");
+        assert_eq!(devices.submitter(&share), By::Thread, "each page may take a tag");
     }
 
     #[test]
@@ -215,7 +215,7 @@ mod test {
             [most(2, 1), most(2, 2), most(4, 2), most(2, 8)],
             [halved, alone, halved, alone]
         );
-        assert!(most(1000, 1) > 0, "there is always one");
+        assert!(most(1000, 1) > 0, "there is always at least one");
     }
 
     #[test]

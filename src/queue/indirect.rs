@@ -1,9 +1,8 @@
-//! The segments of indirect requests, read out of the guest's pages.
+//! The segments of indirect requests, read from the guest's pages.
 //!
-//! The pages are the guest's to write at any time, so their segments are copied once, into memory
-//! of ours, and only the copy is checked and used (XSA-155). Pages of a frontend with persistent
-//! grants stay mapped like its data pages, within the same bound; others are read by one grant copy
-//! for all requests of the pass.
+//! The guest can write these pages at any time, so the segments are copied once, into our own memory, and
+//! only the copy is checked and used (XSA-155). With persistent grants the pages stay mapped like data
+//! pages, within the same bound; otherwise one grant copy reads them for all requests of the pass.
 
 use super::slots::LargeTable;
 use super::{DataGrants, Queue, Resources, Scratch};
@@ -19,13 +18,13 @@ use crate::xen::{CopyDirection, GrantCopy, Grants};
 pub struct Indirect {
     head: IndirectHead,
     table: Box<LargeTable>,
-    /// Its segments can't be read.
+    /// Its segments could not be read.
     failed: bool,
 }
 
 impl Queue {
-    /// Begins an indirect request. If there is no table for it, it waits in [`Queue::parked`], and the
-    /// ring behind it.
+    /// Begins an indirect request. If there is no table for it, it waits in [`Queue::parked`], and so do the
+    /// requests behind it on the ring.
     pub(super) fn take_indirect<G, E>(&mut self, io: &mut Resources<G, E>, head: IndirectHead) {
         match io.tables.take(&mut self.tables) {
             Some(table) => {
@@ -37,8 +36,8 @@ impl Queue {
         }
     }
 
-    /// Reads and checks the segments of the indirect requests just taken. The good ones become
-    /// fresh requests; the others are answered.
+    /// Reads and checks the segments of the indirect requests just taken. Valid requests become fresh ones;
+    /// the others are answered with an error.
     pub(super) fn read_indirect<G: Grants, E: RegisterBuffers>(
         &mut self,
         io: &mut Resources<G, E>,
@@ -73,8 +72,8 @@ impl Queue {
         }
     }
 
-    /// Copies the segments of all heads, one after the other, into `segment_bytes`. The copies that
-    /// needed the hypervisor stay listed, with their status and the index of their head.
+    /// Copies the segments of all heads, one after another, into `segment_bytes`. The grant copies that this
+    /// takes stay in the list, with their status and the index of their head.
     fn copy_segments<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
         let Scratch { indirect, segment_bytes, copies, .. } = &mut io.scratch;
         let total: usize = indirect.iter().map(|indirect| indirect.head.segment_count()).sum();
@@ -128,7 +127,7 @@ impl Queue {
         }
     }
 
-    /// Gives back what an indirect request had that can't be carried out.
+    /// Gives back what a failed indirect request had taken.
     fn give_back_indirect<G, E>(
         &mut self,
         io: &mut Resources<G, E>,

@@ -1,4 +1,4 @@
-//! Where the data of each segment is: the guest's page where that is mapped, else bounce memory.
+//! Where the data of each segment is: in the guest's page if it is mapped, otherwise in bounce memory.
 
 use super::bounce::Whose;
 use super::persistent::PersistentGrants;
@@ -13,9 +13,9 @@ use crate::xen::shm::GuestBuf;
 use crate::xen::{CopyDirection, GrantCopy, Grants};
 
 impl Queue {
-    /// Gives every segment of the fresh requests its buffer, after mapping all that can be in one
-    /// go. A request for which there is not enough bounce memory is moved to the stalled ones, one
-    /// whose data is to be copied from the guest to those that are fetched.
+    /// Gives every segment of the fresh requests its buffer, after mapping the missing pages together. A
+    /// request without enough bounce memory moves to the stalled ones; one whose data must be copied from the
+    /// guest moves to those being fetched.
     #[inline]
     pub(super) fn locate<G: Grants, E: Engine>(&mut self, io: &mut Resources<G, E>) {
         let Scratch { fresh, unmapped, .. } = &mut io.scratch;
@@ -40,7 +40,7 @@ impl Queue {
         }
     }
 
-    /// Maps pages that are to stay mapped.
+    /// Maps the missing pages, to stay mapped.
     fn map_missing<G: Grants, E: RegisterBuffers>(&mut self, io: &mut Resources<G, E>) {
         let Scratch { unmapped, wanted, .. } = &mut io.scratch;
         wanted.extend(
@@ -51,8 +51,8 @@ impl Queue {
         self.map_wanted(io);
     }
 
-    /// Maps the wanted pages that are not mapped yet, to stay; for a queue that keeps none mapped
-    /// nothing is wanted.
+    /// Maps the wanted pages that are not mapped yet, to stay mapped. A queue without persistent grants wants
+    /// none.
     pub(super) fn map_wanted<G: Grants, E: RegisterBuffers>(&mut self, io: &mut Resources<G, E>) {
         let DataGrants::Persistent(persistent) = &mut self.data_grants else { return };
         let mut wanted = std::mem::take(&mut io.scratch.wanted);
@@ -65,7 +65,7 @@ impl Queue {
         io.scratch.wanted = wanted;
     }
 
-    /// Maps the pages of each request, for its time; what has no page then is left as unmapped.
+    /// Maps each request's pages for its duration; segments that it can't map stay in `unmapped`.
     fn map_requests<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
         let DataGrants::Map(transient) = &mut self.data_grants else { return };
         let Scratch { fresh, unmapped, wanted, .. } = &mut io.scratch;
@@ -78,14 +78,14 @@ impl Queue {
         self.counters.grants_mapped.set(transient.count() as u64);
     }
 
-    /// Gives bounce memory to requests of which anything is not mapped now either.
+    /// Gives bounce memory to requests that still have a segment whose page is not mapped.
     fn bounce_unmapped<G: Grants, E: Engine>(&mut self, io: &mut Resources<G, E>) {
         let unmapped = std::mem::take(&mut io.scratch.unmapped);
         for segments in unmapped.chunk_by(|one, next| one.0 == next.0) {
             if !self.point_at_kept(segments)
                 && let Some((slot, _)) = segments.first()
             {
-                // What waits already is served first.
+                // Requests that wait already are served first.
                 if !self.stalled.is_empty() || !self.bounce(io, *slot) {
                     self.stalled.push_back(*slot);
                 }
@@ -101,8 +101,7 @@ impl Queue {
         }
     }
 
-    /// Points segments of one slot at their pages, now that more of them are mapped; `false`: not
-    /// all are.
+    /// Points segments of one slot at their pages, now that more are mapped; `false`: some still are not.
     fn point_at_kept(&mut self, segments: &[(u32, usize)]) -> bool {
         segments.iter().all(|(slot, index)| {
             let slot = self.slots.get_mut(*slot);
@@ -112,16 +111,16 @@ impl Queue {
         })
     }
 
-    /// Finds bounce memory for all data of a slot: so it is one vector for storage, if there is a run of
-    /// pages. `false`: there is none now.
+    /// Finds bounce memory for all data of a slot, mapped or not: if there is a run of pages, storage gets a
+    /// single vector. `false`: there is not enough now.
     pub(super) fn bounce<G, E: Engine>(&mut self, io: &mut Resources<G, E>, index: u32) -> bool {
         if let Some(memory) = io.bounce.allocate() {
             match io.engine.register(memory) {
                 Ok(registration) => io.bounce.set_registration(registration),
                 Err(error) => tracing::info!(
                     %error,
-                    "bounce memory is not registered with io_uring, which costs some CPU where \
-                     data is copied; a higher memlock limit (ulimit -l) may mend it"
+                    "bounce memory is not registered with io_uring, which costs some CPU when \
+                     data is copied; a higher memlock limit (ulimit -l) may help"
                 ),
             }
         }
@@ -135,14 +134,14 @@ impl Queue {
         if slot.request.kind != Kind::Read {
             self.fetched.push_back(index);
         } else if !self.image.fills_reads() {
-            // It holds data of others.
+            // It may hold another guest's data.
             slot.zero();
         }
         true
     }
 
-    /// Copies what is to be written from the guest to bounce memory, as much as this turn allows, and
-    /// gets what is there as a whole under way.
+    /// Copies the data of writes from the guest to bounce memory, as much as this turn allows, and submits
+    /// the writes whose data is complete.
     pub(super) fn fetch<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
         let mut waiting = std::mem::take(&mut self.fetched);
         self.copy(io, waiting.iter(), CopyDirection::FromGuest);
@@ -156,8 +155,8 @@ impl Queue {
         self.fetched = waiting;
     }
 
-    /// Brings the data of finished reads from bounce memory to the guest, as much as this turn allows,
-    /// and answers those that are there as a whole.
+    /// Copies the data of finished reads from bounce memory to the guest, as much as this turn allows, and
+    /// answers the reads whose data is complete.
     pub(super) fn copy_reads_out<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
         let mut waiting = std::mem::take(&mut self.copied_out);
         self.copy(io, waiting.iter(), CopyDirection::ToGuest);
@@ -168,8 +167,8 @@ impl Queue {
         self.copied_out = waiting;
     }
 
-    /// Copies segments of these slots, in order, as many as this turn allows; a slot with a failing one
-    /// is marked failed.
+    /// Copies segments of these slots, in order, as many as this turn allows. If a copy fails, its slot is
+    /// marked failed.
     fn copy<'a, G: Grants, E>(
         &mut self,
         io: &mut Resources<G, E>,
@@ -195,7 +194,7 @@ impl Queue {
     }
 }
 
-/// What copying `count` segments costs; no more than a turn's effort, by which they were counted.
+/// The effort of copying `count` segments, which were chosen to cost no more than the turn has left.
 fn segments_effort(count: usize) -> u32 {
     u32::try_from(count).expect("at most a request's segments") * MOVED_PAGE_EFFORT
 }
@@ -210,7 +209,7 @@ impl DataGrants {
     }
 }
 
-/// Gives every segment of a request its buffer, where all their pages stay mapped.
+/// Gives every segment of a request its buffer; `false`: not all of their pages are mapped.
 #[inline]
 pub(super) fn locate_mapped(
     persistent: Option<&PersistentGrants>,
@@ -223,14 +222,14 @@ pub(super) fn locate_mapped(
     })
 }
 
-/// The guest's page of a segment, where it is mapped and good for direct I/O.
+/// The guest's page of a segment, if it is mapped and the segment is aligned for direct I/O.
 #[inline]
 fn mapped(
     persistent: Option<&PersistentGrants>,
     segment: Segment,
     memory_alignment: u16,
 ) -> Option<GuestBuf> {
-    // A power of two; a division would cost more than all the rest.
+    // The alignment is a power of two; a division would cost more than everything else here.
     if segment.offset & (memory_alignment - 1) != 0 {
         return None;
     }

@@ -1,20 +1,22 @@
-//! One ring being served, from the request on the ring to the response on it.
+//! One ring being served: from taking a request off it to putting the response on it.
 //!
-//! A pass of the worker takes each queue through the same steps ([`pass`]): [`Queue::take`] copies and checks
-//! requests, reads the pages of indirect ones ([`indirect`]), finds where their data is, mapping all
-//! missing pages in one batch and filling bounce memory by one grant copy ([`locate`]), and submits;
-//! [`Queue::complete`] takes the engine's results; [`Queue::finish_pass`] copies bounced reads to the
-//! guest, as far as the turn's effort allows, publishes what is left of the responses, and says
-//! whether to notify.
+//! Each pass of the worker takes a queue through the same steps ([`pass`]):
+//! - [`Queue::take`] copies and checks requests, reads the segments of indirect ones ([`indirect`]), locates
+//!   their data, mapping all missing pages in one batch and filling bounce memory by one grant copy
+//!   ([`locate`]), and submits them to storage.
+//! - [`Queue::complete`] handles the engine's results.
+//! - [`Queue::finish_pass`] copies bounced reads to the guest, as far as the turn's effort allows, publishes
+//!   the remaining responses, and says whether to notify the frontend.
 //!
-//! What a pass does for a queue is bounded by the *effort* of its turn. What is left of copies and
-//! transfers goes on with the next turn.
+//! The *effort* of a queue's turn bounds what a pass does for it. Copies and transfers that are left over
+//! continue in the next turn.
 //!
-//! A request that finds nothing left of what the worker's queues share *waits*, and so does the ring
-//! behind it: it is tried again only once something was given back ([`Resources::freed`]).
+//! If a request needs something that the worker's queues share and none is left, it *waits*, and so do the
+//! requests behind it on the ring. It is tried again only after something was given back
+//! ([`Resources::freed`]).
 //!
-//! The steady path neither allocates nor calls the system per request, with one exception that the
-//! admin has to choose: pages that are mapped for the time of a request ([`transient`]).
+//! The steady path neither allocates nor makes a system call per request, with one exception that the admin
+//! must choose: mapping pages for the duration of a request ([`transient`]).
 //!
 //! [`persistent`] and [`slots`] are public for `benches/` only.
 
@@ -62,21 +64,21 @@ use transient::TransientGrants;
 /// What the queues of one worker share, lent to them for a pass.
 #[derive(Debug)]
 pub struct Resources<G, E> {
-    /// Mappings and copies.
+    /// Grant mappings and copies.
     pub grants: G,
     /// Storage.
     pub engine: E,
-    /// When the pass began, or its completions were looked at.
+    /// When the pass began, or when its completions were reaped.
     pub now_ns: u64,
-    /// Changes whenever something that a queue can wait for was given back.
+    /// Changes whenever something that a queue may be waiting for is given back.
     pub freed: u64,
-    /// What control is told.
+    /// Reports to control.
     pub outbox: Outbox,
-    /// Requests in flight,
+    /// Requests in flight.
     requests: Pool,
-    /// ... and how many of them block devices have.
+    /// How many of them each block device has.
     devices: Devices,
-    /// Memory for data that is copied.
+    /// Bounce memory, for data that is copied.
     bounce: BouncePool,
     /// Tables for indirect requests.
     tables: LargeTables,
@@ -85,7 +87,7 @@ pub struct Resources<G, E> {
 }
 
 impl<G, E> Resources<G, E> {
-    /// All of it unused; `workers` is how many share the host's devices.
+    /// With nothing in use; `workers` is the number of workers that share the host's devices.
     pub fn new(grants: G, engine: E, outbox: Outbox, workers: usize) -> Resources<G, E> {
         Resources {
             grants,
@@ -106,7 +108,7 @@ impl<G, E> Resources<G, E> {
     }
 }
 
-/// What a pass fills and empties.
+/// Lists that each pass fills and empties.
 #[derive(Debug, Default)]
 pub struct Scratch {
     /// The direct request being taken.
@@ -115,9 +117,9 @@ pub struct Scratch {
     fresh: Vec<u32>,
     /// Indirect requests whose segments are still to be read.
     indirect: Vec<Indirect>,
-    /// Their segments as they were copied, one request after the other.
+    /// Their segments as copied from the guest, one request after another.
     segment_bytes: Vec<u8>,
-    /// Segments whose page is not mapped: slot, index of the segment.
+    /// Segments whose page is not mapped: slot and index of the segment.
     unmapped: Vec<(u32, usize)>,
     /// References to map.
     wanted: Vec<GrantRef>,
@@ -135,15 +137,16 @@ pub struct Queue {
     rules: DiskRules,
     image: Arc<Image>,
     memory_alignment: u16,
-    /// The worker moves its data itself.
+    /// The worker itself moves its data.
     moves_data: bool,
     slots: Slots,
-    /// This queue's part of the worker's requests in flight and tables.
+    /// This queue's share of the worker's requests in flight,
     requests: Share,
+    /// ... of its tables,
     tables: Share,
-    /// ... and of what the block device of its disk can have.
+    /// ... and of the tags of the block device that its disk is on.
     device: Option<DeviceShare>,
-    /// Its own bounce memory, for data that finds no room in the worker's.
+    /// Its own bounce memory, used when too little is left of the worker's.
     bounce: BouncePool,
     /// Slots whose next step the engine had no room for.
     refused: VecDeque<u32>,
@@ -151,22 +154,23 @@ pub struct Queue {
     stalled: VecDeque<u32>,
     /// An indirect request that waits for a table.
     parked: Option<IndirectHead>,
-    /// [`Resources::freed`] when what waits was last tried; `None`: nothing waits.
+    /// [`Resources::freed`] when the waiting requests were last tried; `None`: nothing waits.
     waits_since: Option<u64>,
     /// Writes whose data is being copied to bounce memory.
     fetched: VecDeque<u32>,
     /// Reads whose data is being copied from bounce memory to the guest.
     copied_out: VecDeque<u32>,
-    /// Slots whose next step has to wait for the next turn.
+    /// Slots whose next step must wait for the next turn.
     interrupted: VecDeque<u32>,
-    /// What is left of the turn, and what storage costs of it for each request.
+    /// Effort left in this turn.
     effort: u32,
+    /// As in [`Turn`].
     operation_effort: u32,
-    /// What goes to storage with the next kick, by the weights of operations.
+    /// The total weight of the operations that go to storage with the next kick.
     started: u32,
-    /// Operations that came back since [`Queue::take_threaded`] and that threads of the kernel did,
+    /// Operations other than flushes that kernel threads completed since [`Queue::take_threaded`].
     threaded: u32,
-    /// ... without flushes: those that come back together were one for storage.
+    /// A flush completed since then. Flushes that complete together were one for storage.
     flushed: bool,
     data_grants: DataGrants,
     counters: Arc<QueueCounters>,
@@ -174,9 +178,9 @@ pub struct Queue {
     barrier: Barrier,
     /// The frontend is to be notified at the end of the pass.
     notify: bool,
-    /// Takes no more requests: asked to, or the frontend broke the ring.
+    /// Takes no more requests, because it was told to stop or the frontend broke the ring.
     stopped: bool,
-    /// Takes this number of requests more, and then none until its image is replaced.
+    /// Requests still to be taken before a pause, which lasts until the image is replaced; `None`: no pause.
     before_pause: Option<u32>,
     reports: Reports,
 }
@@ -184,13 +188,13 @@ pub struct Queue {
 /// What one turn of a queue may cost, in units of [`EFFORT_NS`](crate::limits::EFFORT_NS).
 #[derive(Clone, Copy, Debug)]
 pub struct Turn {
-    /// When it is spent, the turn ends.
+    /// The turn ends when this is spent.
     pub effort: u32,
-    /// What it costs of it to give storage an operation without data.
+    /// The effort of submitting one operation without data to storage.
     pub operation_effort: u32,
 }
 
-/// What is mapped of the guest's data pages ([`GrantMode`]).
+/// How the guest's data pages are accessed ([`GrantMode`]).
 #[derive(Debug)]
 enum DataGrants {
     Persistent(PersistentGrants),
@@ -198,19 +202,19 @@ enum DataGrants {
     Copy,
 }
 
-/// A write that may not change places with others. Nothing is taken before it is answered.
+/// A write that must not be reordered with other requests. Nothing more is taken until it is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Barrier {
     None,
-    /// Its slot waits until it is alone in flight.
+    /// It waits in this slot until nothing else is in flight.
     Waits(u32),
-    /// Its slot is alone in flight.
+    /// It is under way in this slot, and nothing else is in flight.
     Began(u32),
 }
 
 impl Queue {
-    /// Maps the ring and binds the event channel. On an error nothing stays mapped or bound; the
-    /// text names the reference or port, for the frontend's `error` node.
+    /// Maps the ring and binds the event channel. On an error nothing stays mapped or bound. The error's
+    /// text names the reference or port and goes to the `error` node.
     pub fn connect<G: Grants, E, V: Events>(
         connect: Connect,
         index: u32,
@@ -283,7 +287,7 @@ impl Queue {
         })
     }
 
-    /// Unmaps and unbinds everything. Call only once [`Queue::is_drained`].
+    /// Unmaps and unbinds everything. Call only when [`Queue::is_drained`].
     pub fn disconnect<G: Grants, E: RegisterBuffers, V: Events>(
         mut self,
         io: &mut Resources<G, E>,
@@ -302,7 +306,7 @@ impl Queue {
         unmap_ring(&mut io.grants, self.ring.into_page());
     }
 
-    /// Its name.
+    /// The queue's name.
     pub fn key(&self) -> QueueKey {
         self.key
     }
@@ -317,25 +321,25 @@ impl Queue {
         self.ring.in_flight() == 0
     }
 
-    /// Takes no more requests; those in flight are finished and answered.
+    /// Stops taking requests; those in flight are finished and answered.
     pub fn stop(&mut self) {
         self.stopped = true;
     }
 
-    /// Takes what the frontend has published by now, and then no requests until
-    /// [`Queue::replace_image`]; those in flight are finished and answered. It has to be polled.
+    /// Takes the requests published so far, then none until [`Queue::replace_image`]. The queue must be
+    /// polled until those in flight are finished and answered.
     pub fn pause(&mut self) {
-        // A broken ring is found out when it is looked at again.
+        // A broken ring is noticed when it is next looked at.
         self.before_pause = Some(self.ring.requests().unwrap_or(0));
     }
 
-    /// Whether all of that is done.
+    /// Whether a [`Queue::pause`] is complete: nothing is in flight, and nothing more is taken.
     pub fn is_paused(&self) -> bool {
         self.is_drained() && (self.stopped || self.before_pause == Some(0))
     }
 
-    /// Serves another image from now on. Call only once [`Queue::is_paused`], so that no request
-    /// is checked against one image and carried out on another.
+    /// Serves another image from now on. Call only when [`Queue::is_paused`], so that no request is checked
+    /// against one image and executed on another.
     pub fn replace_image<G, E>(
         &mut self,
         io: &mut Resources<G, E>,
@@ -353,12 +357,12 @@ impl Queue {
         }
         self.rules = rules;
         self.before_pause = None;
-        // What it waited for was of the image before.
+        // What it waited for concerned the previous image.
         self.waits_since = None;
     }
 
-    /// Whether there is something to do at once. If not, the frontend was asked for a notification, unless
-    /// its requests have to wait for something else; `freed` is [`Resources::freed`].
+    /// Asks the frontend for a notification, unless the queue has work or waits for something other
+    /// than requests. `true`: there is work now. `freed` is [`Resources::freed`].
     pub fn arm(&mut self, freed: u64) -> bool {
         self.has_work_off_ring(freed).unwrap_or_else(|| self.ring.arm())
     }
@@ -368,29 +372,29 @@ impl Queue {
         !self.copied_out.is_empty()
     }
 
-    /// It has no turn in this pass.
+    /// Denies the queue a turn in this pass.
     pub fn put_off(&mut self) {
         self.effort = 0;
     }
 
-    /// Takes out what goes to storage with the next kick: [`OPERATION_WEIGHT`](crate::limits::OPERATION_WEIGHT) for each operation, and 1 for
-    /// each page of its data.
+    /// Returns and resets the weight of what goes to storage with the next kick:
+    /// [`OPERATION_WEIGHT`](crate::limits::OPERATION_WEIGHT) for each operation and 1 for each page of data.
     pub fn take_started(&mut self) -> u32 {
         std::mem::take(&mut self.started)
     }
 
-    /// Takes out how many operations threads of the kernel have done.
+    /// Returns and resets the number of operations that kernel threads have completed.
     pub fn take_threaded(&mut self) -> u32 {
         let flushes = u32::from(std::mem::take(&mut self.flushed));
         std::mem::take(&mut self.threaded).saturating_add(flushes)
     }
 
-    /// Whether it waits for something that others have.
+    /// Whether it waits for something that other queues hold.
     pub fn waits(&self) -> bool {
         self.waits_since.is_some()
     }
 
-    /// Whether what it waits for may be there, now that something was given back.
+    /// Whether what it waits for may be available, now that something was given back.
     pub fn may_go_on<G, E>(&self, io: &Resources<G, E>) -> bool {
         self.has_waiting() || self.has_unfinished() || io.devices.has_room(&self.device)
     }
@@ -401,7 +405,7 @@ impl Queue {
         self.has_work_off_ring(freed).unwrap_or_else(on_ring)
     }
 
-    /// The same, as far as that does not depend on what the ring holds; `None`: it does.
+    /// As [`Queue::has_work`], without a look at the ring; `None`: it depends on the ring.
     fn has_work_off_ring(&self, freed: u64) -> Option<bool> {
         if self.has_unfinished() {
             return Some(true);
@@ -410,7 +414,7 @@ impl Queue {
             return Some(since != freed);
         }
         match self.barrier {
-            // Their own completions bring the worker back.
+            // Completions of the requests in flight bring the worker back.
             Barrier::Waits(_) => Some(self.barrier_may_begin()),
             Barrier::Began(_) => Some(false),
             Barrier::None if self.stopped => Some(false),
@@ -418,12 +422,12 @@ impl Queue {
         }
     }
 
-    /// Whether a barrier waits for nothing but its turn.
+    /// Whether a barrier waits and nothing else is in flight.
     fn barrier_may_begin(&self) -> bool {
         matches!(self.barrier, Barrier::Waits(_)) && self.ring.in_flight() == 1
     }
 
-    /// Asks the frontend for no notification any more, until [`Queue::arm`].
+    /// Stops asking the frontend for notifications, until [`Queue::arm`].
     pub fn disarm(&self) {
         self.ring.disarm();
     }
@@ -437,7 +441,7 @@ impl Queue {
     }
 }
 
-/// Pages that the data of the largest request can be in.
+/// The most pages that the data of one request can lie in.
 fn largest_request(rules: &DiskRules) -> usize {
     SEGMENTS_PER_REQUEST.max(rules.indirect_segments.into())
 }

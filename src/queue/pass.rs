@@ -1,7 +1,7 @@
 //! What a pass does with a queue: takes requests off its ring, submits each of their steps to storage, takes
 //! the results, and answers.
 //!
-//! All of it is in one module, because what a request costs depends on what the compiler inlines here.
+//! All of this is in one module, because what a request costs depends on what the compiler inlines here.
 
 use std::collections::VecDeque;
 
@@ -22,9 +22,9 @@ use crate::limits::{
 use crate::xen::Grants;
 
 impl Queue {
-    /// A turn: takes requests off the ring and gets them under way, after what is left of the turn
-    /// before, until its effort is spent. `true`: [`Queue::finish_pass`] has to follow, because something
-    /// was done, or what had waited is done.
+    /// Runs one turn: continues what the previous turn left, then takes requests off the ring and starts
+    /// them, until the turn's effort is spent. `true`: [`Queue::finish_pass`] must follow, because something
+    /// was done, or there are responses to publish or reads to copy to the guest.
     #[inline]
     pub fn take<G: Grants, E: Engine<Target = Image>>(
         &mut self,
@@ -66,7 +66,7 @@ impl Queue {
         }
         let mut waiting = self.ring.requests().inspect_err(|_| self.stopped = true)?;
         if let Some(left) = &mut self.before_pause {
-            // A frontend that took requests back is not waited for.
+            // Don't wait for requests that the frontend took back.
             *left = waiting.min(*left);
             waiting = *left;
         }
@@ -79,7 +79,7 @@ impl Queue {
         if let Some(left) = &mut self.before_pause {
             *left -= taken;
         }
-        // A barrier that was taken has all that it needs, and waits for those before it.
+        // A barrier that was taken has all it needs, and only waits for the requests before it.
         let is_full =
             taken < count && self.barrier == Barrier::None && !io.devices.has_room(&self.device);
         if room == 0 || self.has_waiting() || is_full {
@@ -88,7 +88,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Takes at most `count` requests, which there are; says how many.
+    /// Takes at most `count` requests, which the ring must hold; returns how many.
     #[inline]
     fn take_some<G: Grants, E: Engine<Target = Image>>(
         &mut self,
@@ -115,7 +115,7 @@ impl Queue {
         taken
     }
 
-    /// Whether the turn goes on with the next request.
+    /// Whether the turn takes another request.
     #[inline]
     fn takes_more<G, E>(&self, io: &Resources<G, E>) -> bool {
         self.barrier == Barrier::None
@@ -162,8 +162,7 @@ impl Queue {
         }
     }
 
-    /// Begins a direct request; where all its pages are mapped, which is the rule, it gets under
-    /// way at once.
+    /// Begins a direct request. If all its pages are mapped, as they usually are, it is submitted at once.
     #[inline]
     fn take_direct<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
         let raw = &io.scratch.direct;
@@ -192,7 +191,7 @@ impl Queue {
         }
     }
 
-    /// Begins the barrier if nothing else is in flight any more.
+    /// Begins the barrier if nothing else is in flight.
     #[cold]
     fn try_barrier<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
         if let Barrier::Waits(slot) = self.barrier
@@ -204,7 +203,7 @@ impl Queue {
         }
     }
 
-    /// Answers a request that never gets a slot.
+    /// Answers a request that is refused before it has a slot.
     #[cold]
     pub(super) fn refuse(&mut self, id: u64, operation: u8, fault: RequestFault) {
         self.spend(REQUEST_EFFORT);
@@ -212,7 +211,7 @@ impl Queue {
         self.ring.answer(&RawResponse::new(id, operation, fault.status()));
     }
 
-    /// Gets the fresh requests under way: finds their data, and submits them.
+    /// Starts the fresh requests: locates their data and submits them.
     #[inline]
     pub(super) fn start<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
         self.locate(io);
@@ -226,13 +225,13 @@ impl Queue {
         }
     }
 
-    /// Whether requests that were taken wait for what others have.
+    /// Whether any request that was taken waits for something that others hold.
     #[inline]
     pub(super) fn has_waiting(&self) -> bool {
         !self.refused.is_empty() || !self.stalled.is_empty() || self.parked.is_some()
     }
 
-    /// Tries again what waits, in order, as far as there is room now.
+    /// Retries the waiting requests, in order, until there is no room for one.
     #[cold]
     fn retry<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
         while let Some(slot) = self.refused.pop_front() {
@@ -263,13 +262,13 @@ impl Queue {
         }
     }
 
-    /// Whether the turn before has left anything.
+    /// Whether the previous turn left anything to do.
     #[inline]
     pub(super) fn has_unfinished(&self) -> bool {
         !self.interrupted.is_empty() || !self.fetched.is_empty() || !self.copied_out.is_empty()
     }
 
-    /// Goes on with what the turn before has left, what is nearest to its end first.
+    /// Continues what the previous turn left, beginning with the requests closest to completion.
     #[cold]
     fn go_on<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
         if !self.copied_out.is_empty() {
@@ -287,7 +286,7 @@ impl Queue {
         }
     }
 
-    /// Hands a slot's next step to the engine, now or when it has room again.
+    /// Submits a slot's next step: now, or once the engine has room or the next turn begins.
     pub(super) fn submit<G: Grants, E: Engine<Target = Image>>(
         &mut self,
         io: &mut Resources<G, E>,
@@ -310,7 +309,7 @@ impl Queue {
                     }
                 }
                 Submitted::Full(_) => {
-                    // Set here, because a step may also be submitted outside of a turn, by `complete`.
+                    // Set here, because `complete` may also submit a step, outside any turn.
                     self.waits_since.get_or_insert(io.freed);
                     return self.refused.push_back(slot_index);
                 }
@@ -344,7 +343,7 @@ impl Queue {
         }
     }
 
-    /// How many buffers of a slot the worker itself moves in one go: as many as the turn allows.
+    /// How many of a slot's buffers the worker itself moves at once: as many as the turn's effort allows.
     fn pages_to_move(&mut self, slot_index: u32) -> usize {
         let count = (self.effort / MOVED_PAGE_EFFORT).max(1);
         let segments = self.slots.get_mut(slot_index).segments().len();
@@ -353,7 +352,7 @@ impl Queue {
         count as usize
     }
 
-    /// Takes the result of a step.
+    /// Handles the result of a slot's step.
     #[inline]
     pub fn complete<G: Grants, E: Engine<Target = Image>>(
         &mut self,
@@ -373,7 +372,7 @@ impl Queue {
         }
     }
 
-    /// Takes note of a step's result; `true`: the next one is to be submitted.
+    /// Records a step's result and answers a finished request; `true`: the next step is to be submitted.
     #[inline(always)]
     fn finish_step<G: Grants, E: Engine>(
         &mut self,
@@ -396,8 +395,8 @@ impl Queue {
         false
     }
 
-    /// Ends a pass: bounced reads go to the guest as far as the turn allows, all responses become
-    /// visible. `true`: notify.
+    /// Ends a pass: copies bounced reads to the guest as far as the turn's effort allows, and publishes all
+    /// responses. `true`: notify the frontend.
     #[inline]
     pub fn finish_pass<G: Grants, E>(&mut self, io: &mut Resources<G, E>) -> bool {
         if !self.copied_out.is_empty() {
@@ -411,7 +410,7 @@ impl Queue {
         notify
     }
 
-    /// Gives back the places of requests that were answered.
+    /// Gives the places of answered requests back to the worker's pool.
     #[inline]
     pub(super) fn settle<G, E>(&mut self, io: &mut Resources<G, E>) {
         let answered = self.requests.used() - self.ring.in_flight() as usize;
@@ -453,13 +452,13 @@ impl Queue {
     }
 }
 
-/// The weight of an operation with this number of segments when the time to submit is shared.
+/// The weight of an operation with this number of segments, by which queues share the time to submit.
 #[inline]
 pub(super) fn weight(segments: usize) -> u32 {
     OPERATION_WEIGHT.saturating_add(u32::try_from(segments).unwrap_or(u32::MAX))
 }
 
-/// If a slot that was taken off a list is at its end again, beside the `others`, it stays the first.
+/// If a slot popped off a list was pushed back behind the `others`, makes it the first again; says whether.
 fn stays_first(list: &mut VecDeque<u32>, others: usize) -> bool {
     let is_back = list.len() > others;
     if is_back {

@@ -1,4 +1,4 @@
-//! Pages of a frontend with persistent grants, which stay mapped.
+//! Pages that stay mapped, for frontends with persistent grants.
 
 use std::cell::Cell;
 use std::cmp::Reverse;
@@ -19,20 +19,20 @@ use crate::xen::{Grants, PageAccess};
 
 /// A frontend's pages that stay mapped (`feature-persistent`).
 ///
-/// They are mapped in batches, each one range of memory, and unmapped in the same batches. Bounded
-/// by `limits::PERSISTENT_GRANTS_PER_QUEUE` and by what the domain's other queues and the other
-/// domains leave (XSA-300): a batch that nothing used lately makes room, and where there is none, data
-/// is copied. A batch that nothing used for `limits::PERSISTENT_IDLE_SWEEPS` sweeps is unmapped, so that
-/// the guest can have its pages back.
+/// They are mapped in batches, each one range of memory, and unmapped in the same batches. Their number is
+/// bounded by `limits::PERSISTENT_GRANTS_PER_QUEUE` and by what the domain's other queues and the other
+/// domains leave (XSA-300). Batches not used lately make room for new ones; if none can, data is copied. A
+/// batch not used for `limits::PERSISTENT_IDLE_SWEEPS` sweeps is unmapped, so that the guest gets its pages
+/// back.
 ///
-/// The frontend may give a reference another page only after it ended access to the first, which it
-/// cannot while we hold it mapped, so an entry stays right until it is unmapped.
+/// A frontend can reuse a reference for another page only after it ended access to the first page, and it
+/// can't do that while we have the page mapped. So an entry stays valid until it is unmapped.
 #[derive(Debug)]
 pub struct PersistentGrants {
     pages: HashMap<u32, MappedPage, FxBuildHasher>,
     batches: Slab<Batch>,
     refusals: u32,
-    /// As many pages as are mapped, between two calls.
+    /// Between calls, holds as many pages as are mapped.
     share: GrantShare,
 }
 
@@ -46,21 +46,21 @@ struct MappedPage {
 struct Batch {
     pages: GuestPages,
     refs: Vec<GrantRef>,
-    /// Since the last sweep.
+    /// Used since the last sweep.
     used: Cell<bool>,
-    /// Sweeps that found it unused, in a row.
+    /// How many sweeps in a row found it unused.
     idle_sweeps: u32,
     /// Holds data of a request in flight; valid only during [`PersistentGrants::sweep`] and
     /// [`PersistentGrants::map`].
     busy: bool,
 }
 
-/// Maps pages that stay, and has the engine prepare for them.
+/// Maps pages that stay mapped, and registers them with the engine.
 #[derive(Debug)]
 pub struct Mapper<'a, G, E> {
     /// The frontend's grants.
     pub grants: &'a mut G,
-    /// Will read into the pages, and write from them.
+    /// The engine that will read into the pages and write from them.
     pub engine: &'a mut E,
 }
 
@@ -82,7 +82,7 @@ impl<G: Grants, E: RegisterBuffers> Mapper<'_, G, E> {
 }
 
 impl PersistentGrants {
-    /// None mapped yet.
+    /// Nothing is mapped yet.
     pub fn new(share: GrantShare) -> PersistentGrants {
         let (pages, batches) = Default::default();
         PersistentGrants { pages, batches, refusals: 0, share }
@@ -98,14 +98,14 @@ impl PersistentGrants {
         Some(page.buffer)
     }
 
-    /// Pages mapped.
+    /// How many pages are mapped.
     pub fn count(&self) -> usize {
         self.pages.len()
     }
 
-    /// Maps as many of `wanted` as the bounds allow, in batches, in place of batches that nothing
-    /// used lately. What can't be mapped stays unmapped: its data is copied, and the copy's status
-    /// tells what is wrong with it. `in_flight` are the references that requests hold.
+    /// Maps as many of `wanted` as the bounds allow, in batches, and unmaps batches not used lately to make
+    /// room. The data of the others is copied; if there is something wrong with a reference, the copy's
+    /// status says so. `in_flight` are the references that requests hold.
     pub fn map<G: Grants, E: RegisterBuffers>(
         &mut self,
         mapper: &mut Mapper<'_, G, E>,
@@ -131,7 +131,7 @@ impl PersistentGrants {
         self.share.give_back(self.share.pages() - self.pages.len());
     }
 
-    /// Pages that can be mapped beside those that are.
+    /// How many more pages can be mapped.
     fn room(&self) -> usize {
         PERSISTENT_GRANTS_PER_QUEUE.saturating_sub(self.pages.len()).min(self.share.left())
     }
@@ -163,7 +163,7 @@ impl PersistentGrants {
         }
     }
 
-    /// Looks what was used since the last time, and unmaps what has long been idle.
+    /// Notes which batches were used since the last sweep, and unmaps those that have long been idle.
     pub fn sweep<G: Grants, E: RegisterBuffers>(
         &mut self,
         mapper: &mut Mapper<'_, G, E>,
@@ -197,8 +197,9 @@ impl PersistentGrants {
         }
     }
 
-    /// One bad reference fails a whole batch: find the good ones. A frontend that keeps sending
-    /// bad ones is only copied for, so that it can't buy a failing system call per segment.
+    /// Maps a failed batch's references one by one, because a single bad one fails them all. If a
+    /// frontend keeps sending bad ones, its data is only copied, so that it can't cause a failing system call
+    /// per segment.
     fn map_singly<G: Grants, E: RegisterBuffers>(
         &mut self,
         mapper: &mut Mapper<'_, G, E>,
@@ -240,7 +241,7 @@ impl PersistentGrants {
         Ok(())
     }
 
-    /// No request in flight may hold a page of it.
+    /// Unmaps a batch; no request in flight may hold a page of it.
     fn unmap_batch<G: Grants, E: RegisterBuffers>(
         &mut self,
         mapper: &mut Mapper<'_, G, E>,

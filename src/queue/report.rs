@@ -1,4 +1,4 @@
-//! What is told of a queue: counters, latencies, what storage failed, and what is in flight.
+//! What a queue reports: counters, latencies, storage failures, and requests in flight.
 
 use hdrhistogram::Histogram;
 
@@ -9,18 +9,18 @@ use crate::blkif::request::{Kind, Request};
 use crate::limits::{IN_FLIGHT_TOLD, SPACE_REPORT_NS};
 use crate::msg::{InFlight, InFlightRequest, Report, StorageFailure, is_full};
 
-/// What was told to control of a queue's storage.
+/// What control was told about a queue's storage.
 #[derive(Debug, Default)]
 pub struct Reports {
     failures: u64,
-    /// Control was told that something found no room, and not yet that one succeeded after it.
+    /// Control was told that storage is full, and not yet that a write has succeeded since.
     is_full: bool,
-    /// When control was last told of either.
+    /// When control was last told one or the other.
     space_told_ns: Option<u64>,
 }
 
 impl Reports {
-    /// Takes note of a failure; how many there were by now, if it is one to tell.
+    /// Records a failure; returns the number of failures so far if this one is to be reported.
     fn failed(&mut self, is_full: bool, now_ns: u64) -> Option<u64> {
         self.failures += 1;
         let is_news = is_full && !self.is_full && self.may_tell_space(now_ns);
@@ -31,7 +31,7 @@ impl Reports {
         tell.then_some(self.failures)
     }
 
-    /// Takes note of a write that succeeded although storage was full: whether to tell.
+    /// Records a write that succeeded after storage was full; says whether to report it.
     #[cold]
     fn wrote(&mut self, now_ns: u64) -> bool {
         let tell = self.is_full && self.may_tell_space(now_ns);
@@ -47,12 +47,12 @@ impl Reports {
 }
 
 impl Queue {
-    /// Hands over the latencies recorded since the last time.
+    /// Hands over the latencies recorded since the last call.
     pub fn take_latency(&mut self) -> Histogram<u64> {
         self.latency.take()
     }
 
-    /// What was taken and not answered by `now_ns`.
+    /// Requests taken and not yet answered, with their ages at `now_ns`.
     pub fn in_flight(&self, now_ns: u64) -> InFlight {
         let mut slots: Vec<&Slot> = self.slots.in_use().collect();
         slots.sort_by_key(|slot| slot.taken_ns);
@@ -99,7 +99,7 @@ impl Queue {
         }
     }
 
-    /// Tells control, ever more seldom, and finds the answer for the guest.
+    /// Reports a failure to control, ever less often, and returns the status for the guest.
     #[cold]
     pub(super) fn storage_failed<G, E>(
         &mut self,
@@ -126,14 +126,14 @@ impl Queue {
     }
 }
 
-/// What a request asks, for the log.
+/// A request's kind in words, for the log.
 fn in_words(kind: Kind) -> &'static str {
     match kind {
         Kind::Read => "read",
         Kind::Write => "write",
         Kind::Flush => "flush",
         Kind::FlushThenWrite => "flush and write",
-        Kind::FlushedWrite => "write through",
+        Kind::FlushedWrite => "barrier write",
         Kind::Discard => "discard",
         Kind::SecureDiscard => "secure discard",
     }
@@ -146,31 +146,31 @@ mod test {
     const SECOND: u64 = SPACE_REPORT_NS;
 
     #[test]
-    fn failures_are_told_ever_more_seldom() {
+    fn failures_are_reported_ever_less_often() {
         let mut reports = Reports::default();
         let told: Vec<u64> = (0..100).filter_map(|at| reports.failed(false, at)).collect();
         assert_eq!(told, [1, 2, 4, 8, 16, 32, 64]);
-        assert!(!reports.wrote(SECOND), "nobody said that it was full");
+        assert!(!reports.wrote(SECOND), "storage was never full");
     }
 
     #[test]
-    fn the_first_write_that_finds_no_room_is_told_whatever_its_number() {
+    fn the_first_write_that_finds_no_room_is_always_reported() {
         let mut reports = Reports::default();
         (0..2).for_each(|at| assert!(reports.failed(false, at).is_some()));
         assert_eq!([3, 4].map(|at| reports.failed(true, at)), [Some(3), Some(4)]);
-        assert_eq!(reports.failed(true, 9 * SECOND), None, "control knows");
+        assert_eq!(reports.failed(true, 9 * SECOND), None, "control knows already");
     }
 
     #[test]
-    fn a_full_storage_and_room_on_it_are_told_in_turn_at_most_once_a_second() {
+    fn full_storage_and_room_on_it_are_reported_in_turn_at_most_once_a_second() {
         let mut reports = Reports::default();
         assert_eq!(reports.failed(true, 0), Some(1));
         assert!(!reports.wrote(SECOND - 1) && reports.wrote(SECOND) && !reports.wrote(9 * SECOND));
         let told: Vec<_> = (2..=9).filter_map(|at| reports.failed(true, SECOND + at)).collect();
-        assert_eq!(told, [2, 4, 8], "some are told anyway");
+        assert_eq!(told, [2, 4, 8], "powers of two are reported anyway");
         assert!(reports.wrote(3 * SECOND));
         assert_eq!(reports.failed(true, 3 * SECOND + 1), None);
-        assert_eq!(reports.failed(true, 4 * SECOND), Some(11), "whatever its number");
+        assert_eq!(reports.failed(true, 4 * SECOND), Some(11), "storage is full again");
         assert!(!reports.wrote(4 * SECOND + 1) && reports.wrote(5 * SECOND));
     }
 }

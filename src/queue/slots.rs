@@ -1,8 +1,8 @@
-//! Requests of one queue that were taken and not yet answered.
+//! Slots for the requests of one queue that were taken and not yet answered.
 //!
-//! Slots are made when the queue connects, with room for the segments of a direct request; the
-//! larger tables of indirect requests are a worker's and lent for the time of a request. So nothing
-//! allocates per request.
+//! Slots are allocated when the queue connects, with room for the segments of a direct request. The larger
+//! tables of indirect requests belong to the worker, which lends one to each such request. So nothing is
+//! allocated per request.
 
 use std::borrow::Cow;
 
@@ -12,25 +12,25 @@ use crate::limits::{GRANTS_PER_MAP_BATCH, SEGMENTS_PER_REQUEST, TABLES_COMMON, T
 use crate::pool::{Pool, Share};
 use crate::xen::shm::{GuestBuf, GuestPages, PAGE_BYTES};
 
-/// One request on its way.
+/// One request in flight.
 #[derive(Debug)]
 pub struct Slot {
-    /// What the guest asked.
+    /// What the guest asked for.
     pub request: Request,
     /// When it was taken, by the worker's clock.
     pub taken_ns: u64,
-    /// A grant copy of it failed: it is answered with an error.
+    /// A grant copy failed: the request is answered with an error.
     pub failed: bool,
-    /// Pages mapped for this request only, in the order of its segments: ranges of
-    /// `limits::GRANTS_PER_MAP_BATCH`, and the rest.
+    /// Pages mapped for this request only, in the order of its segments, in ranges of
+    /// `limits::GRANTS_PER_MAP_BATCH` pages; the last one may be shorter.
     pub mapped: Vec<GuestPages>,
     in_use: bool,
     /// Bytes that storage has moved so far.
     moved_bytes: u32,
-    /// What is left of its plan.
+    /// Steps that are left to do.
     steps: &'static [Step],
     bounced: Bounced,
-    /// Of its bounced segments, how many were copied to or from the guest.
+    /// How many of its bounced segments were copied to or from the guest.
     copied: u16,
     count: u16,
     inline: Table<SEGMENTS_PER_REQUEST>,
@@ -44,18 +44,18 @@ struct Table<const N: usize> {
     buffers: [GuestBuf; N],
 }
 
-/// Where the data of an indirect request is; its lists have one length.
+/// Where the data of an indirect request is; both lists have the same length.
 #[derive(Debug)]
 pub struct LargeTable {
     segments: Vec<Segment>,
     buffers: Vec<GuestBuf>,
 }
 
-/// Whether all data of a request is in bounce memory, and how it lies there.
+/// Whether a request's data is in bounce memory, and how it is laid out there.
 #[derive(Clone, Copy, Debug)]
 enum Bounced {
     No,
-    /// One segment after the other in this run of pages.
+    /// One segment after another, in this run of pages.
     Run(GuestBuf, Whose),
     /// Each segment in a page of its own.
     Pages(Whose),
@@ -70,8 +70,8 @@ impl LargeTable {
     }
 }
 
-/// A worker's tables for indirect requests, some of them guaranteed to each queue; each is made when
-/// it is first needed.
+/// A worker's tables for indirect requests. Some are guaranteed to each queue; each is allocated when first
+/// needed.
 #[derive(Debug)]
 pub struct LargeTables {
     pool: Pool,
@@ -87,7 +87,7 @@ impl Default for LargeTables {
 }
 
 impl LargeTables {
-    /// A table, for the queue whose share this is; `None`: there is none now.
+    /// Takes a table for the queue whose share this is; `None`: none is left now.
     pub fn take(&mut self, share: &mut Share) -> Option<Box<LargeTable>> {
         let new = || Box::new(LargeTable { segments: Vec::new(), buffers: Vec::new() });
         self.pool.take(share, 1).then(|| self.idle.pop().unwrap_or_else(new))
@@ -162,7 +162,7 @@ impl Slot {
         }
     }
 
-    /// The same, with where that is in our memory, to be set.
+    /// Its segments, and the buffers in our memory to be set for them.
     #[inline]
     pub fn segments_and_buffers(&mut self) -> (&[Segment], &mut [GuestBuf]) {
         let count = usize::from(self.count);
@@ -180,7 +180,7 @@ impl Slot {
         }
     }
 
-    /// Sets where segment `index` has its data.
+    /// Sets the buffer that holds the data of segment `index`.
     #[inline]
     pub fn set_buffer(&mut self, index: usize, buffer: GuestBuf) {
         match &mut self.large {
@@ -199,8 +199,8 @@ impl Slot {
         }
     }
 
-    /// Finds bounce memory for all of its data in a pool, which is the worker's or the queue's own, in
-    /// one run of pages if there is one; `false`: there is not enough now.
+    /// Takes bounce memory for all of its data from a pool, the worker's or the queue's own, in one run of
+    /// pages if there is one; `false`: there is not enough now.
     pub fn bounce(&mut self, pool: &mut BouncePool, whose: Whose) -> bool {
         let count = self.segments().len();
         let bytes = usize::try_from(self.request.len_bytes).unwrap_or(usize::MAX);
@@ -226,7 +226,7 @@ impl Slot {
         true
     }
 
-    /// Gives its bounce memory back to the pool that it is from.
+    /// Gives its bounce memory back to the pool that it came from.
     pub fn give_back_bounced(&mut self, common: &mut BouncePool, own: &mut BouncePool) {
         let pool = |whose| match whose {
             Whose::Common => common,
@@ -242,7 +242,7 @@ impl Slot {
         }
     }
 
-    /// The next of its bounced segments to copy, at most `count`; they count as copied.
+    /// Returns its next bounced segments to copy, at most `count`, and counts them as copied.
     pub fn take_uncopied(
         &mut self,
         count: usize,
@@ -254,7 +254,7 @@ impl Slot {
         segments.zip(self.buffers()[first..end].iter().copied())
     }
 
-    /// Whether all of its bounced segments are copied.
+    /// Whether all of its bounced segments have been copied.
     pub fn is_copied(&self) -> bool {
         usize::from(self.copied) == self.segments().len()
     }
@@ -270,7 +270,7 @@ impl Slot {
         !matches!(self.bounced, Bounced::No)
     }
 
-    /// Whether its data is still to be copied from the guest, at least in part.
+    /// Whether some of its data has yet to be copied from the guest.
     #[inline]
     pub fn is_to_be_fetched(&self) -> bool {
         self.is_bounced() && self.request.kind != Kind::Read && !self.is_copied()
@@ -288,11 +288,11 @@ impl Slot {
         self.request.offset_bytes + u64::from(self.moved_bytes)
     }
 
-    /// Shows the buffers of the rest of the transfer, at most `count` of them.
+    /// Calls `show` with the buffers of the rest of the transfer, at most `count` of them.
     #[inline(always)]
     pub fn with_buffers<R>(&self, count: usize, show: impl FnOnce(&[GuestBuf]) -> R) -> R {
         let rest;
-        // One call only, which can then be inlined.
+        // `show` is called in one place only, so that it can be inlined.
         let buffers = match self.moved_bytes {
             0 => self.buffers(),
             _ => {
@@ -303,8 +303,8 @@ impl Slot {
         show(&buffers[..count.min(buffers.len())])
     }
 
-    /// What is left after a short transfer. It is copied only if that ended inside a buffer, which
-    /// is rare.
+    /// The buffers that are left after a short transfer. Their list is copied only if the transfer ended
+    /// inside a buffer, which is rare.
     #[cold]
     fn rest(&self) -> Cow<'_, [GuestBuf]> {
         let (buffers, mut skip) = (self.buffers(), self.moved_bytes);
@@ -317,14 +317,14 @@ impl Slot {
         match left.first() {
             Some(first) if skip > 0 => {
                 let mut left = left.to_vec();
-                left[0] = first.part(skip, first.len() - skip).expect("it is shorter");
+                left[0] = first.part(skip, first.len() - skip).expect("the rest lies in it");
                 Cow::Owned(left)
             }
             _ => Cow::Borrowed(left),
         }
     }
 
-    /// Takes note of a step's result: bytes moved, or a negative errno.
+    /// Records a step's result: bytes moved, or a negative errno.
     #[inline]
     pub fn advance(&mut self, result: i32) -> Advance {
         let Ok(moved) = u32::try_from(result) else { return Advance::Failed(-result) };
@@ -334,7 +334,7 @@ impl Slot {
             match left {
                 Some(0) => {}
                 Some(_) if moved > 0 => return Advance::Again,
-                // The file ends inside the disk: it was made shorter under us.
+                // The file ends before the disk does: somebody truncated it.
                 _ => return Advance::Failed(libc::EIO),
             }
         }
@@ -343,7 +343,7 @@ impl Slot {
     }
 }
 
-/// What a request takes, in order.
+/// The steps of a request, in order.
 #[inline]
 fn plan(kind: Kind) -> &'static [Step] {
     match kind {
@@ -366,9 +366,9 @@ pub enum Step {
     Write,
     /// Make completed writes durable.
     Flush,
-    /// Forget.
+    /// Forget the data.
     Discard {
-        /// Beyond recovery.
+        /// Erase it beyond recovery.
         secure: bool,
     },
 }
@@ -403,7 +403,7 @@ impl Slots {
     /// Takes a free slot.
     ///
     /// # Panics
-    /// Where none is free: there is one for every entry of the ring.
+    /// If none is free: there is one for every entry of the ring.
     #[inline]
     pub fn take(&mut self) -> (u32, &mut Slot) {
         let index = self.free.pop().expect("a slot for every ring entry");
@@ -415,7 +415,7 @@ impl Slots {
     /// The request in a slot.
     ///
     /// # Panics
-    /// Where the slot is free: a ticket comes back once.
+    /// If the slot is free: a ticket comes back once.
     #[inline]
     pub fn get_mut(&mut self, index: u32) -> &mut Slot {
         let slot = &mut self.slots[index as usize];
@@ -436,9 +436,9 @@ impl Slots {
     /// Frees a slot; returns the table lent for it.
     ///
     /// # Panics
-    /// Where the slot is free already.
+    /// If the slot is free already.
     #[inline]
-    #[must_use = "the table goes back to where it is from"]
+    #[must_use = "the table goes back to the worker"]
     pub fn give_back(&mut self, index: u32) -> Option<Box<LargeTable>> {
         let slot = self.get_mut(index);
         slot.in_use = false;
@@ -492,7 +492,7 @@ mod test {
     }
 
     #[test]
-    fn a_flush_with_data_flushes_first_and_writes_then() {
+    fn a_flush_with_data_flushes_first_then_writes() {
         let pages = LocalPages::new(1);
         let mut slot = slot(Kind::FlushThenWrite, &pages);
         assert_eq!(slot.step(), Step::Flush);
@@ -520,7 +520,7 @@ mod test {
     }
 
     #[test]
-    fn a_table_is_lent_for_the_time_of_a_request_and_each_queue_can_always_have_some() {
+    fn a_table_is_lent_for_one_request_and_each_queue_is_guaranteed_some() {
         let (mut tables, mut share) = (LargeTables::default(), Share::default());
         let mut slots = Slots::new(2);
         let (index, _) = slots.take();
@@ -556,7 +556,7 @@ mod test {
     }
 
     #[test]
-    fn bounced_data_is_one_run_where_there_is_one_and_comes_back_either_way() {
+    fn bounced_data_is_in_one_run_if_possible_and_is_given_back_either_way() {
         let pages = LocalPages::new(3);
         let mut slot = slot(Kind::Read, &pages);
         let mut pool = BouncePool::new(64);
@@ -569,7 +569,7 @@ mod test {
         }
         slot.request.len_bytes = 3 * 1536;
         assert!(slot.bounce(&mut pool, Whose::Common) && slot.is_bounced());
-        assert_eq!(pool.free(), all - 2, "one after the other, over the end of a page");
+        assert_eq!(pool.free(), all - 2, "one after another, across the end of a page");
         let first = slot.buffers()[0].address();
         assert!(slot.buffers().iter().zip(0..).all(|(buffer, index)| {
             buffer.address().addr().get() == first.addr().get() + index * 1536

@@ -1,12 +1,11 @@
-//! Pages of a frontend that may end access to them with every answer, mapped for the time of one
-//! request: the data path `map`, for frontends without `feature-persistent`.
+//! Pages mapped for the duration of one request: the data path `map`, for frontends without
+//! `feature-persistent`.
 //!
-//! Such a frontend may give a reference another page as soon as the answer is there, so nothing may
-//! be kept: a request's pages are unmapped before its response is published. Each request has
-//! ranges of its own, because gntdev unmaps a range only as a whole: in one that requests share, the
-//! answer to each would have to wait for the slowest. That costs four system calls a request, the
-//! admin's choice for large requests; one of fewer than `limits::SEGMENTS_MAPPED_MIN` segments is
-//! copied all the same.
+//! Such a frontend may end access to a page and reuse its reference for another page as soon as the request
+//! is answered. So nothing stays mapped: a request's pages are unmapped before its response is published.
+//! Each request has its own ranges, because gntdev unmaps only whole ranges: if requests shared one, every
+//! answer would wait for the slowest. This costs four system calls per request and is the admin's choice,
+//! for large requests; a request of fewer than `limits::SEGMENTS_MAPPED_MIN` segments is still copied.
 
 use super::slots::Slot;
 use crate::blkif::request::{Kind, Segment};
@@ -20,24 +19,24 @@ use crate::xen::{Grants, PageAccess};
 /// What a queue has mapped for requests in flight.
 #[derive(Debug)]
 pub struct TransientGrants {
-    /// As many pages as are mapped.
+    /// Holds as many pages as are mapped.
     share: GrantShare,
     refusals: u32,
 }
 
 impl TransientGrants {
-    /// None mapped yet.
+    /// Nothing is mapped yet.
     pub fn new(share: GrantShare) -> TransientGrants {
         TransientGrants { share, refusals: 0 }
     }
 
-    /// Pages mapped.
+    /// How many pages are mapped.
     pub fn count(&self) -> usize {
         self.share.pages()
     }
 
-    /// Maps all pages of a request and points its segments at them; or none, and its data has to be
-    /// copied. `wanted` is a list to be reused.
+    /// Maps all pages of a request and points its segments at them, or maps none if its data is to be
+    /// copied. `wanted` is a list to reuse.
     pub fn map<G: Grants>(
         &mut self,
         grants: &mut G,
@@ -59,7 +58,7 @@ impl TransientGrants {
         }
         wanted.clear();
         wanted.extend(segments.iter().map(|segment| segment.grant()));
-        // A frontend grants what it wants written for reading only.
+        // A frontend grants the pages of a write read-only.
         let access = match slot.request.kind {
             Kind::Read => PageAccess::ReadWrite,
             _ => PageAccess::ReadOnly,
@@ -76,7 +75,7 @@ impl TransientGrants {
         slot.point_at_mapped();
     }
 
-    /// Unmaps what is mapped for a request, which storage must be done with.
+    /// Unmaps a request's pages; storage must be done with them.
     #[inline]
     pub fn release<G: Grants>(&mut self, grants: &mut G, slot: &mut Slot) {
         if !slot.mapped.is_empty() {
@@ -84,13 +83,16 @@ impl TransientGrants {
         }
     }
 
-    /// Gives back all that was taken for a request, even where only some of it was mapped.
+    /// Unmaps a request's pages and gives back all of its share, even if only some of them were mapped.
     fn unmap<G: Grants>(&mut self, grants: &mut G, slot: &mut Slot) {
         for pages in slot.mapped.drain(..) {
             if let Err(error) = grants.unmap(pages) {
-                // That is a host's fault, and no more of this queue are mapped that could share it.
+                // The host is at fault: map no more for this queue, because that might fail, too.
                 self.refusals = MAP_REFUSALS_MAX;
-                tracing::warn!(%error, "unmapping a request's pages failed: the others are copied");
+                tracing::warn!(
+                    %error,
+                    "unmapping a request's pages failed; data of its ring is copied from now on"
+                );
             }
         }
         let count = slot.segments().len();

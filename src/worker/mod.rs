@@ -1,13 +1,13 @@
 //! A thread that serves rings: it polls while there is work, and sleeps when there is none.
 //!
-//! [`Worker::poll_once`] is one pass over the polled queues and can be called from a test with no
-//! thread at all; [`spawn`] makes the pinned thread that calls it for ever. A queue is *polled* from
-//! its first event or completion until it had no work for the spin budget; then it is *armed*: its
-//! frontend notifies again, and its event channel, masked since its last event, is unmasked. A
-//! notification storm of a guest therefore costs a busy worker nothing (XSA-332).
+//! [`Worker::poll_once`] is one pass over the polled queues; a test can call it without a thread.
+//! [`spawn`] starts the pinned thread that calls it in a loop. A queue is *polled* from its first event or
+//! completion until it has had no work for the spin budget. Then it is *armed*: its frontend is asked to
+//! notify again, and its event channel, masked since its last event, is unmasked. So a guest's notification
+//! storm costs a busy worker nothing (XSA-332).
 //!
-//! A queue that waits for what others have of the worker's pools is neither: it is looked at again once
-//! something was given back. If several queues have work they take turns ([`turns`]).
+//! A queue that waits for something that other queues hold is neither polled nor armed: it is looked at
+//! again once something was given back. If several queues have work, they take turns ([`turns`]).
 
 mod thread;
 mod turns;
@@ -42,9 +42,9 @@ const SWEEP_NS: u64 = PERSISTENT_SWEEP_SECONDS * 1_000_000_000;
 /// Whether a pass found anything to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// It did.
+    /// It found work.
     Worked,
-    /// It did not.
+    /// It found none.
     Idle,
 }
 
@@ -58,14 +58,14 @@ pub struct Worker<P: Platform, E> {
     by_port: FxHashMap<Port, usize>,
     /// Queues whose rings are looked at in every pass.
     polled: Vec<usize>,
-    /// Queues that are to be looked at again when something was given back.
+    /// Queues to look at again once something was given back.
     waiting: Vec<usize>,
-    /// How much had been given back when they were looked at last.
+    /// [`Resources::freed`] when they were last looked at.
     freed: u64,
     /// Queues that get another image, or are disconnected, once they are drained.
     draining: Vec<usize>,
     turns: Turns,
-    /// Masked ports of queues that were armed in this pass.
+    /// Masked ports of queues being armed.
     unmask: Vec<Port>,
     done: Vec<Completion>,
     commands: CommandReceiver,
@@ -73,29 +73,29 @@ pub struct Worker<P: Platform, E> {
     last_work_ns: u64,
     last_event_check_ns: u64,
     passes_since_event_check: u32,
-    /// The last sleep has told that there are none now.
+    /// The last sleep ended without an event.
     no_events: bool,
     next_sweep_ns: u64,
     stopping: bool,
 }
 
-/// A queue with what the worker knows of it.
+/// A queue, and what the worker knows about it.
 #[derive(Debug)]
 struct Served {
     queue: Queue,
     polled: bool,
-    /// It is one of those that wait.
+    /// It is in [`Worker::waiting`].
     waits: bool,
-    /// No event has come since its port was unmasked, as a port is when it is bound.
+    /// No event has arrived since its port was unmasked; a port starts out unmasked.
     unmasked: bool,
     last_work_ns: u64,
     used: TimeUsed,
-    /// What its turn in this round took.
+    /// How long its turn in this round took.
     turn_ns: u64,
     operation_cost: OperationCost,
-    /// Its weight when time is charged to all together: that of operations to submit, then bytes completed.
+    /// Its weight in [`Worker::charge_parts`]: that of its operations to submit, then its bytes completed.
     part: u64,
-    /// What it gets, one after the other, once it is drained.
+    /// The images it goes over to, in order, once it is drained.
     replacements: Vec<ReplaceImage>,
     /// It is to be disconnected once it is drained.
     leaving: bool,
@@ -131,15 +131,15 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         })
     }
 
-    /// Whether nothing is in flight, so that nobody but this worker touches any memory of it.
+    /// Whether nothing is in flight, so that nobody else still accesses the worker's memory.
     fn is_at_rest(&self) -> bool {
         self.queues.is_empty() && self.resources.engine.in_flight() == 0
     }
 
-    /// Passes and sleeps until [`Command::Stop`] was obeyed.
+    /// Runs passes and sleeps until [`Command::Stop`] was carried out.
     pub fn run(&mut self) -> io::Result<()> {
-        // Of Linux's own clock each reading is a system call in a PV dom0, unless Xen itself keeps time
-        // by the processor's counter.
+        // In a PV dom0, each reading of Linux's own clock is a system call unless Xen itself keeps time by
+        // the processor's counter.
         let clock = Clock::new();
         let start = clock.raw();
         let clock_ns = || clock.delta_as_nanos(start, clock.raw());
@@ -160,21 +160,21 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(())
     }
 
-    /// After a pass without work: arms the queues that had none for long enough; whether to sleep until
-    /// something happens.
+    /// After a pass without work: arms the queues that have been idle for long enough; says whether to sleep
+    /// until something happens.
     fn is_to_sleep(&mut self, pause: Pause) -> io::Result<bool> {
         self.arm_idle(pause)?;
         Ok(self.polled.is_empty() && !self.has_new_for_waiting() && !pause.spins)
     }
 
-    /// Whether something was given back since those that wait were looked at.
+    /// Whether something was given back since the waiting queues were last looked at.
     #[inline]
     fn has_new_for_waiting(&self) -> bool {
         !self.waiting.is_empty() && self.freed != self.resources.freed
     }
 
-    /// What [`Worker::run`] does after a pass without work, for a worker that never spins: whether it would
-    /// sleep now until something happens.
+    /// Does what [`Worker::run`] does after a pass without work, but neither spins nor sleeps; says whether
+    /// the worker would sleep now.
     pub fn arm(&mut self) -> io::Result<bool> {
         let pause = Pause { lasted_ns: 0, spins: false, limit_ns: 0 };
         let sleeps = self.is_to_sleep(pause)? && self.arm_engine()?;
@@ -184,8 +184,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(sleeps)
     }
 
-    /// Has the engine make its next completion visible to a sleeper; `false`: there is one already, or a
-    /// command, and it was told that nobody sleeps.
+    /// Asks the engine to signal its next completion. `false`: there is a completion or a command already,
+    /// and the engine is disarmed again.
     fn arm_engine(&mut self) -> io::Result<bool> {
         let completed = self.resources.engine.arm()?;
         let nothing = !completed && self.commands.commands.is_empty();
@@ -195,7 +195,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(nothing)
     }
 
-    /// Sleeps until a sleeping queue's frontend notifies, storage completes or control commands.
+    /// Sleeps until an armed queue's frontend notifies, storage completes something, control sends a command,
+    /// or [`Worker::longest_sleep`] is over.
     fn sleep(&mut self, clock_ns: impl Fn() -> u64) -> io::Result<()> {
         if !self.arm_engine()? {
             return Ok(());
@@ -217,11 +218,13 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(())
     }
 
-    /// One pass: commands, events, requests, storage, responses. One system call at most for events, one
-    /// for submission (a few more if storage was idle); for each queue with work, one for mapping (more
-    /// if a batch fails), a few for copying, and one notification. The clock is read once, once more if
-    /// something completed, and, if several queues are polled, after the work of each. An error is our
-    /// own host's (io_uring or the event-channel device fails), never a guest's.
+    /// Makes one pass: commands, events, requests, storage, responses.
+    ///
+    /// It makes at most one system call for events and one for submission (a few more if storage was idle),
+    /// and for each queue with work one for mapping (more if a batch fails), a few for copying and one for
+    /// the notification. It reads the clock once, again if something completed, and, if several queues are
+    /// polled, after the work of each. An error is the host's (io_uring or the event-channel device fails),
+    /// never a guest's.
     pub fn poll_once(&mut self, clock_ns: impl Fn() -> u64) -> io::Result<Progress> {
         let now_ns = clock_ns();
         self.resources.now_ns = now_ns;
@@ -252,7 +255,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(if worked { Progress::Worked } else { Progress::Idle })
     }
 
-    /// Requests, storage and responses, while one queue at most is polled.
+    /// Requests, storage and responses, while at most one queue is polled.
     #[inline]
     fn serve_alone(&mut self, now_ns: u64, clock_ns: impl Fn() -> u64) -> io::Result<bool> {
         let mut worked = self.take_alone(now_ns);
@@ -264,18 +267,18 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(worked)
     }
 
-    /// The same, while several are.
+    /// Requests, storage and responses, while several queues are polled.
     fn serve_in_turns(&mut self, now_ns: u64, clock_ns: impl Fn() -> u64) -> io::Result<bool> {
         let mut watch = Stopwatch { clock_ns: &clock_ns, since_ns: clock_ns() };
         let mut worked = self.take_in_turns(now_ns, &mut watch);
-        // The time to submit is charged to the queues by what the operations of each weigh: one whose data
-        // the worker moves itself, or whose storage is nothing, has none.
+        // The queues are charged for the time to submit by the weight of their operations. A queue whose
+        // data the worker itself moves, or that is not backed by storage, submits none.
         self.resources.engine.kick()?;
         self.charge_started(watch.lap_ns());
         if self.take_completions(&clock_ns) {
             worked = true;
             self.charge_threads();
-            // The time to reap is charged by the bytes of each, which the engine may have had to copy.
+            // They are charged for the time to reap by their bytes, which the engine may have had to copy.
             self.charge_parts(watch.lap_ns(), |_, _, _| {});
         }
         if worked {
@@ -284,8 +287,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(worked)
     }
 
-    /// Unmaps granted pages that have long been idle. Once none is mapped and no queue is active
-    /// there is nothing to come back for, and a worker without work sleeps for ever.
+    /// Unmaps granted pages that have long been idle. Once none is mapped and no queue is polled, there is
+    /// nothing left to sweep, and an idle worker sleeps without a timeout.
     fn sweep(&mut self, now_ns: u64) {
         let mut some_left = !self.polled.is_empty();
         for (_, served) in &mut self.queues {
@@ -294,7 +297,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         self.next_sweep_ns = if some_left { now_ns + SWEEP_NS } else { u64::MAX };
     }
 
-    /// Until there is something to do without any event; `None`: never.
+    /// How long to sleep if nothing happens; `None`: for ever.
     fn longest_sleep(&self, now_ns: u64) -> Option<Duration> {
         let to_sweep = (self.next_sweep_ns != u64::MAX)
             .then(|| Duration::from_nanos(self.next_sweep_ns.saturating_sub(now_ns)));
@@ -399,7 +402,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         }
     }
 
-    /// Does what queues are drained for with those that are.
+    /// Replaces the images of drained queues, or disconnects them.
     fn tend_drained(&mut self, now_ns: u64) {
         let mut draining = std::mem::take(&mut self.draining);
         draining.retain(|index| {
@@ -424,7 +427,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             served.queue.replace_image(&mut self.resources, image, rules);
             self.resources.outbox.send(Report::ImageReplaced(key));
         }
-        // Requests may have come meanwhile.
+        // Requests may have arrived meanwhile.
         self.poll_queue(index, now_ns);
     }
 
@@ -439,8 +442,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         self.tell(Report::Disconnected(key));
     }
 
-    /// While every queue is polled no event can tell anything new; otherwise ask now and then for
-    /// those that sleep.
+    /// Whether to ask for events now. While every queue is polled, events tell nothing new. Otherwise ask now
+    /// and then, because of the queues that are not polled.
     #[inline]
     fn event_check_is_due(&mut self, now_ns: u64) -> bool {
         let no_events = std::mem::take(&mut self.no_events);
@@ -468,7 +471,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(count > 0)
     }
 
-    /// From now on the ring is looked at in every pass, so that nobody need notify us of it.
+    /// Looks at the ring in every pass from now on, so that its frontend need not notify us.
     fn poll_queue(&mut self, index: usize, now_ns: u64) {
         let served = &mut self.queues[index];
         served.last_work_ns = now_ns;
@@ -476,12 +479,12 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             served.polled = true;
             served.queue.disarm();
             self.polled.push(index);
-            // What it maps now will be idle one day.
+            // Pages that it maps now may become idle.
             self.next_sweep_ns = self.next_sweep_ns.min(now_ns + SWEEP_NS);
         }
     }
 
-    /// Looks again at queues that wait for what may have been given back.
+    /// Polls those waiting queues again that may go on, now that something was given back.
     #[cold]
     fn look_at_waiting(&mut self, now_ns: u64) {
         self.freed = self.resources.freed;
@@ -497,7 +500,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         self.waiting = waiting;
     }
 
-    /// The turn of the only queue that is polled, if there is one.
+    /// Runs the turn of the only polled queue, if there is one.
     #[inline]
     fn take_alone(&mut self, now_ns: u64) -> bool {
         let Some(index) = self.polled.first().copied() else { return false };
@@ -525,7 +528,8 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         }
     }
 
-    /// The turns of all queues that are polled, but for those that had more than their share.
+    /// Runs the turns of all polled queues except those that had more than their share. If none of the others
+    /// has work, the least served of these has a turn after all.
     fn take_in_turns(&mut self, now_ns: u64, watch: &mut Stopwatch<impl Fn() -> u64>) -> bool {
         let count = self.polled.len();
         self.turns.begin(count);
@@ -556,7 +560,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         }
     }
 
-    /// A turn, which is charged to the queue.
+    /// Runs a turn and charges the queue for its time.
     fn take_turn_of_many(
         &mut self,
         index: usize,
@@ -574,19 +578,19 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         worked
     }
 
-    /// Charges a queue for its time.
+    /// Charges a queue for time spent on it.
     fn charge(&mut self, index: usize, time_ns: u64) {
         self.turns.charge(&mut self.queues[index].used, time_ns);
     }
 
-    /// Charges all queues for the time to submit, by what the operations of each weigh.
+    /// Charges all queues for the time to submit, by the weight of their operations.
     fn charge_started(&mut self, time_ns: u64) {
         self.charge_parts(time_ns, |served, weight, part_ns| {
             served.operation_cost.learn(weight, served.turn_ns + part_ns);
         });
     }
 
-    /// Charges all queues for what threads of the kernel did for them on this host's cores.
+    /// Charges all queues for what kernel threads did for them on this host's cores.
     fn charge_threads(&mut self) {
         for index in &self.polled {
             let served = &mut self.queues[*index];
@@ -595,7 +599,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         }
     }
 
-    /// Charges all queues for what they did together, each for its part, of which `note` is told.
+    /// Divides time between all queues by their parts and charges them; `note` gets each part and its time.
     fn charge_parts(&mut self, time_ns: u64, note: impl Fn(&mut Served, u64, u64)) {
         let all: u64 = self.polled.iter().map(|index| self.queues[*index].part).sum();
         for index in &self.polled {
@@ -627,7 +631,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         worked
     }
 
-    /// Ends the pass for the queues that are polled, of which there was one at most when it began.
+    /// Ends the pass for the polled queues, of which there was at most one when it began.
     #[inline]
     fn finish_alone(&mut self) -> io::Result<()> {
         for index in &self.polled {
@@ -639,7 +643,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(())
     }
 
-    /// Ends the pass for the queues that are polled, from the same one on as it began.
+    /// Ends the pass for the polled queues, in the order of their turns.
     fn finish_in_turns(&mut self, watch: &mut Stopwatch<impl Fn() -> u64>) -> io::Result<()> {
         for nth in self.turns.order(self.polled.len()) {
             let index = self.polled[nth];
@@ -655,14 +659,14 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         Ok(())
     }
 
-    /// Arms queues: all of them in a pause in which the worker no longer spins, before that those that
-    /// had no work for the longest that there is any spinning.
+    /// Arms polled queues: all of them if the worker no longer spins, otherwise those that have been idle for
+    /// longer than it ever spins.
     fn arm_idle(&mut self, pause: Pause) -> io::Result<()> {
         let (last_work_ns, freed) = (self.last_work_ns, self.resources.freed);
         let (queues, unmask, waiting) = (&mut self.queues, &mut self.unmask, &mut self.waiting);
         self.polled.retain(|index| {
             let served = &mut queues[*index];
-            // Both were taken at the start of a pass: how long its last one took doesn't count.
+            // Both are the start of a pass, so that the length of the queue's last pass doesn't count.
             let quiet_ns = pause.lasted_ns + last_work_ns.saturating_sub(served.last_work_ns);
             if (pause.spins && quiet_ns < pause.limit_ns) || served.queue.arm(freed) {
                 return true;
@@ -702,14 +706,14 @@ impl Served {
     }
 }
 
-/// Tells how long each of several things has taken, one after the other.
+/// Measures how long each of several consecutive steps takes.
 struct Stopwatch<C> {
     clock_ns: C,
     since_ns: u64,
 }
 
 impl<C: Fn() -> u64> Stopwatch<C> {
-    /// The time since this was asked last.
+    /// The time since the last call.
     fn lap_ns(&mut self) -> u64 {
         let since_ns = std::mem::replace(&mut self.since_ns, (self.clock_ns)());
         self.since_ns.saturating_sub(since_ns)

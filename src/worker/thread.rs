@@ -23,7 +23,7 @@ use crate::xen::{Platform, PlatformError};
 pub struct Setup<P> {
     /// Its number.
     pub id: WorkerId,
-    /// How many workers serve disks of the same storage.
+    /// How many workers share the host's storage.
     pub workers: usize,
     /// The hypervisor.
     pub platform: P,
@@ -31,9 +31,9 @@ pub struct Setup<P> {
     pub core: Option<CoreId>,
     /// The longest it polls without work before it sleeps.
     pub poll: Duration,
-    /// What control wants.
+    /// Commands from control.
     pub commands: CommandReceiver,
-    /// What it tells control.
+    /// Reports to control.
     pub reporter: ReportSender,
 }
 
@@ -44,9 +44,9 @@ pub struct WorkerThread {
 }
 
 impl WorkerThread {
-    /// Waits until it has ended, which it does after `Command::Stop`.
+    /// Waits until it has ended, as it does after `Command::Stop`.
     pub fn join(self) {
-        // A panic was reported as Report::Stopped already.
+        // A panic has already been reported as Report::Stopped.
         let _ = self.thread.join();
     }
 }
@@ -54,25 +54,25 @@ impl WorkerThread {
 /// Why a worker can't start.
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
-    /// The hypervisor's devices.
+    /// The hypervisor's devices can't be opened.
     #[error(transparent)]
     Platform(#[from] PlatformError),
-    /// io_uring.
+    /// io_uring can't be set up.
     #[error(
         "cannot set up io_uring: allow it (sysctl kernel.io_uring_disabled=0), raise the memlock \
          limit (ulimit -l), and use Linux 5.6 or later"
     )]
     Engine(#[source] io::Error),
-    /// The core.
+    /// The core can't be used.
     #[error("cannot pin a worker to core {0}: choose from the cores that this process may use")]
     Pin(usize),
-    /// The thread itself.
+    /// The thread itself can't be started.
     #[error("cannot start a worker thread")]
     Thread(#[source] io::Error),
 }
 
-/// Starts one worker for each entry of `cores`, pinned to it where one is named; returns the ways
-/// to command them, in order. Where one can't be started the others end.
+/// Starts one worker for each entry of `cores`, pinned to that core if it names one; returns the senders of
+/// their commands, in order. If one can't be started, the others are stopped.
 pub fn spawn_all<P: Platform>(
     platform: &P,
     cores: &[Option<usize>],
@@ -97,7 +97,7 @@ pub fn spawn_all<P: Platform>(
             Ok(thread) => threads.push(thread),
             Err(error) => {
                 for sender in senders {
-                    // One that takes no more commands has ended.
+                    // A worker that takes no more commands has ended already.
                     let _ = sender.send(Command::Stop);
                 }
                 return Err(error);
@@ -108,7 +108,7 @@ pub fn spawn_all<P: Platform>(
     Ok((senders, threads))
 }
 
-/// Starts a worker's thread; returns once it is set up, or why it can't be.
+/// Starts a worker's thread; returns once it is set up or has failed.
 pub fn spawn<P: Platform>(setup: Setup<P>) -> Result<WorkerThread, SpawnError> {
     let (ready, is_ready) = bounded(1);
     let thread = std::thread::Builder::new()
@@ -117,7 +117,7 @@ pub fn spawn<P: Platform>(setup: Setup<P>) -> Result<WorkerThread, SpawnError> {
             let mut farewell = Farewell::new(setup.id, setup.reporter.clone());
             match prepare(setup) {
                 Ok(worker) => {
-                    // Only a caller that waits can be told; it always waits.
+                    // This can't fail: the caller always waits for it.
                     let _ = ready.send(Ok(()));
                     farewell.reason = serve(worker);
                 }
@@ -145,28 +145,28 @@ fn prepare<P: Platform>(setup: Setup<P>) -> Result<Worker<P, HostEngine>, SpawnE
     Ok(Worker::new(setup, engine)?)
 }
 
-/// Has a worker run to its end; why it ended, unless it was told to.
+/// Runs a worker to its end; returns why it ended, unless it was told to.
 ///
-/// If it ended in disorder, by an error or a panic, the kernel may still write to its memory for what
-/// is in flight. Then all of it stays, mappings and all, until the process ends.
+/// After an error or a panic, the kernel may still write to the worker's memory for operations in flight. So
+/// the worker is never dropped then, and its memory and mappings stay until the process ends.
 pub fn serve<P: Platform, E: Engine<Target = Image>>(worker: Worker<P, E>) -> Option<String> {
     let mut worker = ManuallyDrop::new(worker);
-    // Nothing of it is used any more after a panic.
+    // After a panic nothing of the worker is used any more.
     let ended = catch_unwind(AssertUnwindSafe(|| worker.run()));
     match ended {
         Ok(Ok(())) if worker.is_at_rest() => {
             drop(ManuallyDrop::into_inner(worker));
             None
         }
-        Ok(Ok(())) => Some("it has ended before its storage has".to_owned()),
+        Ok(Ok(())) => Some("it ended while storage operations were in flight".to_owned()),
         Ok(Err(error)) => Some(error.to_string()),
         Err(_) => Some(PANICKED.to_owned()),
     }
 }
 
-const PANICKED: &str = "it panicked; the log tells where";
+const PANICKED: &str = "it panicked; the log says where";
 
-/// Tells control that the thread ends, however it ends.
+/// Reports to control that the thread ends, whatever the reason.
 struct Farewell {
     id: WorkerId,
     reporter: ReportSender,

@@ -1,51 +1,51 @@
-//! Whose turn it is, if several queues of a worker have work.
+//! Whose turn it is when several queues of a worker have work.
 //!
-//! Each has an equal share of the worker's time. A queue that had more than the one that had the least is
-//! put off for as long as others have work, so that one request of a guest that asks for little need not
-//! wait behind all that another can think of. Nobody is put off for nothing: if no other had work, the
-//! one of them that had the least has a turn after all.
+//! Each gets an equal share of the worker's time. A queue that has had more time than the least served one
+//! is put off while others have work, so that a guest with few requests does not wait behind one with many.
+//! If no other queue turns out to have work, the least served of those put off has a turn after all.
 //!
-//! Each round starts with another queue, so that none is always first at what all share.
+//! Each round starts with the next queue, so that none is always first to take what all share.
 
 use crate::limits::{EFFORT_NS, OPERATION_WEIGHT, TURN_EFFORT};
 
-/// How much more time than the least served a queue may have had and still have its turn. Equal guests
-/// differ by less, so that all of them go on having their turns in one pass.
+/// How much more time than the least served queue a queue may have had before it is put off. Equally busy
+/// guests differ by less, so that each of them has a turn in every pass.
 const SLACK_NS: u64 = 50_000;
 
-/// How far a queue may be behind: what it did not use before that is lost. So a queue that begins after a
-/// long time keeps the others waiting for no longer than this.
+/// How much unused time a queue can save up. So a queue that was idle for long does not keep the others
+/// waiting for longer than this.
 const LAG_MAX_NS: u64 = 4 * SLACK_NS;
 
-/// For so long after it last had work a queue is expected back, and nobody is put off for one that is
-/// not. To a guest that comes less often, waiting for a few turns of others is little beside its own pauses.
+/// How long after its last work a queue is expected back; no other is put off for one that isn't. A guest
+/// that sends requests less often may wait for a few turns of others, which is little compared with its
+/// pauses.
 const EXPECTED_NS: u64 = 200_000;
 
-/// What an operation counts that a thread of the kernel does (a flush, a discard). The worker has no part in
-/// that, but often it happens on its core: a thread is woken, switched to, and rings the device's doorbell.
-/// For a flush of an ext4 file on virtio that takes 14 us (Linux 6.18). It counts for more, because it takes
-/// the core away in the middle of a pass: with 20 us a flood of flushes left another guest 0.7 to 0.9 of
-/// its share (`perf/scenarios/hostile-neighbours.toml`), with 40 us all of it.
+/// The time charged for an operation that a kernel thread executes (a flush, a discard). The worker has no
+/// part in that, but it often happens on the worker's core: a thread is woken, switched to, and rings the
+/// device's doorbell. For a flush of an ext4 file on virtio that takes 14 us (Linux 6.18). More is charged,
+/// because it takes the core away in the middle of a pass: with 20 us, a flood of flushes left another guest
+/// 0.7 to 0.9 of its share (`perf/scenarios/hostile-neighbours.toml`), with 40 us all of it.
 pub const THREAD_NS: u64 = 40_000;
 
 /// How the time of a worker is shared.
 #[derive(Debug, Default)]
 pub struct Turns {
-    /// Which of the polled queues is first.
+    /// Index of the polled queue that is first in this round.
     first: usize,
-    /// The most that any queue that had a turn has had.
+    /// The most time that any queue has had.
     ahead_ns: u64,
 }
 
-/// What it costs the worker to begin an operation without data, as it was lately for one queue.
+/// What it has lately cost the worker to begin an operation of one queue, not counting its data.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OperationCost {
     effort: u32,
 }
 
 impl OperationCost {
-    /// Takes note of the time of a turn and the weight of its operations. A cost beyond a turn's effort
-    /// counts as that: the turn ends with it in any case, and one that was held up does not count for long.
+    /// Records the time of a turn and the weight of its operations. The cost is at most a whole turn's
+    /// effort, which ends the turn in any case; so a turn that was held up once is soon forgotten.
     pub fn learn(&mut self, weight: u64, time_ns: u64) {
         let time_ns = time_ns.saturating_mul(OPERATION_WEIGHT.into());
         let Some(each_ns) = time_ns.checked_div(weight) else { return };
@@ -53,45 +53,45 @@ impl OperationCost {
         self.effort = (7 * self.effort + each) / 8;
     }
 
-    /// What one counts of a turn's effort: half of its cost, since a batch of too few is dearer for each.
+    /// The effort charged for one operation: half of its cost, because each costs more in too small a batch.
     pub fn effort(self) -> u32 {
         self.effort / 2
     }
 }
 
-/// The worker's time that one queue has had, on a scale that all queues of the worker share.
+/// The time that one queue has had, on a scale that all queues of the worker share.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TimeUsed(u64);
 
 impl Turns {
-    /// Begins a round of `count` queues: which one is first.
+    /// Begins a round of `count` queues; returns the index of the first.
     #[inline]
     pub fn begin(&mut self, count: usize) -> usize {
         self.first = if self.first + 1 < count { self.first + 1 } else { 0 };
         self.first
     }
 
-    /// The numbers of this round's `count` queues, in order.
+    /// The indices of this round's `count` queues, in order.
     #[inline]
     pub fn order(&self, count: usize) -> impl Iterator<Item = usize> + use<> {
         (self.first..count).chain(0..self.first.min(count))
     }
 
-    /// The most that a queue may have had to have its turn at `now_ns`; of each that is polled, the time it
-    /// has had and when it last had work.
+    /// The most time that a queue may have had without being put off at `now_ns`. `queues` says for each
+    /// polled queue how much time it has had and when it last had work.
     pub fn limit(&self, now_ns: u64, queues: impl Iterator<Item = (TimeUsed, u64)>) -> TimeUsed {
         let expected = queues.filter(|(_, work_ns)| now_ns.saturating_sub(*work_ns) < EXPECTED_NS);
         let least_ns = expected.map(|(used, _)| self.counted_ns(used)).min();
         TimeUsed(least_ns.map_or(u64::MAX, |least_ns| least_ns.saturating_add(SLACK_NS)))
     }
 
-    /// Takes note of time that a queue has had.
+    /// Charges a queue for time that it has had.
     pub fn charge(&mut self, used: &mut TimeUsed, time_ns: u64) {
         used.0 = self.counted_ns(*used).saturating_add(time_ns);
         self.ahead_ns = self.ahead_ns.max(used.0);
     }
 
-    /// What counts of a queue's time: it is never farther behind than [`LAG_MAX_NS`].
+    /// The time that a queue counts as having had: it is never more than [`LAG_MAX_NS`] behind.
     fn counted_ns(&self, used: TimeUsed) -> u64 {
         used.0.max(self.ahead_ns.saturating_sub(LAG_MAX_NS))
     }
@@ -101,10 +101,10 @@ impl Turns {
 mod test {
     use super::*;
 
-    /// A queue that has work at these times, each turn of which takes `turn_ns`.
+    /// A queue whose turns each take `turn_ns`.
     struct Guest {
         turn_ns: u64,
-        /// Has nothing to do for so long after each turn.
+        /// How long it has no work after each turn.
         thinks_ns: u64,
         ready_at_ns: u64,
         used: TimeUsed,
@@ -119,7 +119,7 @@ mod test {
         }
     }
 
-    /// Rounds as a worker does them, for so long; the time that each guest has had.
+    /// Plays rounds as a worker does, for `lasts_ns`; returns the time that each guest has had.
     fn play(guests: &mut [Guest], lasts_ns: u64) -> Vec<u64> {
         let (mut turns, mut now_ns) = (Turns::default(), 0);
         while now_ns < lasts_ns {
@@ -162,7 +162,7 @@ mod test {
     const SECOND: u64 = 1_000_000_000;
 
     #[test]
-    fn a_guest_that_asks_for_little_has_as_much_beside_greedy_ones_as_beside_its_like() {
+    fn a_guest_with_few_requests_gets_as_much_beside_greedy_guests_as_beside_its_equals() {
         for thinks_ns in [0, 2_000, 20_000, 100_000] {
             let like = || Guest::new(4_000, thinks_ns);
             let greedy = || Guest::new(10_000, 0);
@@ -177,7 +177,7 @@ mod test {
         let mut guests = [Guest::new(12_000, 0), Guest::new(3_000, 0), Guest::new(1_000, 50_000)];
         let had = play(&mut guests, SECOND);
         assert!(had[0].abs_diff(had[1]) < SECOND / 100, "{had:?}");
-        assert!(had[0] + had[1] > SECOND * 8 / 10, "nobody is put off for nothing: {had:?}");
+        assert!(had[0] + had[1] > SECOND * 8 / 10, "no time is wasted: {had:?}");
     }
 
     #[test]
@@ -199,7 +199,7 @@ mod test {
     }
 
     #[test]
-    fn nobody_is_put_off_for_one_that_is_not_expected_back() {
+    fn no_queue_is_put_off_for_one_that_is_not_expected_back() {
         let mut turns = Turns::default();
         let (mut busy, idle) = (TimeUsed::default(), TimeUsed::default());
         turns.charge(&mut busy, SECOND);
@@ -222,13 +222,13 @@ mod test {
         let dear = learn(50, 8, 32_000);
         assert!((190..=200).contains(&dear), "half of 4 us: {dear}");
         let held_up = learn(1, 1, SECOND);
-        assert!((dear..TURN_EFFORT / 2).contains(&held_up), "one turn is no rule: {held_up}");
+        assert!((dear..TURN_EFFORT / 2).contains(&held_up), "one slow turn: {held_up}");
         let cheap = learn(50, 32, 32_000);
         assert!((45..=50).contains(&cheap), "half of 1 us: {cheap}");
     }
 
     #[test]
-    fn another_one_is_first_each_time() {
+    fn each_round_starts_with_the_next_queue() {
         let mut turns = Turns::default();
         let firsts: Vec<usize> = (0..5).map(|_| turns.begin(3)).collect();
         assert_eq!(firsts, [1, 2, 0, 1, 2]);

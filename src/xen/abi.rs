@@ -1,11 +1,11 @@
 //! Structures shared with Xen and the kernel's Xen devices, byte for byte.
 //!
-//! Every layout is asserted when the program is built. The last field of a structure with a
-//! variable array holds as many elements as [`limits`] lets one call have.
+//! Every layout is asserted at compile time. A variable array at the end of a structure has as many elements
+//! here as [`limits`] allows in one call.
 
 use crate::limits;
 
-/// The number of an ioctl without a direction, as all of gntdev and evtchn are (`_IOC_NONE`).
+/// The number of an ioctl; none of the ioctls here has a direction (`_IOC_NONE`).
 const fn ioctl(kind: u8, number: u8, size: usize) -> libc::Ioctl {
     assert!(size < 1 << 14);
     ((size as libc::Ioctl) << 16) | ((kind as libc::Ioctl) << 8) | number as libc::Ioctl
@@ -23,15 +23,15 @@ macro_rules! layout {
 
 // Grant table: xen/include/public/grant_table.h.
 
-/// `GTF_permit_access`: the entry lets its domid at its frame.
+/// `GTF_permit_access`: the entry gives its domid access to its frame.
 pub const GTF_PERMIT_ACCESS: u16 = 1;
 /// `GTF_type_mask`: the bits that hold the entry's type.
 pub const GTF_TYPE_MASK: u16 = 3;
-/// `GTF_readonly`: only for reading.
+/// `GTF_readonly`: access is read-only.
 pub const GTF_READONLY: u16 = 1 << 2;
-/// `GTF_reading`: mapped at the moment, set by the hypervisor.
+/// `GTF_reading`: mapped now; set by the hypervisor.
 pub const GTF_READING: u16 = 1 << 3;
-/// `GTF_writing`: mapped writable at the moment, set by the hypervisor.
+/// `GTF_writing`: mapped writable now; set by the hypervisor.
 pub const GTF_WRITING: u16 = 1 << 4;
 
 /// `GNTTAB_NR_RESERVED_ENTRIES`: the first references belong to the toolstack.
@@ -39,7 +39,7 @@ pub const GNTTAB_RESERVED_ENTRIES: u32 = 8;
 
 /// `GNTST_okay`.
 pub const GNTST_OKAY: i16 = 0;
-/// `GNTST_general_error`: among others an entry that does not permit this access.
+/// `GNTST_general_error`: among other things, the entry does not permit this access.
 pub const GNTST_GENERAL_ERROR: i16 = -1;
 /// `GNTST_bad_domain`: no such domain.
 pub const GNTST_BAD_DOMAIN: i16 = -2;
@@ -58,7 +58,7 @@ pub const GNTST_NO_SPACE: i16 = -13;
 pub struct GrantEntryV1 {
     /// `GTF_*`.
     pub flags: u16,
-    /// Whom the entry concerns.
+    /// The domain that gets access.
     pub domid: u16,
     /// The guest frame number.
     pub frame: u32,
@@ -102,7 +102,7 @@ layout!(GntdevGrantRef: 8 { domid: 0, gref: 4 });
 #[repr(C)]
 #[derive(Debug)]
 pub struct GntdevMapGrantRef {
-    /// In: how many of `refs` count.
+    /// In: how many of `refs` are used.
     pub count: u32,
     /// Unused.
     pub pad: u32,
@@ -122,7 +122,7 @@ const _: () = {
 pub struct GntdevUnmapGrantRef {
     /// What the map call returned.
     pub index: u64,
-    /// As many as were mapped with it.
+    /// How many grants that call mapped.
     pub count: u32,
     /// Unused.
     pub pad: u32,
@@ -211,7 +211,7 @@ layout!(GntdevGetOffsetForVaddr: 24 { vaddr: 0, offset: 8, count: 16, pad: 20 })
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct GntdevSetMaxGrants {
-    /// Most grants mapped at a time. Kernels since 3.0 take any number.
+    /// The most grants mapped at a time. Kernels since 3.0 accept any number.
     pub count: u32,
 }
 layout!(GntdevSetMaxGrants: 4 { count: 0 });
@@ -236,7 +236,7 @@ pub const IOCTL_GNTDEV_GRANT_COPY: libc::Ioctl = ioctl(b'G', 8, size_of::<Gntdev
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct GntallocAllocGref {
-    /// In: who may map the pages.
+    /// In: the domain that may map the pages.
     pub domid: u16,
     /// In: [`GNTALLOC_FLAG_WRITABLE`] or 0.
     pub flags: u16,
@@ -254,7 +254,7 @@ const _: () = {
     assert!(std::mem::offset_of!(GntallocAllocGref, refs) == 16);
 };
 
-/// `GNTALLOC_FLAG_WRITABLE`: whoever maps a page may write it.
+/// `GNTALLOC_FLAG_WRITABLE`: a domain that maps a page may write to it.
 pub const GNTALLOC_FLAG_WRITABLE: u16 = 1;
 
 /// `IOCTL_GNTALLOC_ALLOC_GREF`; its size counts one element of the array, and padding.
@@ -266,9 +266,9 @@ pub const IOCTL_GNTALLOC_ALLOC_GREF: libc::Ioctl = ioctl(b'G', 5, 24);
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct EvtchnBindInterdomain {
-    /// Who allocated the port.
+    /// The domain that allocated the port.
     pub remote_domain: u32,
-    /// The port, as they call it.
+    /// The port's number in that domain.
     pub remote_port: u32,
 }
 layout!(EvtchnBindInterdomain: 8 { remote_domain: 0, remote_port: 4 });
@@ -277,7 +277,7 @@ layout!(EvtchnBindInterdomain: 8 { remote_domain: 0, remote_port: 4 });
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct EvtchnBindUnboundPort {
-    /// Who may bind to it.
+    /// The domain that may bind to it.
     pub remote_domain: u32,
 }
 layout!(EvtchnBindUnboundPort: 4 { remote_domain: 0 });
@@ -321,7 +321,7 @@ mod test {
     use super::*;
 
     #[test]
-    fn ioctl_numbers_are_the_kernels() {
+    fn ioctl_numbers_are_those_of_the_kernel() {
         assert_eq!(IOCTL_GNTDEV_MAP_GRANT_REF, 0x0018_4700);
         assert_eq!(IOCTL_GNTDEV_UNMAP_GRANT_REF, 0x0010_4701);
         assert_eq!(IOCTL_GNTDEV_GRANT_COPY, 0x0010_4708);

@@ -62,28 +62,28 @@ impl fmt::Display for XenbusState {
     }
 }
 
-/// What a node says, without the blanks, line break or NUL that the writer may have left around it.
-/// Linux (`xenbus_scanf`) and QEMU (`xs_node_scanf`) read with sscanf, which passes over them.
+/// A node's text without the blanks, line break or NUL that the writer may have left around it. Linux
+/// (`xenbus_scanf`) and QEMU (`xs_node_scanf`) read with sscanf, which skips them.
 pub fn word(text: &str) -> &str {
     const BLANKS: [char; 6] = [' ', '\t', '\n', '\x0b', '\x0c', '\r'];
     text.trim_start_matches(BLANKS).trim_end_matches(|c| BLANKS.contains(&c) || c == '\0')
 }
 
-/// The number that a node says: decimal digits, a `+` before them at most, as QEMU reads it, with
-/// blanks around them. In range of its type or `None`: no wrapping, and no part of a longer text. There
-/// sscanf would take `-1` for 4294967295 and `12abc` for 12, which is not what anybody meant.
+/// The number that a node holds: decimal digits, with an optional `+` before them, as QEMU reads it, and
+/// blanks around them. `None`: there is anything else, or the number is out of range. sscanf would read `-1`
+/// as 4294967295 and `12abc` as 12, which nobody meant.
 pub fn number<T: FromStr>(text: &str) -> Option<T> {
     let word = word(text);
     parse_decimal(word.strip_prefix('+').unwrap_or(word))
 }
 
-/// Whether a node says yes: any number but 0, as `xenbus_read_unsigned` is used. `None` where it says no
-/// number.
+/// Whether a node means yes: any number but 0 does, as Linux reads flags with `xenbus_read_unsigned`. `None`:
+/// it holds no number.
 pub fn flag(text: &str) -> Option<bool> {
     number::<u64>(text).map(|number| number != 0)
 }
 
-/// The number of the domain that reads it, relative to its own directory.
+/// A relative path, at which each domain reads its own domid.
 pub const OWN_DOMID: &str = "domid";
 
 /// Both areas: how far this end has got.
@@ -115,13 +115,13 @@ pub const SCRIPT: &str = "script";
 pub const HOTPLUG_STATUS: &str = "hotplug-status";
 /// Backend area: why the hotplug script failed; libxl prints it.
 pub const HOTPLUG_ERROR: &str = "hotplug-error";
-/// Backend area: present where polldisk made both areas itself (`polldisk attach`).
+/// Backend area: present if polldisk made both areas itself (`polldisk attach`).
 pub const ATTACHED: &str = "polldisk-attached";
 
-/// Backend area: which disk of which daemon has taken it on; unique to that disk.
+/// Backend area: a mark of the daemon and disk that serve it; unique to that disk.
 pub const SERVED_BY: &str = "polldisk-served-by";
 
-/// Backend area: 512-byte sectors, whatever `sector-size` says.
+/// Backend area: the size in 512-byte sectors, regardless of `sector-size`.
 pub const SECTORS: &str = "sectors";
 /// Backend area: bytes in a logical block.
 pub const SECTOR_SIZE: &str = "sector-size";
@@ -135,21 +135,21 @@ pub const FEATURE_FLUSH_CACHE: &str = "feature-flush-cache";
 pub const FEATURE_BARRIER: &str = "feature-barrier";
 /// Backend area: BLKIF_OP_DISCARD is understood.
 pub const FEATURE_DISCARD: &str = "feature-discard";
-/// Backend area: bytes of the smallest part that a discard gives back.
+/// Backend area: bytes in the smallest range that a discard can free.
 pub const DISCARD_GRANULARITY: &str = "discard-granularity";
-/// Backend area: byte where the first such part starts.
+/// Backend area: byte where the first such range starts.
 pub const DISCARD_ALIGNMENT: &str = "discard-alignment";
 /// Backend area: BLKIF_DISCARD_SECURE is understood.
 pub const DISCARD_SECURE: &str = "discard-secure";
-/// Backend area, from the toolstack: 0 where discards are not to be offered.
+/// Backend area, from the toolstack: 0 if discards are not to be offered.
 pub const DISCARD_ENABLE: &str = "discard-enable";
 /// Both areas: granted pages stay mapped.
 pub const FEATURE_PERSISTENT: &str = "feature-persistent";
-/// Backend area: most segments of an indirect request.
+/// Backend area: the most segments of an indirect request.
 pub const FEATURE_MAX_INDIRECT_SEGMENTS: &str = "feature-max-indirect-segments";
 /// Backend area: log2 of the largest ring in pages.
 pub const MAX_RING_PAGE_ORDER: &str = "max-ring-page-order";
-/// Backend area: most rings of one disk.
+/// Backend area: the most rings of one disk.
 pub const MULTI_QUEUE_MAX_QUEUES: &str = "multi-queue-max-queues";
 
 /// Frontend area, from the toolstack: the backend's directory.
@@ -162,7 +162,7 @@ pub const VIRTUAL_DEVICE: &str = "virtual-device";
 pub const PROTOCOL: &str = "protocol";
 /// Frontend area: the grant of a one-page ring. A larger ring's grants add a number to it.
 pub const RING_REF: &str = "ring-ref";
-/// Frontend area: log2 of the ring in pages; its presence alone means `ring-refN`.
+/// Frontend area: log2 of the ring in pages. If it is present at all, the grants are in `ring-refN`.
 pub const RING_PAGE_ORDER: &str = "ring-page-order";
 /// Frontend area: the port to bind to.
 pub const EVENT_CHANNEL: &str = "event-channel";
@@ -176,7 +176,7 @@ pub const VDISK_REMOVABLE: u32 = 2;
 /// `info` flag of a disk that can't be written (`VDISK_READONLY`).
 pub const VDISK_READONLY: u32 = 4;
 
-/// The class of device that a frontend is, whatever the backend's type: `device/vbd/...`.
+/// The frontend's device class, regardless of the backend's type: `device/vbd/...`.
 pub const FRONTEND_CLASS: &str = "vbd";
 
 /// A domain's own directory.
@@ -212,7 +212,7 @@ mod test {
     use super::*;
 
     #[test]
-    fn numbers_are_read_as_sscanf_reads_them_where_that_is_one_way_only() {
+    fn numbers_are_read_as_sscanf_reads_them_unless_that_is_ambiguous() {
         for text in ["8", " 8", "8\n", "\t 8 \r\n", "+8", "008", "8\0", "8\n\0", "\x0b8\x0c"] {
             assert_eq!(number(text), Some(8), "{text:?}");
         }
@@ -253,7 +253,7 @@ mod test {
         }
 
         #[test]
-        fn what_is_read_is_all_that_is_there(text in "\\PC{0,6}|[-+ 0-9\\n]{0,8}") {
+        fn a_number_is_the_whole_text(text in "\\PC{0,6}|[-+ 0-9\\n]{0,8}") {
             if let Some(value) = number::<u64>(&text) {
                 let digits: String = text.chars().filter(char::is_ascii_digit).collect();
                 prop_assert_eq!(digits.parse::<u64>(), Ok(value));

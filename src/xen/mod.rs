@@ -1,4 +1,4 @@
-//! The boundary to whoever plays the hypervisor.
+//! The boundary to the hypervisor, or to what stands in for it.
 //!
 //! Everything that polldisk asks of Xen goes through four traits: [`Platform`] opens the other
 //! three, [`Store`] is xenstore (control thread), [`Events`] the event channels and [`Grants`] the
@@ -55,11 +55,11 @@ pub struct PlatformError {
 ///
 /// Errors carry xenstored's errno (`raw_os_error`), so a missing node is `ErrorKind::NotFound`.
 pub trait Nodes: Xs {
-    /// Writes nodes below `area`, in order, without waiting for each to be answered. Where some are
-    /// refused, the first refusal is the error and the others are written.
+    /// Writes nodes below `area`, in order, without waiting for each answer. If some are refused, the first
+    /// refusal is the error, and the others are still written.
     fn write_all(&self, area: &str, nodes: &[(&str, String)]) -> io::Result<()>;
-    /// Reads nodes below `area`, in order, without waiting for each to be answered. An error of its own
-    /// means that nothing is known of any.
+    /// Reads nodes below `area`, in order, without waiting for each answer. An outer error means that nothing
+    /// is known about any of them.
     fn read_all(&self, area: &str, nodes: &[&str]) -> io::Result<Vec<io::Result<Box<str>>>>;
     /// Creates an empty node; one that exists stays as it is.
     fn mkdir(&self, path: &str) -> io::Result<()>;
@@ -69,7 +69,7 @@ pub trait Nodes: Xs {
     fn set_permissions(&self, path: &str, permissions: &[Permission]) -> io::Result<()>;
 }
 
-/// What was read of a node; `None` where the node is missing.
+/// What was read from a node; `None`: the node is missing.
 pub fn if_there<T>(read: io::Result<T>) -> io::Result<Option<T>> {
     match read {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -79,25 +79,25 @@ pub fn if_there<T>(read: io::Result<T>) -> io::Result<Option<T>> {
 
 /// A xenstore connection whose watch events arrive through a pollable descriptor.
 ///
-/// Requests are answered at once (xenstored is local and quick); events that arrive meanwhile
-/// are kept for [`Store::next_event`], and the descriptor is readable while one is kept.
+/// A request waits for its answer (xenstored is local and quick). Events that arrive meanwhile are kept for
+/// [`Store::next_event`], and the descriptor is readable while any is kept.
 pub trait Store: Nodes + XsTransaction<Span: Nodes + XsTransactionSpan> + AsFd {
-    /// Asks for an event whenever `path` or a node below it changes; one comes at once.
+    /// Asks for an event whenever `path` or a node below it changes; the first one comes at once.
     fn watch(&self, path: &str, token: &str) -> io::Result<()>;
     /// Ends a watch made with the same path and token.
     fn unwatch(&self, path: &str, token: &str) -> io::Result<()>;
-    /// The next event that is here already; never blocks. After the descriptor was readable, call
+    /// The next event that has already arrived; never blocks. After the descriptor was readable, call
     /// until `None`. An error means that the connection is lost.
     fn next_event(&self) -> io::Result<Option<WatchEvent>>;
 
-    /// Reads a node, and drops the events of the watch with `token` about this very node that tell of
-    /// writes before that.
+    /// Reads a node, and drops those events of the watch with `token` that report earlier writes to this very
+    /// node.
     fn read_up_to_date(&self, path: &str, token: &str) -> io::Result<Box<str>>;
 
-    /// Whether xenstored knows the domain: it has begun and has not ended.
+    /// Whether xenstored knows the domain: it was created and is not yet destroyed.
     fn is_domain_introduced(&self, domid: DomId) -> io::Result<bool>;
 
-    /// Runs `body` as one transaction, again where another writer came between (EAGAIN), at most
+    /// Runs `body` as one transaction, and again if another writer interfered (EAGAIN), at most
     /// `limits::STORE_TRANSACTION_TRIES` times. An error from `body` aborts the transaction.
     fn atomically<T>(&self, body: impl Fn(&Self::Span) -> io::Result<T>) -> io::Result<T> {
         for _ in 0..crate::limits::STORE_TRANSACTION_TRIES {
@@ -113,12 +113,11 @@ pub trait Store: Nodes + XsTransaction<Span: Nodes + XsTransactionSpan> + AsFd {
     }
 }
 
-/// A change under a watched path. One for the watched path itself says that anything below it may
-/// have changed: the first one of a watch is such, and one that stands for many (see
-/// [`store::events`]).
+/// A change at or below a watched path. An event for the watched path itself means that anything below it may
+/// have changed: a watch's first event is one, and so is one that replaces many (see [`store::events`]).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct WatchEvent {
-    /// The node that changed, relative where the watched path was.
+    /// The node that changed; relative if the watched path was.
     pub path: String,
     /// The token given with the watch.
     pub token: String,
@@ -127,7 +126,7 @@ pub struct WatchEvent {
 /// One entry of a node's permissions: `r5`, `w5`, `b5` or `n5` on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Permission {
-    /// Whom it concerns.
+    /// The domain that it applies to.
     pub domid: DomId,
     /// What it may do.
     pub access: NodeAccess,
@@ -149,7 +148,7 @@ pub enum NodeAccess {
 /// Event channels of one thread. The descriptor is readable while a bound port is pending and
 /// unmasked. A port that became pending stays masked until [`Events::unmask`].
 pub trait Events: AsFd {
-    /// Binds to a port that `remote` allocated for us; returns ours. As on Xen, it starts pending.
+    /// Binds to a port that `remote` allocated for us; returns our port, which starts pending, as on Xen.
     fn bind_interdomain(&mut self, remote: DomId, port: Port) -> io::Result<Port>;
     /// Closes a port of ours.
     fn unbind(&mut self, port: Port) -> io::Result<()>;
@@ -163,9 +162,9 @@ pub trait Events: AsFd {
 
 /// Grant mappings and copies of one thread. Closing it unmaps everything.
 pub trait Grants {
-    /// Maps pages of `domid` as one contiguous range, in the order given. All or nothing: one bad
-    /// reference fails the whole batch and nothing stays mapped, so that a caller who wants to
-    /// know which one was bad maps them singly (XSA-361, XSA-365).
+    /// Maps pages of `domid` as one contiguous range, in the order given. All or nothing: one bad reference
+    /// fails the whole batch and nothing stays mapped. To find the bad one, the caller maps them one by one
+    /// (XSA-361, XSA-365).
     fn map(
         &mut self,
         domid: DomId,
@@ -173,15 +172,15 @@ pub trait Grants {
         access: PageAccess,
     ) -> io::Result<GuestPages>;
 
-    /// Unmaps a whole range. Nothing may use an address of it any more.
+    /// Unmaps a whole range. No address in it may be used any more.
     fn unmap(&mut self, pages: GuestPages) -> io::Result<()>;
 
-    /// Copies between local memory and granted pages: one system call however many segments.
-    /// `Err` means that none was done; otherwise each segment's `status` tells (XSA-365).
+    /// Copies between local memory and granted pages, many segments by one system call. `Err` means that none
+    /// was copied; otherwise each segment's `status` says whether it was (XSA-365).
     fn copy(&mut self, domid: DomId, segments: &mut [GrantCopy]) -> io::Result<()>;
 }
 
-/// What a mapping is for.
+/// What a mapping may be used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum PageAccess {
     /// Read only, `GNTMAP_readonly`.
@@ -199,9 +198,9 @@ pub struct GrantCopy {
     pub offset: u16,
     /// Bytes to copy, 1 to 4096 - offset.
     pub len: u16,
-    /// Our memory: valid for `len` bytes until the copy returned.
+    /// Our memory, which must be valid for `len` bytes until the copy returns.
     pub local: *mut u8,
-    /// Which way.
+    /// Which way to copy.
     pub direction: CopyDirection,
     /// `GNTST_okay` (0) or a negative `GNTST_*`, set by the copy.
     pub status: i16,

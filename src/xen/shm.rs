@@ -1,7 +1,7 @@
 //! Memory that a guest can write while we look at it.
 //!
 //! [`GuestPages`] owns a mapping, [`SharedPage`] views one as a ring, [`GuestBuf`] names a piece of
-//! one page. These are the only types that touch guest memory, and none of them ever forms a Rust
+//! memory. These are the only types that touch guest memory, and none of them ever forms a Rust
 //! reference or slice over it: every access is one volatile or atomic load or store, so each byte
 //! is fetched once and what is validated is what is used (XSA-155).
 #![allow(unsafe_code)]
@@ -11,7 +11,7 @@ use std::num::NonZeroU16;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Bytes in a granted page: 4 KiB whatever page size either domain's kernel uses.
+/// Bytes in a granted page: 4 KiB, regardless of the page size of either domain's kernel.
 pub const PAGE_BYTES: usize = 4096;
 /// [`PAGE_BYTES`] as a buffer's length.
 pub const PAGE_LEN: u32 = 4096;
@@ -19,8 +19,8 @@ const _: () = assert!(PAGE_LEN as usize == PAGE_BYTES);
 
 /// A contiguous range of another domain's pages, mapped here.
 ///
-/// Not `Clone`, and without `Drop`: it goes back to the [`super::Grants`] that made it, which needs
-/// its own state to unmap. Closing that `Grants` unmaps what was not given back.
+/// It is neither `Clone` nor `Drop`: it goes back to the [`super::Grants`] that made it, which needs its own
+/// state to unmap it. Dropping that `Grants` unmaps what was not given back.
 #[derive(Debug)]
 pub struct GuestPages {
     base: NonNull<u8>,
@@ -29,12 +29,12 @@ pub struct GuestPages {
     registration: Option<Registration>,
 }
 
-/// The name by which an engine knows memory that it prepared for.
+/// The name by which an engine knows memory that was registered with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Registration(pub NonZeroU16);
 
 impl GuestPages {
-    /// Takes charge of `count` pages at `base`. `cookie` is the platform's own name for the
+    /// Takes ownership of `count` pages at `base`. `cookie` is the platform's own name for the
     /// mapping (gntdev's index).
     ///
     /// # Safety
@@ -60,12 +60,12 @@ impl GuestPages {
         self.cookie
     }
 
-    /// As which an engine knows the range.
+    /// The name by which an engine knows the range, if any.
     pub fn registration(&self) -> Option<Registration> {
         self.registration
     }
 
-    /// From now on pages of the range say that an engine knows them so.
+    /// Sets the name by which an engine knows the range, for its buffers from now on.
     pub fn set_registration(&mut self, registration: Option<Registration>) {
         self.registration = registration;
     }
@@ -80,7 +80,7 @@ impl GuestPages {
     /// One whole page of the range.
     ///
     /// # Panics
-    /// Where `index` is not below [`GuestPages::count`].
+    /// If `index` is not below [`GuestPages::count`].
     pub fn page(&self, index: usize) -> GuestBuf {
         assert!(index < self.count);
         // SAFETY: index is inside the range, which is mapped contiguously (from_raw).
@@ -89,11 +89,11 @@ impl GuestPages {
     }
 }
 
-/// A piece of one page of memory that a guest may be writing, or of memory of our own: an address
-/// and a length, for the kernel (`iovec`) or for a byte-wise copy.
+/// A piece of memory that a guest may be writing to, or of our own memory: an address and a length, for the
+/// kernel (`iovec`) or for a byte-wise copy.
 ///
-/// It is plain data and does not keep the mapping alive: whoever unmaps makes sure first that no
-/// request in flight holds one (a queue unmaps only after it has drained).
+/// It is plain data and does not keep the mapping alive: before a queue unmaps pages, it makes sure that no
+/// request in flight holds a piece of them.
 #[derive(Clone, Copy, Debug)]
 pub struct GuestBuf {
     address: NonNull<u8>,
@@ -114,12 +114,12 @@ impl GuestBuf {
         GuestBuf { address, len, registration: None }
     }
 
-    /// The same bytes, in memory that an engine knows so.
+    /// The same bytes, with the name by which an engine knows their memory.
     pub fn registered(self, registration: Option<Registration>) -> GuestBuf {
         GuestBuf { registration, ..self }
     }
 
-    /// As which an engine knows the memory that it lies in.
+    /// The name by which an engine knows the memory that it lies in, if any.
     pub fn registration(self) -> Option<Registration> {
         self.registration
     }
@@ -139,7 +139,7 @@ impl GuestBuf {
         self.len == 0
     }
 
-    /// A part of it; `None` where that reaches past the end.
+    /// A part of it; `None` if that reaches past the end.
     pub fn part(self, offset: u32, len: u32) -> Option<GuestBuf> {
         if offset.checked_add(len)? > self.len {
             return None;
@@ -149,7 +149,7 @@ impl GuestBuf {
         Some(GuestBuf { address, len, ..self })
     }
 
-    /// Copies `from` into the guest's memory, as much as both hold.
+    /// Copies `from` into the guest's memory, as many bytes as both hold.
     pub fn copy_from(self, from: &[u8]) {
         let len = from.len().min(self.len as usize);
         // SAFETY: len bytes are valid on both sides; a guest that writes meanwhile garbles only
@@ -157,15 +157,15 @@ impl GuestBuf {
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.address.as_ptr(), len) };
     }
 
-    /// Copies the guest's memory into `to`, as much as both hold. Where the guest writes
-    /// meanwhile, any mixture of old and new bytes arrives; the caller judges only the copy.
+    /// Copies the guest's memory into `to`, as many bytes as both hold. If the guest writes meanwhile, the
+    /// copy is any mixture of old and new bytes; the caller checks and uses only the copy.
     pub fn copy_to(self, to: &mut [u8]) {
         let len = to.len().min(self.len as usize);
         // SAFETY: len bytes are valid on both sides, and `to` is ours alone.
         unsafe { std::ptr::copy_nonoverlapping(self.address.as_ptr(), to.as_mut_ptr(), len) };
     }
 
-    /// Copies to another piece, as much as both hold. They lie in different mappings, or apart.
+    /// Copies to another piece, as many bytes as both hold.
     pub fn copy_into(self, to: GuestBuf) {
         let len = self.len.min(to.len) as usize;
         // SAFETY: len bytes are valid on both sides (from_raw, part); `copy` allows overlap.
@@ -179,7 +179,7 @@ impl GuestBuf {
     }
 }
 
-/// Pages of our own, zeroed: bounce memory for data that is copied instead of mapped.
+/// Zeroed pages of our own: bounce memory for data that is copied instead of mapped.
 #[derive(Debug)]
 pub struct LocalPages {
     base: NonNull<u8>,
@@ -193,7 +193,7 @@ impl LocalPages {
     /// Allocates `count` pages.
     ///
     /// # Panics
-    /// Where `count` is 0; where memory is exhausted the process ends, as for any allocation.
+    /// If `count` is 0. If memory is exhausted the process ends, as with any allocation.
     pub fn new(count: usize) -> LocalPages {
         assert!(count > 0);
         let layout = Layout::array::<[u8; PAGE_BYTES]>(count)
@@ -209,10 +209,10 @@ impl LocalPages {
         self.layout.size() / PAGE_BYTES
     }
 
-    /// One whole page. The owner sees to it that none is in use when it drops them.
+    /// One whole page. When the owner drops this value, no page of it may be in use.
     ///
     /// # Panics
-    /// Where `index` is not below [`LocalPages::count`].
+    /// If `index` is not below [`LocalPages::count`].
     pub fn page(&self, index: usize) -> GuestBuf {
         self.run(index, 1)
     }
@@ -220,7 +220,7 @@ impl LocalPages {
     /// `count` whole pages from `first` on, as [`LocalPages::page`].
     ///
     /// # Panics
-    /// Where they are not all inside, or are 4 GiB or more.
+    /// If they are not all inside, or are 4 GiB or more.
     pub fn run(&self, first: usize, count: usize) -> GuestBuf {
         assert!(first < self.count() && count <= self.count() - first);
         let len = u32::try_from(count * PAGE_BYTES).expect("less than 4 GiB");
@@ -254,7 +254,7 @@ pub struct SharedPage {
 // over, LocalPages), whichever thread has it; every access is a volatile or atomic one.
 unsafe impl Send for SharedPage {}
 
-/// Who keeps the memory of a [`SharedPage`].
+/// What owns the memory of a [`SharedPage`].
 #[derive(Debug)]
 enum Memory {
     Elsewhere,
@@ -283,7 +283,7 @@ impl SharedPage {
         SharedPage { base, len, memory: Memory::Elsewhere }
     }
 
-    /// Views mapped pages, which stay inside until [`SharedPage::into_guest_pages`].
+    /// Views mapped pages, and owns them until [`SharedPage::into_guest_pages`].
     pub fn over(pages: GuestPages) -> SharedPage {
         let len = pages.count() * PAGE_BYTES;
         SharedPage { base: pages.base(), len, memory: Memory::Guest(pages) }
@@ -310,7 +310,7 @@ impl SharedPage {
     /// The 32-bit word at a byte offset, for atomic access.
     ///
     /// # Panics
-    /// Where the offset is unaligned or out of range.
+    /// If the offset is unaligned or out of range.
     #[inline]
     pub fn atomic(&self, offset: usize) -> &AtomicU32 {
         // SAFETY: `word` checked alignment and range; the other end may write at any time, which
@@ -321,7 +321,7 @@ impl SharedPage {
     /// Loads `N` words from a byte offset, each once, in ascending order.
     ///
     /// # Panics
-    /// Where the offset is unaligned or the words reach past the end.
+    /// If the offset is unaligned or the words reach past the end.
     #[inline]
     pub fn load<T: Word + Default, const N: usize>(&self, offset: usize) -> [T; N] {
         let mut words = [T::default(); N];
@@ -332,7 +332,7 @@ impl SharedPage {
     /// Loads words from a byte offset into `words`, each once, in ascending order.
     ///
     /// # Panics
-    /// Where the offset is unaligned or the words reach past the end.
+    /// If the offset is unaligned or the words reach past the end.
     #[inline]
     pub fn load_into<T: Word>(&self, offset: usize, words: &mut [T]) {
         let first = self.word::<T>(offset, words.len());
@@ -342,10 +342,10 @@ impl SharedPage {
         }
     }
 
-    /// Loads words from a byte offset on, each once, in ascending order, as they are asked for.
+    /// Loads words from a byte offset on, lazily, each once, in ascending order.
     ///
     /// # Panics
-    /// Where the offset is unaligned or the words reach past the end.
+    /// If the offset is unaligned or the words reach past the end.
     #[inline]
     pub fn words<T: Word>(&self, offset: usize, count: usize) -> impl Iterator<Item = T> {
         let first = self.word::<T>(offset, count);
@@ -353,8 +353,7 @@ impl SharedPage {
         (0..count).map(move |index| unsafe { first.add(index).read_volatile() })
     }
 
-    /// Has the processor fetch the cache line of a byte, without waiting for it; past the end
-    /// nothing happens.
+    /// Prefetches the cache line of a byte, without waiting for it; does nothing past the end.
     #[inline]
     pub fn prefetch(&self, offset: usize) {
         #[cfg(target_arch = "x86_64")]
@@ -370,7 +369,7 @@ impl SharedPage {
     /// Stores words from a byte offset on, each once, in ascending order.
     ///
     /// # Panics
-    /// Where the offset is unaligned or the words reach past the end.
+    /// If the offset is unaligned or the words reach past the end.
     #[inline]
     pub fn store<T: Word>(&self, offset: usize, words: &[T]) {
         let first = self.word::<T>(offset, words.len());

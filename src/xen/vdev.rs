@@ -13,12 +13,12 @@ use std::str::FromStr;
 
 use crate::units::{VbdId, parse_decimal};
 
-/// A virtual disk's number that a name was given for.
+/// A virtual disk's number, which a name such as `xvda` stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Vdev(VbdId);
 
 impl Vdev {
-    /// The number, as the areas in xenstore are named.
+    /// The number, by which the disk's areas in xenstore are named.
     pub fn id(self) -> VbdId {
         self.0
     }
@@ -33,8 +33,8 @@ impl From<VbdId> for Vdev {
 /// Text that names no virtual disk.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "\"{0}\" is no vdev; write xvda to xvdzzz, hda to hdd, sda to sdp, d0 or d0p1, \
-     each with a partition number if wanted, or a plain device number"
+    "\"{0}\" is not a vdev: write xvda to xvdzzz, hda to hdd or sda to sdp, with a partition \
+     number if wanted, or d0 or d0p1, or a plain device number"
 )]
 pub struct BadVdev(pub String);
 
@@ -87,7 +87,7 @@ fn xvd(disk: u32, partition: u32) -> u32 {
     }
 }
 
-/// A disk in letters (a, b, ... z, aa, ab, ...) and perhaps a partition without leading zeroes.
+/// A disk in letters (a, b, ... z, aa, ab, ...) and an optional partition without leading zeroes.
 fn lettered(text: &str, disk_max: u32, partition_max: u32) -> Option<(u32, u32)> {
     let letters = text.bytes().take_while(u8::is_ascii_lowercase).count();
     let (letters, digits) = text.split_at(letters);
@@ -116,7 +116,7 @@ fn number(text: &str) -> Option<u32> {
     (number <= NUMBER_MAX).then_some(number)
 }
 
-/// The name that stands for the number, or the number itself where none does.
+/// The name that stands for the number, or the number itself if there is none.
 impl fmt::Display for Vdev {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let number = self.0.0;
@@ -178,7 +178,7 @@ mod test {
     }
 
     #[test]
-    fn numbers_are_taken_as_libxl_takes_them() {
+    fn numbers_are_read_as_libxl_reads_them() {
         assert_eq!(id("51712"), 51712);
         assert_eq!(id("0xca00"), 51712);
         assert_eq!(id("0145000"), 51712);
@@ -187,7 +187,7 @@ mod test {
     }
 
     #[test]
-    fn what_names_no_disk_is_refused() {
+    fn text_that_names_no_disk_is_refused() {
         for text in [
             "",
             "xvd",
@@ -222,7 +222,7 @@ mod test {
     }
 
     #[test]
-    fn the_last_disk_of_the_extended_numbers_is_named() {
+    fn the_last_extended_number_has_a_name() {
         assert_eq!(id("d1048575p255"), 1 << 28 | 0xf_ffff << 8 | 255);
         assert_eq!(Vdev::from(VbdId(id("d1048575p255"))).to_string(), "xvdbgqcv255");
     }

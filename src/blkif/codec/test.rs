@@ -71,7 +71,7 @@ proptest! {
 
 /// Offsets of `struct blkif_request` on x86_64: id 8, sector_number 16, seg 24, 8 bytes each.
 #[test]
-fn the_x86_64_layout_is_the_headers() {
+fn the_x86_64_layout_is_that_of_the_header() {
     let page = LocalPages::new(1).into_shared();
     let mut request = RawDirect::new(op::WRITE, 0x1112_1314_1516_1718, 0x2122_2324_2526_2728);
     request.nr_segments = 2;
@@ -83,9 +83,9 @@ fn the_x86_64_layout_is_the_headers() {
     assert_eq!(page.load::<u32, 2>(96), [0x4142_4344, 0x0000_0705]);
 }
 
-/// The same on x86_32, where a u64 is aligned to 4: id 4, sector_number 12, seg 20.
+/// The same on x86_32, which aligns a u64 to 4 bytes: id 4, sector_number 12, seg 20.
 #[test]
-fn the_x86_32_layout_is_the_headers() {
+fn the_x86_32_layout_is_that_of_the_header() {
     let page = LocalPages::new(1).into_shared();
     let mut request = RawDirect::new(op::READ, 0x1112_1314_1516_1718, 0x2122_2324_2526_2728);
     request.nr_segments = 1;
@@ -110,7 +110,7 @@ fn a_response_overwrites_its_padding() {
 
 /// `struct blkif_request_indirect`: nr_segments at 2, the pages at 28 (x86_64) and 24 (x86_32).
 #[test]
-fn the_indirect_layouts_are_the_headers() {
+fn the_indirect_layouts_are_those_of_the_header() {
     let page = LocalPages::new(1).into_shared();
     let request = RawRequest::Indirect(RawIndirect {
         operation: op::WRITE,
@@ -130,7 +130,7 @@ fn the_indirect_layouts_are_the_headers() {
 
 /// `struct blkif_request_discard`: nr_sectors at 24 (x86_64) and 20 (x86_32).
 #[test]
-fn the_discard_layouts_are_the_headers() {
+fn the_discard_layouts_are_those_of_the_header() {
     let page = LocalPages::new(1).into_shared();
     let discard = RawDiscard { flag: 1, handle: 2, id: 3, sector: 4, nr_sectors: 1 << 40 };
     let request = RawRequest::Discard(discard);

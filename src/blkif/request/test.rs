@@ -74,7 +74,7 @@ fn a_request_ends_with_the_disk() {
 }
 
 #[test]
-fn a_read_only_disk_refuses_every_change_and_takes_a_flush() {
+fn a_read_only_disk_refuses_every_change_but_takes_a_flush() {
     let disk = disk(100, 512, true);
     for operation in [op::WRITE, op::FLUSH_DISKCACHE, op::WRITE_BARRIER] {
         assert_eq!(fault(&raw(operation, 0, &[(0, 7)]), &disk), RequestFault::ReadOnly);
@@ -93,7 +93,7 @@ fn a_4kn_disk_takes_whole_blocks_only() {
 }
 
 #[test]
-fn what_nobody_defined_is_not_supported() {
+fn an_undefined_operation_is_not_supported() {
     let disk = disk(100, 512, false);
     for operation in [4, 7, 255] {
         let fault = fault(&raw(operation, 0, &[(0, 7)]), &disk);
@@ -103,7 +103,7 @@ fn what_nobody_defined_is_not_supported() {
 
 proptest! {
     #[test]
-    fn a_request_that_exists_is_inside_the_disk_and_its_pages(
+    fn a_request_that_passes_is_inside_the_disk_and_its_pages(
         operation in 0u8..8,
         nr_segments: u8,
         sector in prop_oneof![0u64..2000, any::<u64>()],
@@ -182,7 +182,7 @@ fn the_segments_of_an_indirect_request_are_checked_like_any_other() {
 }
 
 #[test]
-fn a_discard_lies_on_the_disk_and_is_refused_where_it_was_not_offered() {
+fn a_discard_lies_on_the_disk_and_is_refused_if_it_was_not_offered() {
     let disk = disk(800, 4096, false);
     let discard =
         |flag, sector, nr_sectors| RawDiscard { flag, handle: 0, id: 1, sector, nr_sectors };

@@ -33,7 +33,7 @@ fn okay(id: u64) -> RawResponse {
 }
 
 #[test]
-fn ring_sizes_are_the_headers() {
+fn ring_sizes_are_those_of_the_header() {
     for protocol in [Protocol::X86_64, Protocol::X86_32] {
         let sizes = [1, 2, 4, 8, 16, 32].map(|pages| ring_entries(pages * PAGE_BYTES, protocol));
         assert_eq!(sizes, [32, 64, 128, 256, 512, 1024]);
@@ -76,7 +76,7 @@ fn a_backend_that_polls_is_never_notified() {
 }
 
 #[test]
-fn a_backend_that_was_woken_otherwise_is_not_notified() {
+fn a_backend_that_disarmed_is_not_notified() {
     let mut ends = ends(1, Protocol::X86_64);
     ends.front.put(&read(0));
     ends.front.publish();
@@ -109,7 +109,7 @@ fn a_req_prod_too_far_ahead_is_a_fault_and_not_a_loop() {
 }
 
 #[test]
-fn a_req_prod_that_goes_back_yields_nothing() {
+fn a_req_prod_that_goes_back_yields_no_request() {
     let mut ends = ends(1, Protocol::X86_64);
     for id in 0..4 {
         ends.front.put(&read(id));
@@ -157,7 +157,7 @@ proptest! {
     /// Any order of steps at the two ends moves every request and response across once, in order,
     /// and neither end ever sees more than was published.
     #[test]
-    fn nothing_is_lost_or_doubled(
+    fn nothing_is_lost_or_duplicated(
         steps in prop::collection::vec(
             prop::sample::select(vec![
                 Step::Put, Step::PublishRequests, Step::Take, Step::Answer,

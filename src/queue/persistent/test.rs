@@ -40,10 +40,10 @@ impl Grants for FakeGrants {
     }
 }
 
-/// An engine that knows ranges of memory and does nothing else.
+/// An engine that registers ranges of memory and does nothing else.
 #[derive(Debug, Default)]
 struct FakeEngine {
-    /// By their first byte's address.
+    /// The address of each range's first byte.
     registered: HashMap<NonZeroU16, NonNull<u8>>,
     full: bool,
 }
@@ -64,7 +64,7 @@ impl RegisterBuffers for FakeEngine {
     }
 }
 
-/// What a worker has.
+/// A worker's grants and engine.
 #[derive(Debug, Default)]
 struct Host {
     grants: FakeGrants,
@@ -79,7 +79,7 @@ impl Host {
 
 const GUEST: DomId = DomId::DOM0;
 
-/// A queue's pages, where no other queue is in its way.
+/// The pages of a queue that shares its budget with no other.
 fn alone() -> PersistentGrants {
     PersistentGrants::new(GrantShare::of(Arc::new(GrantBudget::new(usize::MAX))))
 }
@@ -90,13 +90,13 @@ fn map(persistent: &mut PersistentGrants, host: &mut Host, refs: std::ops::Range
 }
 
 #[test]
-fn what_was_idle_for_long_is_unmapped_and_what_is_used_stays() {
+fn batches_that_are_long_idle_are_unmapped_and_those_in_use_stay() {
     let (mut persistent, mut host) = (alone(), Host::default());
     map(&mut persistent, &mut host, 0..10);
     map(&mut persistent, &mut host, 10..20);
     map(&mut persistent, &mut host, 20..30);
     for _ in 0..=PERSISTENT_IDLE_SWEEPS {
-        // 5 is used again and again; 25 belongs to a request that storage takes long for.
+        // 5 is used repeatedly; 25 belongs to a request that storage takes long to complete.
         persistent.page(5).unwrap();
         persistent.sweep(&mut host.mapper(), [25].into_iter());
     }
@@ -108,7 +108,7 @@ fn what_was_idle_for_long_is_unmapped_and_what_is_used_stays() {
 }
 
 #[test]
-fn a_full_cache_makes_room_by_what_is_idle_and_never_by_what_is_in_flight() {
+fn a_full_cache_makes_room_by_unmapping_idle_batches_and_never_those_in_flight() {
     let (mut persistent, mut host) = (alone(), Host::default());
     let full = u32::try_from(PERSISTENT_GRANTS_PER_QUEUE).unwrap();
     let third = full / 3;
@@ -131,7 +131,7 @@ fn a_full_cache_makes_room_by_what_is_idle_and_never_by_what_is_in_flight() {
 }
 
 #[test]
-fn one_bad_reference_keeps_no_good_one_unmapped() {
+fn one_bad_reference_does_not_keep_good_ones_from_being_mapped() {
     let (mut persistent, mut host) = (alone(), Host::default());
     host.grants.refused.insert(7);
     map(&mut persistent, &mut host, 0..10);
@@ -140,12 +140,12 @@ fn one_bad_reference_keeps_no_good_one_unmapped() {
 }
 
 #[test]
-fn a_frontend_that_keeps_sending_bad_references_is_only_copied_for() {
+fn a_frontend_that_keeps_sending_bad_references_gets_no_more_mappings() {
     let (mut persistent, mut host) = (alone(), Host::default());
     host.grants.refused.extend(0..1000);
     map(&mut persistent, &mut host, 0..1000);
     map(&mut persistent, &mut host, 2000..2010);
-    assert_eq!(persistent.count(), 0, "a good one is not mapped any more either");
+    assert_eq!(persistent.count(), 0, "not even good ones are mapped any more");
 }
 
 #[test]
@@ -163,7 +163,7 @@ fn queues_of_one_domain_share_its_budget_and_give_back_what_they_unmap() {
     one.sweep(&mut host.mapper(), std::iter::empty());
     map(&mut one, &mut host, 30..40);
     assert_eq!((one.count(), budget.left()), (19, 0));
-    assert!(one.page(39).is_some(), "what it had idle made room");
+    assert!(one.page(39).is_some(), "its idle pages made room");
     one.unmap_all(&mut host.mapper());
     assert_eq!(budget.left(), 19);
     drop(other);
@@ -180,7 +180,7 @@ fn the_engine_knows_each_batch_for_as_long_as_it_is_mapped() {
     let of = |gref| persistent.page(gref).unwrap().registration();
     assert!(of(0).is_some() && of(0) == of(9));
     assert!(of(10).is_some() && of(10) != of(0));
-    assert_eq!(of(12), None, "mapped without");
+    assert_eq!(of(12), None, "mapped without a registration");
     let start = host.engine.registered[&of(10).unwrap().0];
     assert_eq!(start, persistent.page(10).unwrap().address());
     persistent.unmap_all(&mut host.mapper());

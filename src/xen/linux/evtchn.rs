@@ -1,9 +1,9 @@
 //! Event channels through `/dev/xen/evtchn`.
 //!
 //! The kernel masks a port when its event arrives and queues its number; a read takes queued
-//! numbers, a write unmasks ports. The queue grows with the number of bound ports, so it overflows
-//! only on kernels before 4.5: then reads fail with EFBIG, and events are lost. The way out is to
-//! reset the queue and treat every port as pending, since only a look at its ring tells.
+//! numbers, a write unmasks ports. The queue grows with the number of bound ports, so it can
+//! overflow only on kernels before 4.5. Then reads fail with EFBIG, and events are lost. To recover, the
+//! queue is reset and every port is treated as pending, because only its ring tells whether there is work.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeSet;
@@ -18,7 +18,7 @@ use crate::xen::abi;
 
 const PORT_BYTES: usize = size_of::<u32>();
 
-/// An open evtchn. It allocates nothing except when a port is bound.
+/// An open evtchn. It allocates only when a port is bound.
 #[derive(Debug)]
 pub struct Evtchn {
     device: File,
@@ -43,7 +43,7 @@ impl Evtchn {
         }
     }
 
-    /// Allocates a port to which `remote` may bind: what a frontend does.
+    /// Allocates a port to which `remote` may bind, as a frontend does.
     pub fn alloc_unbound(&mut self, remote: DomId) -> io::Result<Port> {
         let mut request = abi::EvtchnBindUnboundPort { remote_domain: u32::from(remote.raw()) };
         let port = Port(self.ioctl(abi::IOCTL_EVTCHN_BIND_UNBOUND_PORT, &mut request)?);
@@ -51,7 +51,7 @@ impl Evtchn {
         Ok(port)
     }
 
-    /// Empties the kernel's queue, which has lost events, and suspects every port.
+    /// Empties the kernel's queue, which has lost events, and treats every port as pending.
     fn recover(&mut self) -> io::Result<()> {
         self.ioctl(abi::IOCTL_EVTCHN_RESET, &mut ())?;
         self.unsure.clear();
@@ -98,8 +98,8 @@ impl Events for Evtchn {
         self.ioctl(abi::IOCTL_EVTCHN_NOTIFY, &mut abi::EvtchnPort { port: port.0 }).map(drop)
     }
 
-    /// At most [`PORTS_PER_READ`] ports a call. After an overflow it hands out every bound port,
-    /// in as many calls as that takes.
+    /// Returns at most [`PORTS_PER_READ`] ports per call. After an overflow it hands out every bound port, in
+    /// as many calls as that takes.
     fn pending(&mut self, ports: &mut [Port]) -> io::Result<usize> {
         if !self.unsure.is_empty() {
             return Ok(self.take_unsure(ports));
@@ -147,7 +147,7 @@ mod test {
 
     use super::*;
 
-    /// A device whose kernel side is ours, except for the ioctls.
+    /// A device whose kernel side the test plays, except for the ioctls.
     fn device() -> (Evtchn, UnixDatagram) {
         let (ours, kernels) = UnixDatagram::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
@@ -189,7 +189,7 @@ mod test {
     }
 
     #[test]
-    fn the_systems_errors_are_passed_on() {
+    fn system_errors_are_passed_on() {
         let (mut evtchn, _kernel) = device();
         let refused = evtchn.bind_interdomain(DomId::DOM0, Port(1)).unwrap_err();
         assert_eq!(refused.raw_os_error(), Some(libc::ENOTTY));

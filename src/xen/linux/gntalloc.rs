@@ -1,9 +1,8 @@
-//! Pages of this domain granted to another, through `/dev/xen/gntalloc`: what a frontend in user
-//! space needs.
+//! Pages of this domain granted to another through `/dev/xen/gntalloc`, as a frontend in user space needs
+//! them.
 //!
-//! An ioctl allocates zeroed pages with their references, an mmap of the offset it returns makes
-//! them usable. Closing the device takes the grants back; the kernel frees a page once nobody has
-//! it mapped any more.
+//! An ioctl allocates zeroed pages with their references, and an mmap of the offset it returns makes them
+//! usable. Closing the device revokes the grants; the kernel frees a page once nobody has it mapped.
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
@@ -17,7 +16,7 @@ use crate::units::{DomId, GrantRef};
 use crate::xen::abi;
 use crate::xen::shm::{GuestPages, PAGE_BYTES};
 
-/// An open gntalloc. What it allocated is valid until it is dropped.
+/// An open gntalloc. Its pages and grants are valid until it is dropped.
 #[derive(Debug)]
 pub struct Gntalloc {
     device: File,
@@ -32,8 +31,7 @@ impl Gntalloc {
     }
 
     /// Allocates 1 to [`PAGES_PER_ALLOC`] pages that `to` may map and write. ENOSPC: the module's
-    /// limit is reached. The range is not to be given to a `Grants`, nor used after this device
-    /// was dropped.
+    /// limit is reached. The range must not be given to a `Grants`, nor be used after this device is dropped.
     pub fn alloc(&self, to: DomId, count: usize) -> io::Result<(GuestPages, Vec<GrantRef>)> {
         if count == 0 || count > PAGES_PER_ALLOC {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -81,11 +79,11 @@ mod test {
     use super::*;
 
     #[test]
-    fn a_device_that_is_none_refuses() {
+    fn a_device_of_another_kind_refuses() {
         let gntalloc = Gntalloc::new(File::open("/dev/null").unwrap());
         let errno = |count| gntalloc.alloc(DomId::DOM0, count).unwrap_err().raw_os_error();
         assert_eq!(errno(1), Some(libc::ENOTTY));
         assert_eq!(errno(PAGES_PER_ALLOC), Some(libc::ENOTTY));
-        assert_eq!((errno(0), errno(PAGES_PER_ALLOC + 1)), (None, None), "never asked for");
+        assert_eq!((errno(0), errno(PAGES_PER_ALLOC + 1)), (None, None), "the device is not asked");
     }
 }

@@ -1,9 +1,9 @@
 //! Grants through `/dev/xen/gntdev`.
 //!
-//! A map is an ioctl, which makes room for a batch at an offset of the device, and an mmap of that
-//! offset, which asks the hypervisor. The mmap fails with EINVAL where any reference of the batch
-//! is bad; the room must then be given back by a second ioctl, or it counts against the module's
-//! limit for as long as the device is open.
+//! Mapping a batch takes an ioctl, which reserves a range of the device's offsets, and an mmap of that
+//! range, which calls the hypervisor. The mmap fails with EINVAL if any reference of the batch is bad. Then
+//! the range must be given back by another ioctl, or it counts against the module's limit for as long as the
+//! device is open.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -52,7 +52,7 @@ impl Gntdev {
         }
     }
 
-    /// Makes room for a batch; the room's offset in the device.
+    /// Reserves a range for a batch; returns its offset in the device.
     fn reserve(&mut self, domid: DomId, refs: &[GrantRef]) -> io::Result<u64> {
         if refs.is_empty() || refs.len() > GRANTS_PER_MAP_BATCH {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -67,7 +67,7 @@ impl Gntdev {
         Ok(self.request.index)
     }
 
-    /// Gives room back. What was mapped of it must have been unmapped.
+    /// Gives a reserved range back, which must not be mapped any more.
     fn give_back(&self, index: u64, count: usize) -> io::Result<()> {
         let count = u32::try_from(count).map_err(io::Error::other)?;
         let mut request = abi::GntdevUnmapGrantRef { index, count, pad: 0 };
@@ -92,7 +92,7 @@ impl Gntdev {
         }
     }
 
-    /// Copies at most [`SEGMENTS_PER_COPY_BATCH`] segments by one ioctl. An error: none was done.
+    /// Copies at most [`SEGMENTS_PER_COPY_BATCH`] segments by one ioctl. On an error none was copied.
     fn copy_batch(&mut self, domid: DomId, segments: &mut [GrantCopy]) -> io::Result<()> {
         self.segments.clear();
         self.segments.extend(segments.iter().map(|segment| to_kernel(domid, segment)));
@@ -121,7 +121,7 @@ impl Gntdev {
 }
 
 impl Grants for Gntdev {
-    /// At most [`GRANTS_PER_MAP_BATCH`] references.
+    /// Maps at most [`GRANTS_PER_MAP_BATCH`] references.
     fn map(
         &mut self,
         domid: DomId,
@@ -148,8 +148,8 @@ impl Grants for Gntdev {
         self.give_back(index, mapping.count)
     }
 
-    /// [`SEGMENTS_PER_COPY_BATCH`] segments by one system call. Where a later batch fails as a
-    /// whole, its segments say `GNTST_general_error`.
+    /// Copies [`SEGMENTS_PER_COPY_BATCH`] segments per system call. If a later batch fails as a whole, its
+    /// segments' status is `GNTST_general_error`.
     fn copy(&mut self, domid: DomId, segments: &mut [GrantCopy]) -> io::Result<()> {
         if segments.iter().any(crosses_page) {
             return Err(io::ErrorKind::InvalidInput.into());
@@ -180,14 +180,14 @@ fn to_kernel(domid: DomId, segment: &GrantCopy) -> GntdevCopySegment {
         CopyDirection::FromGuest => (foreign, local, abi::GNTCOPY_SOURCE_GREF),
         CopyDirection::ToGuest => (local, foreign, abi::GNTCOPY_DEST_GREF),
     };
-    // The kernel sets the status of each; one that it forgot must not look done.
+    // The kernel sets each segment's status; one that it skipped must not look copied.
     let status = abi::GNTST_GENERAL_ERROR;
     GntdevCopySegment { source, dest, len: segment.len, flags, status }
 }
 
 impl Mapping {
     fn munmap(self) -> io::Result<()> {
-        // SAFETY: mapped by `map`; whoever gave the pages back, or drops the device, uses none.
+        // SAFETY: mapped by `map`; after `unmap`, or when the device is dropped, nobody uses the pages.
         match unsafe { libc::munmap(self.base.as_ptr().cast(), self.count * PAGE_BYTES) } {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
@@ -195,11 +195,11 @@ impl Mapping {
     }
 }
 
-/// A mapping keeps the device open, so that closing it would not unmap.
+/// Unmaps everything: closing the device would not, because each mapping keeps it open.
 impl Drop for Gntdev {
     fn drop(&mut self) {
         for mapping in self.mappings.values() {
-            // It is ours, so it can be unmapped; closing the device gives its room back.
+            // Unmapping our own mapping can't fail; closing the device gives its range back.
             let _ = mapping.munmap();
         }
     }
@@ -255,7 +255,7 @@ mod test {
     }
 
     #[test]
-    fn the_systems_errors_are_passed_on() {
+    fn system_errors_are_passed_on() {
         let mut gntdev = no_device();
         let mut local = [0; 16];
         let mut segments = [segment(CopyDirection::FromGuest, &mut local)];

@@ -1,7 +1,6 @@
 //! Real Xen: `/dev/xen/gntdev` and `/dev/xen/evtchn`, and xenstored.
 //!
-//! What an admin gets to read where something is missing is made here: each error names what
-//! failed and what mends it.
+//! If something is missing, the errors made here tell the admin what failed and how to fix it.
 
 pub mod evtchn;
 pub mod gntalloc;
@@ -26,8 +25,8 @@ pub struct LinuxXen {
 }
 
 impl LinuxXen {
-    /// Finds Xen by opening its devices once, so that a daemon that lacks one says so before it
-    /// starts anything.
+    /// Finds Xen by opening its devices once, so that a daemon without one of them says so before it starts
+    /// anything.
     pub fn detect() -> Result<LinuxXen, PlatformError> {
         LinuxXen::detect_under(Path::new("/"))
     }
@@ -39,12 +38,12 @@ impl LinuxXen {
         Ok(xen)
     }
 
-    /// Opens the device by which a frontend in this domain grants pages. The daemon needs none.
+    /// Opens the device by which a frontend in this domain grants pages. The daemon does not need it.
     pub fn open_gntalloc(&self) -> Result<Gntalloc, PlatformError> {
         self.open_device("gntalloc", "xen-gntalloc", 0).map(Gntalloc::new)
     }
 
-    /// What the kernel says, for the text of an error: a device that opens is proof enough.
+    /// Whether the kernel says that it runs on Xen. Only errors need this: a device that opens is proof.
     fn is_xen(&self) -> bool {
         let kind = std::fs::read_to_string(self.root.join("sys/hypervisor/type"));
         kind.is_ok_and(|kind| kind.trim_end() == "xen")
@@ -52,21 +51,21 @@ impl LinuxXen {
             || self.root.join("dev/xen").exists()
     }
 
-    /// Fails where the kernel's own backend would take the disks of `backend/<backend_type>`:
-    /// xen-blkback, loaded, takes all of type `vbd`.
+    /// Fails if the kernel's own backend would take the disks of `backend/<backend_type>`: if xen-blkback is
+    /// loaded, it takes all of type `vbd`.
     pub fn check_backend_is_free(&self, backend_type: &str) -> Result<(), PlatformError> {
         let blkback = self.root.join("sys/bus/xen-backend/drivers/vbd");
         if backend_type != "vbd" || !blkback.exists() {
             return Ok(());
         }
         Err(PlatformError {
-            what: "the kernel's xen-blkback serves the disks of type vbd".to_owned(),
+            what: "the kernel's xen-blkback already serves disks of type vbd".to_owned(),
             mend: "unload it (modprobe -r xen-blkback) or choose another --backend-type".to_owned(),
             source: io::ErrorKind::ResourceBusy.into(),
         })
     }
 
-    /// Opens one of Xen's devices, which `module` makes.
+    /// Opens one of Xen's devices, which the kernel's `module` provides.
     fn open_device(&self, name: &str, module: &str, flags: i32) -> Result<File, PlatformError> {
         OpenOptions::new()
             .read(true)
@@ -95,11 +94,11 @@ fn no_xen(source: io::Error) -> PlatformError {
 fn device_mend(error: &io::Error, module: &str) -> String {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
-            format!("load the kernel's module (modprobe {module})")
+            format!("load its kernel module (modprobe {module})")
         }
         Some(libc::EACCES | libc::EPERM) => "run as root".to_owned(),
         Some(libc::EMFILE | libc::ENFILE) => "raise the limit on open files (ulimit -n)".to_owned(),
-        _ => format!("check the kernel's log and its module {module}"),
+        _ => format!("check the kernel log and the kernel module {module}"),
     }
 }
 
@@ -140,7 +139,7 @@ mod test {
     const NO_XEN: &str = "this machine does not run on Xen: run in dom0 or a driver domain, \
                           or try `polldisk demo`, which needs no Xen";
     const NO_MODULE: &str =
-        "cannot open /dev/xen/gntdev: load the kernel's module (modprobe xen-gntdev)";
+        "cannot open /dev/xen/gntdev: load its kernel module (modprobe xen-gntdev)";
 
     #[test]
     fn without_xen_the_error_points_to_the_demo() {
@@ -165,7 +164,7 @@ mod test {
         File::create(root.path().join("dev/xen/gntdev")).unwrap();
         assert_eq!(
             text(LinuxXen::detect_under(root.path())),
-            "cannot open /dev/xen/evtchn: load the kernel's module (modprobe xen-evtchn)"
+            "cannot open /dev/xen/evtchn: load its kernel module (modprobe xen-evtchn)"
         );
         File::create(root.path().join("dev/xen/evtchn")).unwrap();
         LinuxXen::detect_under(root.path()).unwrap();
@@ -177,24 +176,24 @@ mod test {
         let xen = LinuxXen { root: root.path().to_owned() };
         assert_eq!(
             text(xen.open_gntalloc()),
-            "cannot open /dev/xen/gntalloc: load the kernel's module (modprobe xen-gntalloc)"
+            "cannot open /dev/xen/gntalloc: load its kernel module (modprobe xen-gntalloc)"
         );
     }
 
     #[test]
-    fn lacking_rights_are_named() {
+    fn missing_rights_are_named() {
         for errno in [libc::EACCES, libc::EPERM] {
             assert_eq!(device_mend(&io::Error::from_raw_os_error(errno), "m"), "run as root");
         }
     }
 
     #[test]
-    fn the_kernels_own_backend_is_noticed_where_it_matters() {
+    fn the_kernels_own_backend_is_noticed_if_it_matters() {
         let root = root_with(&["sys/bus/xen-backend/drivers/vbd"]);
         let xen = LinuxXen { root: root.path().to_owned() };
         assert_eq!(
             text(xen.check_backend_is_free("vbd")),
-            "the kernel's xen-blkback serves the disks of type vbd: \
+            "the kernel's xen-blkback already serves disks of type vbd: \
              unload it (modprobe -r xen-blkback) or choose another --backend-type"
         );
         assert!(xen.check_backend_is_free("polldisk").is_ok());

@@ -1,9 +1,9 @@
 //! Watch events that wait for their reader, in bounded memory (XSA-326, XSA-349).
 //!
-//! An event says only "look again", so equal events that wait are one. And where too many wait, an
-//! event for `/a/b/c` is kept as one for the watched path itself, `/a`, which is also what a new
-//! watch sends first and therefore means "look at everything below again". So there are never more
-//! than the bound and one for each watch, and no change goes unnoticed.
+//! An event only says "look again", so of equal events only one is kept. If too many wait, an event for
+//! `/a/b/c` is kept as one for the watched path itself, `/a`. A new watch sends that one first, too, so it
+//! means "look at everything below again". So there are never more events than the bound and one for each
+//! watch, and no change goes unnoticed.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
@@ -47,7 +47,7 @@ impl EventQueue {
         Some(Arc::unwrap_or_clone(event))
     }
 
-    /// Drops the events that `wanted` does not want.
+    /// Keeps only the events that `wanted` accepts.
     pub fn retain(&mut self, wanted: impl Fn(&WatchEvent) -> bool) {
         for event in std::mem::take(self).order {
             if wanted(&event) {
@@ -58,7 +58,7 @@ impl EventQueue {
         }
     }
 
-    /// How many wait.
+    /// How many events wait.
     pub fn len(&self) -> usize {
         self.order.len()
     }
@@ -87,7 +87,7 @@ mod test {
     }
 
     #[test]
-    fn a_watch_covers_its_node_and_whatever_is_below() {
+    fn a_watch_covers_its_node_and_everything_below() {
         for (watched, path) in [("/", "/a"), ("/", "/"), ("/a", "/a"), ("/a", "/a/b"), ("a", "a/b")]
         {
             assert!(covers(watched, path), "{watched} {path}");
@@ -121,7 +121,7 @@ mod test {
     }
 
     #[test]
-    fn unwanted_events_go() {
+    fn unwanted_events_are_dropped() {
         let mut queue = EventQueue::default();
         for path in ["/a", "/b", "/c"] {
             queue.push(event(path), path, false);

@@ -1,9 +1,9 @@
 //! One descriptor that is readable while the stream has bytes or an event is kept in memory.
 //!
-//! A request that waits for its answer also reads the events before it. Whoever sleeps on the
-//! stream alone would then sleep although events are here. So the client hands out an epoll
-//! instance over the stream and a bell that rings while events are kept. Nobody calls `epoll_wait`
-//! on it: poll(2) and an outer epoll look through it at the two.
+//! A request that waits for its answer also reads the events that arrive before the answer. A thread that
+//! then waited for the stream alone would miss them. So the client hands out an epoll instance over the
+//! stream and a bell, which stays rung while events are kept. Nobody calls `epoll_wait` on it: for poll(2)
+//! and an outer epoll it is readable if one of the two is.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
@@ -21,7 +21,7 @@ pub(super) struct Readiness {
 }
 
 impl Readiness {
-    /// Looks through to `stream`, which must stay open for as long as this does.
+    /// Makes one over `stream`, which must stay open for as long as this does.
     pub(super) fn over(stream: BorrowedFd<'_>) -> io::Result<Readiness> {
         let bell = Doorbell::new()?;
         // SAFETY: no pointers; a negative result is an error, otherwise the descriptor is ours.
@@ -36,7 +36,7 @@ impl Readiness {
         Ok(Readiness { epoll, bell, rung: Cell::new(false) })
     }
 
-    /// Says whether events are kept.
+    /// Sets whether events are kept.
     pub(super) fn set(&self, kept: bool) {
         match (self.rung.replace(kept), kept) {
             (false, true) => self.bell.ring(),

@@ -32,7 +32,7 @@ macro_rules! operations {
         impl TryFrom<u32> for Op {
             type Error = u32;
 
-            /// Gives the number back where it names no operation.
+            /// Gives the number back if it names no operation.
             fn try_from(number: u32) -> Result<Op, u32> {
                 match number {
                     $($number => Ok(Op::$name),)*
@@ -74,7 +74,7 @@ operations! {
     Rm = 13,
     /// `path|permission|+`
     SetPerms = 14,
-    /// `path|token|`, unasked, from the server only.
+    /// `path|token|`, unsolicited, from the server only.
     WatchEvent = 15,
     /// The name of an errno value, from the server only.
     Error = 16,
@@ -101,7 +101,7 @@ operations! {
 /// A message's first 16 bytes: `struct xsd_sockmsg`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// An [`Op`], or any other number: an allegation until converted.
+    /// The number of an [`Op`]; not checked until it is converted.
     pub kind: u32,
     /// Chosen by the client, echoed in the answer; 0 in a watch event.
     pub req_id: u32,
@@ -139,16 +139,16 @@ pub struct Message<'a> {
     pub payload: &'a [u8],
 }
 
-/// A payload over [`XENSTORE_PAYLOAD_MAX`]. Whoever receives one closes the connection: where the
-/// next message starts can't be trusted any more.
+/// A payload over [`XENSTORE_PAYLOAD_MAX`]. A receiver closes the connection, because it can't tell where the
+/// next message starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a xenstore message of {len} bytes is over the protocol's {XENSTORE_PAYLOAD_MAX}")]
+#[error("a xenstore message of {len} bytes exceeds the protocol's limit of {XENSTORE_PAYLOAD_MAX}")]
 pub struct TooLong {
-    /// The payload's alleged or intended length.
+    /// The payload's claimed or intended length.
     pub len: usize,
 }
 
-/// Appends a message whose payload is `parts` one after the other.
+/// Appends a message whose payload is `parts`, one after another.
 pub fn encode(
     out: &mut Vec<u8>,
     kind: Op,
@@ -168,7 +168,7 @@ pub fn encode(
     Ok(())
 }
 
-/// The first message in `stream` and the bytes it takes; `None` where it is not complete yet.
+/// The first message in `stream` and its whole length; `None`: it is not complete yet.
 pub fn decode(stream: &[u8]) -> Result<Option<(Message<'_>, usize)>, TooLong> {
     let Some((head, rest)) = stream.split_first_chunk::<HEADER_BYTES>() else {
         return Ok(None);
@@ -181,8 +181,8 @@ pub fn decode(stream: &[u8]) -> Result<Option<(Message<'_>, usize)>, TooLong> {
     Ok(rest.get(..len).map(|payload| (Message { header, payload }, HEADER_BYTES + len)))
 }
 
-/// Bytes that arrived and were not taken as messages yet. Its memory is fixed: two messages of the
-/// largest size.
+/// Bytes that arrived and were not yet taken as messages. Its memory is fixed: two messages of the largest
+/// size.
 #[derive(Debug)]
 pub struct Inbox {
     bytes: Box<[u8]>,
@@ -197,7 +197,7 @@ impl Default for Inbox {
 }
 
 impl Inbox {
-    /// Room for bytes from the stream: never empty once [`Inbox::take`] gave `None`.
+    /// Room for bytes from the stream; never empty after [`Inbox::take`] returned `None`.
     pub fn space(&mut self) -> &mut [u8] {
         if self.start > 0 {
             self.bytes.copy_within(self.start..self.end, 0);
@@ -207,13 +207,13 @@ impl Inbox {
         &mut self.bytes[self.end..]
     }
 
-    /// Says that the first `count` bytes of [`Inbox::space`] are filled.
+    /// Records that the first `count` bytes of [`Inbox::space`] were filled.
     pub fn filled(&mut self, count: usize) {
         assert!(count <= self.bytes.len() - self.end);
         self.end += count;
     }
 
-    /// The next message, removed; `None` where more bytes must come first.
+    /// Removes and returns the next message; `None`: more bytes must come first.
     pub fn take(&mut self) -> Result<Option<Message<'_>>, TooLong> {
         let Some((message, taken)) = decode(&self.bytes[self.start..self.end])? else {
             return Ok(None);
@@ -223,7 +223,7 @@ impl Inbox {
     }
 }
 
-/// The NUL-terminated strings of a payload. What follows the last NUL is not one of them.
+/// The NUL-terminated strings of a payload. Bytes after the last NUL are left out.
 pub fn strings(payload: &[u8]) -> impl Iterator<Item = &[u8]> {
     payload.split_inclusive(|&byte| byte == 0).filter_map(|string| string.strip_suffix(&[0]))
 }
@@ -239,7 +239,7 @@ pub fn permission_text(permission: Permission) -> String {
     format!("{letter}{}", permission.domid)
 }
 
-/// Reads a permission; `None` for anything but a known letter and a real domid.
+/// Reads a permission; `None`: it is not a known letter and a real domid.
 pub fn parse_permission(text: &[u8]) -> Option<Permission> {
     let (letter, digits) = text.split_first()?;
     let access = match letter {
