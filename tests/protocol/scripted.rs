@@ -1,5 +1,5 @@
-//! A worker that the test steps, on storage that does what the test says. Nothing here takes time: what
-//! happens is counted in passes.
+//! A worker stepped by the test, on storage scripted by the test. Progress is counted in passes, not in
+//! time.
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -29,52 +29,53 @@ use polldisk::worker::{Progress, Setup, Worker};
 use polldisk::xen::shm::{GuestBuf, Registration};
 use polldisk::xen::{Grants, Platform, PlatformError};
 
-/// Passes until everything that can happen has happened.
+/// Passes after which nothing more can happen.
 const PASSES_MAX: usize = 100_000;
 
-/// What it costs to submit an operation, if there is a clock.
+/// Time that it takes to submit an operation, if there is a clock.
 const SUBMIT_NS: u64 = 300;
 
-/// The same for storage whose kernel driver takes its time.
+/// The same for storage with a slow kernel driver.
 const SLOW_SUBMIT_NS: u64 = 5_000;
 
-/// What each operation adds to the time of a kick, if its pages do.
+/// What each operation adds to the time of a kick, if [`Script::kick_page_ns`] is set.
 const KICK_NS: u64 = 2_000;
 
 /// Bytes of every disk.
 const DISK: Bytes = Bytes(1 << 30);
 
-/// What storage does, as the test says, and what it was asked for.
+/// What storage does, as the test sets it, and the operations that it was given.
 #[derive(Debug, Default)]
 pub struct Script {
     /// Queues whose operations hang.
     pub hung: HashSet<usize>,
-    /// Operations that there is room for; `None`: for all.
+    /// How many operations storage has room for; `None`: all.
     pub room: Option<usize>,
     /// Operations that complete with each reap; `None`: all that do not hang.
     pub per_reap: Option<usize>,
-    /// What becomes of each operation, in place of its success.
+    /// The error that every operation ends with, if any.
     pub errno: Option<i32>,
-    /// Something completes just when the worker falls asleep.
+    /// An operation completes just as the worker falls asleep.
     pub arming_finds_a_completion: bool,
-    /// Flushes are kept by the engine.
+    /// The engine keeps flushes instead of starting them.
     pub parks_flushes: bool,
-    /// The host fails with its next operation, or panics.
+    /// How kicks fail, if they do.
     pub fails: Option<Failure>,
-    /// Queues whose operations cost the worker much.
+    /// Queues whose operations are slow to submit.
     pub slow: HashSet<usize>,
-    /// What a flush, or several of a disk at once, takes a thread of the kernel,
+    /// Time of a kernel thread for a flush, or for several of one disk at once.
     pub flush_ns: u64,
-    /// ... and what all have taken since the test last took it out.
+    /// Time that kernel threads have taken since the test last reset this.
     pub threads_ns: u64,
-    /// What the next kick takes of the worker's time, and what each page submitted adds to it.
+    /// The worker's time for the next kick.
     pub kick_ns: u64,
+    /// What each page submitted adds to it; 0: kicks take no time.
     pub kick_page_ns: u64,
-    /// Moves with each operation, by what it costs to submit.
+    /// Advances by the time that submitting and kicking take.
     pub clock: Option<Arc<AtomicU64>>,
-    /// The engine is no more.
+    /// The engine was dropped.
     pub is_dropped: bool,
-    /// Operations taken and not completed, in order.
+    /// Operations taken but not completed, in order.
     pub taken: Vec<Taken>,
 }
 
@@ -85,7 +86,7 @@ pub enum Failure {
     Panic,
 }
 
-/// An operation.
+/// An operation that storage has taken.
 #[derive(Debug)]
 pub struct Taken {
     pub ticket: Ticket,
@@ -93,7 +94,7 @@ pub struct Taken {
     bytes: i32,
 }
 
-/// Storage by a script.
+/// Scripted storage.
 pub struct Scripted {
     script: Rc<RefCell<Script>>,
     bell: Doorbell,
@@ -155,7 +156,7 @@ impl Engine for Scripted {
         match fails {
             None => Ok(()),
             Some(Failure::Error) => Err(io::Error::other("the host fails")),
-            Some(Failure::Panic) => panic!("the host has its worker panic"),
+            Some(Failure::Panic) => panic!("the host makes its worker panic"),
         }
     }
 
@@ -193,7 +194,7 @@ impl Engine for Scripted {
     }
 }
 
-/// A worker with its guests, each with one ring. A guest's number is its queue's.
+/// A worker with its guests, each with one ring. A guest has the number of its queue.
 pub struct Bench<P: Platform = SimXen, E = Scripted> {
     pub worker: Worker<P, E>,
     pub guests: Vec<Device>,
@@ -249,13 +250,13 @@ pub fn rules(image: &Image, indirect_segments: u16) -> DiskRules {
     }
 }
 
-/// Storage by a script, and the script.
+/// Scripted storage, and its script.
 pub fn storage() -> (Scripted, Rc<RefCell<Script>>) {
     let script = Rc::new(RefCell::new(Script::default()));
     (Scripted { script: Rc::clone(&script), bell: Doorbell::new().unwrap() }, script)
 }
 
-/// A bench with storage by a script.
+/// A bench with scripted storage, and its script.
 pub fn bench() -> (Bench, Rc<RefCell<Script>>) {
     let (engine, script) = storage();
     (Bench::over(engine), script)
@@ -270,7 +271,7 @@ impl<E: Engine<Target = Image>> Bench<SimXen, E> {
 }
 
 impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
-    /// The same on a platform of the test's.
+    /// The same on the test's own platform.
     pub fn on(platform: P, engine: E, stand_in: StandIn) -> Bench<P, E> {
         let (commands, receiver) = command_channel(WorkerId(0)).unwrap();
         let (reporter, reports) = report_channel().unwrap();
@@ -282,7 +283,7 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
         Bench { worker, guests, counters, commands, reports, now_ns: 1, stand_in }
     }
 
-    /// One more guest, on a disk without contents; its number.
+    /// Adds a guest, on a disk without contents, and returns its number.
     pub fn guest(&mut self, shape: Shape) -> usize {
         self.guest_on(shape, null(false))
     }
@@ -332,7 +333,8 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
         self.reports.reports.try_recv().unwrap()
     }
 
-    /// A guest asks for `count` times `pages` pages at different places, as far as it has buffers.
+    /// Makes a guest send up to `count` requests of `pages` pages each, at different places, as long as it
+    /// has buffers; returns how many it sent.
     pub fn ask(&mut self, guest: usize, operation: u8, count: usize, pages: usize) -> usize {
         let device = &mut self.guests[guest];
         let mut asked = 0;
@@ -344,7 +346,7 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
         asked
     }
 
-    /// A guest asks for `count` pages by indirect requests of one segment each.
+    /// Makes a guest read `count` pages by indirect requests of one segment each.
     pub fn ask_indirect(&mut self, guest: usize, count: usize) {
         let device = &mut self.guests[guest];
         for number in 0..count {
@@ -362,8 +364,8 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
         self.worker.poll_once(|| now_ns).unwrap()
     }
 
-    /// Passes until nothing happens any more, as a worker that never spins does them: whether it would
-    /// sleep then.
+    /// Makes passes until nothing more happens, as a worker that never spins does. Returns whether it would
+    /// then sleep.
     pub fn settle(&mut self) -> bool {
         for _ in 0..PASSES_MAX {
             if self.pass() == Progress::Idle && self.worker.arm().unwrap() {
@@ -373,7 +375,7 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
         false
     }
 
-    /// How many answers a guest has got since the last time.
+    /// How many answers a guest has received since the last call, all of which must be okay.
     pub fn answers(&mut self, guest: usize) -> usize {
         let device = &mut self.guests[guest];
         std::iter::from_fn(|| device.next_answer().unwrap())
@@ -381,18 +383,18 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
             .count()
     }
 
-    /// The same for answers of any kind, by their statuses.
+    /// The statuses of the answers since the last call, which may be errors.
     pub fn statuses(&mut self, guest: usize) -> Vec<i16> {
         let device = &mut self.guests[guest];
         std::iter::from_fn(|| device.next_answer().unwrap()).map(|answer| answer.status).collect()
     }
 }
 
-/// The stand-in, with grants of a test's own in front of its own.
+/// The stand-in, with a test's own grants in front of the stand-in's.
 #[derive(Clone)]
 pub struct WithGrants<W>(pub SimXen, pub W);
 
-/// Makes those grants.
+/// Makes a test's own grants.
 pub trait InFront: Clone + Send + Sync + 'static {
     type Grants: Grants;
 
