@@ -18,7 +18,7 @@ const DISKS: u32 = 3;
 const STEPS: usize = 80;
 const ROUNDS: u64 = 40;
 
-/// Names the one round that is to be played.
+/// Names the only round to play.
 const SEED: &str = "POLLDISK_CHAOS_SEED";
 
 /// The xorshift of Marsaglia, 2003.
@@ -40,9 +40,9 @@ impl Random {
 struct Play<'a> {
     rig: &'a Rig,
     random: Random,
-    /// Of domains that exist.
+    /// The guests of domains that exist.
     guests: [Option<Guest>; DOMAINS.len()],
-    /// Who waits for the daemon to do something.
+    /// Requests that the daemon may not have answered yet.
     asked: Vec<JoinHandle<Result<Reply, RequestError>>>,
 }
 
@@ -57,7 +57,7 @@ impl Play<'_> {
             3 => self.storage(),
             4 => self.workers(),
             5 => std::thread::sleep(std::time::Duration::from_micros(500)),
-            // It exists no more, or again.
+            // A domain ends, or begins again.
             6 if self.random.below(4) == 0 => {
                 if self.guests[guest].take().is_some() {
                     self.rig.server().release(domid(DOMAINS[guest])).unwrap();
@@ -169,7 +169,7 @@ impl Play<'_> {
         }
     }
 
-    /// As a frontend that goes on from where it is.
+    /// Does what a frontend does next, by the backend's state.
     fn go_on(&mut self, areas: &Areas, guest: usize) {
         let Some(guest) = &self.guests[guest] else { return };
         let backend = self.rig.state(&areas.backend);
@@ -193,10 +193,10 @@ impl Play<'_> {
         let _ = guest.store.write(&format!("{}/state", areas.frontend), next);
     }
 
-    /// As a toolstack that wants everything to be gone.
+    /// Removes everything, as a toolstack does.
     fn end(&mut self) {
         self.rig.release();
-        // What is asked for takes no longer once nothing hangs.
+        // Nothing hangs any more, so all requests end.
         for asked in self.asked.drain(..) {
             let _ = asked.join().unwrap();
         }
