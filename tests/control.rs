@@ -272,7 +272,7 @@ fn a_frontend_that_starts_over_unseen_is_served_on_its_new_ring() {
     // Closed, Initialising and Initialised again, written faster than anybody looks.
     guest.publish(&areas, 77);
     until("it is connected again", || rig.plane().connects == 2 && rig.served(5) == 1);
-    until("it is listed so", || rig.list()[0].state == "Connected");
+    until("it is listed", || rig.list()[0].state == "Connected");
     assert_eq!(rig.plane().disconnects, 1);
 }
 

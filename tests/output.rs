@@ -1,5 +1,5 @@
-//! Panics while nobody reads standard error. Each test runs in a process of its own, because the panic
-//! hook is process-wide.
+//! Panics while nobody reads standard error, in a test program of their own: the panic hook is
+//! process-wide.
 
 use std::io::{self, Read, Write};
 use std::process::{Command, ExitStatus, Stdio};

@@ -421,7 +421,7 @@ fn only_a_port_that_waits_for_us_can_be_bound() {
 }
 
 #[test]
-fn a_thousand_channels_in_one_process_keep_apart() {
+fn a_thousand_channels_in_one_process_do_not_mix() {
     let (stand_in, guest, _) = rig();
     let mut ours = stand_in.platform().open_events().unwrap();
     let mut channels: Vec<(SimEvents, Port, Port)> = (0..1000)

@@ -1,5 +1,5 @@
-//! Style rules that would decay if they were not a test: who may import whom, where unsafe code
-//! may stand, how long a file may grow.
+//! Style rules that would decay if no test enforced them: who may import whom, where unsafe code
+//! may be, how long a file may grow.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -82,7 +82,7 @@ fn relative(path: &Path) -> String {
     path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned()
 }
 
-/// A file's text without comments and without its test module, which stands last.
+/// A file's text without comments and without its test module, which comes last.
 fn code_of(path: &Path) -> String {
     let text = std::fs::read_to_string(path).unwrap();
     let code = text.split("#[cfg(test)]\nmod test").next().unwrap_or("");
@@ -167,7 +167,7 @@ fn the_documentation_names_the_same_imports() {
     assert_eq!(told, held);
 }
 
-/// A simulation steps control and workers in one thread, and a seed has to do the same again.
+/// A simulation steps control and workers in one thread, and a seed must always give the same run.
 #[test]
 fn time_and_order_are_inputs() {
     const STEPPED: &[&str] = &["src/control/", "src/engine/", "src/queue/", "src/worker/"];

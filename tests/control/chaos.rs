@@ -1,5 +1,5 @@
 //! Toolstack, guests, workers and hung storage do anything in any order; in the end everything can be
-//! taken away, and the next disk works.
+//! removed, and the next disk works.
 
 use std::thread::JoinHandle;
 
@@ -226,7 +226,7 @@ impl Play<'_> {
 }
 
 #[test]
-fn whatever_happens_in_any_order_everything_can_be_taken_away_and_the_next_disk_works() {
+fn whatever_happens_in_any_order_everything_can_be_removed_and_the_next_disk_works() {
     let rig = Rig::start();
     let guests = DOMAINS.map(|domid| Some(rig.guest(domid)));
     let mut play = Play { rig: &rig, random: Random(1), guests, asked: Vec::new() };

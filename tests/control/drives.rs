@@ -189,7 +189,7 @@ fn an_unusable_medium_leaves_the_drive_empty_and_is_reported() {
     let (_guest, areas) = connected_drive(&rig, 5, "null:1G");
     rig.toolstack_sets_medium(&areas, "aio:/nowhere/at/all.iso");
     wait_sectors(&rig, &areas, 0);
-    until("the error is told", || rig.read(&areas.error).is_some());
+    until("the error is reported", || rig.read(&areas.error).is_some());
     let error = rig.read(&areas.error).unwrap();
     assert!(error.starts_with("2 ") && error.contains("/nowhere/at/all.iso"), "{error}");
     assert!(rig.list()[0].failure.contains("create it or correct the path"));
@@ -202,7 +202,7 @@ fn an_unusable_medium_leaves_the_drive_empty_and_is_reported() {
     assert_eq!(rig.list()[0].failure, "");
 
     rig.toolstack_sets_medium(&areas, "vhd:/nowhere");
-    until("the error is told", || rig.read(&areas.error).is_some());
+    until("the error is reported", || rig.read(&areas.error).is_some());
     rig.toolstack_sets_medium(&areas, "");
     until("nothing is wanted, so nothing is wrong", || rig.read(&areas.error).is_none());
     assert_eq!(rig.list()[0].failure, "");
@@ -265,7 +265,7 @@ fn the_admin_inserts_and_ejects() {
     guest.connect(&rig, &areas);
     assert_eq!(rig.node(&areas.backend, "info").as_deref(), Some("7"));
     rig.insert(5, "xvda", "null:1G").unwrap();
-    assert_eq!(sectors(&rig, &areas), 2 << 20, "it is in before the admin gets an answer");
+    assert_eq!(sectors(&rig, &areas), 2 << 20, "the medium is in before the admin gets an answer");
     assert_eq!(rig.node(&areas.backend, "params").as_deref(), Some("null:1G"));
     // The same name once more: the file behind it may be a new one.
     rig.insert(5, "xvda", "null:1G").unwrap();
@@ -314,9 +314,9 @@ fn a_medium_that_the_toolstack_takes_back_before_it_is_in_is_closed() {
     rig.plane().hold = true;
     let insert = Insert { domid: 5, vdev: "xvda".into(), target: target.clone() };
     let inserted = rig.ask_meanwhile(Request::Insert(insert));
-    until("the old medium is on its way out", || rig.plane().media == [0]);
+    until("the old medium is being ejected", || rig.plane().media == [0]);
     rig.toolstack_sets_medium(&areas, "");
-    until("it is seen", || rig.list()[0].target.is_empty());
+    until("control has seen it", || rig.list()[0].target.is_empty());
     rig.release();
     wait_sectors(&rig, &areas, 0);
     let _ = inserted.join().unwrap();

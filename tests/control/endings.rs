@@ -75,7 +75,7 @@ fn a_disk_detached_while_its_ring_is_being_connected_or_disconnected_is_gone_aft
 }
 
 #[test]
-fn an_area_that_is_made_anew_at_any_moment_gets_nothing_that_was_meant_for_the_old_one() {
+fn an_area_that_is_made_again_at_any_moment_gets_nothing_meant_for_the_old_one() {
     let rig = Rig::start();
     let guest = rig.guest(5);
     for round in 0..200 {
@@ -177,7 +177,7 @@ fn the_disks_of_a_guest_end_with_it_whatever_its_toolstack_leaves() {
 }
 
 #[test]
-fn the_end_of_another_domain_ends_no_disk_of_one_that_is_only_being_made() {
+fn the_end_of_another_domain_ends_no_disk_of_one_that_is_still_being_built() {
     let rig = Rig::start();
     rig.guest(7);
     // Its areas exist before xenstored knows the domain, as while a toolstack builds it.

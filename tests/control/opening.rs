@@ -78,7 +78,7 @@ fn an_open_that_takes_too_long_fails_with_a_reason_and_its_late_answer_changes_n
     rig.list();
     assert_eq!(rig.state(&areas.backend), Some(6));
 
-    // The toolstack may start it over.
+    // The toolstack may start the disk over.
     rig.dom0.write(&format!("{}/state", areas.backend), "1").unwrap();
     guest.connect(&rig, &areas);
     assert_eq!(rig.read(&areas.error), None);
@@ -187,7 +187,7 @@ fn a_medium_that_hangs_leaves_the_guest_the_one_in_the_drive() {
     // A toolstack that asks for it gets an empty drive and the reason, and then another medium.
     rig.toolstack_sets_medium(&areas, &target);
     until("the drive is empty", || rig.plane().media == [0]);
-    until("the reason is told", || rig.read(&areas.error).is_some());
+    until("the reason is reported", || rig.read(&areas.error).is_some());
     rig.toolstack_sets_medium(&areas, "null:2G");
     until("another is in", || rig.plane().media == [0, 2 << 30]);
     drop(lease);
@@ -248,7 +248,7 @@ fn the_error_of_a_disk_that_is_gone_is_not_taken_for_that_of_the_next_one() {
     let rig = Rig::start();
     rig.guest(5);
     let failing = rig.toolstack_disk(5, XVDA, "raw:/no/such");
-    until("the reason is told", || rig.read(&failing.error).is_some());
+    until("the reason is reported", || rig.read(&failing.error).is_some());
     rig.dom0.rm(&failing.backend).unwrap();
     until("it is forgotten", || rig.list().is_empty());
     let next = rig.toolstack_disk(5, XVDA, "null:1G");

@@ -548,7 +548,7 @@ pub fn open_files_of(path: &Path) -> usize {
         .count()
 }
 
-/// All vbd numbers of xvda, xvdb, ...
+/// The vbd number of xvda, xvdb, ... by index.
 pub fn xvd(index: u32) -> VbdId {
     VbdId(if index < 16 { 202 << 8 | index << 4 } else { 1 << 28 | index << 8 })
 }

@@ -174,12 +174,12 @@ pub struct Request {
     pub fault: Option<Fault>,
     /// Whether it is published at once.
     pub publish: bool,
-    /// Of a discard: how many sectors.
+    /// How many sectors a discard covers.
     pub discard_sectors: u64,
-    /// Of a write, if it is not 0: how many segments have pages of their own; the others use
-    /// the same pages again.
+    /// How many segments of a write have pages of their own, while the others use the same pages
+    /// again; 0: all of them.
     pub repeats: usize,
-    /// Of a read: it is sent twice at a time, into the same pages.
+    /// Whether a read is sent twice at the same time, into the same pages.
     pub twice: bool,
 }
 

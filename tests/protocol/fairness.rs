@@ -83,7 +83,7 @@ fn timed() -> (Bench<Timed>, Clock, Rc<RefCell<Script>>) {
     (Bench::on(platform, engine, stand_in), clock, script)
 }
 
-/// One pass of the worker, each of whose looks at the clock takes time; then kernel threads have its core.
+/// One pass of the worker, in which each look at the clock takes time; then kernel threads have its core.
 fn pass(bench: &mut Bench<Timed>, clock: &Clock, script: &RefCell<Script>) {
     bench.worker.poll_once(|| clock.add(LOOK_NS)).unwrap();
     clock.add(std::mem::take(&mut script.borrow_mut().threads_ns));

@@ -223,7 +223,7 @@ fn emulated_writes_and_discards_on_a_hung_device_do_not_hold_up_another_guests()
     let in_time = within(HANG / 2, host::freeze(below.folder()), || {
         let device = &mut bench.guests[greedy];
         put_discards(device, DISCARDS);
-        // One sector per block, whose others have to be read first; beyond the discarded part.
+        // One sector per block, so the rest of the block is read first; beyond the discarded part.
         for number in 0..WRITES as u64 {
             device.put(op::WRITE, (8 << 11) + number * 8 + 3, 512);
         }

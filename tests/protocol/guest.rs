@@ -48,7 +48,7 @@ pub struct Guest<'a> {
     disk: &'a mut Disk,
     combination: Combination,
     devices: Vec<Device>,
-    /// By queue and buffer.
+    /// Requests in flight, by queue and buffer.
     under_way: Vec<Vec<Option<Request>>>,
     /// By queue and buffer: the other buffer whose pages the request uses instead.
     borrowed: Vec<Vec<Option<usize>>>,

@@ -95,7 +95,7 @@ fn a_later_write_that_succeeds_ends_full_storage_whatever_operation_found_it() {
         script.borrow_mut().errno = Some(libc::ENOSPC);
         bench.ask(guest, operation, 1, pages);
         assert!(bench.settle());
-        let [Some(failure)] = &told(&bench)[..] else { panic!("one failure is told") };
+        let [Some(failure)] = &told(&bench)[..] else { panic!("not one failure") };
         assert!(is_full(failure.errno));
         script.borrow_mut().errno = None;
         bench.now_ns = 2 * SECOND;

@@ -33,7 +33,7 @@ pub struct Rig {
     threads: Vec<WorkerThread>,
     reports: ReportReceiver,
     connections: u64,
-    /// Of the current connection.
+    /// The budget of the current connection.
     budget: Arc<GrantBudget>,
     budget_pages: usize,
 }

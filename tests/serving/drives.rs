@@ -93,7 +93,7 @@ fn every_read_is_from_one_medium_while_media_change() {
                 seen.iter().all(|count| *count > 100) && changes.load(Ordering::Relaxed) > 20
             });
             over.store(true, Ordering::Relaxed);
-            until("all is answered", || {
+            until("all requests are answered", || {
                 look(&mut device, &mut seen);
                 device.in_flight() == 0
             });
@@ -169,7 +169,9 @@ fn an_unusable_medium_leaves_an_empty_drive_that_works() {
     let params = guest.xenbus.theirs("params");
     for bad in ["raw:/nowhere.iso", "vhd:/a", "/dev", "nonsense"] {
         rig.set(&params, bad);
-        until("the reason is told", || rig.error_of(1).is_some_and(|error| error.contains(bad)));
+        until("the reason is reported", || {
+            rig.error_of(1).is_some_and(|error| error.contains(bad))
+        });
         assert_eq!((sectors(&guest), tag_of(&guest, &mut device)), (0, None));
         rig.set(&params, &good);
         until("the error is cleared", || rig.error_of(1).is_none());

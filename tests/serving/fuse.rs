@@ -29,7 +29,7 @@ mod opcode {
 
 const FOLDER: u64 = 1;
 const FILE: u64 = 2;
-/// Says that this process is the server.
+/// Set in the server's process.
 const SERVER: &str = "POLLDISK_TEST_FUSE";
 
 /// The mount and its server, which is a process of its own: a process that is killed while it waits for

@@ -82,7 +82,7 @@ fn nonsense_in_xenstore_closes_the_disk_with_a_reason_and_disturbs_nobody() {
     neighbour.finish();
 }
 
-/// A grant of a page, to `to`.
+/// Grants a page to domain `to`.
 fn grant(domain: &Domain, to: u32, access: PageAccess) -> GrantRef {
     let page = domain.alloc_pages(1).unwrap();
     domain.grant(page, DomId::try_from(to).unwrap(), access).unwrap()

@@ -453,7 +453,7 @@ pub fn wait_response(device: &mut Device) -> polldisk::blkif::codec::RawResponse
 
 /// Waits for all answers, which must be okay.
 pub fn settle(device: &mut Device) {
-    until("all is answered", || {
+    until("all requests are answered", || {
         while let Some(answer) = device.next_answer().unwrap() {
             assert_eq!(answer.status, 0);
         }
@@ -470,7 +470,7 @@ pub fn until(what: &str, mut so: impl FnMut() -> bool) {
     }
 }
 
-/// Says which test a child process runs.
+/// Names the test that a child process runs.
 const ALONE: &str = "POLLDISK_TEST_ALONE";
 
 /// Runs `body` in a process in which no other test runs, for figures that are counted per process.
