@@ -1,5 +1,5 @@
-//! Entries of a ring and pages of segments, in and out of shared memory, each as often as it
-//! stands in a small ring. What a ring costs beside them is in `ring.rs`.
+//! Entries of a ring and pages of segments, in and out of shared memory, as many entries as a small
+//! ring has. `ring.rs` measures the ring around them.
 #![allow(missing_docs)]
 
 use std::hint::black_box;
@@ -18,12 +18,12 @@ const PROTOCOLS: [(&str, Protocol); 2] =
 /// Entries of a ring of one page.
 const ENTRIES: usize = 32;
 
-/// Where they begin in it, in bytes.
+/// Offset of the first entry, in bytes.
 const FIRST_ENTRY: usize = 64;
 
 const SEGMENT: RawSegment = RawSegment { gref: 8, first: 0, last: 7 };
 
-/// Bytes at which the entries of a ring stand.
+/// Offsets of a ring's entries, in bytes.
 fn places(protocol: Protocol) -> impl Iterator<Item = usize> {
     (0..ENTRIES).map(move |index| FIRST_ENTRY + index * protocol.entry_bytes())
 }

@@ -1,8 +1,8 @@
-//! Pages that stay mapped: found, not found, mapped and unmapped on the stand-in.
+//! Pages that stay mapped: lookups that hit and miss, mapping and unmapping on the stand-in.
 //!
-//! Mapping on the stand-in costs a message to its hypervisor and an mmap for each run of pages,
-//! where a dom0 makes a system call, a hypercall and page table updates: it shows what is ours, not
-//! what Xen takes.
+//! Mapping on the stand-in costs a message to its hypervisor and an mmap for each run of pages;
+//! a real dom0 makes a system call, a hypercall and page table updates. So this shows polldisk's own
+//! cost, not Xen's.
 #![allow(missing_docs)]
 
 use std::hint::black_box;
@@ -33,7 +33,7 @@ struct Rig {
 }
 
 impl Rig {
-    /// A guest with so many pages, all granted and none mapped.
+    /// A guest with this many pages, all granted and none mapped.
     fn new(pages: usize) -> Rig {
         let stand_in = StandIn::start_temporary().unwrap();
         let domid = DomId::try_from(1).unwrap();
@@ -67,7 +67,7 @@ impl Rig {
     }
 }
 
-/// One batch of pages mapped, and as many as a queue may have.
+/// Pages mapped: one batch, and as many as a queue may have.
 const MAPPED: [usize; 2] = [GRANTS_PER_MAP_BATCH, PERSISTENT_GRANTS_PER_QUEUE];
 
 fn lookups(criterion: &mut Criterion) {
@@ -76,7 +76,7 @@ fn lookups(criterion: &mut Criterion) {
         let mut rig = Rig::new(mapped);
         rig.map(&mut Vec::new());
         let refs: Vec<u32> = rig.refs.iter().map(|gref| gref.0).collect();
-        // Requests come from one buffer of the guest after the other.
+        // Requests use one buffer of the guest after the other.
         for segments in [1, SEGMENTS_PER_REQUEST] {
             let mut requests = refs.chunks_exact(segments).cycle();
             group.throughput(Throughput::Elements(segments as u64));

@@ -1,5 +1,5 @@
-//! The ring alone: entries in and out, without any request being executed. What both ends cost
-//! here is the least that a request can cost.
+//! The ring alone: entries in and out, without executing any request. The cost of both ends here
+//! is the least that a request can cost.
 #![allow(missing_docs, unsafe_code)]
 
 use std::ptr::NonNull;

@@ -17,7 +17,7 @@ const REQUESTS: u32 = 32;
 
 const SEGMENT: Segment = Segment { gref: 8, offset: 0, len: 4096 };
 
-/// Slots, and what requests in them need. All segments have their data in one page.
+/// Slots, and what their requests need. All segments have their data in one page.
 struct Rig {
     slots: Slots,
     tables: LargeTables,
@@ -100,7 +100,7 @@ fn lives(criterion: &mut Criterion) {
             });
         });
     }
-    // Tables of one length are only filled; where lengths differ, they are also made longer.
+    // Tables of one length are only filled; if lengths differ, tables also grow.
     for (name, counts) in
         [("12", [12, 12]), ("256", [256, 256]), ("1024", [1024, 1024]), ("12 or 256", [12, 256])]
     {

@@ -1,6 +1,6 @@
 //! Allocations on the steady path, counted by the allocator of this program.
 //!
-//! In a test of its own: the allocator is that of the whole program.
+//! A test program of its own, because its allocator counts for the whole program.
 #![allow(unsafe_code)]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -21,12 +21,12 @@ use polldisk::sim::blkfront::xenbus::Xenbus;
 use polldisk::units::{DomId, VbdId};
 use polldisk::worker::{WorkerThread, spawn_all};
 
-/// The thread whose allocations are counted; 0: none.
+/// The id of the thread whose allocations are counted; 0: none.
 static WATCHED: AtomicI32 = AtomicI32::new(0);
 
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 
-/// The system's allocator, which counts.
+/// The system's allocator, with a count of allocations.
 struct Counting;
 
 #[global_allocator]
@@ -40,7 +40,7 @@ fn count() {
     }
 }
 
-// SAFETY: all is passed on to the system's allocator as it comes.
+// SAFETY: every call is passed on unchanged to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count();
@@ -60,10 +60,10 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// Only a hang takes so long.
+/// Only a hang takes this long.
 const HANG: Duration = Duration::from_secs(60);
 
-/// Requests until all grants are mapped and all buffers have their sizes.
+/// Requests until all grants are mapped and all buffers have their final sizes.
 const WARM_UP: u64 = 5_000;
 
 const COUNTED: u64 = 50_000;
@@ -78,7 +78,7 @@ fn until(what: &str, mut so: impl FnMut() -> bool) {
     }
 }
 
-/// The thread of this process that has the name.
+/// The id of this process's thread with that name.
 fn thread(name: &str) -> i32 {
     let tasks = fs::read_dir("/proc/self/task").unwrap().map(|entry| entry.unwrap());
     let mut named = tasks.filter(|task| {
@@ -88,7 +88,7 @@ fn thread(name: &str) -> i32 {
     task.file_name().to_str().unwrap().parse().unwrap()
 }
 
-/// Allocations of a worker during many requests to a disk.
+/// How often a worker allocates during [`COUNTED`] requests to a disk.
 fn allocations(target: &str, options: Options) -> u64 {
     let stand_in = StandIn::start_temporary().unwrap();
     let platform = stand_in.platform();

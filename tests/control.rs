@@ -1,4 +1,4 @@
-//! The control plane as guests, the toolstack and the admin meet it.
+//! The control plane as guests, the toolstack and the admin see it.
 
 #[path = "control/chaos.rs"]
 mod chaos;
@@ -66,7 +66,7 @@ fn a_toolstack_disk_offers_everything_before_init_wait() {
 }
 
 #[test]
-fn a_connected_disk_tells_its_size_in_512_byte_sectors() {
+fn a_connected_disk_reports_its_size_in_512_byte_sectors() {
     let rig = Rig::start();
     let (guest, areas) = connected(&rig, 5);
     assert_eq!(guest.read(&areas.backend, "sectors").as_deref(), Some("16777216"));
@@ -76,7 +76,7 @@ fn a_connected_disk_tells_its_size_in_512_byte_sectors() {
 }
 
 #[test]
-fn read_only_removable_and_cdrom_are_told_and_enforced() {
+fn read_only_removable_and_cdrom_are_announced_and_enforced() {
     let rig = Rig::start();
     let guest = rig.guest(5);
     for (index, nodes, info) in [
@@ -163,7 +163,7 @@ fn removal_works_in_whatever_order_its_events_come() {
                     rig.dom0.write(&format!("{}/{node}", areas.backend), value).unwrap();
                 }
             }
-            // Control sees each step by itself, or several at once: both must do.
+            // Control sees each step by itself, or several at once: both must work.
             if index % 2 == 0 {
                 rig.list();
             }
@@ -240,7 +240,7 @@ fn a_ring_fault_closes_that_disk_only() {
     guest.set_state(&areas, 1);
     guest.connect(&rig, &areas);
 
-    // What is said of the old connection now is stale.
+    // Reports about the old connection are stale now.
     rig.worker_reports.send(Report::RingFault(key, "again".into()));
     rig.worker_reports.send(Report::Disconnected(key));
     rig.list();
@@ -249,7 +249,7 @@ fn a_ring_fault_closes_that_disk_only() {
 }
 
 #[test]
-fn a_frontend_that_closes_while_it_is_being_connected_is_let_go() {
+fn a_frontend_that_closes_while_it_is_being_connected_is_released() {
     let rig = Rig::start();
     let guest = rig.guest(5);
     let areas = rig.toolstack_disk(5, XVDA, "null:1G");
@@ -271,8 +271,8 @@ fn a_frontend_that_starts_over_unseen_is_served_on_its_new_ring() {
     let (guest, areas) = connected(&rig, 5);
     // Closed, Initialising and Initialised again, written faster than anybody looks.
     guest.publish(&areas, 77);
-    until("it is connected anew", || rig.plane().connects == 2 && rig.served(5) == 1);
-    until("it is told", || rig.list()[0].state == "Connected");
+    until("it is connected again", || rig.plane().connects == 2 && rig.served(5) == 1);
+    until("it is listed", || rig.list()[0].state == "Connected");
     assert_eq!(rig.plane().disconnects, 1);
 }
 
@@ -296,7 +296,7 @@ fn a_guest_that_toggles_its_state_leaks_nothing() {
 }
 
 #[test]
-fn what_a_guest_leaves_in_its_area_is_no_state() {
+fn a_frontend_state_that_makes_no_sense_closes_the_disk() {
     let rig = Rig::start();
     let (guest, areas) = connected(&rig, 5);
     for text in ["", "four", "4 4", "99999999999999999999"] {
@@ -308,7 +308,7 @@ fn what_a_guest_leaves_in_its_area_is_no_state() {
 }
 
 #[test]
-fn a_target_that_cannot_be_opened_is_told_and_tried_again() {
+fn a_target_that_cannot_be_opened_is_reported_and_tried_again() {
     let rig = Rig::start();
     let guest = rig.guest(5);
     let image = rig.folder().join("later.img");
@@ -484,7 +484,7 @@ fn what_the_admin_got_wrong_is_named() {
 }
 
 #[test]
-fn the_admin_socket_stands_nonsense_and_is_for_its_owner_only() {
+fn the_admin_socket_tolerates_nonsense_and_is_for_its_owner_only() {
     use std::io::{Read, Write};
     use std::os::unix::fs::PermissionsExt;
     let rig = Rig::start();
@@ -546,7 +546,7 @@ fn a_thousand_disks_connect() {
 }
 
 #[test]
-fn at_its_end_rings_are_drained_and_only_its_own_areas_removed() {
+fn at_its_end_control_drains_rings_and_removes_only_its_own_areas() {
     let mut rig = Rig::start();
     let (guest, areas) = connected(&rig, 5);
     rig.attach(5, "xvdb", "null:1G").unwrap();
@@ -627,7 +627,7 @@ fn a_guest_that_rewrites_its_state_without_end_holds_up_nobody() {
         }
         over.store(true, Ordering::Relaxed);
     });
-    assert_eq!(rig.served(6), 1, "its own ring was never in question");
+    assert_eq!(rig.served(6), 1, "its own ring was never disconnected");
 }
 
 #[test]
@@ -681,7 +681,7 @@ fn a_worker_that_dies_takes_only_its_own_disks_down() {
 }
 
 #[test]
-fn a_signal_ends_it_as_its_caller_does() {
+fn a_signal_ends_control_as_its_caller_does() {
     let mut rig = Rig::with(Config { signals: true, ..Config::default() });
     rig.guest(5);
     rig.attach(5, "xvdb", "null:1G").unwrap();

@@ -1,5 +1,5 @@
-//! Panics while standard error takes nothing, in a process of their own: the hook is the whole
-//! process's.
+//! Panics while nobody reads standard error, in a test program of their own: the panic hook is
+//! process-wide.
 
 use std::io::{self, Read, Write};
 use std::process::{Command, ExitStatus, Stdio};
@@ -7,17 +7,17 @@ use std::time::{Duration, Instant};
 
 use polldisk::output;
 
-/// Long enough that only a hang gets there.
+/// Only a hang takes this long.
 const HANG: Duration = Duration::from_secs(60);
 
-/// What a pipe holds that nobody reads: Linux's default.
+/// Linux's default capacity of a pipe.
 const PIPE_BYTES: usize = 64 * 1024;
 
 /// Set in the process that panics.
 const PANIC: &str = "POLLDISK_TEST_PANIC";
 
 #[test]
-fn a_thread_that_panics_is_told_and_waits_for_no_reader() {
+fn a_panic_is_reported_and_waits_for_no_reader() {
     if std::env::var_os(PANIC).is_some() {
         return panic_in_a_thread();
     }
@@ -44,7 +44,7 @@ fn panic_in_a_thread() {
 
 fn run(stderr: Stdio) -> ExitStatus {
     let mut child = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "a_thread_that_panics_is_told_and_waits_for_no_reader", "--nocapture"])
+        .args(["--exact", "a_panic_is_reported_and_waits_for_no_reader", "--nocapture"])
         .env(PANIC, "1")
         .stdout(Stdio::null())
         .stderr(stderr)
@@ -58,7 +58,7 @@ fn run(stderr: Stdio) -> ExitStatus {
         if start.elapsed() > HANG {
             child.kill().unwrap();
             child.wait().unwrap();
-            panic!("it waits for a reader");
+            panic!("the panic waits for a reader");
         }
         std::thread::sleep(Duration::from_millis(10));
     }

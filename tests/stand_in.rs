@@ -222,7 +222,7 @@ fn each_segment_of_a_copy_has_a_status_of_its_own() {
 }
 
 #[test]
-fn a_copy_meets_the_guest_that_has_the_domid_now() {
+fn a_copy_reaches_the_guest_that_has_the_domid_now() {
     let (stand_in, guest, mut grants) = rig();
     let (_, gref) = granted_page(&guest, b"old", PageAccess::ReadOnly);
     let mut seen = [0; 3];
@@ -331,7 +331,7 @@ fn pending(events: &mut SimEvents) -> Vec<Port> {
 fn is_readable(events: &SimEvents) -> bool {
     let fd = events.as_fd().as_raw_fd();
     let mut polled = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    // SAFETY: one entry, which outlives the call; it does not wait.
+    // SAFETY: one entry, which outlives the call.
     unsafe { libc::poll(&mut polled, 1, 0) == 1 }
 }
 
@@ -361,7 +361,7 @@ fn a_port_that_became_pending_is_masked_until_its_unmask() {
     for _ in 0..1000 {
         theirs.notify(their_port).unwrap();
     }
-    assert!(!is_readable(&ours), "a storm does not wake who has masked it");
+    assert!(!is_readable(&ours), "a storm does not wake the owner of a masked port");
     assert_eq!(pending(&mut ours), []);
     ours.unmask(&[port]).unwrap();
     assert!(is_readable(&ours));
@@ -399,7 +399,7 @@ fn a_new_backend_binds_to_the_port_that_a_dead_one_left() {
 }
 
 #[test]
-fn what_is_sent_to_a_lost_peer_goes_nowhere() {
+fn notifications_to_a_lost_peer_go_nowhere() {
     let (stand_in, guest, _) = rig();
     let ((theirs, _), (mut ours, port)) = channel(&stand_in, &guest);
     drop(theirs);
@@ -421,7 +421,7 @@ fn only_a_port_that_waits_for_us_can_be_bound() {
 }
 
 #[test]
-fn a_thousand_channels_in_one_process_keep_apart() {
+fn a_thousand_channels_in_one_process_do_not_mix() {
     let (stand_in, guest, _) = rig();
     let mut ours = stand_in.platform().open_events().unwrap();
     let mut channels: Vec<(SimEvents, Port, Port)> = (0..1000)
@@ -483,7 +483,7 @@ fn process(stand_in: &StandIn, role: &str, numbers: [u32; 2]) -> Child {
         .unwrap()
 }
 
-/// Not a test by itself: what [`process`] runs.
+/// Not a test itself: the other process, which [`process`] starts.
 #[test]
 fn another_process_plays_its_role() {
     let Ok(role) = std::env::var(ROLE) else { return };
@@ -541,7 +541,7 @@ fn await_ready(child: &mut Child) -> BufReader<ChildStdout> {
 }
 
 #[test]
-fn what_a_process_had_mapped_and_bound_goes_when_it_is_killed() {
+fn a_killed_process_loses_what_it_had_mapped_and_bound() {
     let (stand_in, guest, _) = rig();
     let (_, gref) = granted_page(&guest, b"", PageAccess::ReadWrite);
     let mut theirs = guest.open_events().unwrap();
@@ -581,7 +581,7 @@ fn two_processes_exchange_data_and_notifications() {
 }
 
 #[test]
-fn a_guest_in_another_process_is_one_like_any_and_ends_with_it() {
+fn a_guest_in_another_process_is_like_any_other_and_ends_with_it() {
     let stand_in = StandIn::start_temporary().unwrap();
     let xen = stand_in.platform();
     let (store, mut grants) = (xen.open_store().unwrap(), xen.open_grants().unwrap());
@@ -618,5 +618,5 @@ fn a_folder_that_a_killed_stand_in_left_can_be_used_again() {
         drop(UnixListener::bind(folder.path().join(socket)).unwrap());
     }
     let _stand_in = StandIn::start(folder.path()).unwrap();
-    assert!(StandIn::start(folder.path()).is_err(), "one that runs is not replaced");
+    assert!(StandIn::start(folder.path()).is_err(), "a running stand-in is not replaced");
 }

@@ -1,6 +1,6 @@
 //! System calls on the steady path, counted by strace.
 //!
-//! Worker and guest work in one thread, in turn, so that the count is the same on any machine.
+//! Worker and guest take turns in one thread, so that the count is the same on any machine.
 
 #[path = "../benches/rig/mod.rs"]
 mod rig;
@@ -16,13 +16,13 @@ use rig::Rig;
 /// Set in the process that strace watches.
 const WATCHED: &str = "POLLDISK_TEST_WATCHED";
 
-/// Files that are not there: looking for them marks places in the trace.
+/// Files that do not exist: looking one up marks a place in the trace.
 const MARKS: [&str; 3] = ["/polldisk-begin", "/polldisk-guest-sleeps", "/polldisk-end"];
 
 const BATCHES: usize = 1000;
 const DEPTH: usize = 32;
 
-/// System calls of the guest for each batch that it sleeps through: ppoll and read.
+/// System calls of a sleeping guest per batch: ppoll and read.
 const GUESTS_CALLS: usize = 2;
 
 #[test]
@@ -35,24 +35,24 @@ fn a_polling_worker_makes_few_system_calls_for_its_requests() {
         let lines = trace.lines().skip_while(|line| !line.contains(from)).skip(1);
         lines.take_while(|line| !line.contains(to)).count()
     };
-    assert_eq!(between(MARKS[0], MARKS[1]), 0, "while the guest polls");
+    assert_eq!(between(MARKS[0], MARKS[1]), 0, "system calls while the guest polls");
     let calls = between(MARKS[1], MARKS[2]) - GUESTS_CALLS * BATCHES;
     let requests = BATCHES * DEPTH;
-    assert!(calls > 0, "a guest that sleeps is woken");
+    assert!(calls > 0, "a sleeping guest has to be woken");
     assert!(
         requests as f64 / calls as f64 > budget(),
-        "{calls} system calls for {requests} requests of a guest that sleeps"
+        "{calls} system calls for {requests} requests of a sleeping guest"
     );
 }
 
-/// Requests for each system call of the worker, at the least.
+/// The least number of requests per system call of the worker.
 fn budget() -> f64 {
     let budgets = concat!(env!("CARGO_MANIFEST_DIR"), "/perf/budgets.toml");
     let budgets: toml::Table = fs::read_to_string(budgets).unwrap().parse().unwrap();
     budgets["requests_per_system_call"].as_float().unwrap()
 }
 
-/// What strace saw of [`work`]'s thread; `None` where there is no strace, which CI sees to.
+/// What strace saw of [`work`]'s thread; `None` if strace is not installed, which fails in CI.
 fn trace() -> Option<String> {
     let found = Command::new("strace").arg("--version").output().is_ok();
     let required = std::env::var("POLLDISK_REQUIRE_XEN_TOOLS").is_ok_and(|value| value == "1");
@@ -85,7 +85,7 @@ fn work() {
     (0..BATCHES).for_each(|_| rig.batch(op::READ, DEPTH as u64, 4096));
     mark(MARKS[1]);
     for _ in 0..BATCHES {
-        // It asks for a notification with this, and gets that of the batch before.
+        // This asks for a notification and takes that of the previous batch.
         rig.device.wait(Duration::ZERO).unwrap();
         rig.batch(op::READ, DEPTH as u64, 4096);
     }

@@ -1,5 +1,5 @@
-//! Style rules that would decay if they were not a test: who may import whom, where unsafe code
-//! may stand, how long a file may grow.
+//! Style rules that would decay if no test enforced them: who may import whom, where unsafe code
+//! may be, how long a file may grow.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -42,8 +42,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ),
 ];
 
-/// Files that may hold unsafe code, each named in DESIGN's sense: guest memory, the kernel's
-/// devices, io_uring, the stand-in's memory, waiting, and the C library's functions.
+/// Files that may hold unsafe code: for guest memory, the kernel's devices,
+/// io_uring, the stand-in's memory, waiting, and the C library's functions.
 const MAY_BE_UNSAFE: &[&str] = &[
     "src/backing/device.rs",
     "src/backing/locks.rs",
@@ -88,7 +88,7 @@ fn relative(path: &Path) -> String {
     path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned()
 }
 
-/// A file's text without comments and without its test module, which stands last.
+/// A file's text without comments and without its test module, which comes last.
 fn code_of(path: &Path) -> String {
     let text = std::fs::read_to_string(path).unwrap();
     let code = text.split("#[cfg(test)]\nmod test").next().unwrap_or("");
@@ -100,7 +100,7 @@ fn is_test(path: &Path) -> bool {
         || path.components().any(|part| part.as_os_str() == "test")
 }
 
-/// Parts of the library that a text names after `crate::`, with the second component for `xen`.
+/// Parts of the library that a text names after `crate::`; `xen::linux` counts as its own part.
 fn imports(code: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for (at, _) in code.match_indices("crate::") {
@@ -157,7 +157,7 @@ fn the_import_scanner_sees_all_forms() {
     assert_eq!(found, ["msg", "sim", "units", "xen::linux"]);
 }
 
-/// The same as [`MAY_IMPORT`] says stands in the documentation of the library.
+/// The table in the library's documentation equals [`MAY_IMPORT`].
 #[test]
 fn the_documentation_names_the_same_imports() {
     let text = std::fs::read_to_string(root().join("src/lib.rs")).unwrap();
@@ -173,18 +173,18 @@ fn the_documentation_names_the_same_imports() {
     assert_eq!(told, held);
 }
 
-/// So that a simulation can step control and workers in one thread, and the same seed does the same again.
+/// A simulation steps control and workers in one thread, and a seed must always give the same run.
 #[test]
 fn time_and_order_are_inputs() {
     const STEPPED: &[&str] = &["src/control/", "src/engine/", "src/queue/", "src/worker/"];
-    // What sleeps and reads the clock for them, and the command line's end of the admin socket.
+    // The code that sleeps and reads the clock for them, and the command line's end of the admin socket.
     const SHELLS: &[&str] =
         &["src/control/run.rs", "src/control/admin/client.rs", "src/control/admin/place.rs"];
     const FORBIDDEN: &[&str] = &[
         "Instant::now(",
         "SystemTime::now(",
         "thread::sleep(",
-        // Their order is another one in each run.
+        // Their order differs from run to run.
         "HashMap::new(",
         "HashSet::new(",
         "RandomState",
@@ -197,7 +197,7 @@ fn time_and_order_are_inputs() {
         }
         let code = code_of(&path);
         for word in FORBIDDEN {
-            assert!(!code.contains(word), "{name} has {word})");
+            assert!(!code.contains(word), "{name} uses {word}");
         }
     }
 }
@@ -213,7 +213,7 @@ fn unsafe_code_stands_only_where_it_is_named() {
     }
 }
 
-/// `println!` and its relatives panic where standard output or standard error takes nothing:
+/// `println!` and its relatives panic if standard output or standard error cannot be written to;
 /// `polldisk::output` does not.
 #[test]
 fn nothing_is_printed_in_a_way_that_can_panic() {

@@ -1,5 +1,5 @@
-//! Storage that does what a script says: it completes late, out of order, in parts or not at all, fails,
-//! has no room, and costs time that a test's clock counts. Nothing in here takes time.
+//! Scripted storage: operations complete late, out of order, in part or never; they fail or find no room;
+//! and what they cost is counted by a test's clock. No real time passes in here.
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -15,14 +15,14 @@ use crate::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ti
 use crate::park::Doorbell;
 use crate::xen::shm::{GuestBuf, Registration};
 
-/// What it costs to submit an operation, if there is a clock.
-pub const SUBMIT_NS: u64 = 300;
+/// Time that it takes to submit an operation, if there is a clock.
+const SUBMIT_NS: u64 = 300;
 
-/// The same for storage whose kernel driver takes its time.
-pub const SLOW_SUBMIT_NS: u64 = 5_000;
+/// The same for storage with a slow kernel driver.
+const SLOW_SUBMIT_NS: u64 = 5_000;
 
-/// What each operation adds to the time of a kick, if its pages do.
-pub const KICK_NS: u64 = 2_000;
+/// What each operation adds to the time of a kick, if [`Script::kick_page_ns`] is set.
+const KICK_NS: u64 = 2_000;
 
 /// Transfers in 100 that are done in part only, if chance decides.
 const SHORT_PERCENT: u64 = 10;
@@ -30,7 +30,7 @@ const SHORT_PERCENT: u64 = 10;
 /// Bytes of what a transfer in part consists of.
 const SECTOR: u32 = 512;
 
-/// What storage does, as the test says, and what it was asked for.
+/// What storage does, as a test sets it, and the operations that it was given.
 #[derive(Debug, Default)]
 pub struct Script {
     /// What the disk holds, whichever image names it; workers share it. `None`: data is neither kept nor
@@ -41,33 +41,33 @@ pub struct Script {
     pub random: Option<Random>,
     /// Queues whose operations hang.
     pub hung: HashSet<usize>,
-    /// Operations that there is room for; `None`: for all.
+    /// How many operations storage has room for; `None`: all.
     pub room: Option<usize>,
     /// Operations that complete with each reap; `None`: all that do not hang.
     pub per_reap: Option<usize>,
-    /// What becomes of each operation, in place of its success.
+    /// The error that every operation ends with, if any.
     pub errno: Option<i32>,
-    /// Something completes just when the worker falls asleep.
+    /// An operation completes just as the worker falls asleep.
     pub arming_finds_a_completion: bool,
-    /// Flushes are kept by the engine.
+    /// The engine keeps flushes instead of starting them.
     pub parks_flushes: bool,
-    /// The host fails with its next operation, or panics.
+    /// How kicks fail, if they do.
     pub fails: Option<Failure>,
-    /// Queues whose operations cost the worker much.
+    /// Queues whose operations are slow to submit.
     pub slow: HashSet<usize>,
-    /// What a flush, or several of a disk at once, takes a thread of the kernel,
+    /// Time of a kernel thread for a flush, or for several of one disk at once.
     pub flush_ns: u64,
-    /// ... and what all have taken since the test last took it out.
+    /// Time that kernel threads have taken since the test last reset this.
     pub threads_ns: u64,
-    /// What the next kick takes of the worker's time, and what each page submitted adds to it.
+    /// The worker's time for the next kick.
     pub kick_ns: u64,
-    /// See `kick_ns`.
+    /// What each page submitted adds to it; 0: kicks take no time.
     pub kick_page_ns: u64,
-    /// Moves with each operation, by what it costs to submit.
+    /// Advances by the time that submitting and kicking take.
     pub clock: Option<Arc<AtomicU64>>,
-    /// The engine is no more.
+    /// The engine was dropped.
     pub is_dropped: bool,
-    /// Operations taken and not completed, in order.
+    /// Operations taken but not completed, in order.
     pub taken: Vec<Taken>,
     /// Each operation that was taken, in words, if a test wants them.
     pub trace: Option<Vec<String>>,
@@ -82,7 +82,7 @@ pub enum Failure {
     Panic,
 }
 
-/// An operation that storage has.
+/// An operation that storage has taken.
 #[derive(Debug)]
 pub struct Taken {
     /// Whose.
@@ -93,7 +93,7 @@ pub struct Taken {
     transfer: Option<Transfer>,
 }
 
-/// Data of an operation on storage with contents.
+/// The data of an operation, if the disk has contents.
 #[derive(Debug)]
 struct Transfer {
     is_read: bool,
@@ -101,7 +101,7 @@ struct Transfer {
     buffers: Vec<GuestBuf>,
 }
 
-/// Storage by a script.
+/// Scripted storage.
 #[derive(Debug)]
 pub struct ScriptedDisk {
     script: Rc<RefCell<Script>>,
@@ -109,7 +109,7 @@ pub struct ScriptedDisk {
 }
 
 impl ScriptedDisk {
-    /// Storage, and its script.
+    /// It, and its script.
     pub fn new(script: Script) -> io::Result<(ScriptedDisk, Rc<RefCell<Script>>)> {
         let script = Rc::new(RefCell::new(script));
         Ok((ScriptedDisk { script: Rc::clone(&script), bell: Doorbell::new()? }, script))

@@ -1,5 +1,5 @@
 //! Toolstack, guests, workers and hung storage do anything in any order; in the end everything can be
-//! taken away, and the next disk works.
+//! removed, and the next disk works.
 
 use std::thread::JoinHandle;
 
@@ -19,15 +19,15 @@ const DISKS: u32 = 3;
 const STEPS: usize = 80;
 const ROUNDS: u64 = 40;
 
-/// Names the one round that is to be played.
+/// Names the only round to play.
 const SEED: &str = "POLLDISK_CHAOS_SEED";
 
 struct Play<'a> {
     rig: &'a Rig,
     random: Random,
-    /// Of domains that exist.
+    /// The guests of domains that exist.
     guests: [Option<Guest>; DOMAINS.len()],
-    /// Who waits for the daemon to do something.
+    /// Requests that the daemon may not have answered yet.
     asked: Vec<JoinHandle<Result<Reply, RequestError>>>,
 }
 
@@ -42,7 +42,7 @@ impl Play<'_> {
             3 => self.storage(),
             4 => self.workers(),
             5 => std::thread::sleep(std::time::Duration::from_micros(500)),
-            // It exists no more, or again.
+            // A domain ends, or begins again.
             6 if self.random.between(0, 3) == 0 => {
                 if self.guests[guest].take().is_some() {
                     self.rig.server().release(domid(DOMAINS[guest])).unwrap();
@@ -157,7 +157,7 @@ impl Play<'_> {
         }
     }
 
-    /// As a frontend that goes on from where it is.
+    /// Does what a frontend does next, by the backend's state.
     fn go_on(&mut self, areas: &Areas, guest: usize) {
         let Some(guest) = &self.guests[guest] else { return };
         let backend = self.rig.state(&areas.backend);
@@ -181,10 +181,10 @@ impl Play<'_> {
         let _ = guest.store.write(&format!("{}/state", areas.frontend), next);
     }
 
-    /// As a toolstack that wants everything to be gone.
+    /// Removes everything, as a toolstack does.
     fn end(&mut self) {
         self.rig.release();
-        // What is asked for takes no longer once nothing hangs.
+        // Nothing hangs any more, so all requests end.
         for asked in self.asked.drain(..) {
             let _ = asked.join().unwrap();
         }
@@ -214,7 +214,7 @@ impl Play<'_> {
 }
 
 #[test]
-fn whatever_happens_in_any_order_everything_can_be_taken_away_and_the_next_disk_works() {
+fn whatever_happens_in_any_order_everything_can_be_removed_and_the_next_disk_works() {
     let rig = Rig::start();
     let guests = DOMAINS.map(|domid| Some(rig.guest(domid)));
     let mut play = Play { rig: &rig, random: Random::new(1), guests, asked: Vec::new() };

@@ -36,7 +36,7 @@ fn wait_sectors(rig: &Rig, areas: &Areas, wanted: u64) {
 #[test]
 fn an_empty_drive_connects_and_has_no_sectors() {
     let rig = Rig::start();
-    // As libxl writes one for a block device, for a file, and where it knows no contents at all.
+    // As libxl writes one for a block device, for a file, and without naming any contents.
     for (domid, params) in [(5, Some("")), (6, Some("aio:")), (7, None)] {
         let guest = rig.guest(domid);
         let areas = drive(&rig, domid, params);
@@ -88,7 +88,7 @@ fn a_medium_comes_and_goes_as_libxl_changes_it() {
 }
 
 #[test]
-fn the_state_is_written_again_with_the_size_for_the_frontend_to_look() {
+fn the_state_is_written_again_with_the_size_so_that_the_frontend_looks() {
     use polldisk::xen::Store;
     let rig = Rig::start();
     let (guest, areas) = connected_drive(&rig, 5, "");
@@ -113,7 +113,7 @@ fn the_state_is_written_again_with_the_size_for_the_frontend_to_look() {
 }
 
 #[test]
-fn one_medium_in_place_of_another_is_an_ejection_first() {
+fn replacing_a_medium_ejects_the_old_one_first() {
     let rig = Rig::start();
     let (_guest, areas) = connected_drive(&rig, 5, "null:1G");
     rig.toolstack_sets_medium(&areas, "null:2G");
@@ -127,7 +127,7 @@ fn every_write_of_params_counts_even_of_the_same_name() {
     let image = rig.folder().join("medium.iso");
     let target = format!("raw:{}", image.display());
     let make = |mib: u64| {
-        // Another file of this name, as a build that writes a new one and renames it.
+        // A new file renamed to the old name, as a build does it.
         let next = rig.folder().join("next.iso");
         std::fs::File::create(&next).unwrap().set_len(mib << 20).unwrap();
         std::fs::rename(next, &image).unwrap();
@@ -135,7 +135,7 @@ fn every_write_of_params_counts_even_of_the_same_name() {
     make(1);
     let (_guest, areas) = connected_drive(&rig, 5, &target);
     for mib in 2..42 {
-        // Two transactions, and nobody waits in between: often they are seen as one.
+        // Two transactions without a wait in between: control often sees them as one.
         rig.toolstack_sets_medium(&areas, "");
         make(mib);
         rig.toolstack_sets_medium(&areas, &format!("aio:{}", image.display()));
@@ -144,7 +144,7 @@ fn every_write_of_params_counts_even_of_the_same_name() {
 }
 
 #[test]
-fn what_the_admin_writes_to_params_is_not_taken_for_another_change() {
+fn params_written_for_the_admin_are_not_taken_for_another_change() {
     let rig = Rig::start();
     let guest = rig.guest(5);
     rig.attach_cdrom(5, "xvda", "null:1G").unwrap();
@@ -156,7 +156,7 @@ fn what_the_admin_writes_to_params_is_not_taken_for_another_change() {
 }
 
 #[test]
-fn a_medium_is_told_only_when_every_queue_has_it() {
+fn a_medium_is_announced_only_when_every_queue_has_it() {
     let offer = Offer { queues: 2, ..Offer::default() };
     let rig = Rig::with(Config { offer, ..Config::default() });
     let guest = rig.guest(5);
@@ -183,13 +183,13 @@ fn a_medium_is_told_only_when_every_queue_has_it() {
 }
 
 #[test]
-fn a_medium_of_no_use_leaves_the_drive_empty_and_is_told() {
+fn an_unusable_medium_leaves_the_drive_empty_and_is_reported() {
     let rig = Rig::start();
     let (_other, other) = connected_drive(&rig, 6, "null:1G");
     let (_guest, areas) = connected_drive(&rig, 5, "null:1G");
     rig.toolstack_sets_medium(&areas, "aio:/nowhere/at/all.iso");
     wait_sectors(&rig, &areas, 0);
-    until("the error is told", || rig.read(&areas.error).is_some());
+    until("the error is reported", || rig.read(&areas.error).is_some());
     let error = rig.read(&areas.error).unwrap();
     assert!(error.starts_with("2 ") && error.contains("/nowhere/at/all.iso"), "{error}");
     assert!(rig.list()[0].failure.contains("create it or correct the path"));
@@ -202,7 +202,7 @@ fn a_medium_of_no_use_leaves_the_drive_empty_and_is_told() {
     assert_eq!(rig.list()[0].failure, "");
 
     rig.toolstack_sets_medium(&areas, "vhd:/nowhere");
-    until("the error is told", || rig.read(&areas.error).is_some());
+    until("the error is reported", || rig.read(&areas.error).is_some());
     rig.toolstack_sets_medium(&areas, "");
     until("nothing is wanted, so nothing is wrong", || rig.read(&areas.error).is_none());
     assert_eq!(rig.list()[0].failure, "");
@@ -220,7 +220,7 @@ fn a_medium_can_change_at_any_time_of_a_connection() {
     guest.publish(&areas, 8);
     until("the worker is asked", || rig.plane().connects == 1);
     rig.toolstack_sets_medium(&areas, "null:2G");
-    until("the queue is to go over", || rig.plane().media == [0]);
+    until("the queue is asked to switch", || rig.plane().media == [0]);
     rig.release();
     wait_sectors(&rig, &areas, 4 << 20);
     guest.set_state(&areas, 4);
@@ -228,7 +228,7 @@ fn a_medium_can_change_at_any_time_of_a_connection() {
     // The guest closes while the medium is being changed.
     rig.plane().hold = true;
     rig.toolstack_sets_medium(&areas, "null:3G");
-    until("the queue is to go over", || rig.plane().media.len() == 3);
+    until("the queue is asked to switch", || rig.plane().media.len() == 3);
     guest.set_state(&areas, 6);
     rig.wait_state(&areas.backend, 6);
     rig.release();
@@ -245,7 +245,7 @@ fn the_contents_of_a_fixed_disk_are_not_changed_under_its_guest() {
     let areas = rig.toolstack_disk(5, XVDA, "null:1G");
     guest.connect(&rig, &areas);
     rig.toolstack_sets_medium(&areas, "null:2G");
-    until("it is told", || !rig.list()[0].failure.is_empty());
+    until("it is reported", || !rig.list()[0].failure.is_empty());
     let failure = &rig.list()[0].failure;
     assert!(failure.contains("null:2G") && failure.contains("detach the disk"), "{failure}");
     assert!(rig.plane().media.is_empty());
@@ -265,9 +265,9 @@ fn the_admin_inserts_and_ejects() {
     guest.connect(&rig, &areas);
     assert_eq!(rig.node(&areas.backend, "info").as_deref(), Some("7"));
     rig.insert(5, "xvda", "null:1G").unwrap();
-    assert_eq!(sectors(&rig, &areas), 2 << 20, "it is in when the admin is told so");
+    assert_eq!(sectors(&rig, &areas), 2 << 20, "the medium is in before the admin gets an answer");
     assert_eq!(rig.node(&areas.backend, "params").as_deref(), Some("null:1G"));
-    // The same name once more: the file behind it may be another one.
+    // The same name once more: the file behind it may be a new one.
     rig.insert(5, "xvda", "null:1G").unwrap();
     assert_eq!(rig.plane().media, [1 << 30, 0, 1 << 30]);
 
@@ -288,7 +288,7 @@ fn the_admin_inserts_and_ejects() {
 }
 
 #[test]
-fn an_admin_whose_guest_reads_on_is_told_when_the_medium_is_out() {
+fn an_eject_is_answered_only_when_the_medium_is_out() {
     let rig = Rig::start();
     let guest = rig.guest(5);
     rig.attach_cdrom(5, "xvda", "null:1G").unwrap();
@@ -314,9 +314,9 @@ fn a_medium_that_the_toolstack_takes_back_before_it_is_in_is_closed() {
     rig.plane().hold = true;
     let insert = Insert { domid: 5, vdev: "xvda".into(), target: target.clone() };
     let inserted = rig.ask_meanwhile(Request::Insert(insert));
-    until("the old medium is on its way out", || rig.plane().media == [0]);
+    until("the old medium is being ejected", || rig.plane().media == [0]);
     rig.toolstack_sets_medium(&areas, "");
-    until("it is seen", || rig.list()[0].target.is_empty());
+    until("control has seen it", || rig.list()[0].target.is_empty());
     rig.release();
     wait_sectors(&rig, &areas, 0);
     let _ = inserted.join().unwrap();

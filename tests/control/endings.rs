@@ -1,4 +1,4 @@
-//! Disks that end at an awkward moment: nothing loops, nothing stays, nothing lands in another disk.
+//! Disks that end at an awkward moment: nothing loops, nothing is left, nothing reaches another disk.
 
 use polldisk::control::Ended;
 use polldisk::control::admin::protocol::{Detach, Request};
@@ -75,13 +75,13 @@ fn a_disk_detached_while_its_ring_is_being_connected_or_disconnected_is_gone_aft
 }
 
 #[test]
-fn an_area_that_is_made_anew_at_any_moment_gets_nothing_that_was_meant_for_the_old_one() {
+fn an_area_that_is_made_again_at_any_moment_gets_nothing_meant_for_the_old_one() {
     let rig = Rig::start();
     let guest = rig.guest(5);
     for round in 0..200 {
         let areas = rig.toolstack_disk(5, XVDA, "null:1G");
         match round % 4 {
-            // At whatever moment of the first look, or once the disk is there.
+            // At some moment of control's first look at the disk.
             0 => {}
             1 => rig.wait_state(&areas.backend, 2),
             2 => guest.connect(&rig, &areas),
@@ -101,7 +101,7 @@ fn an_area_that_is_made_anew_at_any_moment_gets_nothing_that_was_meant_for_the_o
 }
 
 #[test]
-fn a_disk_is_not_attached_where_one_still_drains() {
+fn a_disk_is_not_attached_in_place_of_one_that_still_drains() {
     let rig = Rig::start();
     let guest = rig.guest(5);
     let areas = Areas::new(5, XVDB);
@@ -118,7 +118,7 @@ fn a_disk_is_not_attached_where_one_still_drains() {
     rig.attach(5, "xvdb", "null:2G").unwrap();
     guest.connect(&rig, &areas);
 
-    // The same where all of its areas are gone at once.
+    // The same if all of its areas vanish at once.
     rig.plane().hangs = true;
     rig.dom0.rm(&areas.backend).unwrap();
     until("its ring is being drained", || rig.plane().disconnects == 2);
@@ -131,7 +131,7 @@ fn a_disk_is_not_attached_where_one_still_drains() {
 }
 
 #[test]
-fn a_detach_that_waits_for_storage_says_so_and_not_that_the_guest_has_to_let_go() {
+fn a_detach_that_waits_for_storage_says_so_and_does_not_blame_the_guest() {
     let rig = Rig::start();
     let guest = rig.guest(5);
     rig.attach(5, "xvdb", "null:1G").unwrap();
@@ -145,7 +145,7 @@ fn a_detach_that_waits_for_storage_says_so_and_not_that_the_guest_has_to_let_go(
 }
 
 #[test]
-fn a_guest_that_is_gone_takes_its_disks_along_whatever_its_toolstack_leaves() {
+fn the_disks_of_a_guest_end_with_it_whatever_its_toolstack_leaves() {
     let rig = Rig::start();
     let (guest, other) = (rig.guest(5), rig.guest(6));
     let image = rig.folder().join("disk.img");
@@ -167,7 +167,7 @@ fn a_guest_that_is_gone_takes_its_disks_along_whatever_its_toolstack_leaves() {
     assert_eq!((rig.state(&made.backend), rig.state(&idle.backend)), (Some(6), Some(6)));
     until("its image is closed", || open_files_of(&image) == 0);
 
-    // Another domain of that number, and a toolstack that cleans up late.
+    // Another domain with that number, and a toolstack that cleans up late.
     rig.toolstack_removes(&made, true);
     rig.wait_state(&made.backend, 6);
     rig.dom0.rm(&made.backend).unwrap();
@@ -177,10 +177,10 @@ fn a_guest_that_is_gone_takes_its_disks_along_whatever_its_toolstack_leaves() {
 }
 
 #[test]
-fn the_end_of_another_domain_ends_no_disk_of_one_that_is_only_being_made() {
+fn the_end_of_another_domain_ends_no_disk_of_one_that_is_still_being_built() {
     let rig = Rig::start();
     rig.guest(7);
-    // Its areas are there before xenstored knows it, as while a toolstack builds it.
+    // Its areas exist before xenstored knows the domain, as while a toolstack builds it.
     rig.dom0.write("/local/domain/5/name", "new").unwrap();
     let areas = rig.toolstack_disk(5, XVDA, "null:1G");
     rig.wait_state(&areas.backend, 2);
@@ -208,7 +208,7 @@ fn a_domid_that_is_used_again_is_not_taken_for_the_domain_that_had_it_before() {
     until("it is forgotten", || rig.list().is_empty());
     rig.server().release(crate::rig::domid(5)).unwrap();
     rig.list();
-    // Another one with its number, which is still being built.
+    // Another domain with its number, which is still being built.
     let areas = rig.toolstack_disk(5, XVDA, "null:1G");
     rig.wait_state(&areas.backend, 2);
     rig.server().release(crate::rig::domid(7)).unwrap();
@@ -220,7 +220,7 @@ fn a_domid_that_is_used_again_is_not_taken_for_the_domain_that_had_it_before() {
 }
 
 #[test]
-fn a_daemon_that_ends_beside_hung_storage_ends_and_says_what_is_left() {
+fn a_daemon_with_hung_storage_ends_and_says_what_is_left() {
     crate::log::keep();
     let mut rig = Rig::start();
     let guest = rig.guest(75);

@@ -4,12 +4,12 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 
-/// A write lease on a file, as a file server holds one: whoever else opens the file waits until this is
-/// dropped. The kernel breaks it after /proc/sys/fs/lease-break-time, 45 s.
+/// A write lease on a file, as a file server holds one: any other open of the file waits until this is
+/// dropped. The kernel breaks the lease after /proc/sys/fs/lease-break-time, 45 s by default.
 pub struct Lease(File);
 
 impl Lease {
-    /// On a file that nobody has open.
+    /// Takes one on a file that nobody has open.
     pub fn on(path: &Path) -> Lease {
         let file = File::options().read(true).write(true).open(path).unwrap();
         set_lease(&file, libc::F_WRLCK);

@@ -18,7 +18,7 @@ impl Write for Keeper {
     }
 }
 
-/// Keeps what is logged from now on, at the level that a daemon has.
+/// Keeps what is logged from now on, at the daemon's level.
 pub fn keep() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
@@ -27,7 +27,7 @@ pub fn keep() {
     });
 }
 
-/// The lines so far in which all of these words stand.
+/// The lines so far that contain all of these words.
 pub fn lines(words: &[&str]) -> Vec<String> {
     let all = LINES.lock().unwrap();
     all.iter().filter(|line| words.iter().all(|word| line.contains(word))).cloned().collect()

@@ -1,4 +1,4 @@
-//! What a guest can make control do: it is counted, and it is little.
+//! Log lines and xenstore requests that a guest can cause: few, as counted here.
 
 use std::time::Instant;
 
@@ -20,7 +20,7 @@ fn failure(errno: i32, errors_so_far: u64) -> StorageFailure {
     }
 }
 
-/// Lines that a guest may have written since `start`, in any number of periods begun.
+/// Lines that a guest may have caused since `start`: the limit for every period begun.
 fn lines_allowed(start: Instant) -> usize {
     let periods = start.elapsed().as_secs() / limits::GUEST_LOG_SECONDS + 2;
     usize::try_from(periods).unwrap() * limits::GUEST_LOG_LINES as usize
@@ -44,7 +44,7 @@ fn a_guest_that_reconnects_on_full_storage_does_not_fill_the_log() {
     }
     let lines = log::lines(&["vbd/71/"]).len();
     assert!(lines <= lines_allowed(start) + 2, "{lines} lines");
-    // A disk made anew, or another one, buys no more lines.
+    // A disk that is made again gets no further lines.
     rig.toolstack_removes(&areas, true);
     until("it is forgotten", || rig.list().is_empty());
     let noisy = |rig: &Rig| rig.worker_reports.send(Report::SpaceLeft(rig.queue_of(71)));
@@ -82,10 +82,10 @@ fn full_storage_is_a_state_until_writes_succeed_again() {
     let (_guest, _areas) = connected(&rig, 73);
     for errno in [libc::ENOSPC, libc::EDQUOT] {
         rig.worker_reports.send(Report::StorageFailed(rig.queue_of(73), failure(errno, 1)));
-        until("it is told", || rig.list()[0].failure.contains("no space is left"));
+        until("it is reported", || rig.list()[0].failure.contains("no space is left"));
         assert_eq!(rig.list()[0].state, "Connected", "reads go on");
         rig.worker_reports.send(Report::SpaceLeft(rig.queue_of(73)));
-        until("it is told", || rig.list()[0].failure.is_empty());
+        until("the failure is cleared", || rig.list()[0].failure.is_empty());
     }
     assert_eq!(log::lines(&["vbd/73/", "no space is left"]).len(), 2);
     assert_eq!(log::lines(&["vbd/73/", "has space again"]).len(), 2);
@@ -103,12 +103,12 @@ fn a_guest_that_rewrites_its_state_makes_few_requests_of_xenstore() {
     }
     let seconds = start.elapsed().as_secs() + 1;
     let requests = rig.server().requests() - before - WRITES;
-    // Three nodes, and all eight of a frontend with one ring where it says Initialised.
+    // Each look reads three nodes, and all eight of a frontend with one ring if it is Initialised.
     let looks = u64::from(limits::FRONTEND_LOOKS_BURST)
         + seconds * u64::from(limits::FRONTEND_LOOKS_PER_SECOND);
     assert!(requests <= looks * 11, "{requests} requests in {seconds} s");
     assert_eq!(rig.served(74), 1);
-    // What it says in the end is heard.
+    // Its last state is seen.
     guest.set_state(&areas, 6);
     rig.wait_state(&areas.backend, 6);
 }

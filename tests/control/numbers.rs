@@ -1,4 +1,4 @@
-//! Values as other programs write them: with blanks, a line break or a sign, as Linux's and QEMU's
+//! Values as other programs write them: with blanks, a line break or a sign. Linux's and QEMU's
 //! backends read them too.
 
 use super::rig::Rig;
@@ -6,7 +6,7 @@ use super::{XVDA, XVDB};
 use polldisk::xen::Store;
 use xenstore_rs::Xs;
 
-/// An ending that `echo` or a C program leaves.
+/// Endings that `echo` or a C program leaves.
 const ENDINGS: [&str; 3] = ["\n", " ", "\t\r\n"];
 
 #[test]
@@ -63,7 +63,7 @@ fn a_guests_values_are_read_with_blanks_around_them() {
 }
 
 #[test]
-fn what_the_toolstack_wrote_and_nobody_can_read_is_told_in_the_error_node() {
+fn unreadable_values_from_the_toolstack_are_reported_in_the_error_node() {
     let rig = Rig::start();
     rig.guest(5);
     for (node, value, told) in [
@@ -74,7 +74,7 @@ fn what_the_toolstack_wrote_and_nobody_can_read_is_told_in_the_error_node() {
         ("frontend-id", "5x", "frontend-id is \"5x\""),
     ] {
         let areas = rig.toolstack_disk_with(5, XVDA, &[("params", "null:1G"), (node, value)]);
-        let what = format!("{node} = {value} is told");
+        let what = format!("{node} = {value} is reported");
         super::until(&what, || rig.read(&areas.error).is_some_and(|error| error.contains(told)));
         rig.toolstack_removes(&areas, true);
         super::until("it is gone", || rig.list().is_empty());
@@ -84,7 +84,7 @@ fn what_the_toolstack_wrote_and_nobody_can_read_is_told_in_the_error_node() {
 }
 
 #[test]
-fn an_online_that_nobody_can_read_takes_no_disk_away() {
+fn an_unreadable_online_node_removes_no_disk() {
     let rig = Rig::start();
     let (_guest, areas) = super::connected(&rig, 5);
     rig.dom0.write(&format!("{}/online", areas.backend), "abc").unwrap();
@@ -95,10 +95,10 @@ fn an_online_that_nobody_can_read_takes_no_disk_away() {
 }
 
 #[test]
-fn an_online_that_nobody_can_read_hides_nothing_else_that_happens_at_the_same_time() {
+fn an_unreadable_online_node_hides_no_other_change_at_the_same_time() {
     let rig = Rig::start();
     let guest = rig.guest(5);
-    // As often as it takes for both to be seen at once.
+    // Often enough that both are seen at once.
     for _ in 0..50 {
         let areas = rig.toolstack_disk(5, XVDA, "null:1G");
         guest.connect(&rig, &areas);

@@ -1,4 +1,4 @@
-//! Storage that takes its time to open: its own disk waits, and nobody else.
+//! Storage that is slow to open: only its own disk waits.
 
 use std::fs::File;
 
@@ -12,15 +12,15 @@ use crate::lease::Lease;
 use crate::log;
 use crate::rig::{Areas, Rig, open_files_of, until, xvd};
 
-/// A file whose open hangs until the lease is dropped, and how it is named to the daemon.
+/// A file whose open hangs until the lease is dropped, and the target that names it.
 pub fn hung_file(rig: &Rig, name: &str) -> (Lease, String) {
     let path = rig.folder().join(name);
     File::create_new(&path).unwrap().set_len(1 << 20).unwrap();
     (Lease::on(&path), format!("raw:{}", path.display()))
 }
 
-/// How many opens of these disks took too long, as the log tells it. Whoever waits for an open that hangs
-/// comes to that.
+/// How many opens of these disks took too long, according to the log. A hung open ends like this only
+/// if somebody waits for it.
 fn opens_given_up(disks: &str) -> usize {
     log::lines(&[disks, "cannot be opened", "within 8 s"]).len()
 }
@@ -32,7 +32,7 @@ fn an_open_that_hangs_costs_its_own_disk_only() {
     let (lease, target) = hung_file(&rig, "hung.img");
     let hung = rig.toolstack_disk(5, XVDA, &target);
     until("it is being opened", || rig.list().len() == 1);
-    // Others, the same guest's too, come and go meanwhile.
+    // Meanwhile other disks connect, those of the same guest too.
     for round in 0..5 {
         let areas = rig.toolstack_disk(5, xvd(1 + round).0, "null:1G");
         guest.connect(&rig, &areas);
@@ -47,7 +47,7 @@ fn an_open_that_hangs_costs_its_own_disk_only() {
 }
 
 #[test]
-fn a_file_that_is_asked_for_over_and_over_while_it_hangs_holds_up_no_other_in_its_folder() {
+fn a_hung_file_that_is_opened_over_and_over_holds_up_no_other_in_its_folder() {
     let rig = Rig::start();
     let guest = rig.guest(5);
     let (lease, target) = hung_file(&rig, "hung.img");
@@ -78,7 +78,7 @@ fn an_open_that_takes_too_long_fails_with_a_reason_and_its_late_answer_changes_n
     rig.list();
     assert_eq!(rig.state(&areas.backend), Some(6));
 
-    // The toolstack may start it over.
+    // The toolstack may start the disk over.
     rig.dom0.write(&format!("{}/state", areas.backend), "1").unwrap();
     guest.connect(&rig, &areas);
     assert_eq!(rig.read(&areas.error), None);
@@ -116,7 +116,7 @@ fn a_disk_that_is_removed_while_it_is_being_opened_is_gone_at_once() {
 }
 
 #[test]
-fn an_attach_whose_storage_hangs_is_told_and_leaves_nothing() {
+fn an_attach_whose_storage_hangs_fails_with_a_reason_and_leaves_nothing() {
     let rig = Rig::start();
     rig.guest(5);
     let (lease, target) = hung_file(&rig, "hung.img");
@@ -145,13 +145,13 @@ fn an_attach_goes_on_when_its_storage_answers_and_only_one_of_two_gets_the_place
 }
 
 #[test]
-fn what_is_closed_is_closed_and_opened_once() {
+fn an_image_is_opened_once_and_closed_when_it_is_no_longer_used() {
     let rig = Rig::start();
     let guest = rig.guest(5);
     let path = rig.folder().join("disk.iso");
     File::create(&path).unwrap().set_len(1 << 20).unwrap();
     let target = format!("raw:{}", path.display());
-    // As itself, for its locks, which are the first open's, and on tmpfs once more for its mapping.
+    // Once for I/O, once for the locks (kept from the first open), and on tmpfs once for the mapping.
     let is_open = |what: &str| {
         let count = open_files_of(&path);
         assert!((1..=3).contains(&count), "{what}: {count}");
@@ -162,7 +162,7 @@ fn what_is_closed_is_closed_and_opened_once() {
     for _ in 0..5 {
         rig.insert(5, "xvda", &target).unwrap();
     }
-    until("the media before are closed", || open_files_of(&path) <= 3);
+    until("earlier media are closed", || open_files_of(&path) <= 3);
     rig.eject(5, "xvda").unwrap();
     until("it is closed", || open_files_of(&path) == 0);
     rig.insert(5, "xvda", &target).unwrap();
@@ -172,7 +172,7 @@ fn what_is_closed_is_closed_and_opened_once() {
 }
 
 #[test]
-fn a_medium_that_hangs_leaves_the_one_that_is_in_to_the_guest() {
+fn a_medium_that_hangs_leaves_the_guest_the_one_in_the_drive() {
     let rig = Rig::start();
     let guest = rig.guest(5);
     rig.attach_cdrom(5, "xvda", "null:1G").unwrap();
@@ -187,7 +187,7 @@ fn a_medium_that_hangs_leaves_the_one_that_is_in_to_the_guest() {
     // A toolstack that asks for it gets an empty drive and the reason, and then another medium.
     rig.toolstack_sets_medium(&areas, &target);
     until("the drive is empty", || rig.plane().media == [0]);
-    until("the reason is told", || rig.read(&areas.error).is_some());
+    until("the reason is reported", || rig.read(&areas.error).is_some());
     rig.toolstack_sets_medium(&areas, "null:2G");
     until("another is in", || rig.plane().media == [0, 2 << 30]);
     drop(lease);
@@ -196,7 +196,7 @@ fn a_medium_that_hangs_leaves_the_one_that_is_in_to_the_guest() {
 }
 
 #[test]
-fn what_is_named_while_a_first_name_hangs_is_opened_when_that_fails() {
+fn a_target_named_while_the_first_one_hangs_is_opened_when_that_fails() {
     let rig = Rig::start();
     let guest = rig.guest(5);
     let (lease, target) = hung_file(&rig, "hung.iso");
@@ -211,7 +211,7 @@ fn what_is_named_while_a_first_name_hangs_is_opened_when_that_fails() {
 }
 
 #[test]
-fn one_medium_after_another_is_wanted_while_the_first_still_hangs() {
+fn media_inserted_while_the_first_one_hangs_are_not_lost() {
     let rig = Rig::start();
     let guest = rig.guest(5);
     rig.attach_cdrom(5, "xvda", "").unwrap();
@@ -223,7 +223,7 @@ fn one_medium_after_another_is_wanted_while_the_first_still_hangs() {
     rig.insert(5, "xvda", "null:1G").unwrap();
     drop(lease);
     let first = inserting.join().unwrap();
-    // Whichever came last is in; none of them is lost on the way.
+    // The last one to arrive is in the drive; none is lost on the way.
     let target = rig.list()[0].target.clone();
     assert!(first.is_ok() && (target == "null:1G" || target.contains("hung.iso")), "{target}");
 }
@@ -248,7 +248,7 @@ fn the_error_of_a_disk_that_is_gone_is_not_taken_for_that_of_the_next_one() {
     let rig = Rig::start();
     rig.guest(5);
     let failing = rig.toolstack_disk(5, XVDA, "raw:/no/such");
-    until("the reason is told", || rig.read(&failing.error).is_some());
+    until("the reason is reported", || rig.read(&failing.error).is_some());
     rig.dom0.rm(&failing.backend).unwrap();
     until("it is forgotten", || rig.list().is_empty());
     let next = rig.toolstack_disk(5, XVDA, "null:1G");
@@ -257,7 +257,7 @@ fn the_error_of_a_disk_that_is_gone_is_not_taken_for_that_of_the_next_one() {
 }
 
 #[test]
-fn what_cannot_be_closed_at_the_end_is_waited_for_until_the_admin_asks_again() {
+fn at_its_end_control_waits_for_storage_to_close_until_the_admin_asks_again() {
     let mut rig = Rig::start();
     rig.guest(5);
     let path = rig.folder().join("disk.img");
@@ -274,7 +274,7 @@ fn what_cannot_be_closed_at_the_end_is_waited_for_until_the_admin_asks_again() {
     until("they are being opened", || rig.list().len() == 1 + HELPERS_PER_FOLDER);
     rig.ring_stop();
     until("the disks are gone", || rig.list().is_empty());
-    assert_eq!(rig.list(), [], "control listens");
+    assert_eq!(rig.list(), [], "control still answers");
     assert!(open_files_of(&path) > 0, "it is not closed");
     rig.ring_stop();
     assert_eq!(rig.join(), Ended::GaveUp);
@@ -282,7 +282,7 @@ fn what_cannot_be_closed_at_the_end_is_waited_for_until_the_admin_asks_again() {
 }
 
 #[test]
-fn what_is_not_as_it_should_be_with_storage_is_told_by_log_and_list() {
+fn warnings_about_storage_appear_in_log_and_list() {
     log::keep();
     let rig = Rig::start();
     rig.guest(76);

@@ -1,4 +1,4 @@
-//! The real control loop between a stand-in xenstore and workers that only answer.
+//! The real control loop between a stand-in xenstore and fake workers that only answer.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -29,7 +29,7 @@ use polldisk::xen::{
 };
 use xenstore_rs::Xs;
 
-/// Long enough that only a hang gets there.
+/// Only a hang takes this long.
 const HANG: Duration = Duration::from_secs(60);
 
 /// A grant that no worker can map.
@@ -62,7 +62,7 @@ impl Platform for StorePlatform {
     }
 }
 
-/// Event channels and grants are the workers'; control must not touch them.
+/// Event channels and grants belong to workers; control must not touch them.
 pub struct Nothing;
 
 impl AsFd for Nothing {
@@ -107,17 +107,17 @@ impl Grants for Nothing {
     }
 }
 
-/// What the fake workers were asked and hold.
+/// What the fake workers were asked to do, and what they hold.
 #[derive(Debug, Default)]
 pub struct Plane {
     pub serving: BTreeMap<QueueKey, (DomId, WorkerId)>,
     pub connects: usize,
     pub disconnects: usize,
-    /// A second connection to a ring that was still served.
+    /// Second connections to a ring that was still served.
     pub doubles: usize,
     pub grant_mode: Option<GrantMode>,
     pub read_only: Option<bool>,
-    /// Bytes of each image that a queue went over to.
+    /// Size in bytes of each image that a queue switched to.
     pub media: Vec<u64>,
     /// Answers to Connect and ReplaceImage are kept back.
     pub hold: bool,
@@ -158,7 +158,7 @@ impl Rig {
         rig
     }
 
-    /// For a control plane of the test's own.
+    /// Starts no control loop, for a test with a control plane of its own.
     pub fn without_control() -> Rig {
         let folder = tempfile::tempdir().unwrap();
         let server = StoreServer::start(&folder.path().join("store"), Quota::default()).unwrap();
@@ -177,12 +177,12 @@ impl Rig {
         }
     }
 
-    /// Who connects to this rig's xenstore.
+    /// The platform that connects to this rig's xenstore.
     pub fn platform(&self) -> StorePlatform {
         StorePlatform { socket: self.folder.path().join("store") }
     }
 
-    /// Starts a control loop of its own workers.
+    /// Starts a control loop with its own fake workers.
     pub fn run(&mut self, config: Config) {
         let config = Config { admin_path: Some(self.admin_path()), ..config };
         let (reports, receiver) = msg::report_channel().unwrap();
@@ -213,7 +213,7 @@ impl Rig {
         self.control.take().unwrap().join().unwrap().unwrap()
     }
 
-    /// Asks the control loop to end, and waits for nothing.
+    /// Asks the control loop to end, without waiting.
     pub fn ring_stop(&self) {
         self.stop.ring();
     }
@@ -246,7 +246,7 @@ impl Rig {
         self.server.as_ref().unwrap()
     }
 
-    /// Takes the store away.
+    /// Stops the xenstore server.
     pub fn kill_server(&mut self) {
         self.server = None;
     }
@@ -311,7 +311,7 @@ impl Rig {
         self.plane.lock().unwrap()
     }
 
-    /// Lets kept back answers go.
+    /// Sends the answers that were kept back.
     pub fn release(&self) {
         let held = {
             let mut plane = self.plane();
@@ -383,7 +383,7 @@ impl Rig {
         areas
     }
 
-    /// What libxl writes when it changes a CD-ROM's medium, in one of its two transactions.
+    /// Writes what libxl does in one of its two transactions to change a CD-ROM's medium.
     pub fn toolstack_sets_medium(&self, areas: &Areas, params: &str) {
         self.dom0
             .atomically(|span| {
@@ -410,7 +410,7 @@ impl Rig {
         until(&what, || self.state(area) == Some(wanted));
     }
 
-    /// As libxl begins a removal.
+    /// Begins a removal as libxl does.
     pub fn toolstack_removes(&self, areas: &Areas, force: bool) {
         self.dom0
             .atomically(|span| {
@@ -426,7 +426,7 @@ impl Rig {
             .unwrap();
     }
 
-    /// As a toolstack that takes both areas away at once.
+    /// Removes both areas at once, as a toolstack may.
     pub fn toolstack_forgets(&self, areas: &Areas) -> io::Result<()> {
         self.dom0.atomically(|span| {
             span.rm(&areas.backend)?;
@@ -530,7 +530,7 @@ pub fn reads(number: u32) -> Permission {
     Permission { domid: domid(number), access: NodeAccess::Read }
 }
 
-/// Waits until it is so.
+/// Waits until `so` returns true.
 pub fn until(what: &str, mut so: impl FnMut() -> bool) {
     let start = Instant::now();
     while !so() {
@@ -548,7 +548,7 @@ pub fn open_files_of(path: &Path) -> usize {
         .count()
 }
 
-/// All vbd numbers of xvda, xvdb, ...
+/// The vbd number of xvda, xvdb, ... by index.
 pub fn xvd(index: u32) -> VbdId {
     VbdId(if index < 16 { 202 << 8 | index << 4 } else { 1 << 28 | index << 8 })
 }

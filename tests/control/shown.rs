@@ -1,4 +1,4 @@
-//! What `polldisk list` and the other commands print when names and failures are as odd as they can be.
+//! What `polldisk list` and other commands print for the oddest names and failures.
 
 use std::process::{Command, Output};
 

@@ -1,6 +1,6 @@
 //! What tests need of the host's kernel and tools: loop devices, filesystems, QEMU.
 //!
-//! A test that can't have them says so and passes; in CI, which sets `POLLDISK_REQUIRE_XEN_TOOLS=1`,
+//! A test that lacks one of them says so and passes; in CI, which sets `POLLDISK_REQUIRE_XEN_TOOLS=1`,
 //! a missing tool is a failure.
 #![allow(dead_code)]
 
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use polldisk::backing::{Access, Backing, Spec};
 
-/// Runs a tool; what it printed. `None`, loudly, where it is missing or this user may not.
+/// Runs a tool and returns its output; `None`, with a message, if it is missing or not permitted.
 pub fn run(command: &mut Command) -> Option<String> {
     let outcome = command.output();
     judge(command, outcome)
@@ -39,7 +39,7 @@ fn judge(command: &Command, outcome: io::Result<Output>) -> Option<String> {
     }
 }
 
-/// Whether a program is installed; if not, says so, or fails where it has to be.
+/// Whether a program is installed; if not, says so, or fails if it is required.
 pub fn is_there(program: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).any(|folder| folder.join(program).is_file());
@@ -50,12 +50,12 @@ pub fn is_there(program: &str) -> bool {
     found
 }
 
-/// Whether all tools have to be here, as in CI.
+/// Whether all tools are required, as in CI.
 pub fn is_required() -> bool {
     std::env::var("POLLDISK_REQUIRE_XEN_TOOLS").is_ok_and(|value| value == "1")
 }
 
-/// A folder for a test's files, which is removed in the end.
+/// A folder for a test's files, removed when dropped.
 pub fn folder() -> tempfile::TempDir {
     tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
 }
@@ -65,13 +65,13 @@ pub fn file(path: &Path, bytes: u64) {
     File::create(path).unwrap().set_len(bytes).unwrap();
 }
 
-/// Opens a target as the daemon does; the reason where it is refused.
+/// Opens a target as the daemon does; an error is the reason for a refusal.
 pub fn open(target: &str, access: &Access) -> Result<Backing, String> {
     let spec = target.parse::<Spec>().map_err(|error| error.to_string())?;
     spec.open(access).map_err(|error| error.to_string())
 }
 
-/// It was refused, and the reason says all of this; the reason.
+/// Asserts a refusal whose reason contains all of `parts`, and returns the reason.
 pub fn is_refused(opened: Result<Backing, String>, parts: &[&str]) -> String {
     let reason = opened.map(drop).unwrap_err();
     for part in parts {
@@ -83,25 +83,25 @@ pub fn is_refused(opened: Result<Backing, String>, parts: &[&str]) -> String {
 /// losetup's options for a disk with 4096-byte blocks.
 pub const BLOCKS_4KN: [&str; 2] = ["--sector-size", "4096"];
 
-/// A loop device, which is taken down in the end.
+/// A loop device, detached when dropped.
 pub struct LoopDevice {
     pub path: PathBuf,
 }
 
 impl LoopDevice {
-    /// Sets one up over a file or device, with more options of losetup.
+    /// Sets one up over a file or device, with extra options for losetup.
     pub fn over(file: &Path, options: &[&str]) -> Option<LoopDevice> {
         let path = run(Command::new("losetup").args(options).args(["-f", "--show"]).arg(file))?;
         Some(LoopDevice { path: path.into() })
     }
 
-    /// A disk with 4096-byte blocks, all zero, over a file that is made.
+    /// Sets up a disk with 4096-byte blocks over a new file of zeroes.
     pub fn new_4kn(path: &Path, bytes: u64) -> Option<LoopDevice> {
         file(path, bytes);
         LoopDevice::over(path, &BLOCKS_4KN)
     }
 
-    /// How it is named to the daemon, with options of the target.
+    /// The target that names it to the daemon, with options.
     pub fn target(&self, options: &str) -> String {
         format!("raw{options}:{}", self.path.display())
     }
@@ -113,13 +113,13 @@ impl Drop for LoopDevice {
     }
 }
 
-/// Something mounted, which is unmounted in the end.
+/// A mount, undone when dropped.
 pub struct Mounted {
     pub folder: PathBuf,
 }
 
 impl Mounted {
-    /// Mounts `what` at `folder`, which is made, with more options of mount.
+    /// Mounts `what` at `folder`, created if missing, with extra options for mount.
     pub fn at(folder: &Path, what: &Path, options: &[&str]) -> Option<Mounted> {
         if !folder.exists() {
             std::fs::create_dir(folder).unwrap();
@@ -131,7 +131,7 @@ impl Mounted {
             said.is_ok_and(|said| said.contains("busy"))
         };
         let mut outcome = mount.output();
-        // Between fork and exec, a program that another test starts still holds what was open here.
+        // A program that another test starts holds our open files between fork and exec.
         for _ in 0..100 {
             if !is_busy(&outcome) {
                 break;
@@ -143,7 +143,7 @@ impl Mounted {
         Some(Mounted { folder: folder.to_owned() })
     }
 
-    /// A filesystem of this kind on a device, made and mounted.
+    /// Makes a filesystem of this kind on a device and mounts it.
     pub fn new(kind: &str, device: &Path, folder: &Path) -> Option<Mounted> {
         run(Command::new(format!("mkfs.{kind}")).arg("-q").arg(device))?;
         Mounted::at(folder, device, &[])
@@ -162,13 +162,13 @@ impl Drop for Mounted {
 
 /// A filesystem on a loop device.
 pub struct Filesystem {
-    // In this order: unmounted, taken down.
+    // Dropped in this order: first unmounted, then detached.
     mounted: Mounted,
     disk: LoopDevice,
 }
 
 impl Filesystem {
-    /// One of this kind and size, with its file and its mount in `folder` and options of losetup.
+    /// Makes one of this kind and size, with its file and its mount in `folder`.
     pub fn new(kind: &str, folder: &Path, bytes: u64, losetup: &[&str]) -> Option<Filesystem> {
         let path = folder.join(format!("{kind}.img"));
         file(&path, bytes);
@@ -185,8 +185,8 @@ impl Filesystem {
         stat.split_whitespace().nth(15).unwrap().parse().unwrap()
     }
 
-    /// Sets a limit of its disk's queue (`/sys/block/<disk>/queue`) until what is returned is dropped: a loop
-    /// device keeps it beyond its own end.
+    /// Sets a limit of its disk's queue (`/sys/block/<disk>/queue`) until the guard is dropped: a loop device
+    /// would keep it after it is detached.
     pub fn limit(&self, name: &str, value: u32) -> Limit {
         let disk = self.disk.path.file_name().unwrap();
         let path = Path::new("/sys/block").join(disk).join("queue").join(name);
@@ -201,7 +201,7 @@ impl Filesystem {
     }
 }
 
-/// A limit of a disk's queue that is not as it was.
+/// A changed limit of a disk's queue, restored when dropped.
 pub struct Limit {
     path: PathBuf,
     before: String,
@@ -213,7 +213,7 @@ impl Drop for Limit {
     }
 }
 
-/// A filesystem is frozen, as by a snapshot, until this is dropped: writes to it wait inside of the kernel.
+/// A filesystem frozen, as by a snapshot, until this is dropped: writes to it wait inside the kernel.
 pub struct Frozen(PathBuf);
 
 /// Freezes the filesystem that is mounted at `folder`.

@@ -1,4 +1,4 @@
-//! A worker in the test's own thread, on an engine of the test's, with one ring of one guest.
+//! A worker in the test's own thread, with the test's engine and one ring of one guest.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +21,7 @@ use polldisk::xen::Platform;
 /// Pages of the guest.
 const GUEST_PAGES: u32 = 512;
 
-/// The worker, which has yet to obey the command to connect, and all around it.
+/// A worker with a pending command to connect, and what belongs to it.
 pub struct Alone<P: Platform, E> {
     pub worker: Worker<P, E>,
     pub commands: CommandSender,
@@ -35,7 +35,7 @@ pub fn device(stand_in: &LocalStandIn) -> Device {
     Device::new(Arc::new(domain), Options::default()).unwrap()
 }
 
-/// A worker that never spins, for the only ring of `device`, of whose pages it may map `budget_pages`.
+/// A worker that never spins, for the only ring of `device`. It may map `budget_pages` pages.
 pub fn worker<P: Platform, E: Engine<Target = Image>>(
     platform: P,
     engine: E,

@@ -71,10 +71,10 @@ fn the_queues_of_a_domain_map_no_more_than_its_budget_and_copy_the_rest() {
     }
 }
 
-/// A process may have a limited number of mappings, whatever is in them.
+/// The number of mappings that a process may have, whatever their size.
 const MAX_MAP_COUNT: usize = 400;
 
-/// Grants in a process that may have no more mappings than that.
+/// Grants of a process with at most [`MAX_MAP_COUNT`] mappings.
 #[derive(Clone)]
 struct FewMappings;
 
@@ -145,11 +145,11 @@ fn guests_that_map_page_by_page_leave_mappings_for_the_next_guests_ring() {
     let (mapped, copied) = counts.fold((0, 0), |(mapped, copied), counts| {
         (mapped + counts.grants_mapped, copied + counts.grants_copied)
     });
-    assert_eq!(mapped, (MAX_MAP_COUNT - RINGS) as u64, "all that is not for rings");
+    assert_eq!(mapped, (MAX_MAP_COUNT - RINGS) as u64, "all mappings that are not for rings");
     assert_eq!(mapped + copied, (GUESTS * READS) as u64, "the rest is copied");
 }
 
-/// An engine whose host fails once it is told to.
+/// An engine whose host fails after a flush was submitted.
 struct Failing {
     engine: HostEngine,
     fails: bool,
@@ -199,7 +199,7 @@ impl Engine for Failing {
 }
 
 #[test]
-fn a_worker_that_dies_takes_nothing_of_the_budget_along() {
+fn a_worker_that_dies_gives_its_part_of_the_budget_back() {
     let stand_in = LocalStandIn::new().unwrap();
     let mut device = alone::device(&stand_in);
     let engine = Failing { engine: HostEngine::new().unwrap(), fails: false };

@@ -1,5 +1,5 @@
-//! Several guests, storage that hangs, refuses, fails and keeps things, and media that change, in any
-//! order: each request is answered once, all of it in the end, and a worker that can do nothing sleeps.
+//! Several guests, media that change, and storage that hangs, refuses, fails and keeps operations, in any
+//! order: every request is answered exactly once, and a worker that can do nothing sleeps.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -19,7 +19,7 @@ const STEPS: usize = 120;
 /// Pages of the largest request of each guest.
 const PAGES: [usize; 5] = [256, 64, 11, 64, 4];
 
-/// The guest that asks for barriers, and for no other flushes.
+/// The guest whose only flushes are barriers.
 const ORDERLY: usize = 2;
 
 struct Play {
@@ -31,7 +31,7 @@ struct Play {
     indirect: [u16; PAGES.len()],
     replaced: usize,
     told: usize,
-    /// Storage has refused some, which come again when others have completed.
+    /// Storage may have refused operations, which are submitted again when others have completed.
     refused: bool,
 }
 
@@ -126,14 +126,14 @@ impl Play {
         self.replaced += 1;
     }
 
-    /// Storage does nothing for a while.
+    /// Lets the worker fall asleep while storage completes nothing.
     fn sleep(&mut self) {
         let per_reap = self.script.borrow_mut().per_reap.replace(0);
-        assert!(self.settle(), "a worker that waits for storage only sleeps");
+        assert!(self.settle(), "a worker that only waits for storage sleeps");
         self.script.borrow_mut().per_reap = per_reap;
     }
 
-    /// As [`Bench::settle`]; a worker that went to sleep has yet to look for events that came before.
+    /// As [`Bench::settle`], but looks again for events that came while the worker fell asleep.
     fn settle(&mut self) -> bool {
         while self.bench.settle() {
             if self.bench.pass() == Progress::Idle {
@@ -143,7 +143,7 @@ impl Play {
         false
     }
 
-    /// Nothing is asked of storage twice at a time, and a barrier is alone.
+    /// Storage has no request twice at a time, and a barrier only alone.
     fn check(&mut self) {
         let script = self.script.borrow();
         let mut slots: Vec<_> =
@@ -157,7 +157,7 @@ impl Play {
         self.told += told.filter(|report| matches!(report, Report::ImageReplaced(_))).count();
     }
 
-    /// Whoever's storage works is served, whatever the others do.
+    /// A guest whose storage works is served, whatever the others do.
     fn serve_one(&mut self) {
         let guest = self.random.between(0, PAGES.len() - 1);
         {

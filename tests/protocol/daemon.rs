@@ -75,7 +75,7 @@ impl Daemon {
         }
     }
 
-    /// The disk as `polldisk list` tells it.
+    /// The disk as `polldisk list` reports it.
     pub fn disk(&self) -> DiskReport {
         match request(&self.admin, &Request::List).unwrap() {
             Reply::Disks { mut disks } => disks.remove(0),
@@ -86,7 +86,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // What failed may hang, and has been told already.
+        // After a failure the threads may hang, so nobody waits for them.
         if !std::thread::panicking() {
             self.stop.ring();
             self.control.take().unwrap().join().unwrap().unwrap();

@@ -1,5 +1,5 @@
 //! What is drawn from a seed: a connection, and the requests on it. Nothing here depends on time,
-//! so that a seed plays the same again.
+//! so that a seed always plays the same.
 
 use polldisk::blkif::Protocol;
 use polldisk::blkif::op;
@@ -29,9 +29,9 @@ pub const NOT_SUPPORTED: i16 = -2;
 pub struct Combination {
     pub queues: usize,
     pub options: Options,
-    /// What the backend maps; a frontend may keep granted what the backend does not keep mapped.
+    /// What the backend maps. A frontend may keep pages granted that the backend does not keep mapped.
     pub grant_mode: GrantMode,
-    /// Segments of an indirect request that were offered; 0: none.
+    /// Segments offered for an indirect request; 0: no indirect requests.
     pub offered_segments: u16,
     pub sector_bytes: u32,
     pub read_only: bool,
@@ -89,7 +89,7 @@ impl Combination {
         }
     }
 
-    /// 512-byte sectors in one of the disk's.
+    /// 512-byte sectors in one sector of the disk.
     fn block(&self) -> u64 {
         u64::from(self.sector_bytes / 512)
     }
@@ -104,7 +104,7 @@ impl Combination {
     }
 }
 
-/// What a frontend chooses of what is offered.
+/// What a frontend chooses from the offer.
 pub fn draw_options(random: &mut Random, queues: usize, offered_segments: usize) -> Options {
     let segments = match offered_segments {
         ..=SEGMENTS_PER_REQUEST => SEGMENTS_PER_REQUEST,
@@ -123,7 +123,7 @@ pub fn draw_options(random: &mut Random, queues: usize, offered_segments: usize)
     }
 }
 
-/// One request, sound but for its fault.
+/// One request, sound except for its fault.
 #[derive(Clone, Debug)]
 pub struct Request {
     pub queue: usize,
@@ -132,14 +132,14 @@ pub struct Request {
     pub segments: Vec<Segment>,
     pub indirect: bool,
     pub fault: Option<Fault>,
-    /// Whether the backend is to see it at once.
+    /// Whether it is published at once.
     pub publish: bool,
-    /// Of a discard: how many.
+    /// How many sectors a discard covers.
     pub discard_sectors: u64,
-    /// Of a write, if it is not 0: how many segments have pages of their own; the others are
-    /// in the same pages again.
+    /// How many segments of a write have pages of their own, while the others use the same pages
+    /// again; 0: all of them.
     pub repeats: usize,
-    /// Of a read: it is asked for twice at a time, into the same pages.
+    /// Whether a read is sent twice at the same time, into the same pages.
     pub twice: bool,
 }
 
@@ -156,21 +156,21 @@ pub struct Segment {
 pub enum Fault {
     /// No such operation.
     Operation(u8),
-    /// A count of segments that can't be.
+    /// An impossible count of segments.
     Count(u16),
-    /// A place that is not on the disk, or within one of its sectors.
+    /// A place beyond the disk, or not at the start of one of its sectors.
     Sector(u64),
-    /// A segment that is not within its page, or not made of the disk's sectors.
+    /// A segment that exceeds its page, or is not made of whole sectors of the disk.
     Range { index: usize, first: u8, last: u8 },
     /// A segment without a grant.
     Grant { index: usize, absurd: bool },
-    /// No grant for the page of an indirect request's segments.
+    /// No grant for the page that holds an indirect request's segments.
     SegmentPage,
-    /// An indirect request where none was offered.
+    /// An indirect request although none were offered.
     Unoffered,
-    /// A discard of this number of sectors, which can't be done.
+    /// A discard of this number of sectors, which is impossible.
     Sectors(u64),
-    /// A discard beyond recovery, which was not offered.
+    /// A secure discard, which was not offered.
     Secure,
 }
 
@@ -256,7 +256,7 @@ impl Request {
         request
     }
 
-    /// Gives it a place where it fits on the disk.
+    /// Gives it a place on the disk where it fits.
     fn place(&mut self, random: &mut Random, combination: &Combination) {
         let block = combination.block();
         self.sector = random.between(0, (SECTORS - self.sectors()) / block) * block;
@@ -275,7 +275,7 @@ impl Request {
         twice: false,
     };
 
-    /// Whole pages of the disk.
+    /// A read of whole pages.
     pub fn read(queue: usize, sector: u64, pages: usize, indirect: bool) -> Request {
         let segments = (0..pages).map(Segment::whole).collect();
         Request { queue, sector, segments, indirect, ..Request::NOTHING }
@@ -294,7 +294,7 @@ impl Request {
     }
 }
 
-/// Whether it is good without data.
+/// Whether it is valid without data.
 fn flushes(operation: u8) -> bool {
     [op::FLUSH_DISKCACHE, op::WRITE_BARRIER].contains(&operation)
 }

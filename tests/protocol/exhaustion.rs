@@ -66,8 +66,8 @@ fn more_data_than_bounce_memory_or_mapped_pages_waits_or_is_copied() {
     play_batches(4, REQUESTS, PAGES);
 }
 
-/// The disk is done with each request at once, so nothing but the requests themselves brings the
-/// worker back to those that wait.
+/// The disk completes each request at once, so no later completion brings the worker back to the
+/// requests that wait.
 #[test]
 fn more_data_than_bounce_memory_waits_on_a_disk_without_contents_too() {
     const REQUESTS: usize = 12;

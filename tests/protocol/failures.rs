@@ -1,4 +1,4 @@
-//! Requests that fail late, with nobody else's answer to carry theirs along.
+//! Requests that fail late, when no other request's answer is there to be published with theirs.
 
 use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
@@ -34,7 +34,7 @@ fn play(requests: Vec<Request>) {
     rig.disconnect(guest.into_devices());
 }
 
-/// A request whose data can't be fetched, not yet shown to the backend.
+/// A request whose data cannot be fetched; it is not published by itself.
 fn failing(operation: u8, indirect: bool) -> Request {
     let fault = Some(Fault::Grant { index: 0, absurd: false });
     Request { operation, fault, publish: false, ..Request::read(0, 0, 1, indirect) }

@@ -1,5 +1,5 @@
-//! What a guest that asks for little gets of a worker beside greedy ones. The worker's time is that of a
-//! clock which only what it does moves, so that the same happens on every machine.
+//! How much of a worker a modest guest gets beside greedy ones. The worker's clock advances only by what
+//! the worker does, so that the same happens on every machine.
 
 use std::cell::RefCell;
 use std::io;
@@ -17,7 +17,7 @@ use polldisk::xen::{GrantCopy, Grants, PageAccess};
 use crate::scripted::{Bench, InFront, Shape, WithGrants, storage};
 use polldisk::sim::disk::Script;
 
-/// A look at the clock, and what else a queue costs in a pass.
+/// A look at the clock, and whatever else a queue costs in a pass.
 const LOOK_NS: u64 = 50;
 /// A system call.
 const CALL_NS: u64 = 500;
@@ -38,7 +38,7 @@ impl Clock {
     }
 }
 
-/// The stand-in, with copies that take their time.
+/// The stand-in, with maps and copies that advance the clock.
 type Timed = WithGrants<Clock>;
 
 struct TimedGrants(SimGrants, Clock);
@@ -75,7 +75,7 @@ impl Grants for TimedGrants {
     }
 }
 
-/// A bench whose worker lives in the time of this clock, and the script of its storage.
+/// A bench whose worker runs by the returned clock, and the script of its storage.
 fn timed() -> (Bench<Timed>, Clock, Rc<RefCell<Script>>) {
     let (stand_in, clock) = (LocalStandIn::new().unwrap(), Clock::default());
     let (engine, script) = storage();
@@ -84,22 +84,22 @@ fn timed() -> (Bench<Timed>, Clock, Rc<RefCell<Script>>) {
     (Bench::on(platform, engine, stand_in), clock, script)
 }
 
-/// One pass of the worker, which looks at the clock again and again; then threads of the kernel have its core.
+/// One pass of the worker, in which each look at the clock takes time; then kernel threads have its core.
 fn pass(bench: &mut Bench<Timed>, clock: &Clock, script: &RefCell<Script>) {
     bench.worker.poll_once(|| clock.add(LOOK_NS)).unwrap();
     clock.add(std::mem::take(&mut script.borrow_mut().threads_ns));
 }
 
-/// What a guest does all the time: `depth` requests in flight, each of `pages` pages.
+/// What a guest does throughout: `depth` requests in flight, each of `pages` pages.
 #[derive(Clone, Copy)]
 struct Load {
     shape: Shape,
     operation: u8,
     depth: usize,
     pages: usize,
-    /// Between the last answer and the next requests.
+    /// Pause between the last answer and the next requests.
     thinks_ns: u64,
-    /// Each operation costs the worker much.
+    /// Each operation is slow to submit.
     slow: bool,
 }
 
@@ -118,12 +118,12 @@ fn large(operation: u8) -> Load {
     Load { shape, operation, depth: 32, pages: 256, thinks_ns: 0, slow: false }
 }
 
-/// Requests answered to each guest while the worker's clock goes on by `lasts_ns`.
+/// Requests of each guest answered while the worker's clock advances by `lasts_ns`.
 fn play(loads: &[Load], lasts_ns: u64) -> Vec<usize> {
     play_with(loads, lasts_ns, |_| ())
 }
 
-/// The same on storage of a kind.
+/// The same on storage that `kind` sets up.
 fn play_with(loads: &[Load], lasts_ns: u64, kind: impl FnOnce(&mut Script)) -> Vec<usize> {
     let (mut bench, clock, script) = timed();
     kind(&mut script.borrow_mut());
@@ -152,7 +152,7 @@ fn play_with(loads: &[Load], lasts_ns: u64, kind: impl FnOnce(&mut Script)) -> V
 }
 
 #[test]
-fn small_reads_beside_greedy_guests_are_as_fast_as_beside_their_like() {
+fn small_reads_are_as_fast_beside_greedy_guests_as_beside_modest_ones() {
     const LASTS_NS: u64 = 50_000_000;
     let flushes = flushes();
     let slow = Load { slow: true, depth: 32, shape: Shape::mapped(32), ..small(0) };
@@ -183,7 +183,7 @@ fn small_reads_beside_greedy_guests_are_as_fast_as_beside_their_like() {
 }
 
 #[test]
-fn what_it_takes_to_submit_large_requests_is_charged_to_whoever_sends_them() {
+fn the_time_to_submit_large_requests_is_charged_to_the_guest_that_sends_them() {
     const LASTS_NS: u64 = 50_000_000;
     let large = Load { shape: Shape::mapped(4).indirect(256, 0), depth: 4, pages: 256, ..small(0) };
     let pages_in_kick =
@@ -194,18 +194,18 @@ fn what_it_takes_to_submit_large_requests_is_charged_to_whoever_sends_them() {
 }
 
 #[test]
-fn flushes_count_for_what_threads_of_the_kernel_take() {
+fn flushes_are_charged_for_the_time_of_kernel_threads() {
     const LASTS_NS: u64 = 50_000_000;
     let polite = play(&[small(0); 5], LASTS_NS)[0];
     let [one, two, three, four] = [flushes(); 4];
     let loads = [small(0), one, two, three, four];
-    // Each has a thread of the kernel take the worker's core for a while.
+    // For each, a kernel thread takes the worker's core for a while.
     let beside = play_with(&loads, LASTS_NS, |script| script.flush_ns = 20_000)[0];
     assert!(beside * 10 >= polite * 8, "{beside} beside {polite}");
 }
 
 #[test]
-fn greedy_guests_have_what_others_leave_and_equal_shares_of_it() {
+fn greedy_guests_get_equal_shares_of_what_others_leave() {
     let (read, write) = (large(op::READ), large(op::WRITE));
     let answers = play(&[small(100_000), read, read, write], 100_000_000);
     let pages: Vec<usize> = answers[1..].iter().map(|count| count * 256).collect();
@@ -216,7 +216,7 @@ fn greedy_guests_have_what_others_leave_and_equal_shares_of_it() {
 }
 
 #[test]
-fn a_queue_without_work_breaks_up_no_turns_of_others() {
+fn a_queue_without_work_does_not_split_the_turns_of_others() {
     let (mut bench, clock, script) = timed();
     for _ in 0..3 {
         bench.guest(Shape::mapped(32));
@@ -235,7 +235,7 @@ fn a_queue_without_work_breaks_up_no_turns_of_others() {
 }
 
 #[test]
-fn a_barrier_has_its_turn_although_another_guest_is_about_to_come_back() {
+fn a_barrier_has_its_turn_even_if_another_guest_is_about_to_return() {
     let (mut bench, clock, script) = timed();
     let [seldom, busy] = [8, 32].map(|buffers| bench.guest(Shape::mapped(buffers)));
     let (mut asks_ns, mut asked_ns) = (0, clock.now_ns());
@@ -253,6 +253,6 @@ fn a_barrier_has_its_turn_although_another_guest_is_about_to_come_back() {
         }
         pass(&mut bench, &clock, &script);
         let waits_ns = clock.now_ns() - asked_ns;
-        assert!(waits_ns < 1_000_000, "a barrier waits for {waits_ns} ns");
+        assert!(waits_ns < 1_000_000, "a barrier has waited for {waits_ns} ns");
     }
 }

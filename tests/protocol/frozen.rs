@@ -1,4 +1,4 @@
-//! A filesystem that is frozen, as by a snapshot: what is asked of it waits inside of the kernel.
+//! A filesystem that is frozen, as by a snapshot: operations on it wait inside the kernel.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -19,7 +19,7 @@ use crate::host::{self, Filesystem, Frozen, LoopDevice};
 use crate::scripted::{self, Bench, Shape};
 use crate::workers::{opened, opened_with, zeroes};
 
-/// Passes until a guest has this many answers.
+/// Makes passes until a guest has this many answers.
 fn wait(bench: &mut Bench<SimXen, HostEngine>, guest: usize, count: usize) {
     let (start, mut answers) = (Instant::now(), 0);
     while answers < count {
@@ -42,7 +42,7 @@ fn put_discards(device: &mut Device, count: usize) {
     }
 }
 
-/// Reads or writes of a page, not side by side, so that the kernel makes no larger ones of them.
+/// Reads or writes of a page each, not side by side, so that the kernel does not merge them.
 fn put_apart(bench: &mut Bench<SimXen, HostEngine>, guest: usize, operation: u8, count: usize) {
     let device = &mut bench.guests[guest];
     for number in 0..count as u64 {
@@ -58,14 +58,14 @@ fn full_file(path: &Path, bytes: usize) {
     file.sync_all().unwrap();
 }
 
-/// Has a write of this guest hang, so that its device answers nothing any more.
+/// Makes a write of this guest hang, so that its device answers nothing more.
 fn hang(bench: &mut Bench<SimXen, HostEngine>, guest: usize) {
     put_apart(bench, guest, op::WRITE, 1);
     bench.pass();
     std::thread::sleep(Duration::from_millis(50));
 }
 
-/// Passes until a guest on other storage has had some writes answered.
+/// Makes passes until a guest on other storage has had some writes answered.
 fn is_served(bench: &mut Bench<SimXen, HostEngine>, victim: usize) {
     for _ in 0..20 {
         bench.ask(victim, op::WRITE, 8, 1);
@@ -73,21 +73,21 @@ fn is_served(bench: &mut Bench<SimXen, HostEngine>, victim: usize) {
     }
 }
 
-/// Whether there is what these tests need.
+/// Whether the tools that these tests need are installed.
 fn can_freeze() -> bool {
     ["fsfreeze", "umount"].into_iter().all(host::is_there)
 }
 
-/// A filesystem whose device can be made to hang: it is a file on another one, which can be frozen.
+/// A filesystem whose device can be made to hang: the device is a file on a filesystem that can be frozen.
 struct OnHungDevice {
-    // In this order: unmounted, unmounted, removed.
+    // Dropped in this order: both unmounted, then the folder removed.
     filesystem: Filesystem,
     below: Filesystem,
     folder: tempfile::TempDir,
 }
 
 impl OnHungDevice {
-    /// `None` on a machine that can't have one.
+    /// `None` on a machine that cannot have one.
     fn new() -> Option<OnHungDevice> {
         if !can_freeze() {
             return None;
@@ -102,19 +102,19 @@ impl OnHungDevice {
         self.filesystem.folder()
     }
 
-    /// A guest on other storage, which is to be served all the same.
+    /// A guest on other storage, which has to be served even so.
     fn victim(&self, bench: &mut Bench<SimXen, HostEngine>) -> usize {
         bench.guest_on(Shape::mapped(32), opened(&zeroes(self.folder.path())))
     }
 
-    /// Does this while the device hangs; `false`: the worker waited for the device.
+    /// Does this while the device hangs; `false` if the worker waited for the device.
     fn hangs_during(&self, work: impl FnOnce()) -> bool {
         within(HANG / 2, host::freeze(self.below.folder()), work)
     }
 }
 
 #[test]
-fn discards_and_writes_on_a_frozen_filesystem_leave_anothers_flushes_answered() {
+fn discards_and_writes_on_a_frozen_filesystem_do_not_hold_up_another_guests_flushes() {
     const DISCARDS: usize = 64;
     const WRITES: usize = 64;
     if !can_freeze() {
@@ -148,8 +148,8 @@ fn discards_and_writes_on_a_frozen_filesystem_leave_anothers_flushes_answered() 
     wait(&mut bench, slow, DISCARDS + WRITES);
 }
 
-/// Thaws a filesystem when some work is done, or after a while, since nothing else ends the wait of a
-/// worker inside of a system call. Says whether the work was done in time.
+/// Thaws a filesystem when the work is done, or after `limit`, since nothing else wakes a worker that
+/// waits inside a system call. Returns whether the work was done in time.
 fn within(limit: Duration, frozen: Frozen, work: impl FnOnce()) -> bool {
     std::thread::scope(|scope| {
         let (done, is_done) = channel();
@@ -159,16 +159,16 @@ fn within(limit: Duration, frozen: Frozen, work: impl FnOnce()) -> bool {
             in_time
         });
         work();
-        // One that has thawed it listens no more.
+        // After the limit, the guard no longer listens.
         let _ = done.send(());
         guard.join().unwrap()
     })
 }
 
-/// Whoever submits a request to a file of a filesystem sleeps in the kernel while its device has all the
-/// requests that it can have.
+/// A thread that submits a request to a file sleeps in the kernel while the file's device has all the
+/// requests that it can hold.
 #[test]
-fn more_writes_than_a_device_takes_leave_another_guest_answered_if_it_hangs() {
+fn more_writes_than_a_hung_device_takes_do_not_hold_up_another_guest() {
     const WRITES: usize = 512;
     let Some(hung) = OnHungDevice::new() else { return };
     let image = hung.folder().join("disk.img");
@@ -195,7 +195,7 @@ fn more_writes_than_a_device_takes_leave_another_guest_answered_if_it_hangs() {
 }
 
 #[test]
-fn emulated_writes_and_discards_on_a_device_that_hangs_leave_those_of_another_guest_answered() {
+fn emulated_writes_and_discards_on_a_hung_device_do_not_hold_up_another_guests() {
     const WRITES: usize = 384;
     const DISCARDS: usize = 128;
     const IMAGE_BYTES: usize = 16 << 20;
@@ -206,7 +206,7 @@ fn emulated_writes_and_discards_on_a_device_that_hangs_leave_those_of_another_gu
     let Some(below) = Filesystem::new("ext4", folder.path(), 256 << 20, &[]) else { return };
     let disk_4kn = |folder: &Path| {
         let path = folder.join("4kn.img");
-        // With contents, since there is nothing to do for a discard of a hole.
+        // With contents, since the discard of a hole does nothing.
         std::fs::write(&path, vec![7; IMAGE_BYTES]).unwrap();
         LoopDevice::over(&path, &host::BLOCKS_4KN)
     };
@@ -223,7 +223,7 @@ fn emulated_writes_and_discards_on_a_device_that_hangs_leave_those_of_another_gu
     let in_time = within(HANG / 2, host::freeze(below.folder()), || {
         let device = &mut bench.guests[greedy];
         put_discards(device, DISCARDS);
-        // One sector in each block, of which the others have to be read first; behind what is discarded.
+        // One sector per block, so the rest of the block is read first; beyond the discarded part.
         for number in 0..WRITES as u64 {
             device.put(op::WRITE, (8 << 11) + number * 8 + 3, 512);
         }
@@ -246,7 +246,7 @@ fn emulated_writes_and_discards_on_a_device_that_hangs_leave_those_of_another_gu
 }
 
 #[test]
-fn a_flood_of_flushes_is_a_few_for_the_device() {
+fn a_flood_of_flushes_becomes_a_few_for_the_device() {
     const FLUSHES: usize = 512;
     if !can_freeze() {
         return;
@@ -260,12 +260,12 @@ fn a_flood_of_flushes_is_a_few_for_the_device() {
     assert_eq!(bench.ask(guest, op::FLUSH_DISKCACHE, FLUSHES, 0), FLUSHES);
     wait(&mut bench, guest, FLUSHES);
     let flushes = filesystem.flushes() - before;
-    assert!((1..FLUSHES as u64 / 8).contains(&flushes), "{flushes} for {FLUSHES} requests");
+    assert!((1..FLUSHES as u64 / 8).contains(&flushes), "{flushes} flushes for {FLUSHES} requests");
 }
 
-/// Each waits for the device with a tag of its own, beside those of reads and writes.
+/// While it waits for the device, each flush holds a tag of its own, besides those of reads and writes.
 #[test]
-fn flushes_of_many_files_on_a_device_that_hangs_leave_another_guest_answered() {
+fn flushes_of_many_files_on_a_hung_device_do_not_hold_up_another_guest() {
     const FLUSHERS: usize = 48;
     let Some(hung) = OnHungDevice::new() else { return };
     let mut bench = Bench::over(HostEngine::new().unwrap());
@@ -301,11 +301,11 @@ fn flushes_of_many_files_on_a_device_that_hangs_leave_another_guest_answered() {
     assert!(in_time, "the worker waited for the device");
 }
 
-/// One request of the guest's is then as many for the device as it has pages.
+/// Each request of the guest then becomes one device request per page.
 #[test]
-fn large_reads_of_a_file_in_pieces_leave_another_guest_answered_if_its_device_hangs() {
+fn large_reads_of_a_fragmented_file_on_a_hung_device_do_not_hold_up_another_guest() {
     let Some(hung) = OnHungDevice::new() else { return };
-    // A disk that fills the filesystem, and gives back every second block of it.
+    // One disk fills the filesystem, then discards every second block.
     let first = hung.folder().join("first.img");
     let mut file = File::create(&first).unwrap();
     while file.write_all(&[7; 65536]).is_ok() {}
@@ -345,9 +345,9 @@ fn large_reads_of_a_file_in_pieces_leave_another_guest_answered_if_its_device_ha
     assert!(in_time, "the worker waited for the device");
 }
 
-/// What waits for a frozen filesystem has no tags of the device.
+/// Requests that wait for a frozen filesystem hold no tags of the device.
 #[test]
-fn a_frozen_filesystem_leaves_another_file_on_the_same_device_its_part() {
+fn a_frozen_filesystem_leaves_another_file_on_the_same_device_its_share() {
     const GREEDY: usize = 20;
     if !can_freeze() {
         return;
@@ -379,7 +379,7 @@ fn a_frozen_filesystem_leaves_another_file_on_the_same_device_its_part() {
 }
 
 #[test]
-fn a_barrier_that_fills_its_device_is_begun() {
+fn a_barrier_that_fills_its_device_still_starts() {
     let folder = host::folder();
     let Some(filesystem) = Filesystem::new("ext4", folder.path(), 64 << 20, &[]) else { return };
     let image = filesystem.folder().join("disk.img");
@@ -392,9 +392,9 @@ fn a_barrier_that_fills_its_device_is_begun() {
     assert_eq!(bench.answers(guest), 1);
 }
 
-/// A pass looks at the clock for each ring that it has on its list beside another.
+/// If a pass has several rings on its list, it looks at the clock for each.
 #[test]
-fn rings_that_wait_for_a_device_that_hangs_cost_a_pass_of_others_nothing() {
+fn rings_that_wait_for_a_hung_device_cost_a_pass_nothing() {
     const WAITING: usize = 50;
     let folder = host::folder();
     let Some(filesystem) = Filesystem::new("ext4", folder.path(), 64 << 20, &[]) else { return };

@@ -1,4 +1,4 @@
-//! A guest that plays requests on all queues of a disk and judges each answer.
+//! A guest that plays requests on all queues of a disk and checks each answer.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -11,20 +11,20 @@ use polldisk::units::GrantRef;
 
 use crate::draw::{Combination, ERROR, Fault, NOT_SUPPORTED, OKAY, Request, SECTORS, Segment};
 
-/// Long enough that only a hang gets there.
+/// Only a hang takes this long.
 pub const HANG: Duration = Duration::from_secs(60);
 
 const PAGE_BYTES: usize = 4096;
 
-/// What a page holds before a read: no sector of any disk.
+/// What a page holds before a read. No sector of any disk looks like this.
 const POISON: [u8; PAGE_BYTES] = [0xee; PAGE_BYTES];
 
-/// What the disk must hold, whoever is connected to it.
+/// What the disk must hold, across all connections to it.
 pub struct Disk {
     oracle: Oracle,
     /// By sector: who uses it now.
     users: Vec<Users>,
-    /// Of nothing.
+    /// A reference that grants nothing.
     bad_gref: GrantRef,
 }
 
@@ -35,7 +35,7 @@ struct Users {
 }
 
 impl Disk {
-    /// A disk of zeroes, for a guest that has reserved `bad_gref` and grants nothing by it.
+    /// A disk of zeroes, for a guest that has reserved `bad_gref` and grants nothing with it.
     pub fn new(seed: u64, bad_gref: GrantRef) -> Disk {
         let sectors = usize::try_from(SECTORS).unwrap();
         let users = vec![Users::default(); sectors];
@@ -48,9 +48,9 @@ pub struct Guest<'a> {
     disk: &'a mut Disk,
     combination: Combination,
     devices: Vec<Device>,
-    /// By queue and buffer.
+    /// Requests in flight, by queue and buffer.
     under_way: Vec<Vec<Option<Request>>>,
-    /// By queue and buffer: the buffer whose pages the request in this one uses instead.
+    /// By queue and buffer: the other buffer whose pages the request uses instead.
     borrowed: Vec<Vec<Option<usize>>>,
 }
 
@@ -63,7 +63,7 @@ impl Guest<'_> {
         Guest { disk, combination, devices, under_way, borrowed }
     }
 
-    /// Asks for all of them, as many at once as buffers and places allow, and waits for the last
+    /// Sends all of them, as many at once as buffers and places allow, and waits for the last
     /// answer.
     pub fn play(&mut self, requests: impl IntoIterator<Item = Request>) {
         for request in requests {
@@ -74,7 +74,7 @@ impl Guest<'_> {
         }
     }
 
-    /// Asks for one as soon as a buffer and its place allow it.
+    /// Sends one as soon as a buffer is free and its place on the disk allows it.
     pub fn begin_one(&mut self, request: Request) {
         while self.free_buffer(request.queue).is_none() || self.must_wait(&request) {
             self.take_answers();
@@ -96,13 +96,13 @@ impl Guest<'_> {
         self.play(reads);
     }
 
-    /// The frontend's ends, nothing in flight.
+    /// The frontend's ends, with nothing in flight.
     pub fn into_devices(self) -> Vec<Device> {
         assert_eq!(self.in_flight(), 0);
         self.devices
     }
 
-    /// The next buffer of a queue, unless it is still to come or its pages are in use.
+    /// The next buffer of a queue, unless none is free or its pages are in use.
     fn free_buffer(&self, queue: usize) -> Option<usize> {
         let buffer = self.devices[queue].free_buffer()?;
         (!self.borrowed[queue].contains(&Some(buffer))).then_some(buffer)
@@ -112,7 +112,7 @@ impl Guest<'_> {
         self.devices.iter().map(Device::in_flight).sum()
     }
 
-    /// Requests in flight at a time have no order, so none may write what another uses.
+    /// Requests in flight together have no order, so none may write what another uses.
     fn must_wait(&self, request: &Request) -> bool {
         self.moves_data(request)
             && self.disk.users[sectors_of(request)].iter().any(|users| {
@@ -154,8 +154,8 @@ impl Guest<'_> {
         self.under_way[queue][buffer] = Some(request);
     }
 
-    /// Asks for a read in flight once more, into the same pages. A frontend may do so only where
-    /// none of the two answers has it take them back.
+    /// Sends a read in flight once more, into the same pages. A frontend may do so only if neither
+    /// answer makes it end the grants of those pages.
     fn put_again(&mut self, request: &Request, raw: &RawRequest, pages_of: usize) {
         let Options { persistent, ends_unmapped, .. } = self.combination.options;
         let Some(buffer) = self.free_buffer(request.queue) else { return };
@@ -174,7 +174,7 @@ impl Guest<'_> {
         self.under_way[request.queue][buffer] = Some(request.clone());
     }
 
-    /// Takes its sectors into use; data that is to be written goes to the buffer.
+    /// Marks its sectors as in use, and fills the buffer with the data to write.
     fn begin(&mut self, request: &Request, buffer: usize) {
         let sectors = sectors_of(request);
         let users = &mut self.disk.users[sectors.clone()];
@@ -253,7 +253,7 @@ impl Guest<'_> {
         raw
     }
 
-    /// Takes the answers that are there; waits for the first one.
+    /// Waits for an answer, and takes all that there are.
     fn take_answers(&mut self) {
         self.devices.iter_mut().for_each(|device| device.publish().unwrap());
         let start = Instant::now();
@@ -290,7 +290,7 @@ impl Guest<'_> {
         }
     }
 
-    /// The sectors read hold what they must, and nothing beside them was touched.
+    /// Checks that the sectors read hold what they must, and that nothing beside them was touched.
     fn check_read(&self, request: &Request, buffer: usize) {
         let device = &self.devices[request.queue];
         let mut sector = sectors_of(request).start;
@@ -335,7 +335,7 @@ fn raw_discard(request: &Request, buffer: usize) -> RawRequest {
     RawRequest::Discard(raw)
 }
 
-/// An indirect request of a frontend that nobody offered any.
+/// An indirect request from a frontend to which none were offered.
 fn unoffered(request: &Request, buffer: usize, gref: u32) -> RawRequest {
     RawRequest::Indirect(RawIndirect {
         operation: request.operation,

@@ -1,4 +1,4 @@
-//! Queues that are on their way out, and what may still come for them.
+//! Queues that are being disconnected, and what may still arrive for them.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -31,7 +31,7 @@ fn a_queue_that_is_leaving_takes_no_more_requests() {
 }
 
 #[test]
-fn a_broken_ring_is_told_once_and_nothing_more_is_taken_of_it() {
+fn a_broken_ring_is_reported_once_and_nothing_more_is_taken_from_it() {
     let (mut bench, script) = bench();
     let guest = bench.guest(Shape::mapped(8));
     let other = bench.guest(Shape::mapped(8));
@@ -40,7 +40,7 @@ fn a_broken_ring_is_told_once_and_nothing_more_is_taken_of_it() {
     bench.ask(other, op::READ, 1, 1);
     assert!(bench.settle());
     assert!(matches!(bench.report(), Report::RingFault(key, _) if key == bench.key(guest)));
-    // As if nothing had been.
+    // The guest goes on as if nothing had happened.
     bench.ask(guest, op::READ, 1, 1);
     for _ in 0..10 {
         assert_eq!(bench.answers(other), 1);
@@ -52,7 +52,7 @@ fn a_broken_ring_is_told_once_and_nothing_more_is_taken_of_it() {
 }
 
 #[test]
-fn each_of_several_replacements_is_told_once_the_queue_is_drained() {
+fn each_of_several_replacements_is_reported_when_the_queue_is_drained() {
     let (mut bench, script) = bench();
     let guest = bench.guest(Shape::mapped(8));
     let key = bench.key(guest);
@@ -79,7 +79,7 @@ fn each_of_several_replacements_is_told_once_the_queue_is_drained() {
 }
 
 #[test]
-fn what_completes_while_the_worker_falls_asleep_keeps_it_awake() {
+fn a_completion_while_the_worker_falls_asleep_keeps_it_awake() {
     let (mut bench, script) = bench();
     let guest = bench.guest(Shape::mapped(8));
     script.borrow_mut().hung.insert(guest);
@@ -91,7 +91,7 @@ fn what_completes_while_the_worker_falls_asleep_keeps_it_awake() {
     assert!(bench.worker.arm().unwrap());
 }
 
-/// The stand-in, whose event channels tell of a port once more after it was unbound, as the kernel's
+/// The stand-in, but its event channels report a port once more after it was unbound, as the kernel's
 /// list of pending ports does.
 #[derive(Clone)]
 struct Late(SimXen);

@@ -1,8 +1,8 @@
 //! Every combination of rings, queues, indirect requests, grants, layouts and sector sizes: random
 //! requests on random connections, each answer and every byte checked.
 //!
-//! A run prints the seed of each connection before it begins; a test that failed shows them, and
-//! `POLLDISK_PROTOCOL_SEED=<seed>` plays that connection alone. `POLLDISK_PROTOCOL_CASES=<number>`
+//! A run prints the seed of each connection before it begins; a failed test shows these seeds, and
+//! `POLLDISK_PROTOCOL_SEED=<seed>` plays only that connection. `POLLDISK_PROTOCOL_CASES=<number>`
 //! makes a run longer.
 
 mod alone;

@@ -13,7 +13,7 @@ use crate::scripted::{Bench, Shape, rules};
 use crate::workers::{opened, zeroes};
 
 #[test]
-fn what_was_published_before_an_ejection_is_done_on_the_medium_before_it() {
+fn requests_published_before_an_ejection_are_done_on_the_ejected_medium() {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let path = zeroes(folder.path());
     let mut bench = Bench::over(HostEngine::new().unwrap());

@@ -45,7 +45,7 @@ fn draw_offer(random: &mut Random) -> Offer {
     }
 }
 
-/// A frontend that wants anything; it gets as much of it as is offered.
+/// Connects a frontend with random wishes, of which it gets what is offered, and plays requests on it.
 fn connect_and_play(random: &mut Random, daemon: &Daemon, offer: &Offer, disk: &mut Disk) {
     let queues = random.between(1, 4);
     let options = draw_options(random, queues, INDIRECT_SEGMENTS_MAX.into());
@@ -66,7 +66,7 @@ fn connect_and_play(random: &mut Random, daemon: &Daemon, offer: &Offer, disk: &
     let discard = daemon.xenbus.store().read(&node).unwrap();
     let report = daemon.disk();
     let expected: Vec<usize> = (0..devices.len()).map(|queue| queue % 2).collect();
-    assert_eq!(report.workers, expected, "the queues go round the workers");
+    assert_eq!(report.workers, expected, "the workers get queues in turn");
     let combination = Combination {
         queues: devices.len(),
         options: agreed,

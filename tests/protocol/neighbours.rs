@@ -1,4 +1,4 @@
-//! One guest never costs another its disk: whatever it takes all of, the others have their part.
+//! One guest never costs another its disk: whatever resource it uses up, the others have their share.
 
 use polldisk::blkif::op;
 use polldisk::engine::host::HostEngine;
@@ -11,7 +11,7 @@ use polldisk::msg::Command;
 use crate::scripted::{Bench, Shape, bench, null};
 
 #[test]
-fn large_reads_by_copy_that_hang_leave_anothers_small_reads_their_memory() {
+fn hung_large_reads_by_copy_leave_memory_for_another_guests_small_reads() {
     const PAGES: usize = 256;
     const READS: usize = 32;
     const { assert!(READS * PAGES > 2 * BOUNCE_PAGES_COMMON) };
@@ -23,16 +23,16 @@ fn large_reads_by_copy_that_hang_leave_anothers_small_reads_their_memory() {
     assert!(bench.settle());
     for _ in 0..100 {
         assert_eq!(bench.ask(victim, op::READ, 8, 1), 8);
-        assert!(bench.settle(), "the worker sleeps although a queue waits");
+        assert!(bench.settle(), "the worker sleeps even while a queue waits");
         assert_eq!(bench.answers(victim), 8);
     }
     script.borrow_mut().hung.clear();
     assert!(bench.settle());
-    assert_eq!(bench.answers(greedy), READS, "what waited goes on");
+    assert_eq!(bench.answers(greedy), READS, "requests that waited go on");
 }
 
 #[test]
-fn a_request_as_large_as_can_be_always_finds_bounce_memory() {
+fn a_request_of_the_largest_size_always_finds_bounce_memory() {
     const PAGES: usize = 1024;
     let (mut bench, script) = bench();
     let greedy = bench.guest(Shape::copied(4).indirect(PAGES, 0));
@@ -54,7 +54,7 @@ fn indirect_requests_that_hang_leave_tables_for_others_and_direct_ones_need_none
     let indirect = bench.guest(Shape::mapped(32).indirect(12, 0));
     script.borrow_mut().hung.insert(greedy);
     bench.ask_indirect(greedy, REQUESTS);
-    assert!(bench.settle(), "a worker beside storage that hangs sleeps although a queue waits");
+    assert!(bench.settle(), "the worker sleeps even while a queue waits for hung storage");
     assert!(script.borrow().taken.len() < REQUESTS, "some have no table");
     bench.ask(direct, op::READ, 32, 1);
     bench.ask_indirect(indirect, 32);
@@ -88,9 +88,9 @@ fn requests_in_flight_on_storage_that_hangs_leave_room_for_others() {
     assert!((0..GREEDY).all(|greedy| bench.answers(greedy) == EACH));
 }
 
-/// Nobody else gives anything back, so its own answers have to bring the queue back to its ring.
+/// Nobody else gives anything back, so its own answers must make the queue look at its ring again.
 #[test]
-fn a_queue_that_answers_all_it_may_have_in_flight_at_once_goes_on_beside_storage_that_hangs() {
+fn a_queue_that_answers_its_whole_share_at_once_goes_on_beside_hung_storage() {
     const GREEDY: usize = 4;
     const EACH: usize = REQUESTS_COMMON / GREEDY + REQUESTS_PER_QUEUE;
     const READS: usize = REQUESTS_PER_QUEUE + 8;
@@ -104,12 +104,12 @@ fn a_queue_that_answers_all_it_may_have_in_flight_at_once_goes_on_beside_storage
     assert_eq!(
         script.borrow().taken.len(),
         GREEDY * EACH,
-        "all there are, and none waits for more"
+        "all that may be in flight are, and no guest waits for more"
     );
     let victim = bench.guest(Shape::copied(READS).indirect(12, 1));
     let leaving = bench.guest(Shape::mapped(8));
     assert!(bench.settle());
-    // Beside another one its turn ends before any data is copied, and alone it copies all of it.
+    // Beside the other queue, its turn ends before any data is copied; alone, it copies everything.
     bench.ask(victim, op::READ, READS, 1);
     bench.ask(leaving, op::READ, 1, 1);
     bench.commands.send(Command::Disconnect(bench.key(leaving))).unwrap();
@@ -118,7 +118,7 @@ fn a_queue_that_answers_all_it_may_have_in_flight_at_once_goes_on_beside_storage
 }
 
 #[test]
-fn what_many_wait_for_goes_to_each_in_turn() {
+fn queues_that_wait_for_the_same_thing_get_it_in_turn() {
     const GUESTS: usize = 4;
     let (mut bench, script) = bench();
     for _ in 0..GUESTS {
@@ -145,7 +145,7 @@ fn an_operation_that_the_engine_keeps_does_not_block_its_ring() {
     script.borrow_mut().per_reap = Some(0);
     bench.ask(guest, op::FLUSH_DISKCACHE, 3, 0);
     bench.ask(guest, op::READ, 8, 1);
-    assert!(bench.settle(), "nothing that was taken is asked for again");
+    assert!(bench.settle(), "nothing that was taken is submitted again");
     let slots: Vec<u32> = script.borrow().taken.iter().map(|taken| taken.ticket.slot()).collect();
     assert_eq!(slots.len(), 11, "each once: {slots:?}");
     script.borrow_mut().taken.drain(..3).for_each(drop);
@@ -155,13 +155,13 @@ fn an_operation_that_the_engine_keeps_does_not_block_its_ring() {
 }
 
 #[test]
-fn what_storage_has_no_room_for_is_asked_for_again_only_after_a_completion() {
+fn what_storage_has_no_room_for_is_submitted_again_only_after_a_completion() {
     let (mut bench, script) = bench();
     let guest = bench.guest(Shape::mapped(32));
     script.borrow_mut().room = Some(4);
     script.borrow_mut().hung.insert(guest);
     bench.ask(guest, op::READ, 32, 1);
-    assert!(bench.settle(), "a worker beside storage that hangs sleeps");
+    assert!(bench.settle(), "a worker with hung storage sleeps");
     assert_eq!(bench.answers(guest), 0);
     script.borrow_mut().hung.clear();
     assert!(bench.settle());
@@ -169,7 +169,7 @@ fn what_storage_has_no_room_for_is_asked_for_again_only_after_a_completion() {
 }
 
 #[test]
-fn a_barrier_that_storage_has_no_room_for_is_asked_for_again_after_anothers_completion() {
+fn a_barrier_that_storage_has_no_room_for_is_submitted_again_after_another_completion() {
     let (mut bench, script) = bench();
     let [greedy, guest] = [8, 8].map(|buffers| bench.guest(Shape::mapped(buffers)));
     script.borrow_mut().room = Some(1);
@@ -194,15 +194,15 @@ fn a_barrier_that_waits_for_storage_lets_the_worker_sleep() {
         bench.ask(guest, operation, 1, 1);
     }
     assert!(bench.settle());
-    assert_eq!(script.borrow().taken.len(), 1, "the barrier and what follows wait");
+    assert_eq!(script.borrow().taken.len(), 1, "the barrier and the request after it wait");
     script.borrow_mut().hung.clear();
     assert!(bench.settle());
     assert_eq!(bench.answers(guest), 3);
 }
 
-/// With a clock that stands still no queue is put off, so all of them have a turn in each pass.
+/// While the clock stands still no queue is put off, so each has a turn in every pass.
 #[test]
-fn a_pass_copies_no_more_for_one_than_a_turn_allows_where_another_is_busy_too() {
+fn a_pass_copies_no_more_for_one_queue_than_a_turn_allows_if_another_is_busy_too() {
     const PAGES: usize = 256;
     let mut bench = Bench::over(HostEngine::new().unwrap());
     let greedy = bench.guest_on(Shape::copied(8).indirect(PAGES, 0), null(true));
@@ -210,7 +210,7 @@ fn a_pass_copies_no_more_for_one_than_a_turn_allows_where_another_is_busy_too() 
     let turn = u64::from(TURN_EFFORT / MOVED_PAGE_EFFORT);
     let mut answered = 0;
     for operation in [op::READ, op::WRITE] {
-        // The first pass has yet to find out that there are two.
+        // Only after the first pass does the worker know of both.
         bench.ask(victim, operation, 8, 1);
         bench.pass();
         for _ in 0..1000 {
@@ -221,10 +221,10 @@ fn a_pass_copies_no_more_for_one_than_a_turn_allows_where_another_is_busy_too() 
             let before = bench.counters[greedy].read().grants_copied;
             bench.pass();
             let copied = bench.counters[greedy].read().grants_copied - before;
-            assert!(copied <= turn + 1, "{copied} pages, one of them with segments, in one pass");
+            assert!(copied <= turn + 1, "{copied} pages in one pass, a page of segments included");
         }
     }
-    assert!(answered > 2 * 5000, "{answered}: small requests are answered in each pass");
+    assert!(answered > 2 * 5000, "only {answered} small requests were answered");
     let counts = bench.counters[greedy].read();
-    assert!(counts.reads > 10 && counts.writes > 10, "large ones come to their end, too");
+    assert!(counts.reads > 10 && counts.writes > 10, "large requests are completed, too");
 }

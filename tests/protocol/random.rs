@@ -11,13 +11,13 @@ const CASES: usize = 10_000;
 const CASES_PER_CONNECTION: usize = 40;
 const REQUESTS_PER_CASE: usize = 12;
 
-/// Requests of a burst, which one case in a hundred is: more than there are buffers.
+/// Requests of a burst, as in one case out of a hundred: more than there are buffers.
 const REQUESTS_PER_BURST: usize = 200;
 
-/// Names the one connection that is to be played.
+/// Names the only connection to play.
 pub const SEED: &str = "POLLDISK_PROTOCOL_SEED";
 
-/// Says how many cases there are to be instead, for a long run.
+/// Sets the number of cases, for a long run.
 const MORE: &str = "POLLDISK_PROTOCOL_CASES";
 
 /// The seeds of `count` connections, or the one that was asked for.
@@ -40,7 +40,7 @@ pub fn case(random: &mut Random, combination: &Combination) -> Vec<Request> {
 }
 
 #[test]
-fn every_request_on_every_kind_of_connection_is_answered_rightly_and_data_is_kept() {
+fn every_request_on_every_kind_of_connection_is_answered_correctly_and_data_is_kept() {
     let mut rig = Rig::start();
     let bad_gref = rig.domain.reserve_refs(1).unwrap()[0];
     let mut disk = Disk::new(1, bad_gref);

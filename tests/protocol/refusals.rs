@@ -1,5 +1,4 @@
-//! A hypervisor that refuses what it is asked for: nothing is taken for done that was not, and nothing
-//! stays mapped.
+//! A hypervisor that refuses calls: nothing that failed counts as done, and nothing stays mapped.
 
 use std::cell::RefCell;
 use std::io;
@@ -24,12 +23,12 @@ const ERROR: i16 = -1;
 #[derive(Debug)]
 struct Script {
     copies_refused: AtomicBool,
-    /// Maps that are done before one is refused.
+    /// Calls to map that succeed before one is refused.
     maps_left: AtomicUsize,
     mappings: AtomicUsize,
 }
 
-/// The stand-in, by a script.
+/// The stand-in with scripted refusals.
 type Refusing = WithGrants<Arc<Script>>;
 
 struct RefusingGrants(SimGrants, Arc<Script>);
@@ -91,7 +90,7 @@ fn a_grant_copy_that_is_refused_as_a_whole_fails_its_requests() {
     let guest = bench.guest(Shape::copied(4));
     for operation in [op::WRITE, op::READ] {
         script.copies_refused.store(true, Ordering::Relaxed);
-        // A write that came to storage would stay there.
+        // A write that reached storage would hang there.
         storage.borrow_mut().hung.extend((operation == op::WRITE).then_some(guest));
         bench.ask(guest, operation, 3, 2);
         assert!(bench.settle());
@@ -105,7 +104,7 @@ fn a_grant_copy_that_is_refused_as_a_whole_fails_its_requests() {
 }
 
 #[test]
-fn a_request_of_which_only_some_is_mapped_is_unmapped_and_copied() {
+fn a_request_that_is_only_partly_mapped_is_unmapped_and_copied() {
     const PAGES: usize = 400;
     let (mut bench, script, _) = refusing();
     let shape = Shape { grant_mode: GrantMode::Map, ..Shape::copied(2).indirect(PAGES, 0) };
@@ -122,9 +121,9 @@ fn a_request_of_which_only_some_is_mapped_is_unmapped_and_copied() {
     }
 }
 
-/// Otherwise it would go on with whatever stands where the segments should.
+/// Otherwise it would go on with whatever is in the memory meant for its segments.
 #[test]
-fn an_indirect_request_whose_segments_cannot_be_read_comes_to_no_storage() {
+fn an_indirect_request_whose_segments_cannot_be_read_does_not_reach_storage() {
     let (mut bench, script, storage) = refusing();
     let guest = bench.guest(Shape::copied(4).indirect(12, 0));
     storage.borrow_mut().hung.insert(guest);
@@ -136,7 +135,7 @@ fn an_indirect_request_whose_segments_cannot_be_read_comes_to_no_storage() {
 }
 
 #[test]
-fn what_storage_does_not_support_is_answered_so_unless_it_is_a_read_or_write() {
+fn an_operation_not_supported_by_storage_is_answered_so_unless_it_is_a_read_or_write() {
     const NOT_SUPPORTED: i16 = -2;
     let (mut bench, _, storage) = refusing();
     let guest = bench.guest(Shape::copied(4));

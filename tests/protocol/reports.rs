@@ -12,7 +12,7 @@ use polldisk::sim::disk::Failure;
 const SECOND: u64 = 1_000_000_000;
 
 #[test]
-fn what_is_in_flight_is_told_the_oldest_first() {
+fn requests_in_flight_are_reported_oldest_first() {
     let (mut bench, script) = bench();
     let guest = bench.guest(Shape::mapped(32));
     script.borrow_mut().hung.insert(guest);
@@ -40,13 +40,13 @@ fn what_is_in_flight_is_told_the_oldest_first() {
         request("read", 4096, 4096, 3),
     ];
     assert_eq!(oldest.len(), IN_FLIGHT_TOLD);
-    let Report::InFlight(key, told) = bench.report() else { panic!("another report") };
+    let Report::InFlight(key, told) = bench.report() else { panic!("an unexpected report") };
     assert_eq!((key, told), (bench.key(guest), InFlight { count: 12, oldest }));
-    let Report::InFlight(_, nothing) = bench.report() else { panic!("another report") };
-    assert_eq!(nothing, InFlight::default(), "of a queue that is not served");
+    let Report::InFlight(_, nothing) = bench.report() else { panic!("an unexpected report") };
+    assert_eq!(nothing, InFlight::default(), "a queue that is not served");
 }
 
-/// What control was told about storage: the errors so far, or that there is room again.
+/// What control was told about storage: a failure, or (`None`) that there is room again.
 fn told(bench: &crate::scripted::Bench) -> Vec<Option<StorageFailure>> {
     let told = |report| match report {
         Report::StorageFailed(_, failure) => Some(failure),
@@ -57,7 +57,7 @@ fn told(bench: &crate::scripted::Bench) -> Vec<Option<StorageFailure>> {
 }
 
 #[test]
-fn control_is_told_what_storage_fails_ever_more_seldom_and_when_it_has_room_again() {
+fn storage_failures_are_reported_ever_more_rarely_and_once_there_is_room_again() {
     let (mut bench, script) = bench();
     let guest = bench.guest(Shape::mapped(32));
     let mut play = |now_ns, errno, operation, count| {
@@ -80,23 +80,23 @@ fn control_is_told_what_storage_fails_ever_more_seldom_and_when_it_has_room_agai
         errors_so_far: 4,
     };
     assert_eq!(failures[2], Some(third));
-    assert_eq!(play(SECOND, None, op::WRITE, 20), [], "told a moment ago");
+    assert_eq!(play(SECOND, None, op::WRITE, 20), [], "too soon after the last report");
     assert_eq!(play(SECOND + 1, None, op::READ, 20), [], "a read needs no room");
     assert_eq!(play(SECOND + 1, None, op::WRITE, 20), [None]);
-    assert_eq!(play(9 * SECOND, None, op::WRITE, 20), [], "once");
+    assert_eq!(play(9 * SECOND, None, op::WRITE, 20), [], "reported only once");
     let failures = play(10 * SECOND, Some(libc::ENOSPC), op::WRITE, 3);
-    assert_eq!(failures.len(), 1, "whatever its number: {failures:?}");
+    assert_eq!(failures.len(), 1, "the first failure after that is reported: {failures:?}");
 }
 
 #[test]
-fn whatever_found_storage_full_a_write_that_succeeds_later_takes_it_back() {
+fn a_later_write_that_succeeds_ends_full_storage_whatever_operation_found_it() {
     for (operation, pages) in [(op::WRITE, 1), (op::FLUSH_DISKCACHE, 0), (op::WRITE_BARRIER, 1)] {
         let (mut bench, script) = bench();
         let guest = bench.guest(Shape::mapped(32));
         script.borrow_mut().errno = Some(libc::ENOSPC);
         bench.ask(guest, operation, 1, pages);
         assert!(bench.settle());
-        let [Some(failure)] = &told(&bench)[..] else { panic!("one failure is told") };
+        let [Some(failure)] = &told(&bench)[..] else { panic!("not one failure") };
         assert!(is_full(failure.errno));
         script.borrow_mut().errno = None;
         bench.now_ns = 2 * SECOND;
@@ -107,7 +107,7 @@ fn whatever_found_storage_full_a_write_that_succeeds_later_takes_it_back() {
 }
 
 #[test]
-fn a_worker_never_waits_for_a_control_that_is_far_behind() {
+fn a_worker_never_waits_for_control_to_catch_up() {
     let (mut bench, _) = bench();
     let key = bench.key(7);
     for asked in 0..WORKER_REPORTS + 100 {
@@ -117,7 +117,7 @@ fn a_worker_never_waits_for_a_control_that_is_far_behind() {
         }
     }
     bench.settle();
-    assert_eq!(bench.reports.reports.len(), WORKER_REPORTS, "control has no room for more");
+    assert_eq!(bench.reports.reports.len(), WORKER_REPORTS, "the channel to control is full");
     let mut answers = 0;
     while answers < WORKER_REPORTS + 100 {
         answers += bench.reports.reports.try_iter().count();
@@ -130,7 +130,7 @@ fn a_worker_never_waits_for_a_control_that_is_far_behind() {
 }
 
 #[test]
-fn a_worker_that_ends_in_disorder_keeps_the_memory_that_storage_may_still_write_to() {
+fn a_worker_that_fails_keeps_the_memory_that_storage_may_still_write_to() {
     for (failure, reason) in [(Failure::Error, "the host fails"), (Failure::Panic, "panicked")] {
         let (mut bench, script) = bench();
         let guest = bench.guest(Shape::mapped(8));
@@ -143,7 +143,7 @@ fn a_worker_that_ends_in_disorder_keeps_the_memory_that_storage_may_still_write_
         assert!(mapped > 8, "its ring and its pages");
         let ended = serve(bench.worker).unwrap();
         assert!(ended.contains(reason), "{ended}");
-        assert!(!script.borrow().is_dropped, "the kernel's ring is still there");
+        assert!(!script.borrow().is_dropped, "the engine is still there");
         assert_eq!(domain.mapped_grants(), mapped);
     }
 }

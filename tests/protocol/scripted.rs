@@ -1,5 +1,5 @@
-//! A worker that the test steps, on storage that does what the test says. Nothing here takes time: what
-//! happens is counted in passes.
+//! A worker stepped by the test, on storage scripted by the test. Progress is counted in passes, not in
+//! time.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -24,13 +24,13 @@ use polldisk::units::{Bytes, DomId, QueueId};
 use polldisk::worker::{Progress, Setup, Worker};
 use polldisk::xen::{Grants, Platform, PlatformError};
 
-/// Passes until everything that can happen has happened.
+/// Passes after which nothing more can happen.
 const PASSES_MAX: usize = 100_000;
 
 /// Bytes of every disk.
 const DISK: Bytes = Bytes(1 << 30);
 
-/// A worker with its guests, each with one ring. A guest's number is its queue's.
+/// A worker with its guests, each with one ring. A guest has the number of its queue.
 pub struct Bench<P: Platform = SimXen, E = ScriptedDisk> {
     pub worker: Worker<P, E>,
     pub guests: Vec<Device>,
@@ -86,12 +86,12 @@ pub fn rules(image: &Image, indirect_segments: u16) -> DiskRules {
     }
 }
 
-/// Storage by a script, and the script.
+/// Scripted storage, and its script.
 pub fn storage() -> (ScriptedDisk, Rc<RefCell<Script>>) {
     ScriptedDisk::new(Script::default()).unwrap()
 }
 
-/// A bench with storage by a script.
+/// A bench with scripted storage, and its script.
 pub fn bench() -> (Bench, Rc<RefCell<Script>>) {
     let (engine, script) = storage();
     (Bench::over(engine), script)
@@ -106,7 +106,7 @@ impl<E: Engine<Target = Image>> Bench<SimXen, E> {
 }
 
 impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
-    /// The same on a platform of the test's.
+    /// The same on the test's own platform.
     pub fn on(platform: P, engine: E, stand_in: LocalStandIn) -> Bench<P, E> {
         let (commands, receiver) = command_channel(WorkerId(0)).unwrap();
         let (reporter, reports) = report_channel().unwrap();
@@ -118,7 +118,7 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
         Bench { worker, guests, counters, commands, reports, now_ns: 1, stand_in }
     }
 
-    /// One more guest, on a disk without contents; its number.
+    /// Adds a guest, on a disk without contents, and returns its number.
     pub fn guest(&mut self, shape: Shape) -> usize {
         self.guest_on(shape, null(false))
     }
@@ -168,7 +168,8 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
         self.reports.reports.try_recv().unwrap()
     }
 
-    /// A guest asks for `count` times `pages` pages at different places, as far as it has buffers.
+    /// Makes a guest send up to `count` requests of `pages` pages each, at different places, as long as it
+    /// has buffers; returns how many it sent.
     pub fn ask(&mut self, guest: usize, operation: u8, count: usize, pages: usize) -> usize {
         let device = &mut self.guests[guest];
         let mut asked = 0;
@@ -180,7 +181,7 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
         asked
     }
 
-    /// A guest asks for `count` pages by indirect requests of one segment each.
+    /// Makes a guest read `count` pages by indirect requests of one segment each.
     pub fn ask_indirect(&mut self, guest: usize, count: usize) {
         let device = &mut self.guests[guest];
         for number in 0..count {
@@ -198,8 +199,8 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
         self.worker.poll_once(|| now_ns).unwrap()
     }
 
-    /// Passes until nothing happens any more, as a worker that never spins does them: whether it would
-    /// sleep then.
+    /// Makes passes until nothing more happens, as a worker that never spins does. Returns whether it would
+    /// then sleep.
     pub fn settle(&mut self) -> bool {
         for _ in 0..PASSES_MAX {
             if self.pass() == Progress::Idle && self.worker.arm().unwrap() {
@@ -209,7 +210,7 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
         false
     }
 
-    /// How many answers a guest has got since the last time.
+    /// How many answers a guest has received since the last call, all of which must be okay.
     pub fn answers(&mut self, guest: usize) -> usize {
         let device = &mut self.guests[guest];
         std::iter::from_fn(|| device.next_answer().unwrap())
@@ -217,18 +218,18 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
             .count()
     }
 
-    /// The same for answers of any kind, by their statuses.
+    /// The statuses of the answers since the last call, which may be errors.
     pub fn statuses(&mut self, guest: usize) -> Vec<i16> {
         let device = &mut self.guests[guest];
         std::iter::from_fn(|| device.next_answer().unwrap()).map(|answer| answer.status).collect()
     }
 }
 
-/// The stand-in, with grants of a test's own in front of its own.
+/// The stand-in, with a test's own grants in front of the stand-in's.
 #[derive(Clone)]
 pub struct WithGrants<W>(pub SimXen, pub W);
 
-/// Makes those grants.
+/// Makes a test's own grants.
 pub trait InFront: Clone + Send + Sync + 'static {
     type Grants: Grants;
 

@@ -1,4 +1,4 @@
-//! What it costs to be woken by storage: counted, for a worker that sleeps as soon as it can.
+//! The cost of being woken by storage, counted for a worker that sleeps as soon as it can.
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -23,7 +23,7 @@ use crate::alone;
 /// Reads, one at a time.
 const READS: usize = 100;
 
-/// Calls for connecting, disconnecting, and the event of the first request.
+/// Calls needed to connect and disconnect, and for the event of the first request.
 const CALLS_BESIDE: usize = 4;
 
 #[test]
@@ -48,7 +48,7 @@ fn storage_wakes_a_worker_once_for_each_request_and_the_guest_not_at_all() {
     *guest.borrow_mut() = Some((device, alone.commands));
     alone.worker.run().unwrap();
     assert_eq!(seen.answers.get(), READS);
-    assert_eq!(seen.notifications.get(), 0, "while the worker looks at the ring by itself");
+    assert_eq!(seen.notifications.get(), 0, "the worker looks at the ring without them");
     assert_eq!(seen.sleeps.get(), READS, "one for each request");
     let [looks, unmasks] = [&calls.pending, &calls.unmask].map(|it| it.load(Ordering::Relaxed));
     assert!(looks <= CALLS_BESIDE, "{looks} looks for events when there were none");
@@ -97,7 +97,7 @@ impl Engine for Late {
 
     fn kick(&mut self) -> io::Result<()> {
         let mut guest = self.guest.borrow_mut();
-        let (device, commands) = guest.as_mut().expect("it is there before the worker runs");
+        let (device, commands) = guest.as_mut().expect("set before the worker runs");
         if device.next_answer().unwrap().is_none() {
             return Ok(());
         }
@@ -144,7 +144,7 @@ impl Engine for Late {
     }
 }
 
-/// The stand-in, with the calls for events counted.
+/// The stand-in, with a count of the calls for events.
 #[derive(Clone)]
 struct Counted {
     platform: SimXen,

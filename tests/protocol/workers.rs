@@ -1,4 +1,4 @@
-//! Workers without control: connections are commands, so that one costs next to nothing.
+//! Workers without control: a connection is just a command, so it costs next to nothing.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use polldisk::worker::{WorkerThread, spawn_all};
 use crate::draw::{Combination, SECTORS};
 use crate::guest::HANG;
 
-/// Pages of a guest: its buffers, the largest rings of four queues, and some.
+/// Pages of a guest: its buffers, the largest rings of four queues, and some spare.
 pub const GUEST_PAGES: u32 = 8 * 1024;
 
 /// Two workers, a guest, and a disk.
@@ -33,19 +33,19 @@ pub struct Rig {
     threads: Vec<WorkerThread>,
     reports: ReportReceiver,
     connections: u64,
-    /// Of the connection that there is.
+    /// The budget of the current connection.
     budget: Arc<GrantBudget>,
     budget_pages: usize,
 }
 
-/// A file of zeroes where O_DIRECT works.
+/// Makes a file of zeroes in `folder`.
 pub fn zeroes(folder: &Path) -> PathBuf {
     let path = folder.join("disk.img");
     File::create(&path).unwrap().set_len(SECTORS * 512).unwrap();
     path
 }
 
-/// A file as a disk that its guest may write to.
+/// A file, opened as a disk that its guest may write to.
 pub fn opened(path: &Path) -> Image {
     opened_with(path, DiskOptions::default())
 }
@@ -92,7 +92,7 @@ impl Rig {
         self.connections += 1;
         self.budget_pages = combination.budget;
         self.budget = Arc::new(GrantBudget::new(combination.budget));
-        // The rules may be those of larger sectors than storage has.
+        // The rules may have larger sectors than storage has.
         let geometry = Geometry { sector_bytes: combination.sector_bytes, ..image.geometry() };
         let rules = DiskRules {
             geometry,
@@ -127,7 +127,7 @@ impl Rig {
         devices
     }
 
-    /// Nothing of the guest stays mapped.
+    /// Disconnects all queues; nothing of the guest may stay mapped.
     pub fn disconnect(&self, devices: Vec<Device>) {
         for queue in 0..devices.len() {
             self.ask(queue % 2, Command::Disconnect(self.key(queue)));
@@ -141,8 +141,8 @@ impl Rig {
         devices.into_iter().for_each(|device| device.close().unwrap());
     }
 
-    /// Requests that a worker has answered on a queue since the last time; `None` where it does
-    /// not serve it.
+    /// Requests that a worker has answered on a queue since the last call; `None` if it does not
+    /// serve that queue.
     pub fn answered(&self, worker: usize, queue: usize) -> Option<u64> {
         self.ask(worker, Command::TakeLatency(self.key(queue)));
         match self.answer() {
@@ -171,7 +171,7 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        // What failed may hang, and has been told already.
+        // After a failure the threads may hang, so nobody waits for them.
         if !std::thread::panicking() {
             self.senders.iter().for_each(|sender| sender.send(Command::Stop).unwrap());
             self.threads.drain(..).for_each(WorkerThread::join);

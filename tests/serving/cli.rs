@@ -1,4 +1,4 @@
-//! The command line: what it says, and with which exit status.
+//! The command line: what it prints, and its exit statuses.
 
 use std::fs::File;
 use std::path::Path;
@@ -12,7 +12,7 @@ fn stdout(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-/// Runs what has to fail; what it says.
+/// Runs a command that has to fail, and returns its message.
 fn refusal(arguments: &[&str]) -> String {
     let output = polldisk(arguments);
     assert!(!output.status.success(), "{arguments:?} has to fail");
@@ -21,7 +21,7 @@ fn refusal(arguments: &[&str]) -> String {
     text
 }
 
-/// Fails, and says all of `parts`.
+/// Asserts that the command fails with a message that contains all of `parts`.
 fn is_refused(arguments: &[&str], parts: &[&str]) {
     let text = refusal(arguments);
     for part in parts {
@@ -29,7 +29,7 @@ fn is_refused(arguments: &[&str], parts: &[&str]) {
     }
 }
 
-/// The two numbers of the line that ends a demo.
+/// The two numbers in the last line of a demo.
 fn verdict(output: &Output) -> (u64, u64) {
     let text = stdout(output);
     let line = text.lines().last().unwrap_or_default();
@@ -91,8 +91,8 @@ fn a_demo_on_an_image_that_somebody_else_changes_finds_every_difference() {
     assert!(blocks > 0 && mismatches > 0);
 }
 
-/// Zeroes over everything, past the page cache as polldisk itself writes: mixed writes of both kinds
-/// would end in EIO.
+/// Overwrites everything with zeroes. It bypasses the page cache as polldisk does: a mixture of both
+/// kinds of writes would end in EIO.
 fn wipe(path: &Path) {
     let status = Command::new("dd")
         .args(["if=/dev/zero", "bs=64K", "count=64", "oflag=direct", "conv=notrunc", "status=none"])
@@ -102,7 +102,7 @@ fn wipe(path: &Path) {
 }
 
 #[test]
-fn what_was_typed_moves_no_cursor_when_it_is_quoted() {
+fn quoted_arguments_cannot_control_the_terminal() {
     for arguments in [
         &["list", "--admin", "/tmp/\u{1b}[2J/no\tsuch"][..],
         &["serve", "--cores", "\u{1b}[2J"],
@@ -116,7 +116,7 @@ fn what_was_typed_moves_no_cursor_when_it_is_quoted() {
     }
 }
 
-/// Commands that print, with the status of each that could.
+/// Commands that print, with the exit status of each.
 const PRINTING: [(&[&str], i32); 5] = [
     (&["demo", "--seconds", "1", "--size", "32M"], 0),
     (&["--help"], 0),
@@ -130,7 +130,7 @@ fn full() -> Stdio {
 }
 
 #[test]
-fn a_reader_that_has_ended_ends_no_command_by_a_panic() {
+fn no_command_panics_if_its_reader_has_ended() {
     for (arguments, status) in PRINTING {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
@@ -141,7 +141,7 @@ fn a_reader_that_has_ended_ends_no_command_by_a_panic() {
 }
 
 #[test]
-fn a_full_standard_output_is_an_error_that_is_said_once() {
+fn a_full_standard_output_is_an_error_that_is_reported_once() {
     for (arguments, _) in PRINTING {
         let mut command = Command::new(env!("CARGO_BIN_EXE_polldisk"));
         let output = command.args(arguments).stdout(full()).output().unwrap();
@@ -156,7 +156,7 @@ fn a_full_standard_output_is_an_error_that_is_said_once() {
 }
 
 #[test]
-fn serve_without_xen_names_cause_and_mend() {
+fn serve_without_xen_names_cause_and_remedy() {
     if Path::new("/dev/xen").exists() {
         eprintln!("skipped: this is a Xen host");
         return;
@@ -227,7 +227,7 @@ fn bad_options_are_named_with_what_would_be_right() {
 }
 
 #[test]
-fn commands_without_a_daemon_name_cause_and_mend() {
+fn commands_without_a_daemon_name_cause_and_remedy() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("admin.sock");
     let socket = socket.to_str().unwrap();
@@ -245,7 +245,7 @@ fn commands_without_a_daemon_name_cause_and_mend() {
 }
 
 #[test]
-fn help_tells_every_option() {
+fn help_lists_every_option() {
     let common = ["--help"];
     for (command, options) in [
         (
@@ -301,7 +301,7 @@ fn help_tells_every_option() {
         assert!(output.status.success());
         let text = stdout(&output);
         for option in options.iter().chain(&common) {
-            assert!(text.contains(option), "{command} --help does not tell {option}");
+            assert!(text.contains(option), "{command} --help does not list {option}");
         }
     }
     assert!(stdout(&polldisk(&["--help"])).contains("demo"));

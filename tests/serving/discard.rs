@@ -72,8 +72,8 @@ fn a_read_only_disk_offers_no_discard_and_keeps_its_data() {
     guest.close(device);
 }
 
-/// In one batch: what was put before the barrier is answered before it, what was put after it is
-/// answered after it, and it echoes its own operation.
+/// In one batch, requests before a barrier are answered before it and requests after it are answered
+/// after it; its answer carries its own operation.
 #[test]
 fn a_barrier_orders_what_is_before_and_after_it() {
     let rig = Rig::start();

@@ -12,14 +12,14 @@ use crate::rig::{Guest, IMAGE_BYTES, Neighbour, Rig, ask, raw, raw_request, sett
 const ERROR: i16 = -1;
 const SECTORS: u64 = IMAGE_BYTES / 512;
 
-/// An image each byte of which is `tag`.
+/// An image with `tag` in every byte.
 fn medium(rig: &Rig, name: &str, tag: u8) -> String {
     let path = rig.image(name);
     std::fs::write(&path, vec![tag; usize::try_from(IMAGE_BYTES).unwrap()]).unwrap();
     raw(&path)
 }
 
-/// The tag of the medium in the drive; `None` where a read fails.
+/// The tag of the medium in the drive; `None` if a read fails.
 fn tag_of(guest: &Guest, device: &mut Device) -> Option<u8> {
     let (page, gref) = guest.grant(PageAccess::ReadWrite);
     guest.domain.page(page).copy_from(&[0xee; 4096]);
@@ -62,7 +62,7 @@ fn a_drive_starts_empty_and_reads_what_is_put_in() {
 }
 
 #[test]
-fn every_read_is_of_one_medium_while_they_change() {
+fn every_read_is_from_one_medium_while_media_change() {
     let rig = Rig::start();
     let media = [medium(&rig, "a.iso", 0xa1), medium(&rig, "b.iso", 0xb2)];
     for (domid, persistent) in [(1, true), (2, false)] {
@@ -93,7 +93,7 @@ fn every_read_is_of_one_medium_while_they_change() {
                 seen.iter().all(|count| *count > 100) && changes.load(Ordering::Relaxed) > 20
             });
             over.store(true, Ordering::Relaxed);
-            until("all is answered", || {
+            until("all requests are answered", || {
                 look(&mut device, &mut seen);
                 device.in_flight() == 0
             });
@@ -104,7 +104,7 @@ fn every_read_is_of_one_medium_while_they_change() {
     }
 }
 
-/// Takes answers to reads of 44 KiB, each of which is of one of two media or fails.
+/// Takes answers to reads of 44 KiB; each is from one of two media, or failed.
 fn look(device: &mut Device, seen: &mut [usize; 2]) {
     let mut data = [0; 45056];
     while let Some(answer) = device.next_answer().unwrap() {
@@ -112,7 +112,7 @@ fn look(device: &mut Device, seen: &mut [usize; 2]) {
             device.drain(answer.buffer, &mut data);
             let which = [0xa1, 0xb2].iter().position(|tag| *tag == data[0]);
             seen[which.expect("data of a medium")] += 1;
-            assert!(data.iter().all(|byte| *byte == data[0]), "of two media");
+            assert!(data.iter().all(|byte| *byte == data[0]), "a read from two media");
         }
     }
 }
@@ -124,7 +124,7 @@ fn every_write_is_on_the_medium_that_it_was_answered_for() {
     let guest = rig.drive(1, &raw(&media[0]), false);
     let change = rig.changer(1);
     let mut device = guest.connect(Options::default());
-    // What each block holds where its write was answered with okay.
+    // What was written to each block; all writes are answered with okay.
     let mut written = Vec::new();
     for block in 0..1000 {
         if block % 100 == 50 {
@@ -152,7 +152,7 @@ fn every_write_is_on_the_medium_that_it_was_answered_for() {
             assert!(data[bytes.clone()].iter().all(|byte| *byte == data[bytes.start]));
             data[bytes.start]
         });
-        // Those in flight when it changes are on the old one; all are on one.
+        // Writes in flight during a change are on the old medium; each is on exactly one.
         assert!([[*tag, 0], [0, *tag]].contains(&holds), "block {block}: {holds:?}");
     }
     assert!(contents.iter().all(|data| data.iter().any(|byte| *byte != 0)));
@@ -160,7 +160,7 @@ fn every_write_is_on_the_medium_that_it_was_answered_for() {
 }
 
 #[test]
-fn a_medium_of_no_use_leaves_an_empty_drive_that_works() {
+fn an_unusable_medium_leaves_an_empty_drive_that_works() {
     let rig = Rig::start();
     let neighbour = Neighbour::start(&rig, 100);
     let good = medium(&rig, "good.iso", 7);
@@ -169,7 +169,9 @@ fn a_medium_of_no_use_leaves_an_empty_drive_that_works() {
     let params = guest.xenbus.theirs("params");
     for bad in ["raw:/nowhere.iso", "vhd:/a", "/dev", "nonsense"] {
         rig.set(&params, bad);
-        until("the reason is told", || rig.error_of(1).is_some_and(|error| error.contains(bad)));
+        until("the reason is reported", || {
+            rig.error_of(1).is_some_and(|error| error.contains(bad))
+        });
         assert_eq!((sectors(&guest), tag_of(&guest, &mut device)), (0, None));
         rig.set(&params, &good);
         until("the error is cleared", || rig.error_of(1).is_none());

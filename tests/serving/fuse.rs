@@ -1,5 +1,5 @@
-//! A filesystem of one file, `disk.img`, that does what tests need: it opens the file with O_DIRECT and
-//! refuses to read it like that, and it can die under its mount.
+//! A filesystem with one file, `disk.img`, for tests: it opens the file with O_DIRECT but refuses to read
+//! it that way, and its server can die under the mount.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -29,19 +29,19 @@ mod opcode {
 
 const FOLDER: u64 = 1;
 const FILE: u64 = 2;
-/// Says that this process is the server.
+/// Set in the server's process.
 const SERVER: &str = "POLLDISK_TEST_FUSE";
 
 /// The mount and its server, which is a process of its own: a process that is killed while it waits for
 /// a filesystem it serves itself would wait for ever.
 pub struct Filesystem {
     server: Child,
-    // Unmounted after the server's end, for which nobody has to wait then.
+    // Dropped after the server has ended, so that unmounting does not wait for it.
     mounted: Mounted,
 }
 
 impl Filesystem {
-    /// `None`, loudly, where this user may not.
+    /// `None`, with a message, if this user may not.
     pub fn mount(folder: &Path) -> Option<Filesystem> {
         let Ok(device) = File::options().read(true).write(true).open("/dev/fuse") else {
             eprintln!("skipped: there is no /dev/fuse");
@@ -87,9 +87,9 @@ impl Drop for Filesystem {
     }
 }
 
-/// The server's process is this program once more.
+/// The server's process: this program, started once more.
 #[test]
-#[ignore = "no test, but the other end of those that mount this filesystem"]
+#[ignore = "not a test: the server for tests that mount this filesystem"]
 fn server() {
     if std::env::var_os(SERVER).is_some() {
         serve(std::io::stdin().as_fd().try_clone_to_owned().unwrap().into());
@@ -100,7 +100,7 @@ fn serve(mut device: File) {
     let mut syncs = 0;
     let mut contents = vec![0; usize::try_from(IMAGE_BYTES).unwrap()];
     let mut request = vec![0; (1 << 20) + 4096];
-    // It ends with an error when it is unmounted.
+    // The read fails when the filesystem is unmounted.
     while let Ok(len) = device.read(&mut request) {
         let request = &request[..len];
         let number = |at: usize| u32::from_ne_bytes(request[at..at + 4].try_into().unwrap());
@@ -143,7 +143,7 @@ fn serve(mut device: File) {
         };
         let len = u32::try_from(16 + payload.len()).unwrap();
         let head = [&len.to_ne_bytes()[..], &errno.to_ne_bytes(), &unique.to_ne_bytes()].concat();
-        // Who asked may have been killed.
+        // The process that asked may have been killed.
         let _ = device.write_all(&[head, payload].concat());
     }
 }
@@ -160,7 +160,7 @@ fn init() -> Vec<u8> {
     fields.iter().flat_map(|field| field.to_ne_bytes()).collect()
 }
 
-/// Linux's `struct fuse_attr`; the time of the last change is a number.
+/// Linux's `struct fuse_attr`, with `number` as the time of the last change.
 fn attributes(node: u64, number: u64) -> Vec<u8> {
     let (size, mode) = match node {
         FOLDER => (0, libc::S_IFDIR | 0o755),

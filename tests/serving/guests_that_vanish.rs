@@ -8,7 +8,7 @@ use xenstore_rs::Xs;
 
 use crate::rig::{Guest, Neighbour, Rig, VBD, load, run_verified, until};
 
-/// A full ring of writes of the largest size, on its way.
+/// Sends a full ring of writes of the largest size.
 fn put_many(device: &mut Device) {
     while device.free_buffer().is_some() {
         let sector = 88 * device.in_flight() as u64;
@@ -18,7 +18,7 @@ fn put_many(device: &mut Device) {
 }
 
 #[test]
-fn a_domain_that_dies_with_requests_in_flight_is_let_go_of() {
+fn a_domain_that_dies_with_requests_in_flight_is_released() {
     let rig = Rig::start();
     let neighbour = Neighbour::start(&rig, 9);
     for domid in 1..=6 {
@@ -30,7 +30,7 @@ fn a_domain_that_dies_with_requests_in_flight_is_let_go_of() {
         until("its disk is gone with it", || rig.disk(domid).is_none());
         neighbour.goes_on();
     }
-    // The number comes back with another guest.
+    // Another guest gets the same domid.
     let guest = rig.guest_on_file(1);
     let mut device = guest.connect(Options::default());
     run_verified(&mut device, load(7, 4096), 100);
@@ -53,7 +53,7 @@ fn a_frontend_area_removed_under_load_ends_the_connection() {
     neighbour.finish();
 }
 
-/// XSA-349, CVE-2010-3699: a state rewritten in a loop, whatever it says.
+/// XSA-349, CVE-2010-3699: a state rewritten in a loop, with any values.
 #[test]
 fn a_state_rewritten_a_thousand_times_harms_nobody() {
     let rig = Rig::start();
@@ -67,7 +67,7 @@ fn a_state_rewritten_a_thousand_times_harms_nobody() {
     }
     neighbour.goes_on();
 
-    // Whatever came of it, a guest that behaves gets its disk.
+    // After that, a guest that behaves gets its disk.
     guest.xenbus.set_state(XenbusState::Closed).unwrap();
     until("everything is unmapped", || guest.domain.mapped_grants() == 0);
     guest.xenbus.wait_for(&[XenbusState::Closed]).unwrap();

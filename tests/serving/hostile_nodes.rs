@@ -9,7 +9,7 @@ use xenstore_rs::Xs;
 
 use crate::rig::{Guest, Neighbour, Rig, load, run_verified};
 
-/// What a sound frontend publishes, with some nodes replaced (or left out, where empty).
+/// What a sound frontend publishes, with some nodes replaced (or left out, if empty).
 fn nodes(device: &Device, replaced: &[(&str, &str)]) -> Vec<(String, String)> {
     let sound = [
         ("ring-ref", device.ring_ref().to_string()),
@@ -24,8 +24,8 @@ fn nodes(device: &Device, replaced: &[(&str, &str)]) -> Vec<(String, String)> {
         .collect()
 }
 
-/// Publishes nonsense: the disk has to close with an `error` node that names `culprit`, and to work
-/// once the guest makes sense.
+/// Publishes nonsense: the disk has to close with an `error` node that names `culprit`, and the guest
+/// has to be able to start over.
 fn is_refused(rig: &Rig, guest: &Guest, replaced: &[(&str, &str)], culprit: &str) {
     guest.xenbus.wait_for(&[XenbusState::InitWait]).unwrap();
     let device = Device::new(guest.domain.clone(), Options::default()).unwrap();
@@ -82,7 +82,7 @@ fn nonsense_in_xenstore_closes_the_disk_with_a_reason_and_disturbs_nobody() {
     neighbour.finish();
 }
 
-/// A grant of a page, to `to`.
+/// Grants a page to domain `to`.
 fn grant(domain: &Domain, to: u32, access: PageAccess) -> GrantRef {
     let page = domain.alloc_pages(1).unwrap();
     domain.grant(page, DomId::try_from(to).unwrap(), access).unwrap()

@@ -18,7 +18,7 @@ const OKAY: i16 = 0;
 const ERROR: i16 = -1;
 const NOT_SUPPORTED: i16 = -2;
 
-/// Both protocols and both ways to a guest's pages.
+/// Both protocols, each with and without persistent grants.
 const ALL: [Options; 4] = {
     const USUAL: Options = Options {
         backend: DomId::DOM0,
@@ -37,7 +37,7 @@ const ALL: [Options; 4] = {
     ]
 };
 
-/// A guest beside a neighbour, with each of the options in turn; afterwards it has to work.
+/// Runs a test on a guest beside a neighbour, with each of the options; then the guest has to work.
 fn with_all_options(test: impl Fn(&Guest, &mut Device)) {
     let rig = Rig::start();
     let neighbour = Neighbour::start(&rig, 9);
@@ -54,7 +54,7 @@ fn with_all_options(test: impl Fn(&Guest, &mut Device)) {
     neighbour.finish();
 }
 
-/// Asks for each as a batch with sound reads around it.
+/// Sends bad requests in batches, each followed by a sound one, and checks that only they fail.
 fn each_fails(device: &mut Device, sound: &RawDirect, bad: &[RawDirect], status: i16) {
     for batch in bad.chunks(15) {
         let mut requests = Vec::new();
@@ -123,7 +123,7 @@ fn unknown_operations_are_not_supported() {
     });
 }
 
-/// XSA-361, XSA-365: the good among many must not hide the bad, nor suffer for them.
+/// XSA-361, XSA-365: good grants in a batch must not hide bad ones, nor fail because of them.
 #[test]
 fn bad_grants_fail_their_request_only() {
     with_all_options(|guest, device| {
@@ -167,7 +167,7 @@ fn bad_grants_fail_their_request_only() {
     });
 }
 
-/// XSA-71: whatever fails, nothing is left behind that the next request would lack.
+/// XSA-71: a request that fails leaks nothing that later requests need.
 #[test]
 fn a_guest_that_only_ever_sends_bad_grants_uses_nothing_up() {
     with_all_options(|guest, device| {
@@ -181,7 +181,7 @@ fn a_guest_that_only_ever_sends_bad_grants_uses_nothing_up() {
 }
 
 #[test]
-fn a_grant_revoked_in_flight_is_the_guests_own_loss() {
+fn a_grant_revoked_in_flight_harms_only_its_own_guest() {
     with_all_options(|guest, device| {
         let page = guest.domain.alloc_pages(1).unwrap();
         for round in 0..200 {

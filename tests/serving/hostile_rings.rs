@@ -1,4 +1,4 @@
-//! Frontends that break the ring itself, race with it, or ring the bell without end.
+//! Frontends that break the ring itself, rewrite it while it is read, or send notifications without end.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -58,7 +58,7 @@ fn a_ring_that_is_full_of_nonsense_from_the_start_is_refused() {
     until("the ring is unmapped", || guest.domain.mapped_grants() == 0);
 }
 
-/// XSA-155: what was checked is what is used, however fast the guest changes it.
+/// XSA-155: the backend uses what it has checked, however fast the guest changes the ring.
 #[test]
 fn a_ring_rewritten_while_it_is_read_harms_nobody_else() {
     for protocol in [Protocol::X86_64, Protocol::X86_32] {
@@ -66,8 +66,8 @@ fn a_ring_rewritten_while_it_is_read_harms_nobody_else() {
         let neighbour = Neighbour::start(&rig, 9);
         let guest = rig.guest_on_file(1);
         let (_, gref) = guest.grant(PageAccess::ReadWrite);
-        // The rewriter's small numbers must not name the ring's own page: a guest that has a read
-        // land there has lost its ring, and waits for ever.
+        // The rewriter's small numbers must not name the ring's own page: a read into that page would
+        // destroy the ring, and the guest would wait for ever.
         guest.domain.reserve_refs(20_000).unwrap();
         let mut device = guest.connect(Options { protocol, ..Options::default() });
         let stop = Arc::new(AtomicBool::new(false));
@@ -94,8 +94,8 @@ fn a_ring_rewritten_while_it_is_read_harms_nobody_else() {
     }
 }
 
-/// Writes operation, count of segments, sector and segments of all entries over and over, back and
-/// forth between what is allowed and what is not.
+/// Rewrites operation, count of segments, sector and segments of all entries over and over, with valid
+/// and invalid values.
 fn rewrite(domain: &Domain, page: Gfn, protocol: Protocol, stop: &AtomicBool) {
     let ring = domain.shared_pages(page, 1);
     let mut value = 1u32;
@@ -134,7 +134,7 @@ fn a_storm_of_notifications_holds_up_nobody() {
     neighbour.finish();
 }
 
-/// XSA-216: nothing of the entry's former contents or of the backend's memory shows in an answer.
+/// XSA-216: an answer reveals nothing of the entry's former contents or of the backend's memory.
 #[test]
 fn an_answer_leaves_no_byte_of_its_padding_unwritten() {
     let rig = Rig::start();
@@ -166,7 +166,7 @@ fn an_answer_leaves_no_byte_of_its_padding_unwritten() {
     }
 }
 
-/// Answers come in the entries of earlier requests, which the backend must have read by then.
+/// Answers overwrite the entries of earlier requests, so the backend must have read these before.
 #[test]
 fn a_full_ring_is_answered_whole_again_and_again() {
     let rig = Rig::start();

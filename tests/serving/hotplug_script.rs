@@ -13,7 +13,7 @@ use xenstore_rs::Xs;
 use crate::host;
 use crate::rig::{IMAGE_BYTES, Rig, VBD, raw, toolstack_disk, until};
 
-/// Names that shells and the tools of xenstore could spoil.
+/// Names that shells and the tools of xenstore could mangle.
 const NAMES: [&str; 7] = [
     "plain.img",
     "Gerät-日本.img",
@@ -28,7 +28,7 @@ fn area(domid: u32) -> String {
     format!("/local/domain/0/backend/vbd/{domid}/{VBD}")
 }
 
-/// Whether Xen's tools are here.
+/// Whether Xen's tools are installed.
 fn has_tools() -> bool {
     // Not `host::run`: without arguments they print their usage and fail.
     host::is_there("xenstore-read") && host::is_there("xenstore-write")
@@ -52,7 +52,7 @@ fn add(sockets: &Path, domid: u32) -> Result<(), String> {
     if output.status.success() { Ok(()) } else { Err(text) }
 }
 
-/// A disk that a toolstack has the script set up.
+/// Makes the nodes of a disk that names this script.
 fn describe(dom0: &StoreClient, domid: u32, target: &str, mode: &str) {
     let script = ("script", "/etc/xen/scripts/block-polldisk");
     toolstack_disk(dom0, domid, &[("params", target), ("mode", mode), script]);
@@ -91,7 +91,7 @@ fn the_script_says_what_polldisk_would_say_of_any_name() {
 }
 
 #[test]
-fn the_script_leaves_bytes_that_are_no_text_as_they_are() {
+fn the_script_leaves_bytes_that_are_not_text_as_they_are() {
     if !has_tools() {
         return;
     }
@@ -120,7 +120,7 @@ fn the_script_passes_on_what_the_daemon_found() {
         describe(&rig.dom0, domid, &raw(&path), "w");
         let node = |node: &str| rig.dom0.read(&format!("{}/{node}", area(domid))).ok();
         until("the backend is in InitWait", || node("state").as_deref() == Some("2"));
-        assert_eq!(add(rig.sockets(), domid), Ok(()), "polldisk's own locks are in nobody's way");
+        assert_eq!(add(rig.sockets(), domid), Ok(()), "polldisk's own locks do not get in the way");
         assert_eq!(node("hotplug-status").as_deref(), Some("connected"));
     }
     let _domain = rig.domain(20);
@@ -132,7 +132,7 @@ fn the_script_passes_on_what_the_daemon_found() {
 }
 
 #[test]
-fn disks_whose_mode_says_so_share_an_image() {
+fn disks_share_an_image_if_their_mode_says_so() {
     let rig = Rig::start();
     let path = rig.image("cluster.img");
     let node = |domid, node: &str| rig.dom0.read(&format!("{}/{node}", area(domid))).ok();

@@ -20,7 +20,7 @@ use crate::rig::{
 const ERROR: i16 = -1;
 const PAGES: u64 = IMAGE_BYTES / 4096;
 
-/// A file in memory, of pages that are all there or of none.
+/// A file in memory, with all of its pages allocated or none.
 struct Image {
     path: PathBuf,
     file: File,
@@ -73,13 +73,13 @@ impl Asking {
         ask(&mut self.device, &[raw_request(operation, 0, page * 8, &segments)])[0]
     }
 
-    /// The byte that a page is full of.
+    /// Reads a page, and returns the byte that fills it.
     fn read(&mut self, page: u64) -> Result<u8, i16> {
         self.guest.domain.page(self.page).copy_from(&[0xee; 4096]);
         let status = self.io(op::READ, page);
         let mut data = [0; 4096];
         self.guest.domain.page(self.page).copy_to(&mut data);
-        assert!(status != 0 || data == [data[0]; 4096], "a mixture");
+        assert!(status != 0 || data == [data[0]; 4096], "a mixture of bytes");
         if status == 0 { Ok(data[0]) } else { Err(status) }
     }
 
@@ -120,7 +120,7 @@ fn a_file_in_memory_keeps_data() {
 }
 
 #[test]
-fn a_guest_that_reads_a_sparse_file_gives_it_no_memory() {
+fn a_guest_that_reads_a_sparse_file_allocates_no_memory_for_it() {
     let rig = Rig::start();
     let image = Image::sparse();
     let mut asking = Asking::on(&rig, 1, &image);
@@ -148,7 +148,7 @@ fn discarded_data_is_gone_and_its_memory_with_it() {
 }
 
 #[test]
-fn a_file_made_shorter_under_its_guest_is_errors_for_this_guest_only() {
+fn a_file_made_shorter_under_its_guest_causes_errors_for_this_guest_only() {
     let rig = Rig::start();
     let neighbour = Neighbour::start(&rig, 100);
     let image = Image::of(0x5a);
@@ -170,7 +170,7 @@ fn a_file_made_shorter_under_its_guest_is_errors_for_this_guest_only() {
 }
 
 #[test]
-fn two_disks_on_one_file_see_what_the_other_did() {
+fn two_disks_on_one_file_see_each_others_changes() {
     let rig = Rig::with_workers(2);
     let image = Image::of(0x5a);
     let target = format!("raw,shareable:{}", image.path.display());
@@ -180,7 +180,7 @@ fn two_disks_on_one_file_see_what_the_other_did() {
     }
     assert_eq!(both[0].write(3, 0x33), 0);
     assert_eq!(both[1].read(3), Ok(0x33));
-    // The other's knowledge of the pages is old now.
+    // What the other disk knows about the pages is stale now.
     assert_eq!(both[0].discard(0, 64), 0);
     assert_eq!(both[1].read(3), Ok(0));
     assert_eq!(both[1].write(4, 0x44), 0);

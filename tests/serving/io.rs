@@ -27,7 +27,7 @@ fn every_protocol_and_grant_policy_keeps_data_at_every_block_size() {
             assert_eq!(disk.sectors.0, IMAGE_BYTES / 512);
             for block_bytes in [512, 4096, 45056] {
                 seed += 1;
-                // The image holds what the last load left, so only what is written is read.
+                // The image holds what the last load left, so a load reads only what it has written.
                 let load = Load { zeroed: seed == 1, ..load(seed, block_bytes) };
                 let report = run_verified(&mut device, load, 2_000);
                 assert!(report.verified > 0 && report.writes > 0 && report.flushes > 0);
@@ -56,8 +56,8 @@ fn each_data_path_serves_frontends_that_keep_pages_granted_and_others() {
     for (domid, (option, persistent, in_use)) in (1..).zip(cases) {
         let path = rig.image(&format!("{option}-{persistent}.img"));
         let guest = rig.guest(domid, &format!("raw,data-path={option}:{}", path.display()));
-        // A frontend takes no notice of what it was told here, and takes back from the backend
-        // whatever it did not keep mapped by agreement.
+        // This frontend ignores what it is offered, and ends the grants of all pages that both sides
+        // did not agree to keep mapped.
         let mut device =
             Device::new(guest.domain.clone(), Options { persistent, ..Options::default() })
                 .unwrap();
@@ -118,7 +118,7 @@ fn a_disk_without_contents_shows_nothing_of_what_others_wrote() {
     let writer = rig.guest_on_file(1);
     let reader = rig.guest(2, "null:4M");
     let mut devices = [writer.connect(copied), reader.connect(copied)];
-    // What a page holds after a request, of `before` in all of its bytes.
+    // What a page that was full of `before` holds after a request.
     let ask_with = |device: &mut Device, guest: &Guest, operation, before| {
         let (page, gref) = guest.grant(PageAccess::ReadWrite);
         guest.domain.page(page).copy_from(&[before; 4096]);
@@ -127,7 +127,7 @@ fn a_disk_without_contents_shows_nothing_of_what_others_wrote() {
         guest.domain.page(page).copy_to(&mut after);
         after
     };
-    // Both come by the same bounce memory.
+    // Both use the same bounce memory.
     ask_with(&mut devices[0], &writer, op::WRITE, 0x5e);
     let shown = ask_with(&mut devices[1], &reader, op::READ, 0xee);
     assert!(shown.iter().all(|byte| *byte == 0), "{:#x}", shown[0]);
@@ -172,7 +172,7 @@ fn a_read_only_disk_is_read_and_never_written() {
     rig.attach(1, &raw(&path), true);
     let by_toolstack = rig.domain(2);
     toolstack_disk(&rig.dom0, 2, &[("params", &raw(&path)), ("mode", "r")]);
-    // Here nothing but the daemon's own check is between the guest and success.
+    // Here only the daemon's own check keeps the guest from succeeding.
     let on_null = rig.domain(3);
     rig.attach(3, "null:4M,read-zeroes", true);
     for (guest, byte) in [(attached, 0x77), (by_toolstack, 0x77), (on_null, 0)] {

@@ -1,5 +1,5 @@
-//! What storage is like, and what its admin is told of that: sizes, sectors, filesystems without
-//! O_DIRECT, devices that can't be written; and that finding it out changes nothing.
+//! What storage is like, and what its admin is told about that: sizes, sectors, filesystems without
+//! O_DIRECT, read-only devices. Finding it out changes nothing.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -22,7 +22,7 @@ fn open(options: &str, path: &Path, read_only: bool) -> Result<Backing, String> 
     host::open(&target, &Access { read_only, ..Access::default() })
 }
 
-/// All that its admin is told.
+/// All warnings for its admin.
 fn warnings(options: &str, path: &Path) -> String {
     open(options, path, false).unwrap().warnings().join("\n")
 }
@@ -34,7 +34,7 @@ fn file(folder: &Path, bytes: u64) -> PathBuf {
 }
 
 #[test]
-fn bytes_that_fill_no_sector_are_told() {
+fn bytes_that_fill_no_sector_cause_a_warning() {
     let folder = folder();
     let path = file(folder.path(), IMAGE_BYTES);
     assert_eq!(warnings("", &path), "");
@@ -103,7 +103,7 @@ fn an_image_made_for_512_byte_sectors_is_recognised_on_larger_blocks() {
 }
 
 #[test]
-fn where_o_direct_is_refused_an_image_is_served_through_the_page_cache() {
+fn if_o_direct_is_refused_an_image_is_served_through_the_page_cache() {
     let rig = Rig::start();
     let folder = rig.images().join("ramfs");
     let Some(mounted) = Mounted::at(&folder, Path::new("none"), &["-t", "ramfs"]) else { return };
@@ -126,12 +126,12 @@ fn where_o_direct_is_refused_an_image_is_served_through_the_page_cache() {
 }
 
 #[test]
-fn where_direct_reads_fail_an_image_is_served_through_the_page_cache_and_synced() {
+fn if_direct_reads_fail_an_image_is_served_through_the_page_cache_and_synced() {
     let rig = Rig::start();
     let Some(filesystem) = fuse::Filesystem::mount(&rig.images().join("fuse")) else { return };
     let path = filesystem.folder().join("disk.img");
     let direct = File::options().read(true).custom_flags(libc::O_DIRECT).open(&path);
-    assert!(direct.is_ok(), "the filesystem lets it be opened");
+    assert!(direct.is_ok(), "the filesystem allows the open");
     drop(direct);
     let refusal = open(",direct=required", &path, false).map(drop).unwrap_err();
     assert!(refusal.contains("O_DIRECT"), "{refusal}");
@@ -193,7 +193,7 @@ fn an_image_on_squashfs_is_served() {
 }
 
 #[test]
-fn opening_an_image_changes_nothing_of_it() {
+fn opening_an_image_changes_nothing_about_it() {
     let folder = folder();
     let memory = tempfile::tempdir_in("/dev/shm").unwrap();
     let xfs = Filesystem::new("xfs", folder.path(), 400 << 20, &[]);
@@ -231,7 +231,7 @@ fn no_device_is_asked_to_erase_an_empty_range() {
         .unwrap();
     assert!(output.status.success(), "{output:?}");
     let trace = std::fs::read_to_string(&trace).unwrap();
-    assert!(trace.contains("BLKGETSIZE64"), "the device is looked at:\n{trace}");
+    assert!(trace.contains("BLKGETSIZE64"), "the device was probed:\n{trace}");
     for line in trace.lines().filter(|line| line.contains("BLKSECDISCARD")) {
         assert!(!line.contains("[0, 0]"), "this drops the page cache: {line}");
     }

@@ -1,4 +1,4 @@
-//! The whole daemon as guests and admins meet it, on the stand-in for Xen.
+//! The whole daemon as guests and admins see it, on the stand-in for Xen.
 
 mod cli;
 mod discard;

@@ -20,8 +20,8 @@ struct Usage {
 }
 
 impl Usage {
-    /// Once the threads have let go of what they are about to: closing a connection or the last
-    /// use of an image may follow the answer.
+    /// Waits until nothing changes any more: connections and images may be closed only after the
+    /// answer.
     fn settled() -> Usage {
         let mut last = Usage::now();
         until("nothing changes any more", || {
@@ -45,11 +45,11 @@ impl Usage {
     }
 }
 
-/// Whether the thread stays: not those that the kernel makes for io_uring and undoes as it likes, nor
-/// helpers, which end when they have had nothing to open or close for a while.
+/// Whether the thread is permanent. The kernel's threads for io_uring come and go, and helpers end when
+/// they have had nothing to open or close for a while.
 fn is_ours(task: &io::Result<fs::DirEntry>) -> bool {
     let name = fs::read_to_string(task.as_ref().unwrap().path().join("comm"));
-    // One that has just ended is nobody's.
+    // A thread that has just ended has no name.
     name.is_ok_and(|name| !name.starts_with("iou-") && name.trim_end() != "storage")
 }
 

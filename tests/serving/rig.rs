@@ -1,5 +1,5 @@
 //! The whole daemon on the stand-in: the real control loop, workers, io_uring and O_DIRECT files;
-//! and guests to meet it.
+//! and guests for it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,7 +29,7 @@ use xenstore_rs::Xs;
 
 use crate::host;
 
-/// Long enough that only a hang gets there.
+/// Only a hang takes this long.
 pub const HANG: Duration = Duration::from_secs(60);
 
 /// The disk of every guest.
@@ -42,7 +42,7 @@ pub const IMAGE_BYTES: u64 = 4 << 20;
 /// Memory of a guest: buffers for a full ring, the ring, and some pages for hostile requests.
 const GUEST_PAGES: u32 = 512;
 
-/// A running daemon with one worker, so that whoever disturbs it disturbs all.
+/// A running daemon with one worker, so that a guest that disturbs it disturbs all.
 pub struct Rig {
     pub dom0: StoreClient,
     stand_in: StandIn,
@@ -58,7 +58,7 @@ impl Rig {
         Rig::with_workers(1)
     }
 
-    /// With several workers, each of which may have a ring of a disk.
+    /// With several workers, each of which may serve a ring of the same disk.
     pub fn with_workers(count: u16) -> Rig {
         let stand_in = StandIn::start_temporary().unwrap();
         let platform = stand_in.platform();
@@ -106,7 +106,7 @@ impl Rig {
         &self.admin
     }
 
-    /// Where images lie.
+    /// The folder of the images.
     pub fn images(&self) -> &Path {
         self.images.path()
     }
@@ -115,7 +115,7 @@ impl Rig {
         self.try_attach(domid, target, read_only).unwrap();
     }
 
-    /// The same, where it may be refused: then with the reason.
+    /// The same, but it may be refused: an error is the reason.
     pub fn try_attach(&self, domid: u32, target: &str, read_only: bool) -> Result<(), String> {
         let attach = Attach {
             domid,
@@ -127,7 +127,7 @@ impl Rig {
         request(&self.admin, &Request::Attach(attach)).map(drop).map_err(|error| error.to_string())
     }
 
-    /// A drive that its guest may write to; `cdrom`: only read. Empty without a target.
+    /// A domain with a drive: read-only if it is a CD-ROM, empty if `target` is.
     pub fn drive(&self, domid: u32, target: &str, cdrom: bool) -> Guest {
         let domain = self.domain(domid);
         let (vdev, target) = (VDEV.into(), target.into());
@@ -136,14 +136,14 @@ impl Rig {
         Guest::of(domain)
     }
 
-    /// Changes the medium of a drive from any thread, for none where `target` is empty; returns
-    /// once that is done.
+    /// A function that changes a drive's medium from any thread and returns when that is done. An empty
+    /// target ejects.
     pub fn changer(&self, domid: u32) -> impl Fn(&str) + Send + use<> {
         let change = self.try_changer(domid);
         move |target| change(target).unwrap()
     }
 
-    /// The same, where it may be refused: then with the reason.
+    /// The same, but it may be refused: an error is the reason.
     pub fn try_changer(&self, domid: u32) -> impl Fn(&str) -> Result<(), String> + Send + use<> {
         let admin = self.admin.clone();
         move |target| {
@@ -161,7 +161,7 @@ impl Rig {
         request(&self.admin, &Request::Detach(detach)).unwrap();
     }
 
-    /// The disk of a guest, as `polldisk list` tells it.
+    /// The disk of a guest, as `polldisk list` reports it.
     pub fn disk(&self, domid: u32) -> Option<DiskReport> {
         match request(&self.admin, &Request::List).unwrap() {
             Reply::Disks { disks } => disks.into_iter().find(|disk| disk.domid == domid),
@@ -175,7 +175,7 @@ impl Rig {
         Arc::new(self.stand_in.create_domain(domid, GUEST_PAGES).unwrap())
     }
 
-    /// A domain with a disk that it has not connected to.
+    /// A domain with a disk that it has not connected to yet.
     pub fn guest(&self, domid: u32, target: &str) -> Guest {
         let domain = self.domain(domid);
         self.attach(domid, target, false);
@@ -211,14 +211,14 @@ impl Rig {
 
 impl Drop for Rig {
     fn drop(&mut self) {
-        // What failed may hang, and has been told already.
+        // After a failure the threads may hang, so nobody waits for them.
         if !std::thread::panicking() {
             self.end();
         }
     }
 }
 
-/// A disk's areas as a toolstack makes them, with these nodes in the backend's.
+/// Makes a disk's areas as a toolstack does, with these nodes in the backend area.
 pub fn toolstack_disk(dom0: &StoreClient, domid: u32, nodes: &[(&str, &str)]) {
     let backend = format!("/local/domain/0/backend/vbd/{domid}/{VBD}");
     let frontend = format!("/local/domain/{domid}/device/vbd/{VBD}");
@@ -254,7 +254,7 @@ pub fn toolstack_disk(dom0: &StoreClient, domid: u32, nodes: &[(&str, &str)]) {
     made.unwrap();
 }
 
-/// How a file is named to the daemon.
+/// The target that names a file to the daemon.
 pub fn raw(path: &Path) -> String {
     format!("raw:{}", path.display())
 }
@@ -307,7 +307,7 @@ impl Guest {
         self.xenbus.wait_for(&[XenbusState::InitWait]).unwrap();
     }
 
-    /// A page that the backend may use, and how.
+    /// A page that the backend may use, with this access.
     pub fn grant(&self, access: PageAccess) -> (Gfn, GrantRef) {
         let page = self.domain.alloc_pages(1).unwrap();
         (page, self.domain.grant(page, DomId::DOM0, access).unwrap())
@@ -388,7 +388,7 @@ impl Neighbour {
         self.done.load(Ordering::Relaxed)
     }
 
-    /// Waits for a good number of requests more.
+    /// Waits until a good number of further requests are done.
     pub fn goes_on(&self) {
         let goal = self.requests() + 100;
         let alive = || self.thread.as_ref().is_some_and(|thread| !thread.is_finished());
@@ -398,7 +398,7 @@ impl Neighbour {
         });
     }
 
-    /// Reads everything back: all was as it must be, from the first request to the last.
+    /// Reads everything back, and checks that no request failed and no data was wrong.
     pub fn finish(mut self) {
         self.goes_on();
         self.stop.store(true, Ordering::Relaxed);
@@ -426,7 +426,7 @@ pub fn whole(gref: GrantRef) -> RawSegment {
     RawSegment { gref: gref.0, first: 0, last: 7 }
 }
 
-/// Puts requests with ids 0, 1, ... on the ring as one batch; the statuses by id.
+/// Sends requests with ids 0, 1, ... as one batch, and returns the statuses by id.
 pub fn ask<R: Copy + Into<RawRequest>>(device: &mut Device, requests: &[R]) -> Vec<i16> {
     requests.iter().for_each(|request| device.put_raw(*request));
     device.publish().unwrap();
@@ -451,9 +451,9 @@ pub fn wait_response(device: &mut Device) -> polldisk::blkif::codec::RawResponse
     }
 }
 
-/// Waits for all answers, which are good.
+/// Waits for all answers, which must be okay.
 pub fn settle(device: &mut Device) {
-    until("all is answered", || {
+    until("all requests are answered", || {
         while let Some(answer) = device.next_answer().unwrap() {
             assert_eq!(answer.status, 0);
         }
@@ -461,7 +461,7 @@ pub fn settle(device: &mut Device) {
     });
 }
 
-/// Waits until it is so.
+/// Waits until `so` returns true.
 pub fn until(what: &str, mut so: impl FnMut() -> bool) {
     let start = Instant::now();
     while !so() {
@@ -470,10 +470,10 @@ pub fn until(what: &str, mut so: impl FnMut() -> bool) {
     }
 }
 
-/// Says which test a child process runs.
+/// Names the test that a child process runs.
 const ALONE: &str = "POLLDISK_TEST_ALONE";
 
-/// Runs `body` in a process in which no other test runs: for what is counted by process.
+/// Runs `body` in a process in which no other test runs, for figures that are counted per process.
 pub fn alone(test: &str, body: impl FnOnce()) {
     if std::env::var_os(ALONE).is_some() {
         return body();

@@ -1,4 +1,4 @@
-//! Disks with other blocks than 512 bytes: as they are, and with `emulate-512`.
+//! Disks whose blocks are not 512 bytes, with and without `emulate-512`.
 
 use polldisk::blkif::codec::{RawDiscard, RawRequest, RawSegment};
 use polldisk::blkif::op;
@@ -16,7 +16,7 @@ use crate::rig::{
 
 const ERROR: i16 = -1;
 
-/// A disk with 4096-byte blocks, of the size of an image.
+/// A disk with 4096-byte blocks, as large as an image.
 fn disk_4kn(rig: &Rig, name: &str) -> Option<LoopDevice> {
     LoopDevice::new_4kn(&rig.images().join(name), IMAGE_BYTES)
 }
@@ -74,7 +74,7 @@ fn emulated_sectors_keep_data_at_every_block_size_and_data_path() {
             let report = run_verified(&mut device, load, 1_000);
             assert!(report.verified > 0 && report.writes > 0);
         }
-        // Aligned to blocks, from the odd sectors of two pages.
+        // Aligned to blocks on the disk, but not in the two pages of its segments.
         let pages = [0xa, 0xb].map(|byte| {
             let (page, gref) = guest.grant(PageAccess::ReadWrite);
             guest.domain.page(page).copy_from(&[byte; 4096]);
@@ -138,7 +138,7 @@ fn queues_on_two_workers_share_blocks_and_lose_nothing() {
 }
 
 #[test]
-fn a_discard_of_emulated_sectors_leaves_the_parts_of_blocks() {
+fn a_discard_of_emulated_sectors_leaves_partial_blocks_alone() {
     let rig = Rig::start();
     let Some(disk) = disk_4kn(&rig, "discard.img") else { return };
     let guest = rig.guest(1, &disk.target(",emulate-512"));
@@ -167,7 +167,7 @@ fn a_discard_of_emulated_sectors_leaves_the_parts_of_blocks() {
 }
 
 #[test]
-fn emulation_of_what_is_there_already_changes_nothing() {
+fn emulation_of_sectors_that_storage_has_changes_nothing() {
     let rig = Rig::start();
     let path = rig.image("plain.img");
     let guest = rig.guest(1, &raw(&path));
@@ -186,7 +186,7 @@ fn emulation_of_what_is_there_already_changes_nothing() {
 }
 
 #[test]
-fn a_drive_takes_no_medium_whose_blocks_its_guest_was_not_told() {
+fn a_drive_refuses_a_medium_with_larger_blocks_than_its_guest_was_told() {
     let rig = Rig::start();
     let Some(disk) = disk_4kn(&rig, "medium.img") else { return };
     let guest = rig.drive(1, "", false);
@@ -245,7 +245,7 @@ fn the_end_of_a_file_that_fills_no_block_is_read_and_written() {
             device.drain(buffer, &mut data);
             data
         };
-        // The tail, from the middle of the block before it on, and all of both.
+        // Within the tail, all of it, from the middle of the block before it, and both whole.
         for (first, count) in
             [(SECTORS - 1, 1), (SECTORS - 7, 7), (SECTORS - 10, 10), (SECTORS - 15, 15)]
         {
@@ -271,10 +271,10 @@ fn the_end_of_a_file_that_fills_no_block_is_read_and_written() {
         let load = Load { sectors: SECTORS - 64..SECTORS, zeroed: false, depth: 8, ..load(7, 512) };
         run_verified(&mut device, Load { flush_every: 10, ..load }, 2_000);
         assert_eq!(rig.disk(1).unwrap().counts.errors, 0);
-        assert_eq!(std::fs::metadata(&path).unwrap().len(), BYTES, "the file has its size");
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), BYTES, "the file keeps its size");
         guest.close(device);
         rig.detach_by_force(1);
-        // What is on the disk below, and not what the page cache has.
+        // Reads what is on the disk below, not what is in the page cache.
         let remount = |option| {
             let mut mount = std::process::Command::new("mount");
             host::run(mount.args(["-o", option]).arg(filesystem.folder())).unwrap();

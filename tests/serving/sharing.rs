@@ -1,4 +1,4 @@
-//! Nobody's disk is used twice: by another disk, another program, or the host itself.
+//! No image is used twice: by another disk, another program, or the host itself.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -18,7 +18,7 @@ fn open_as(user: &str, target: &str, read_only: bool) -> Result<Backing, String>
     host::open(target, &Access { read_only, user: user.to_owned(), ..Access::default() })
 }
 
-/// The same for a disk unlike all others.
+/// The same for a new disk each time.
 fn open(target: &str, read_only: bool) -> Result<Backing, String> {
     static DOMAINS: AtomicU32 = AtomicU32::new(1);
     let domid = DOMAINS.fetch_add(1, Ordering::Relaxed);
@@ -80,7 +80,7 @@ fn a_file_has_one_writer_or_many_readers_whatever_its_name() {
     let held = open_as("disk hda of domain 7", &raw(&path), false).unwrap();
     is_refused(write(&path), &["disk hda of domain 7 uses it"]);
     let again = open_as("disk hda of domain 7", &raw(&path), false);
-    assert!(again.is_ok(), "a disk is not in its own way");
+    assert!(again.is_ok(), "a disk does not exclude itself");
     drop(held);
     is_refused(write(&path), &["disk hda of domain 7 uses it"]);
     drop(again);
@@ -131,11 +131,11 @@ fn an_open_that_fails_or_panics_leaves_nothing_claimed() {
     drop(write(&path).unwrap());
 }
 
-/// A program of QEMU's that has an image open until it is dropped.
+/// A QEMU program that has an image open until this is dropped.
 struct Qemu(Child);
 
 impl Qemu {
-    /// `None`, loudly, without QEMU.
+    /// `None`, with a message, if QEMU is missing.
     fn open(path: &Path, options: &[&str]) -> Option<Qemu> {
         if !host::is_there("qemu-io") {
             return None;
@@ -164,7 +164,7 @@ impl Drop for Qemu {
     }
 }
 
-/// Whether a program of QEMU's gets at an image; `None` without it.
+/// Whether a QEMU program can open an image; `None` if the program is missing.
 fn qemu(program: &str, arguments: &[&str], path: &Path) -> Option<bool> {
     if !host::is_there(program) {
         return None;
@@ -176,7 +176,7 @@ fn qemu(program: &str, arguments: &[&str], path: &Path) -> Option<bool> {
 }
 
 #[test]
-fn we_keep_off_what_qemu_has_open() {
+fn we_refuse_an_image_that_qemu_has_open() {
     let folder = folder();
     let path = folder.path().join("theirs.img");
     host::file(&path, IMAGE_BYTES);
@@ -192,7 +192,7 @@ fn we_keep_off_what_qemu_has_open() {
 }
 
 #[test]
-fn qemu_keeps_off_what_we_have_open() {
+fn qemu_refuses_an_image_that_we_have_open() {
     let folder = folder();
     let path = folder.path().join("ours.img");
     host::file(&path, IMAGE_BYTES);
@@ -217,7 +217,7 @@ fn qemu_keeps_off_what_we_have_open() {
     assert_eq!([convert(), bench(), writes(), looks()], [true, false, false, true]);
     drop(reader);
     let shared = open(&format!("raw,shareable:{}", path.display()), false).unwrap();
-    assert_eq!([convert(), looks()], [false, true], "what is converted may not change");
+    assert_eq!([convert(), looks()], [false, true], "an image that may change is not converted");
     drop(shared);
     assert_eq!([convert(), bench(), writes(), looks()], [true; 4]);
 }
@@ -229,21 +229,21 @@ fn a_loop_device_and_its_file_are_one_storage() {
     host::file(&path, IMAGE_BYTES);
     let Some(device) = LoopDevice::over(&path, &[]) else { return };
     let name = device.path.display().to_string();
-    // The file, which a loop device that nobody uses has.
+    // The file is refused while a loop device has it, even if nobody uses the device.
     is_refused(write(&path), &[&name, "losetup -d"]);
     is_refused(read(&path), &[&name, "may write to it"]);
-    // The loop device, whose file another program has.
+    // The loop device is refused while another program has its file.
     if let Some(qemu) = Qemu::open(&path, &[]) {
         is_refused(write(&device.path), &["qemu-io"]);
         drop(qemu);
     }
-    // Each while a disk of ours has the other.
+    // The file is refused while a disk of ours has the loop device.
     let writer = write(&device.path).unwrap();
     is_refused(write(&path), &["disk xvda of domain", "uses it"]);
     if let Some(gets_in) = qemu("qemu-io", &["-f", "raw", "-c", "write 0 512"], &path) {
         assert!(!gets_in, "the file is locked, too");
     }
-    // By another loop device, and by one on top of the first.
+    // So are another loop device over the file, and one on top of the first.
     let on_top = LoopDevice::over(&device.path, &[]).unwrap();
     let beside = LoopDevice::over(&path, &["-r"]).unwrap();
     for other in [&on_top, &beside] {
@@ -260,7 +260,7 @@ fn a_loop_device_and_its_file_are_one_storage() {
 }
 
 #[test]
-fn a_device_that_the_host_has_mounted_is_refused_and_only_read_where_the_host_only_reads() {
+fn a_device_that_the_host_has_mounted_is_refused_but_may_be_read_if_the_host_only_reads() {
     let folder = folder();
     let path = folder.path().join("fs.img");
     host::file(&path, 8 << 20);
@@ -337,7 +337,7 @@ fn a_partition_and_its_disk_exclude_each_other() {
 }
 
 #[test]
-fn a_device_is_the_same_by_a_node_made_twice() {
+fn a_second_node_for_a_device_is_the_same_storage() {
     let folder = folder();
     let path = folder.path().join("disk.img");
     host::file(&path, IMAGE_BYTES);
@@ -349,7 +349,7 @@ fn a_device_is_the_same_by_a_node_made_twice() {
         return;
     };
     if File::open(&node).is_err() {
-        eprintln!("skipped: the filesystem of the tests has no device nodes");
+        eprintln!("skipped: the filesystem of the tests allows no device nodes");
         return;
     }
     let writer = write(&device.path).unwrap();
@@ -362,7 +362,7 @@ fn a_device_is_the_same_by_a_node_made_twice() {
 }
 
 #[test]
-fn disks_that_share_blocks_lose_no_write_to_a_part_of_one() {
+fn disks_that_share_blocks_lose_no_partial_write() {
     const SECTORS: u64 = 32;
     let rig = Rig::with_workers(2);
     let path = rig.image("shared.img");

@@ -1,4 +1,4 @@
-//! What targets may name, what not, and how that is told; and `polldisk check-target`.
+//! What targets may and may not name, with which messages; and `polldisk check-target`.
 
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ fn open(target: &str, read_only: bool) -> Result<Backing, String> {
     host::open(target, &Access { read_only, ..Access::default() })
 }
 
-/// Writers and readers are refused, and both reasons say all of this, on one line.
+/// Asserts that writers and readers are refused, with one-line reasons that contain all of `parts`.
 fn is_refused(target: &str, parts: &[&str]) {
     for read_only in [false, true] {
         let reason = host::is_refused(open(target, read_only), parts);
@@ -23,7 +23,7 @@ fn is_refused(target: &str, parts: &[&str]) {
 }
 
 #[test]
-fn what_is_no_storage_is_named_with_what_would_be_right() {
+fn a_target_that_is_not_storage_is_refused_with_a_remedy() {
     let folder = folder();
     let path = |name: &str| folder.path().join(name);
     assert!(Command::new("mkfifo").arg(path("fifo")).status().unwrap().success());
@@ -61,7 +61,7 @@ fn what_is_no_storage_is_named_with_what_would_be_right() {
 }
 
 #[test]
-fn any_name_that_a_file_can_have_is_good() {
+fn any_name_that_a_file_can_have_works() {
     let rig = Rig::start();
     for name in [
         "a,b:c",
@@ -82,7 +82,7 @@ fn any_name_that_a_file_can_have_is_good() {
 }
 
 #[test]
-fn a_file_that_may_not_be_changed_is_named_so() {
+fn an_immutable_file_can_only_be_read() {
     let folder = folder();
     let path = folder.path().join("fixed.img");
     host::file(&path, IMAGE_BYTES);
@@ -96,7 +96,7 @@ fn a_file_that_may_not_be_changed_is_named_so() {
     assert!(writer.is_err() && reader.is_ok());
 }
 
-/// What `polldisk check-target` says of a target, and whether it is one.
+/// What `polldisk check-target` prints about a target; an error if it refuses the target.
 fn verdict(arguments: &[&str], target: &str) -> Result<String, String> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_polldisk"));
     let output = command.arg("check-target").args(arguments).arg(target).output().unwrap();
@@ -123,14 +123,14 @@ fn check_target_says_what_the_daemon_would_say() {
     let said = verdict(&["--mode", "w"], &raw(&path)).unwrap_err();
     assert!(said.contains(&format!("process {}", std::process::id())), "{said}");
     drop(held);
-    assert_eq!(verdict(&["--mode", "w"], &raw(&path)), Ok(String::new()), "it keeps nothing");
+    assert_eq!(verdict(&["--mode", "w"], &raw(&path)), Ok(String::new()), "it holds no lock");
     host::file(&path, IMAGE_BYTES + 1);
     assert!(verdict(&[], &raw(&path)).unwrap().contains("last 1 bytes"));
     assert!(verdict(&["--mode", "x"], "null:1G").unwrap_err().contains("--mode"));
 }
 
 #[test]
-fn check_target_asks_the_daemon_that_has_it_already() {
+fn check_target_asks_the_daemon_that_already_serves_the_target() {
     let rig = Rig::start();
     let path = rig.image("served.img");
     let guest = rig.guest(1, &raw(&path));

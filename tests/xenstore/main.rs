@@ -73,15 +73,15 @@ fn errno<T>(result: io::Result<T>) -> i32 {
     error.raw_os_error().expect("an errno from the server")
 }
 
-/// All events that are here, as "path token". The request before makes sure that those caused by
-/// earlier requests have arrived.
+/// All events received, as "path token". The request sent first makes sure that the events of earlier
+/// requests have arrived.
 fn events(client: &StoreClient) -> Vec<String> {
     client.domain_path(DomId::DOM0).unwrap();
     let one = || client.next_event().unwrap();
     std::iter::from_fn(one).map(|event| format!("{} {}", event.path, event.token)).collect()
 }
 
-/// A connection without a client: messages as they are.
+/// A connection without a client, for raw messages.
 struct Raw {
     stream: UnixStream,
     inbox: Inbox,

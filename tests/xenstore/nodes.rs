@@ -10,7 +10,7 @@ use xenstore_rs::{Xs, XsTransaction, XsTransactionSpan};
 use crate::{Bench, Raw, dom, errno, events, permissions};
 
 #[test]
-fn what_is_written_is_read_and_missing_parents_are_made() {
+fn what_is_written_can_be_read_and_missing_parents_are_made() {
     let bench = Bench::new();
     let store = bench.dom0();
     store.write("/a/b/c", "v").unwrap();
@@ -26,11 +26,11 @@ fn what_is_written_is_read_and_missing_parents_are_made() {
 }
 
 #[test]
-fn nodes_written_together_are_in_order_and_a_refusal_keeps_none_of_the_others_out() {
+fn nodes_written_together_are_in_order_and_one_refusal_stops_none_of_the_others() {
     let bench = Bench::new();
     let store = bench.dom0();
     store.watch("/a", "token").unwrap();
-    // More than go out at once, and events between the answers.
+    // More than are sent at once, with events between the answers.
     let names: Vec<String> = (0..100).map(|index| format!("n{}", index % 90)).collect();
     let nodes: Vec<_> =
         names.iter().enumerate().map(|(index, name)| (&**name, index.to_string())).collect();
@@ -59,7 +59,7 @@ fn nodes_read_together_are_in_order_each_with_its_own_error() {
     let bench = Bench::new();
     let store = bench.dom0();
     store.watch("/a", "token").unwrap();
-    // More than go out at once, as much as fits each, and events between the answers.
+    // More than are sent at once, each nearly as long as a message may be, with events in between.
     let names: Vec<String> = (0..100).map(|index| format!("n{index}")).collect();
     let long = |index: usize| format!("{index:04}").repeat(1000);
     for (index, name) in names.iter().enumerate().filter(|(index, _)| index % 3 != 0) {
@@ -75,7 +75,7 @@ fn nodes_read_together_are_in_order_each_with_its_own_error() {
         }
     }
     assert_eq!(store.read_all("/a", &["n1", "a\0b"]).unwrap_err().kind(), ErrorKind::InvalidInput);
-    assert!(store.next_event().unwrap().is_some(), "kept while answers were waited for");
+    assert!(store.next_event().unwrap().is_some(), "events between answers are kept");
     let span = store.transaction().unwrap();
     span.write("/a/n0", "new").unwrap();
     assert_eq!(&**span.read_all("/a", &["n0"]).unwrap()[0].as_ref().unwrap(), "new");
@@ -83,7 +83,7 @@ fn nodes_read_together_are_in_order_each_with_its_own_error() {
 }
 
 #[test]
-fn removing_takes_all_below_and_a_missing_node_is_fine_where_its_parent_exists() {
+fn removing_takes_all_below_and_a_missing_node_is_fine_if_its_parent_exists() {
     let bench = Bench::new();
     let store = bench.dom0();
     store.write("/a/b/c", "v").unwrap();
@@ -135,7 +135,7 @@ fn a_dropped_transaction_is_aborted() {
 }
 
 #[test]
-fn a_transaction_fails_with_eagain_where_something_it_saw_has_changed() {
+fn a_transaction_fails_with_eagain_if_something_it_saw_has_changed() {
     let bench = Bench::new();
     let store = bench.dom0();
     store.write("/a", "1").unwrap();
@@ -162,7 +162,7 @@ fn a_transaction_fails_with_eagain_where_something_it_saw_has_changed() {
 }
 
 #[test]
-fn atomically_tries_again_until_nobody_comes_between() {
+fn atomically_tries_again_until_nobody_interferes() {
     let bench = Bench::new();
     let (store, other) = (bench.dom0(), bench.dom0());
     store.write("/n", "0").unwrap();
@@ -229,7 +229,7 @@ fn a_guest_reaches_only_what_it_may() {
 }
 
 #[test]
-fn a_guest_owns_what_it_creates_and_can_not_give_it_away() {
+fn a_guest_owns_what_it_creates_and_cannot_give_it_away() {
     let bench = Bench::new();
     let (guest, other) = (bench.guest_at_home(5), bench.guest(6));
     guest.write("own", "1").unwrap();
@@ -360,7 +360,7 @@ fn nodes_created_in_a_transaction_count_when_it_is_committed() {
 }
 
 #[test]
-fn a_transaction_that_touches_too_much_can_not_be_committed() {
+fn a_transaction_that_touches_too_much_cannot_be_committed() {
     let bench = Bench::with(Quota { transaction_nodes: 10, ..Quota::default() });
     let guest = bench.guest_at_home(5);
     let span = guest.transaction().unwrap();

@@ -49,7 +49,7 @@ fn a_value_ends_at_its_trailing_nul_as_c_programs_write_it() {
 }
 
 #[test]
-fn a_directory_that_changes_between_two_parts_is_listed_anew() {
+fn a_directory_that_changes_between_two_parts_is_listed_again() {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let server = thread::spawn(move || {
         let mut server = Raw::new(theirs);
@@ -72,7 +72,7 @@ fn a_directory_that_changes_between_two_parts_is_listed_anew() {
 }
 
 #[test]
-fn a_lost_connection_is_told_by_every_call_from_then_on() {
+fn every_call_reports_a_lost_connection_from_then_on() {
     let bench = Bench::new();
     let store = bench.dom0();
     store.watch("/a", "t").unwrap();
@@ -87,7 +87,7 @@ fn a_lost_connection_is_told_by_every_call_from_then_on() {
     assert_eq!(span.read("/a").unwrap_err().kind(), ErrorKind::NotConnected);
     drop(span);
     while let Ok(event) = store.next_event() {
-        event.expect("what came before the end, then an error");
+        event.expect("events from before the loss, then an error");
     }
     assert_eq!(store.next_event().unwrap_err().kind(), ErrorKind::NotConnected);
 }
@@ -119,7 +119,7 @@ fn an_error_without_a_known_name_is_shown_as_it_came() {
 }
 
 #[test]
-fn garbage_on_the_socket_costs_only_whoever_sent_it() {
+fn garbage_on_the_socket_harms_only_its_sender() {
     let bench = Bench::new();
     let store = bench.dom0();
     for garbage in [vec![0xff; 100], vec![0x7f; 5000]] {
@@ -144,7 +144,7 @@ fn a_client_that_vanishes_leaves_no_transaction_and_no_watch_behind() {
     bench.guest_at_home(5);
     for _ in 0..20 {
         let mut guest = Raw::new(bench.stream_of(5));
-        // The one before may not have been seen off yet.
+        // The server may not have dropped the previous guest yet.
         while guest.ask(Op::TransactionStart, b"\0").0 == Op::Error {}
         while guest.ask(Op::Watch, b"x\0t\0").0 == Op::Error {}
         guest.send(Op::Directory, 9, b"/\0");
@@ -175,7 +175,7 @@ fn a_flood_of_requests_is_answered_in_order_as_it_is_read() {
 }
 
 #[test]
-fn a_burst_of_requests_is_served_to_its_end_though_nothing_more_comes() {
+fn a_burst_of_requests_is_served_to_its_end_even_if_nothing_more_comes() {
     let bench = Bench::new();
     let store = bench.dom0();
     let mut raw = bench.raw_dom0();
@@ -188,7 +188,7 @@ fn a_burst_of_requests_is_served_to_its_end_though_nothing_more_comes() {
 }
 
 #[test]
-fn who_does_not_read_its_answers_is_not_listened_to() {
+fn a_client_that_reads_no_answers_is_not_listened_to() {
     let bench = Bench::new();
     let store = bench.dom0();
     store.write("/v", &"v".repeat(2000)).unwrap();
@@ -196,7 +196,7 @@ fn who_does_not_read_its_answers_is_not_listened_to() {
     flood.set_nonblocking(true).unwrap();
     let requests = message(Op::Read, 1, b"/v\0").repeat(1000);
     let (mut sent, mut refused) = (0, 0);
-    // Their answers would take 100 times the memory of the requests.
+    // The answers would take 100 times the memory of the requests.
     while refused < 1000 {
         match flood.write(&requests[sent % requests.len()..]) {
             Ok(count) => (sent, refused) = (sent + count, 0),
@@ -211,7 +211,7 @@ fn who_does_not_read_its_answers_is_not_listened_to() {
 }
 
 #[test]
-fn a_server_takes_no_place_that_is_taken() {
+fn a_server_does_not_start_on_a_socket_in_use() {
     let bench = Bench::new();
     let refused = StoreServer::start(bench.server.socket(), Quota::default()).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::AddrInUse);

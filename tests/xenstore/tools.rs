@@ -1,7 +1,7 @@
 //! Xen's own tools against the stand-in's server.
 //!
-//! They come from the packages `xenstore-utils` and `xen-utils-4.17` (Debian). Where one is not
-//! installed its test says so and passes, unless `POLLDISK_REQUIRE_XEN_TOOLS=1`, as CI sets it.
+//! They come from the packages `xenstore-utils` and `xen-utils-4.17` (Debian). If one is not
+//! installed, its test says so and passes, unless `POLLDISK_REQUIRE_XEN_TOOLS=1` is set, as in CI.
 
 use std::env;
 use std::fs;
@@ -17,7 +17,7 @@ use crate::{Bench, permissions};
 /// Ends a tool that hangs, so that the test fails rather than waits.
 const GUARD_SECONDS: &str = "120";
 
-/// The tool, to be run against the server; `None` where it is missing and need not be there.
+/// The tool, set up for the server; `None` if it is missing and not required.
 fn tool(bench: &Bench, name: &str) -> Option<Command> {
     let package = if name == "test-xenstore" { "xen-utils-4.17" } else { "xenstore-utils" };
     let Some(program) = find(name) else {
@@ -32,7 +32,7 @@ fn tool(bench: &Bench, name: &str) -> Option<Command> {
     Some(command)
 }
 
-/// A tool in the search path or in the directory that Xen's packages keep for themselves.
+/// Finds a tool in the search path or in the private directory of Xen's packages.
 fn find(name: &str) -> Option<PathBuf> {
     let mut places: Vec<PathBuf> =
         env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect();
@@ -107,7 +107,7 @@ fn xenstore_ls_lists_a_directory_of_thousands() {
 }
 
 #[test]
-fn xenstore_list_rm_exists_and_chmod_do_their_work() {
+fn xenstore_list_rm_exists_and_chmod_work() {
     let bench = Bench::new();
     let store = bench.dom0();
     store.write("/a/x", "").unwrap();

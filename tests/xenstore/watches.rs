@@ -66,7 +66,7 @@ fn a_watch_is_made_and_ended_once() {
 }
 
 #[test]
-fn an_ended_watch_sends_nothing_more_not_even_what_was_kept() {
+fn an_ended_watch_sends_nothing_more_not_even_kept_events() {
     let bench = Bench::new();
     let store = bench.dom0();
     store.watch("/a", "one").unwrap();
@@ -154,7 +154,7 @@ fn the_descriptor_is_readable_while_an_event_is_kept() {
     assert!(!is_readable(&store));
     store.watch("/a", "t").unwrap();
     other.write("/a", "1").unwrap();
-    // The answer comes behind the events, which are read with it.
+    // Events come before the answer, so reading the answer reads them too.
     while !is_readable(&store) {
         store.read("/a").unwrap();
     }
@@ -181,7 +181,7 @@ fn a_client_that_is_busy_keeps_a_bounded_number_of_events_and_misses_no_change()
     }
     let seen = events(&store);
     let kept = (0..WATCH_EVENTS_KEPT).map(|n| format!("/a/{n} t"));
-    // One event stands for all those past the bound.
+    // One event stands for all beyond the bound.
     let expected: Vec<String> = kept.chain(["/a t".to_owned()]).collect();
     assert!(seen == expected, "{} events, the last {:?}", seen.len(), seen.last());
 }
@@ -193,7 +193,7 @@ fn a_reader_that_sleeps_blocks_nobody_and_misses_no_change() {
     let guest = bench.guest_at_home(5);
     guest.watch("/local/domain/5/a", "t").unwrap();
     guest.watch("b", "t").unwrap();
-    // Many times what the kernel's socket buffer and the server's bound hold.
+    // Far more than the kernel's socket buffer and the server's bound hold.
     let long = "x".repeat(1000);
     for n in 0..5_000 {
         store.write(&format!("/local/domain/5/a/{long}{n}"), "").unwrap();
