@@ -68,7 +68,7 @@ pub struct ServeOptions {
     pub log: Option<String>,
 }
 
-/// What `polldisk serve` runs with.
+/// The checked options of `polldisk serve`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// One entry per worker: the core that it is pinned to, if any.
@@ -175,7 +175,7 @@ impl ServeOptions {
             "--max-ring-page-order",
             order,
             0..=limits::RING_PAGE_ORDER_MAX,
-            "no frontend has such rings",
+            "no frontend has rings of this size",
         )?;
         check_range(
             "--max-queues",
@@ -187,7 +187,7 @@ impl ServeOptions {
             "--max-indirect-segments",
             segments,
             0..=limits::INDIRECT_SEGMENTS_MAX,
-            "the host reads or writes no more segments at once",
+            "the host can't read or write more segments at once",
         )?;
         Ok(Offer {
             ring_page_order: order,

@@ -212,7 +212,7 @@ pub const XENSTORE_DIRECTORY_MAX: usize = 512 * 1024;
 /// Connections to the stand-in's xenstore at a time: each costs two descriptors and an inbox.
 pub const SIM_STORE_CLIENTS_MAX: usize = 2048;
 
-/// Requests the stand-in's xenstore answers for one client before it looks at the next.
+/// Requests that the stand-in's xenstore answers for one client before it looks at the next.
 pub const SIM_STORE_REQUESTS_PER_TURN: usize = 16;
 
 /// Log lines that one guest may cause in `GUEST_LOG_SECONDS`: enough for a guest with ten disks that boots
@@ -340,7 +340,7 @@ pub const COMMANDS_PER_PASS: usize = 8;
 /// request of a sleeping disk can wait this long while another disk is busy.
 pub const EVENT_CHECK_NS: u64 = 20_000;
 
-/// ... and passes between two checks at least, however slow a pass is.
+/// ... and the fewest passes between two checks, however slow a pass is.
 pub const EVENT_CHECK_PASSES: u32 = 16;
 
 /// ... but after this time it checks, however few passes there were.

@@ -36,7 +36,7 @@ pub struct QueueKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WorkerId(pub usize);
 
-/// What control asks of a worker. Every command is answered by the report named.
+/// What control asks of a worker. Each command names the report that answers it.
 #[derive(Debug)]
 pub enum Command {
     /// Map the ring, bind the event channel, serve: [`Report::Connected`] or
@@ -276,8 +276,8 @@ impl ReportSender {
         }
     }
 
-    /// Sends; waits for a while if control is thousands of reports behind, which only a thread that ends
-    /// may do. If control has ended, the report is dropped.
+    /// Sends; waits for a while if control is thousands of reports behind, so only for a thread that is
+    /// about to end. If control has ended, the report is dropped.
     pub fn send(&self, report: Report) {
         self.wait_and_send(report);
     }
@@ -321,7 +321,7 @@ impl Outbox {
         self.kept.is_empty()
     }
 
-    /// Sends what is left, because nobody will offer it again; waits for a while if control is behind.
+    /// Sends the kept reports before the worker ends; waits for a while if control is behind.
     pub fn close(&mut self) {
         while let Some(report) = self.kept.pop_front() {
             if !self.sender.wait_and_send(report) {

@@ -159,7 +159,7 @@ impl Queue {
     fn finish(&self) {
         let until = Instant::now() + Duration::from_millis(limits::LOG_END_MS);
         let (end, ended) = bounded(1);
-        // Nobody waits longer than that.
+        // Give up at that time.
         if self.sender.send_deadline(Entry::End(end), until).is_ok() {
             let _ = ended.recv_deadline(until);
         }
@@ -170,7 +170,7 @@ impl Queue {
 struct Drain<W> {
     writer: W,
     lost: &'static AtomicU64,
-    /// The last line was written in part.
+    /// The last line was written only in part.
     is_torn: bool,
 }
 
@@ -181,7 +181,7 @@ impl<W: Write> Drain<W> {
                 Entry::Line(line) => self.write(&line),
                 Entry::End(end) => {
                     self.tell_lost();
-                    // Whoever asked may have gone.
+                    // The caller may have given up.
                     let _ = end.send(());
                 }
             }

@@ -96,11 +96,11 @@ struct Begun {
 /// A time without work that has not ended yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pause {
-    /// How long it has lasted by now.
+    /// How long it has lasted so far.
     pub lasted_ns: u64,
     /// Whether to keep looking for work.
     pub spins: bool,
-    /// The longest that a pause of its kind can be spun.
+    /// The longest time to spin in a pause of its kind.
     pub limit_ns: u64,
 }
 
@@ -137,7 +137,7 @@ impl Patience {
     }
 }
 
-/// How long pauses of one kind are spun.
+/// How long to spin in pauses of one kind.
 ///
 /// Spinning pays only if work comes before it ends. Falling asleep and waking up cost some microseconds, so
 /// a shorter spin saves nothing. So the budget follows the pauses between work: it is twice the last ones,

@@ -50,7 +50,7 @@ pub(super) fn on_open(path: &Path, error: &io::Error) -> Advice {
         }
         libc::ETXTBSY => advice(
             "the host uses it as swap space or runs it as a program",
-            "end that first (swapoff), or name another file",
+            "stop that first (swapoff), or name another file",
         ),
         libc::EBUSY => advice("somebody else holds it exclusively", "unmount or release it first"),
         libc::EMFILE => advice(

@@ -161,7 +161,7 @@ impl Claim {
         Ok(file)
     }
 
-    /// Whether another disk uses a part of the device, or what it is a part of.
+    /// Whether another disk uses storage that overlaps, such as a partition of this device.
     pub fn is_divided(&self) -> bool {
         let table = table();
         let mut others = table.entries.iter().filter(|(key, _)| *key != self.key);

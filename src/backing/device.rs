@@ -125,8 +125,8 @@ pub fn discard_limits(device: &File, sector_bytes: u32) -> Option<Discard> {
 ///
 /// Linux has no way to ask. Since 5.19 the ioctl first checks whether the device can, and then whether the
 /// range is made of whole sectors (`blk_ioctl_secure_erase`, `block/ioctl.c`). So the error for an invalid
-/// range tells, and nothing is touched. An empty range would drop the device's whole page cache. Before
-/// 5.19 the order of the checks was not the same.
+/// range shows which check failed, and nothing is touched. An empty range would drop the device's whole
+/// page cache. Before 5.19 the order of the checks was not the same.
 fn can_erase(device: &File) -> bool {
     let odd = [1u64, 0];
     // SAFETY: the ioctl reads two u64, start and length.
@@ -233,7 +233,7 @@ mod test {
         let refused = |errno| Err(io::Error::from_raw_os_error(errno));
         assert!(erases((5, 19), refused(libc::EINVAL)));
         assert!(erases((6, 1), refused(libc::EINVAL)));
-        assert!(!erases((5, 18), refused(libc::EINVAL)), "said of every device that discards");
+        assert!(!erases((5, 18), refused(libc::EINVAL)), "every device that discards answers so");
         assert!(!erases((6, 1), refused(libc::EOPNOTSUPP)));
         assert!(!erases((6, 1), refused(libc::EBADF)));
         assert!(!erases((6, 1), Ok(())));

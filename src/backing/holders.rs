@@ -54,9 +54,9 @@ impl Holder {
             Holder::Mount { point, .. } => {
                 format!("unmount it (umount {})", point.display())
             }
-            Holder::Swap(path) => format!("take it out of use (swapoff {})", path.display()),
-            Holder::Device(name) => format!("name {name} instead, or remove that"),
-            Holder::Loop { device, .. } => format!("detach that (losetup -d {device})"),
+            Holder::Swap(path) => format!("disable it (swapoff {})", path.display()),
+            Holder::Device(name) => format!("name {name} instead, or remove that device"),
+            Holder::Loop { device, .. } => format!("detach the loop device (losetup -d {device})"),
             Holder::Process { .. } => "end that program, or detach the disk from it".to_owned(),
         }
     }

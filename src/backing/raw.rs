@@ -161,7 +161,7 @@ impl RawImage {
         self.raw_fd
     }
 
-    /// What its admin should know.
+    /// What the admin should know about it.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
@@ -314,7 +314,7 @@ impl Opening<'_> {
             return Ok(direct);
         }
         if self.options.direct == Direct::Required {
-            let mend = "put it on another filesystem, or leave direct=required out";
+            let mend = "put it on another filesystem, or remove direct=required";
             return Err(self.fail("its filesystem refuses O_DIRECT", mend, None));
         }
         let file = self.open_file(located, 0).map_err(|error| self.cannot_open(error))?;
@@ -360,7 +360,7 @@ impl Opening<'_> {
         }
         if block_bytes > EMULATED_BLOCK_MAX {
             let what = format!("its blocks have {block_bytes} bytes, which is more than a page");
-            return Err(self.fail(&what, "leave emulate-512 out", None));
+            return Err(self.fail(&what, "remove emulate-512", None));
         }
         Ok(Some(claim.block_locks(block_bytes)))
     }
@@ -396,7 +396,7 @@ impl Opening<'_> {
         Ok(Tail { start: size.0 / u64::from(PAGE_BYTES) * u64::from(PAGE_BYTES), file })
     }
 
-    /// Warns of what looks like a mistake.
+    /// Warns about likely mistakes.
     fn advise(&mut self, file: &File, geometry: &Geometry) {
         let sector_bytes = geometry.sector_bytes;
         if u64::from(sector_bytes) > SECTOR_BYTES
@@ -529,8 +529,8 @@ fn leave_access_time(file: &File) {
     }
 }
 
-/// Maps the file. `None`: its data goes by system calls, which take half as long again. So it does on
-/// processors for which engines have no copy that survives a fault.
+/// Maps the file. `None`: its data goes by system calls, which take half as long again. This includes all
+/// processors for which the engine has no copy that survives a fault.
 fn map(file: &File, size: u64, path: &Path, read_only: bool) -> Option<MappedFile> {
     if cfg!(not(target_arch = "x86_64")) {
         return None;

@@ -152,7 +152,7 @@ fn refused(Refusal { user, reason }: Refusal) -> SharingError {
     let (what, mend) = match reason {
         Reason::Used => (
             format!("{user} uses it"),
-            "detach that first; disks can share an image only if all of them only read it, or all of them \
+            "detach that disk first; disks can share an image only if all only read it, or if all of them \
              call it shareable, for cluster filesystems",
         ),
         Reason::Emulation => (

@@ -146,7 +146,7 @@ impl FromStr for DiskOptions {
                 Some((name, value)) => (name, Some(value)),
             };
             if names.contains(&name) {
-                return Err(format!("the option \"{name}\" is there twice"));
+                return Err(format!("the option \"{name}\" is given twice"));
             }
             names.push(name);
             match (name, value) {
@@ -279,12 +279,12 @@ mod test {
         for (text, what) in [
             ("raw,:/a", "an option is empty"),
             ("raw,data-path=map,:/a", "an option is empty"),
-            ("raw,data-path=map,data-path=map:/a", "the option \"data-path\" is there twice"),
+            ("raw,data-path=map,data-path=map:/a", "the option \"data-path\" is given twice"),
             ("raw,data-path:/a", "there is no option \"data-path\""),
             ("raw,data-path=:/a", "the option data-path can't be \"\""),
             ("raw,data-path=mop:/a", "the option data-path can't be \"mop\""),
             ("raw,emulate-512=1:/a", "there is no option \"emulate-512=1\""),
-            ("raw,emulate-512,emulate-512:/a", "the option \"emulate-512\" is there twice"),
+            ("raw,emulate-512,emulate-512:/a", "the option \"emulate-512\" is given twice"),
             ("raw,shareable=1:/a", "there is no option \"shareable=1\""),
             ("raw,direct:/a", "there is no option \"direct\""),
             ("raw,direct=never:/a", "there is no option \"direct=never\""),

@@ -44,7 +44,7 @@ pub struct Demo {
     /// Guests, each with one disk
     #[arg(long, value_name = "N", default_value_t = 2)]
     guests: u32,
-    /// How long they do I/O
+    /// Seconds that the guests do I/O
     #[arg(long, value_name = "N", default_value_t = 5.0, allow_negative_numbers = true)]
     seconds: f64,
     /// Worker threads

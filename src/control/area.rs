@@ -63,7 +63,7 @@ pub enum AreaError {
         node: &'static str,
         /// An excerpt of what it holds.
         value: String,
-        /// What would be right.
+        /// What it should hold.
         wanted: &'static str,
     },
     /// The area's frontend is not the one in the area's path.
@@ -227,8 +227,8 @@ pub fn shape(info: u32, geometry: &Geometry) -> Vec<NodeValue> {
 /// A backend area that a disk has taken on.
 ///
 /// Between two requests to xenstore, a toolstack may remove an area and make another at the same path. So
-/// the disk leaves a unique mark in the area ([`keys::SERVED_BY`]), and later writes only in transactions
-/// that find this mark. So a write for one disk never ends up in the next.
+/// the disk leaves a unique mark in the area ([`keys::SERVED_BY`]), and all its writes are in transactions
+/// that check the mark. A write for one disk never ends up in the next.
 #[derive(Clone, Debug)]
 pub struct Area {
     path: String,

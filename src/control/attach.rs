@@ -17,10 +17,10 @@ use crate::xen::{NodeAccess, Nodes, Permission, Store};
 /// Why a request of the admin failed.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    /// The number names no domain.
+    /// The number is not a valid domid.
     #[error(transparent)]
     Domid(#[from] BadNumber),
-    /// The name names no disk.
+    /// The name is not a valid disk name.
     #[error(transparent)]
     Vdev(#[from] BadVdev),
     /// The contents can't be opened.

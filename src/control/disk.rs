@@ -627,7 +627,7 @@ pub fn backend_token(kind: &str) -> String {
     format!("backend/{kind}")
 }
 
-/// What the token of a frontend's watch begins with.
+/// The prefix of the token of a frontend's watch.
 pub const FRONTEND_TOKEN: &str = "frontend/";
 
 fn frontend_token(key: &DiskKey) -> String {

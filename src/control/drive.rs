@@ -1,8 +1,8 @@
 //! The medium of a drive: which one is wanted, which one is inserted, and the steps between them.
 //!
-//! Every change is an ejection and then an insertion, of which the guest is told separately. So it never
-//! mistakes one medium for another of the same size. The same name again is a change, too: the file behind
-//! it may be another one now.
+//! Every change is an ejection and then an insertion, and the guest sees both. So it never mistakes one
+//! medium for another of the same size. The same name again is a change, too: the file behind it may be
+//! another one now.
 
 use super::helpers::{OpenBacking, OpenId};
 
@@ -190,7 +190,7 @@ mod test {
         drive.begin_move("raw:/b".to_owned(), helpers.empty());
         drive.want("raw:/b");
         drive.finish_move().unwrap();
-        assert_eq!(drive.next_step(), Some(Step::Eject), "it was written once more");
+        assert_eq!(drive.next_step(), Some(Step::Eject), "it was written again");
         moved(&mut drive, &helpers, "");
 
         let now = Instant::now();

@@ -54,7 +54,7 @@ pub struct Answer {
 /// Opened storage. When it is dropped, on any thread, a helper closes it.
 #[derive(Debug)]
 pub struct OpenBacking {
-    /// `None` only in its drop.
+    /// `None` only while it is dropped.
     backing: Option<Backing>,
     target: String,
     places: Places,

@@ -71,7 +71,7 @@ struct Due {
     frontends_at: Option<Instant>,
 }
 
-/// Which ends of a disk.
+/// Which ends of a disk to look at.
 #[derive(Clone, Copy, Debug, Default)]
 struct Ends {
     backend: bool,

@@ -25,8 +25,8 @@ pub struct Config {
     pub admin_path: Option<PathBuf>,
     /// What frontends are offered.
     pub offer: Offer,
-    /// Whether to handle signals: SIGTERM and SIGINT end it, SIGHUP does not. Only one thread of a process
-    /// should.
+    /// Whether to handle signals: SIGTERM and SIGINT end the control plane, SIGHUP changes nothing. Only
+    /// one thread of a process should do so.
     pub signals: bool,
 }
 

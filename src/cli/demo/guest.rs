@@ -122,7 +122,7 @@ impl Body {
         }
         if !block_bytes.is_multiple_of(disk.sector_bytes as usize) {
             bail!(
-                "the disk's sectors have {} bytes; give a multiple as --block-size",
+                "the disk's sectors have {} bytes; give a multiple of that as --block-size",
                 disk.sector_bytes
             );
         }
