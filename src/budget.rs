@@ -1,12 +1,12 @@
-//! How many pages of guests are kept mapped: by each domain, whatever disks and workers it has, and by
-//! the process, whatever domains there are.
+//! How many pages of guests are kept mapped: for each domain, across its disks and workers, and for the
+//! process, across all domains.
 //!
-//! A [`GrantBudget`] is a domain's, within the [`HostBudget`] of all. Each of its queues takes a
+//! Each domain has a [`GrantBudget`], within the [`HostBudget`] of all. Each of its queues takes a
 //! [`GrantShare`] of both before it maps. Nobody waits: if nothing is left, the data is copied.
 //!
-//! The process's own bounds are on pages, for Xen lets dom0 map only that many, and on mappings, of
-//! which each mmap makes one however few pages it has. Of both a reserve is left to rings, which can't be
-//! copied.
+//! The process has two bounds: on pages, because Xen limits what dom0 can map, and on mappings, because
+//! Linux limits them and each mmap makes one, however few pages it has. A reserve of both is kept for
+//! rings, which can't be copied.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -31,7 +31,7 @@ pub struct GrantBudget {
 const MAX_MAP_COUNT: usize = 65530;
 
 impl HostBudget {
-    /// This number of pages, in at most this number of mappings.
+    /// A budget of `pages`, in at most `mappings`.
     pub fn new(pages: usize, mappings: usize) -> HostBudget {
         HostBudget { pages: AtomicUsize::new(pages), mappings: AtomicUsize::new(mappings) }
     }
@@ -46,7 +46,7 @@ impl HostBudget {
 }
 
 impl GrantBudget {
-    /// A budget of which nothing is taken, with no other bound than its own.
+    /// A budget of which nothing is taken, with no bound for the host.
     pub fn new(pages: usize) -> GrantBudget {
         GrantBudget::within(Arc::new(HostBudget::new(usize::MAX, usize::MAX)), pages)
     }
@@ -62,7 +62,7 @@ impl GrantBudget {
     }
 }
 
-/// Takes `wanted`, or as many as there are; says how many.
+/// Takes `wanted`, or as many as there are; returns how many.
 fn take(left: &AtomicUsize, wanted: usize) -> usize {
     let mut found = left.load(Ordering::Relaxed);
     loop {
@@ -77,7 +77,7 @@ fn take(left: &AtomicUsize, wanted: usize) -> usize {
 }
 
 /// What one queue has taken of its domain's and its host's budget. All of it goes back on drop, so that
-/// a queue whose worker dies takes nothing along.
+/// nothing is lost if the queue's worker dies.
 #[derive(Debug)]
 pub struct GrantShare {
     budget: Arc<GrantBudget>,
@@ -86,7 +86,7 @@ pub struct GrantShare {
 }
 
 impl GrantShare {
-    /// Nothing of `budget` yet.
+    /// An empty share of `budget`.
     pub fn of(budget: Arc<GrantBudget>) -> GrantShare {
         GrantShare { budget, pages: 0, mappings: 0 }
     }
@@ -96,17 +96,17 @@ impl GrantShare {
         self.pages
     }
 
-    /// Pages it could take now, and a mapping for them.
+    /// Pages that it could take now, together with a mapping for them.
     pub fn left(&self) -> usize {
         if self.left_mappings() == 0 { 0 } else { self.budget.left() }
     }
 
-    /// Mappings it could take now.
+    /// Mappings that it could take now.
     pub fn left_mappings(&self) -> usize {
         self.budget.host.mappings.load(Ordering::Relaxed)
     }
 
-    /// Takes `wanted` pages, or as many as there are; says how many.
+    /// Takes `wanted` pages, or as many as there are; returns how many.
     pub fn take(&mut self, wanted: usize) -> usize {
         let taken = take(&self.budget.left, wanted);
         let allowed = take(&self.budget.host.pages, taken);
@@ -115,7 +115,7 @@ impl GrantShare {
         allowed
     }
 
-    /// Takes `wanted` pages and `mappings` for them, or none; says whether.
+    /// Takes `wanted` pages and `mappings` for them, or nothing; returns whether it did.
     pub fn take_all(&mut self, wanted: usize, mappings: usize) -> bool {
         let taken = self.take(wanted);
         let enough = taken == wanted && self.take_mappings(mappings);
@@ -125,7 +125,7 @@ impl GrantShare {
         enough
     }
 
-    /// Takes `wanted` mappings for pages that are taken, or none; says whether.
+    /// Takes `wanted` mappings for pages that it has, or none; returns whether it did.
     pub fn take_mappings(&mut self, wanted: usize) -> bool {
         let taken = take(&self.budget.host.mappings, wanted);
         self.mappings += taken;
@@ -135,7 +135,7 @@ impl GrantShare {
         taken == wanted
     }
 
-    /// Gives back pages, which are mapped no more.
+    /// Gives back pages that are no longer mapped.
     ///
     /// # Panics
     /// If it does not have that many.
@@ -145,7 +145,7 @@ impl GrantShare {
         self.budget.left.fetch_add(pages, Ordering::Release);
     }
 
-    /// Gives back mappings, which are no more.
+    /// Gives back mappings that no longer exist.
     ///
     /// # Panics
     /// If it does not have that many.

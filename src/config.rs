@@ -1,7 +1,7 @@
 //! Command line and configuration file, checked together into one [`Config`].
 //!
-//! An option on the command line goes before the same one in the file, which goes before the
-//! default. Every error names the option and what would be right.
+//! The command line overrides the file, which overrides the defaults. Every error names the option and a
+//! valid value.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,10 +16,10 @@ use crate::blkif::features::Offer;
 use crate::limits;
 use crate::text::ranges;
 
-/// Where `polldisk serve` listens for `attach`, `detach` and `list` unless told otherwise.
+/// Where `polldisk serve` listens for `attach`, `detach` and `list` by default.
 pub const ADMIN_SOCKET: &str = "/run/polldisk/admin.sock";
 
-/// Options of `polldisk serve`, as they come: from the command line, or as keys of the TOML file.
+/// Options of `polldisk serve`, unchecked: from the command line, or from keys of the TOML file.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct ServeOptions {
@@ -32,8 +32,8 @@ pub struct ServeOptions {
     #[arg(long, value_name = "LIST")]
     pub cores: Option<String>,
 
-    /// Longest time in microseconds that a worker polls without work before it sleeps, twice that
-    /// while storage works on requests; 0 never polls
+    /// Longest time in microseconds that a worker polls without work before it sleeps, or twice that while
+    /// requests are in flight at storage; 0: never poll
     #[arg(long, value_name = "N")]
     pub poll_us: Option<u64>,
 
@@ -54,7 +54,7 @@ pub struct ServeOptions {
     #[arg(long, value_name = "N")]
     pub max_indirect_segments: Option<u16>,
 
-    /// How guests' data gets to storage, where a disk's target does not say it [default: auto]
+    /// How guests' data gets to storage, unless a disk's target says otherwise [default: auto]
     #[arg(long, value_name = "PATH", value_enum)]
     pub data_path: Option<DataPath>,
 
@@ -68,10 +68,10 @@ pub struct ServeOptions {
     pub log: Option<String>,
 }
 
-/// What `polldisk serve` runs with.
+/// The checked options of `polldisk serve`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The core of each worker, where it is pinned to one; as many entries as workers.
+    /// One entry per worker: the core that it is pinned to, if any.
     pub workers: Vec<Option<usize>>,
     /// Longest time a worker polls without work.
     pub poll: Duration,
@@ -85,7 +85,7 @@ pub struct Config {
     pub log: String,
 }
 
-/// An option that can't be obeyed.
+/// An option that is not valid.
 #[derive(Debug, thiserror::Error)]
 #[error("{option}: {what}; {mend}")]
 pub struct ConfigError {
@@ -93,7 +93,7 @@ pub struct ConfigError {
     pub option: String,
     /// What is wrong with it.
     pub what: String,
-    /// What would be right.
+    /// What to do instead.
     pub mend: String,
 }
 
@@ -114,7 +114,7 @@ impl ServeOptions {
         })
     }
 
-    /// These options, and those of `file` where these say nothing.
+    /// These options; those that are not set come from `file`.
     #[must_use]
     pub fn or(self, file: ServeOptions) -> ServeOptions {
         ServeOptions {
@@ -135,7 +135,7 @@ impl ServeOptions {
         }
     }
 
-    /// Checks everything against a host with the cores `available`.
+    /// Checks everything for a host on which the cores `available` can be used.
     pub fn check(self, available: &[usize]) -> Result<Config, ConfigError> {
         let workers = place_workers(self.workers, self.cores.as_deref(), available)?;
         let offer = self.check_offer(workers.len())?;
@@ -175,19 +175,19 @@ impl ServeOptions {
             "--max-ring-page-order",
             order,
             0..=limits::RING_PAGE_ORDER_MAX,
-            "no frontend has such rings",
+            "no frontend has rings of this size",
         )?;
         check_range(
             "--max-queues",
             queues,
             1..=limits::QUEUES_PER_DISK_MAX,
-            "that is no sensible count of rings",
+            "this is not a sensible number of rings",
         )?;
         check_range(
             "--max-indirect-segments",
             segments,
             0..=limits::INDIRECT_SEGMENTS_MAX,
-            "one read or write of the host takes no more",
+            "the host can't read or write more segments at once",
         )?;
         Ok(Offer {
             ring_page_order: order,
@@ -215,7 +215,7 @@ fn line_of_end(text: &str) -> usize {
     1 + text.matches('\n').count()
 }
 
-/// Checks a number against the bounds of its option.
+/// Checks that a number is in the range of its option.
 fn check_range<N: PartialOrd + std::fmt::Display>(
     option: &str,
     value: N,
@@ -232,7 +232,7 @@ fn check_range<N: PartialOrd + std::fmt::Display>(
     })
 }
 
-/// The core of each worker: `workers` of them, on `cores` where given.
+/// The core of each of `workers` workers, taken from `cores` if those are given.
 fn place_workers(
     workers: Option<usize>,
     cores: Option<&str>,
@@ -245,7 +245,7 @@ fn place_workers(
     };
     if workers.is_some_and(|count| count == 0 || count > limits::WORKERS_MAX) {
         let mend = format!("give 1 to {}", limits::WORKERS_MAX);
-        return Err(bad_count("that is no sensible count of threads".to_owned(), mend));
+        return Err(bad_count("this is not a sensible number of threads".to_owned(), mend));
     }
     let Some(list) = cores else {
         let count = workers.unwrap_or((available.len() / 2).max(1));
@@ -255,14 +255,14 @@ fn place_workers(
     if let Some(missing) = cores.iter().find(|core| !available.contains(core)) {
         return Err(ConfigError {
             option: format!("--cores {list}"),
-            what: format!("core {missing} is not there for this process"),
+            what: format!("this process can't use core {missing}"),
             mend: format!("choose from {}", ranges(available)),
         });
     }
     let count = workers.unwrap_or(cores.len());
     if count > cores.len() {
         let what = format!("--cores {list} names only {} cores", cores.len());
-        let mend = "two polling workers on one core hinder each other: give a core for each";
+        let mend = "two polling workers on one core slow each other down: give each its own core";
         return Err(bad_count(what, mend.to_owned()));
     }
     Ok(cores.into_iter().take(count).map(Some).collect())
@@ -279,7 +279,7 @@ pub fn parse_cores(list: &str) -> Result<Vec<usize>, ConfigError> {
         text.parse::<usize>()
             .ok()
             .filter(|core| *core < 4096)
-            .ok_or_else(|| bad(format!("\"{text}\" is no core number")))
+            .ok_or_else(|| bad(format!("\"{text}\" is not a core number")))
     };
     let mut cores = Vec::new();
     for part in list.split(',').map(str::trim) {
@@ -298,7 +298,7 @@ pub fn parse_cores(list: &str) -> Result<Vec<usize>, ConfigError> {
     Ok(cores)
 }
 
-/// The longest poll that makes sense: beyond a second it is busy waiting.
+/// The longest poll that makes sense: more than a second is busy waiting.
 const POLL_US_MAX: u64 = 1_000_000;
 const POLL_US_DEFAULT: u64 = 50;
 
@@ -377,7 +377,7 @@ mod test {
             (options(|options| options.cores = Some("4-2".to_owned())), "--cores 4-2: "),
             (options(|options| options.cores = Some("x".to_owned())), "--cores x: "),
             (options(|options| options.cores = Some("1,1".to_owned())), "--cores 1,1: "),
-            (options(|options| options.cores = Some("9".to_owned())), "--cores 9: core 9 is not"),
+            (options(|options| options.cores = Some("9".to_owned())), "--cores 9: this process"),
             (options(|options| options.poll_us = Some(9_000_000)), "--poll-us 9000000: "),
             (options(|options| options.max_ring_page_order = Some(6)), "--max-ring-page-order 6: "),
             (options(|options| options.max_queues = Some(0)), "--max-queues 0: "),

@@ -6,17 +6,16 @@
 //! machine of each disk, opens images, and places rings on workers. The *data plane* ([`worker`],
 //! [`queue`], [`blkif`], [`engine`]) is a set of pinned threads. Each owns its event channels,
 //! grant mappings, rings and io_uring. Between control and workers go only the messages of [`msg`]:
-//! numbers, an opened image, results. What workers share are an image that several of them serve, the
-//! counters that control reads, and a domain's [`budget`] of mappings.
+//! numbers, an opened image, results. Workers share only an image that several of them serve, the counters
+//! that control reads, and each domain's [`budget`] of mappings.
 //!
-//! Neither plane reads a clock, sleeps or depends on the order of a hash: a pass is told the time
-//! (`Worker::poll_once`, `Control::poll_once`), and a thin shell around it waits.
+//! Neither plane reads a clock, sleeps or depends on the order of a hash table: each pass gets the time as
+//! an argument (`Worker::poll_once`, `Control::poll_once`), and a thin shell around it waits.
 //!
-//! A request's way: the guest writes it to its ring; a worker's pass copies it off
-//! ([`blkif::codec`]), checks the copy ([`blkif::request`]), finds the guest's pages
-//! ([`queue`]), hands them to storage ([`engine`]), and puts the response on the ring. A pass does
-//! this for a batch of each ring, with a publication for several responses and at most one
-//! notification per ring.
+//! The path of a request: the guest writes it to its ring; a worker's pass copies it off
+//! ([`blkif::codec`]), checks the copy ([`blkif::request`]), finds the guest's pages ([`queue`]), hands
+//! them to storage ([`engine`]), and puts the response on the ring. A pass does this for a batch from each
+//! ring, publishes several responses at once, and sends at most one notification per ring.
 //!
 //! # Who may import whom
 //!
@@ -43,14 +42,15 @@
 //! sim      backing blkif control engine limits msg park units worker xen
 //! ```
 //!
-//! So `control` and `worker` meet in `msg` only. [`sim`] and [`xen::linux`] play the hypervisor, and only
-//! the binary, tests, benches and tools name them. `tests/tidy.rs` holds this up.
+//! So `control` and `worker` share only `msg`. [`sim`] and [`xen::linux`] provide the hypervisor's side;
+//! only the binary, tests, benches and tools name them. `tests/tidy.rs` checks this.
 //!
 //! # Words
 //!
-//! *Queue*: one ring of a disk. *Worker*: a pinned thread. *Backing*: what is stored. *Engine*: how
-//! I/O is done. *Platform*: who plays the hypervisor, real Xen or the stand-in of [`sim`]. *Connection*:
-//! the rings of a disk being served, from Connected to Closed. All other words are Xen's own.
+//! *Queue*: one ring of a disk. *Worker*: a pinned thread. *Backing*: where a disk's data is stored.
+//! *Engine*: how I/O is done. *Platform*: what provides the hypervisor, real Xen or the stand-in of
+//! [`sim`]. *Connection*: the rings of a disk being served, from Connected to Closed. All other terms are
+//! Xen's.
 
 pub mod backing;
 pub mod blkif;

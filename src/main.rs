@@ -1,4 +1,4 @@
-//! `polldisk`: serves guests' virtual disks under Xen, and the commands around that.
+//! `polldisk`: serves guests' virtual disks under Xen, and has the commands that manage them.
 
 mod cli;
 
@@ -53,7 +53,7 @@ fn main() -> ExitCode {
     if result.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Says an error and what caused it, a line each. Some errors repeat their cause; that is said once.
+/// Prints an error and its causes, one per line. Some errors repeat their cause, which is printed once.
 fn tell(error: &anyhow::Error) {
     let mut causes: Vec<String> = error.chain().map(ToString::to_string).collect();
     causes.dedup();

@@ -1,7 +1,7 @@
 //! Counters with one writer, and latency histograms that are handed over whole.
 //!
-//! A queue's counters live in memory of their own cache lines and are written by its worker only,
-//! with plain loads and stores: no lock and no atomic read-modify-write on the data path.
+//! A queue's counters have cache lines of their own, and only its worker writes them, with plain loads and
+//! stores: no lock and no atomic read-modify-write on the data path.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -85,7 +85,8 @@ counters! {
     grants_copied,
 }
 
-/// A histogram that takes runs of one value, as the requests of one pass often have, at once.
+/// A histogram that records a run of equal values at once; the requests of one pass often have the same
+/// latency.
 #[derive(Debug)]
 pub struct LatencyLog {
     histogram: Histogram<u64>,

@@ -1,5 +1,5 @@
-//! All that crosses between the control thread and the workers: plain data, no Xen descriptor and
-//! no guest mapping. A command carries numbers and an opened image; an report carries results.
+//! All that crosses between the control thread and the workers: plain data, no Xen descriptor and no guest
+//! mapping. A command carries numbers and an opened image; a report carries results.
 
 use std::collections::VecDeque;
 use std::io;
@@ -18,7 +18,7 @@ use crate::metrics::QueueCounters;
 use crate::park::Doorbell;
 use crate::units::{DomId, GrantRef, Port, QueueId};
 
-/// One connection of one disk: unique in the life of the daemon, so that an report about an earlier
+/// One connection of one disk: unique in the life of the daemon, so that a report about an earlier
 /// connection of the same disk is recognised as stale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ConnectionId(pub u64);
@@ -26,9 +26,9 @@ pub struct ConnectionId(pub u64);
 /// One queue of one connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct QueueKey {
-    /// Whose connection.
+    /// The connection.
     pub connection: ConnectionId,
-    /// Which ring of it.
+    /// Its ring.
     pub queue: QueueId,
 }
 
@@ -36,21 +36,21 @@ pub struct QueueKey {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WorkerId(pub usize);
 
-/// What control asks of a worker. Every command is answered by the report named.
+/// What control asks of a worker. Each command names the report that answers it.
 #[derive(Debug)]
 pub enum Command {
     /// Map the ring, bind the event channel, serve: [`Report::Connected`] or
     /// [`Report::ConnectFailed`].
     Connect(Box<Connect>),
-    /// Finish what is in flight, then unmap and unbind everything: [`Report::Disconnected`]. Also
-    /// for a queue that failed; for a key unknown to the worker it is answered at once.
+    /// Finish what is in flight, then unmap and unbind everything: [`Report::Disconnected`]. Also for a
+    /// queue that failed; for an unknown key, answered at once.
     Disconnect(QueueKey),
     /// Serve another image once what is in flight on the old one is finished:
-    /// [`Report::ImageReplaced`]. For a key unknown to the worker it is answered at once.
+    /// [`Report::ImageReplaced`]. For an unknown key, answered at once.
     ReplaceImage(Box<ReplaceImage>),
     /// Hand over the latencies recorded since the last time: [`Report::Latency`].
     TakeLatency(QueueKey),
-    /// Tell what is in flight: [`Report::InFlight`]. For a key unknown to the worker nothing is.
+    /// Report what is in flight: [`Report::InFlight`]. For an unknown key, nothing is.
     TellInFlight(QueueKey),
     /// Disconnect every queue without reports, and end the thread.
     Stop,
@@ -59,7 +59,7 @@ pub enum Command {
 /// What a worker needs to serve one ring.
 #[derive(Debug)]
 pub struct Connect {
-    /// The name of the queue from now on.
+    /// The queue's name in all further messages.
     pub key: QueueKey,
     /// The frontend's domain.
     pub frontend: DomId,
@@ -71,23 +71,23 @@ pub struct Connect {
     pub protocol: Protocol,
     /// How its data pages are reached.
     pub grant_mode: GrantMode,
-    /// The frontend's domain's, shared by all of its queues.
+    /// The budget of the frontend's domain, shared by all of its queues.
     pub budget: Arc<GrantBudget>,
     /// What its guest may do.
     pub rules: DiskRules,
     /// The opened image, shared by the queues of the disk.
     pub image: Arc<Image>,
-    /// Where the queue counts; control reads them at any time.
+    /// The queue's counters, which control reads at any time.
     pub counters: Arc<QueueCounters>,
 }
 
-/// How a queue reaches its guest's data pages. Whatever is not mapped is copied.
+/// How a queue reaches its guest's data pages. Data in pages that are not mapped is copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GrantMode {
-    /// Persistent grants, for both ends said `feature-persistent`: pages stay mapped.
+    /// Persistent grants, if both ends wrote `feature-persistent`: pages stay mapped.
     Persistent,
-    /// Grant maps. The frontend takes its pages back with every answer, so those of a large request are
-    /// mapped for as long as the request takes.
+    /// Grant maps. The frontend takes its pages back with every response, so those of a large request are
+    /// mapped only until it is answered.
     Map,
     /// Grant copies only.
     Copy,
@@ -98,14 +98,14 @@ pub enum GrantMode {
 pub struct ReplaceImage {
     /// Which queue.
     pub key: QueueKey,
-    /// What its guest may do from then on.
+    /// What its guest may do with the new medium.
     pub rules: DiskRules,
     /// The opened image. The sender keeps the old one until all queues have let go of it, so that
     /// no worker has to close a file.
     pub image: Arc<Image>,
 }
 
-/// What a worker tells control.
+/// What a worker reports to control.
 #[derive(Debug)]
 pub enum Report {
     /// The queue is being served.
@@ -117,12 +117,12 @@ pub enum Report {
     RingFault(QueueKey, String),
     /// Nothing of the queue is mapped, bound or in flight any more.
     Disconnected(QueueKey),
-    /// No request of the queue uses the image before the last [`Command::ReplaceImage`] any more.
+    /// No request of the queue uses the image that the last [`Command::ReplaceImage`] replaced.
     ImageReplaced(QueueKey),
     /// Request latencies in nanoseconds since the last [`Command::TakeLatency`]; `None` for an
     /// unknown queue.
     Latency(QueueKey, Option<Box<Histogram<u64>>>),
-    /// What of a queue is in flight, as asked for by [`Command::TellInFlight`].
+    /// The answer to [`Command::TellInFlight`].
     InFlight(QueueKey, InFlight),
     /// Storage failed a request: the first of the connection, the second, the fourth, and so on.
     StorageFailed(QueueKey, StorageFailure),
@@ -137,7 +137,7 @@ pub enum Report {
 pub struct InFlight {
     /// How many.
     pub count: usize,
-    /// The oldest of them, at most `limits::IN_FLIGHT_TOLD`, the oldest first.
+    /// At most `limits::IN_FLIGHT_TOLD` of them, oldest first.
     pub oldest: Vec<InFlightRequest>,
 }
 
@@ -150,7 +150,7 @@ pub struct InFlightRequest {
     pub offset_bytes: u64,
     /// Bytes.
     pub len_bytes: u64,
-    /// Since it was taken off the ring.
+    /// Nanoseconds since it was taken off the ring.
     pub age_ns: u64,
 }
 
@@ -165,11 +165,11 @@ pub struct StorageFailure {
     pub len_bytes: u64,
     /// A positive errno.
     pub errno: i32,
-    /// Of this queue since it connected, this one included.
+    /// Failed requests of this queue since it connected, this one included.
     pub errors_so_far: u64,
 }
 
-/// Whether a positive errno says that storage is full, whatever was asked for: a flush may find that
+/// Whether a positive errno says that storage is full. Any operation may fail with it: a flush may be the
 /// first.
 pub fn is_full(errno: i32) -> bool {
     matches!(errno, libc::ENOSPC | libc::EDQUOT)
@@ -199,7 +199,7 @@ pub struct ReportSender {
     bell: Doorbell,
 }
 
-/// One worker's channel to control. Sending never waits: what control has no room for is kept and offered
+/// One worker's channel to control. Sending never waits: reports that find no room are kept and offered
 /// again.
 #[derive(Debug)]
 pub struct Outbox {
@@ -246,7 +246,7 @@ pub fn report_channel() -> io::Result<(ReportSender, ReportReceiver)> {
 }
 
 impl CommandSender {
-    /// Whose commands these are.
+    /// The worker that these commands go to.
     pub fn worker(&self) -> WorkerId {
         self.worker
     }
@@ -263,8 +263,8 @@ impl CommandSender {
 }
 
 impl ReportSender {
-    /// Sends, or gives back what control has no room for now. If control has ended there is nobody
-    /// left to tell.
+    /// Sends, or returns the report if control has no room for it now. If control has ended, the report is
+    /// dropped.
     fn try_send(&self, report: Report) -> Result<(), Report> {
         match self.reports.try_send(report) {
             Ok(()) => {
@@ -276,13 +276,13 @@ impl ReportSender {
         }
     }
 
-    /// Sends; waits for a while if control is thousands of reports behind, as a thread may with its last
-    /// words. If control has ended there is nobody left to tell.
+    /// Sends; waits for a while if control is thousands of reports behind, so only for a thread that is
+    /// about to end. If control has ended, the report is dropped.
     pub fn send(&self, report: Report) {
         self.wait_and_send(report);
     }
 
-    /// The same; whether it was sent.
+    /// The same; returns whether it was sent.
     fn wait_and_send(&self, report: Report) -> bool {
         let patience = Duration::from_secs(limits::FAREWELL_SECONDS);
         let sent = self.reports.send_timeout(report, patience).is_ok();
@@ -294,19 +294,19 @@ impl ReportSender {
 }
 
 impl Outbox {
-    /// Nothing kept yet.
+    /// An outbox with nothing kept.
     pub fn new(sender: ReportSender) -> Outbox {
         Outbox { sender, kept: VecDeque::new() }
     }
 
-    /// Tells control as soon as it has room, in order. What is kept is bounded: by answers to commands,
-    /// and of what guests can cause by a few for each queue and second.
+    /// Sends to control as soon as it has room, in order. The number kept is bounded: one answer per
+    /// command, and for each queue a few a second that guests can cause.
     pub fn send(&mut self, report: Report) {
         self.kept.push_back(report);
         self.offer();
     }
 
-    /// Offers control again what it had no room for.
+    /// Offers control the kept reports again.
     pub fn offer(&mut self) {
         while let Some(report) = self.kept.pop_front() {
             if let Err(report) = self.sender.try_send(report) {
@@ -315,13 +315,13 @@ impl Outbox {
         }
     }
 
-    /// Whether control has been told everything.
+    /// Whether control has received everything.
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.kept.is_empty()
     }
 
-    /// Tells what is left, once nobody will offer it again; waits for a while if control is behind.
+    /// Sends the kept reports before the worker ends; waits for a while if control is behind.
     pub fn close(&mut self) {
         while let Some(report) = self.kept.pop_front() {
             if !self.sender.wait_and_send(report) {

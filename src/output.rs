@@ -1,9 +1,10 @@
-//! What the program says on standard output and standard error. Either may be full, in a pipe whose
-//! reader has ended, or in one that nobody reads: nothing here panics, and in a daemon nothing waits.
+//! What the program writes to standard output and standard error. Either may be a file on a full
+//! filesystem, a pipe whose reader has ended, or a pipe that nobody reads: nothing here panics, and in a
+//! daemon nothing waits.
 //!
-//! Rust has SIGPIPE ignored, and so it stays: a write to a pipe without a reader fails, and only that.
-//! It ends a command that prints, without a word, since whoever read it has what it wanted.
-//! `println!` and its relatives panic there and are not used.
+//! Rust ignores SIGPIPE, and so does polldisk: a write to a pipe without a reader only fails. A command
+//! then ends without an error, because its reader has what it wanted. `println!` and its relatives would
+//! panic and are not used.
 
 use std::fmt::Display;
 use std::fs::File;
@@ -20,7 +21,7 @@ use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 use crate::limits;
 use crate::text::{printable, with_causes};
 
-/// Standard output takes nothing more.
+/// Standard output can't be written.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write to standard output")]
 pub struct PrintError(#[source] io::Error);
@@ -31,7 +32,7 @@ pub fn print(text: impl Display) -> Result<(), PrintError> {
     taken(writeln!(out, "{text}").and_then(|()| out.flush()))
 }
 
-/// A reader that has ended wants no more, which is no error.
+/// It is no error if the reader has ended: it has what it wanted.
 fn taken(written: io::Result<()>) -> Result<(), PrintError> {
     match written {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(PrintError(error)),
@@ -39,8 +40,8 @@ fn taken(written: io::Result<()>) -> Result<(), PrintError> {
     }
 }
 
-/// Says a line on standard error, if that takes it; through the queue where there is one. What others
-/// wrote has to be made [`printable`] before.
+/// Writes a line to standard error if possible, through the queue if there is one. Foreign text has to be
+/// made [`printable`] first.
 pub fn say(line: impl Display) {
     put(format!("{line}\n").into_bytes());
 }
@@ -54,7 +55,7 @@ fn put(line: Vec<u8>) {
     }
 }
 
-/// Prints clap's help, or its complaint about the command line; the status to end with.
+/// Prints clap's help, or its complaint about the command line; returns the exit status.
 pub fn usage(error: &clap::Error) -> ExitCode {
     let printed = taken(error.print());
     if error.use_stderr() {
@@ -69,7 +70,7 @@ pub fn usage(error: &clap::Error) -> ExitCode {
     }
 }
 
-/// From now on a panic is told by [`say`], which can't panic again if standard error is gone.
+/// From now on panics are printed by [`say`], which can't panic again if standard error is gone.
 pub fn tell_panics() {
     std::panic::set_hook(Box::new(tell_panic));
 }
@@ -88,13 +89,13 @@ fn tell_panic(info: &PanicHookInfo<'_>) {
 
 static QUEUE: OnceLock<Queue> = OnceLock::new();
 
-/// From now on lines for standard error go through a queue to a thread of their own, so that no
-/// other waits for it. Once in a process.
+/// From now on lines for standard error go through a queue to a thread of their own, so that no other
+/// thread waits for it. Call this once in a process.
 pub fn start_queue() -> io::Result<()> {
-    // A descriptor of its own: whoever locks Rust's standard error never waits for this thread.
+    // A separate descriptor: code that locks Rust's standard error never waits for this thread.
     let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
     let queue = Queue::start(stderr)?;
-    // There is one already: that one stays, and this one's thread ends.
+    // If there is one already, it stays, and this one's thread ends.
     let _ = QUEUE.set(queue);
     Ok(())
 }
@@ -106,7 +107,7 @@ pub fn finish_queue() {
     }
 }
 
-/// Writes whole lines to the queue, for a log. Never fails, nor waits.
+/// Writes whole lines to the queue, for a log. Never fails and never waits.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct QueuedLines;
 
@@ -121,8 +122,8 @@ impl Write for QueuedLines {
     }
 }
 
-/// Lines on their way to a writer that may be slow, stuck or broken. What finds no room is dropped
-/// and counted, and the count is told when the writer takes lines again.
+/// Lines on their way to a writer that may be slow, stuck or broken. Lines that find no room are dropped
+/// and counted, and the count is written when the writer accepts lines again.
 struct Queue {
     sender: Sender<Entry>,
     lost: &'static AtomicU64,
@@ -158,7 +159,7 @@ impl Queue {
     fn finish(&self) {
         let until = Instant::now() + Duration::from_millis(limits::LOG_END_MS);
         let (end, ended) = bounded(1);
-        // Nobody waits longer than that.
+        // Give up at that time.
         if self.sender.send_deadline(Entry::End(end), until).is_ok() {
             let _ = ended.recv_deadline(until);
         }
@@ -169,7 +170,7 @@ impl Queue {
 struct Drain<W> {
     writer: W,
     lost: &'static AtomicU64,
-    /// The last line was written in part.
+    /// The last line was written only in part.
     is_torn: bool,
 }
 
@@ -180,7 +181,7 @@ impl<W: Write> Drain<W> {
                 Entry::Line(line) => self.write(&line),
                 Entry::End(end) => {
                     self.tell_lost();
-                    // Whoever asked may have gone.
+                    // The caller may have given up.
                     let _ = end.send(());
                 }
             }
@@ -198,15 +199,17 @@ impl<W: Write> Drain<W> {
         let lost = self.lost.swap(0, Ordering::Relaxed);
         let told = lost == 0
             || self.put(
-                format!("polldisk: lines that standard error did not take and are lost: {lost}\n")
-                    .as_bytes(),
+                format!(
+                    "polldisk: lines that standard error did not accept and that are lost: {lost}\n"
+                )
+                .as_bytes(),
             );
         if !told {
             self.lost.fetch_add(lost, Ordering::Relaxed);
         }
     }
 
-    /// Whether it was written whole.
+    /// Returns whether all of it was written.
     fn put(&mut self, line: &[u8]) -> bool {
         if std::mem::take(&mut self.is_torn) && self.put_all(b"\n").is_err() {
             self.is_torn = true;
@@ -221,7 +224,7 @@ impl<W: Write> Drain<W> {
         }
     }
 
-    /// An error is how much was written.
+    /// The error is the number of bytes that were written.
     fn put_all(&mut self, mut line: &[u8]) -> Result<(), usize> {
         let whole = line.len();
         while !line.is_empty() {
@@ -229,7 +232,7 @@ impl<W: Write> Drain<W> {
                 Ok(0) => return Err(whole - line.len()),
                 Ok(written) => line = line.get(written..).unwrap_or_default(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Somebody made a terminal or pipe non-blocking for all who have it.
+                // Another program made the terminal or pipe non-blocking for all that share it.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     std::thread::sleep(Duration::from_millis(limits::LOG_RETRY_MS));
                 }

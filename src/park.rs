@@ -1,10 +1,10 @@
-//! How a thread waits: spin, arm, sleep, wake. The one subtle wait protocol lives here.
+//! How a thread waits: spin, arm, sleep, wake.
 //!
-//! A worker that finds no work spins for a budget that follows the load ([`Patience`]). When the
-//! budget is spent it *arms* every source (asks each guest for a notification, which includes a
-//! fence and a second look), and only if nothing turned up since does it sleep in [`sleep`] until
-//! a descriptor is readable. Whoever gives it work writes first and rings the [`Doorbell`] after,
-//! so a wake-up is never lost: either the second look sees the work, or the descriptor is readable.
+//! A worker that finds no work spins for a time that follows the load ([`Patience`]). Then it *arms* every
+//! source (asks each guest for a notification, which includes a fence and a second look). Only if that
+//! finds nothing does it wait in [`sleep`] until a descriptor is readable. A thread that gives it work
+//! first writes the work and then rings the [`Doorbell`], so no wake-up is lost: either the second look
+//! sees the work, or the descriptor is readable.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -33,15 +33,15 @@ impl Doorbell {
     /// Makes the bell's descriptor readable. Call after the work itself is visible.
     pub fn ring(&self) {
         let one = 1u64.to_ne_bytes();
-        // SAFETY: `one` is 8 readable bytes. It can fail only where the counter is full, and then
-        // the descriptor is readable already.
+        // SAFETY: `one` is 8 readable bytes. It fails only if the counter is full, and then the descriptor
+        // is readable already.
         unsafe { libc::write(self.fd.as_raw_fd(), one.as_ptr().cast(), one.len()) };
     }
 
-    /// Takes back all rings so far. Call before looking for the work.
+    /// Clears all rings so far. Call before looking for the work.
     pub fn silence(&self) {
         let mut count = [0u8; 8];
-        // SAFETY: `count` is 8 writable bytes; EAGAIN says that nobody rang.
+        // SAFETY: `count` is 8 writable bytes; EAGAIN means that nobody rang.
         unsafe { libc::read(self.fd.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
     }
 }
@@ -55,8 +55,8 @@ impl AsFd for Doorbell {
 /// Descriptors that one [`sleep`] can wait for.
 pub const SOURCES_MAX: usize = 4;
 
-/// Sleeps until one of `sources` is readable or `timeout` is over (`None`: for ever), and says
-/// which are. A signal ends it early, as any wake-up may: the caller looks again.
+/// Sleeps until one of `sources` is readable or `timeout` has passed (`None`: no timeout), and returns
+/// which are readable. It may return early, as after a signal: the caller looks again.
 pub fn sleep(sources: &[BorrowedFd<'_>], timeout: Option<Duration>) -> [bool; SOURCES_MAX] {
     assert!(sources.len() <= SOURCES_MAX);
     let mut polled = [libc::pollfd { fd: -1, events: libc::POLLIN, revents: 0 }; SOURCES_MAX];
@@ -77,9 +77,9 @@ pub fn sleep(sources: &[BorrowedFd<'_>], timeout: Option<Duration>) -> [bool; SO
 
 /// How long a worker looks for work before it sleeps.
 ///
-/// The pauses in which storage has requests are unlike those in which it has none, so there is a
-/// budget for each kind. What storage works on is sure to come, and guests ask for more only then:
-/// it may be looked for twice as long.
+/// Pauses while requests are in flight at storage are unlike those while none are, so each kind has its own
+/// budget. Results from storage are sure to come, and guests often ask for more only after them, so the
+/// worker may look for them twice as long.
 #[derive(Debug)]
 pub struct Patience {
     guests: SpinBudget,
@@ -96,25 +96,25 @@ struct Begun {
 /// A time without work that has not ended yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pause {
-    /// How long it has lasted by now.
+    /// How long it has lasted so far.
     pub lasted_ns: u64,
-    /// Whether to go on looking for work.
+    /// Whether to keep looking for work.
     pub spins: bool,
-    /// The longest that a pause of its kind can be spun.
+    /// The longest time to spin in a pause of its kind.
     pub limit_ns: u64,
 }
 
 impl Patience {
-    /// The limit while storage has requests, in limits for guests.
+    /// The limit while storage has requests, as a multiple of that for guests.
     const STORAGE_LIMITS: u32 = 2;
 
-    /// To look for guests' requests for at most `limit` without work; zero means never spin.
+    /// Patience of at most `limit` for guests' requests; zero means never spin.
     pub fn new(limit: Duration) -> Patience {
         let storage = SpinBudget::new(Self::STORAGE_LIMITS * limit);
         Patience { guests: SpinBudget::new(limit), storage, pause: None }
     }
 
-    /// There is no work now. Whether storage has requests counts where a pause begins.
+    /// There is no work now. `storage_works` counts only at the beginning of a pause.
     #[inline]
     pub fn goes_on(&mut self, now_ns: u64, storage_works: bool) -> Pause {
         let pause = *self.pause.get_or_insert(Begun { at_ns: now_ns, storage_works });
@@ -123,7 +123,7 @@ impl Patience {
         Pause { lasted_ns, spins: lasted_ns < budget.budget_ns, limit_ns: budget.limit_ns }
     }
 
-    /// Work was there at `now_ns`, after a pause or not.
+    /// There was work at `now_ns`, after a pause or not.
     #[inline]
     pub fn ended(&mut self, now_ns: u64) {
         if let Some(pause) = self.pause.take() {
@@ -137,12 +137,12 @@ impl Patience {
     }
 }
 
-/// How long pauses of one kind are spun.
+/// How long to spin in pauses of one kind.
 ///
-/// Spinning pays only where work comes within it, and a sleep and its end cost some microseconds
-/// that no shorter spin can save. So the budget follows the pauses between work: it is twice the
-/// last ones, never below that cost, and halves with each pause that was longer than the limit. After
-/// a row of those it is nothing: a loaded worker spins, an idle one costs nothing.
+/// Spinning pays only if work comes before it ends. Falling asleep and waking up cost some microseconds, so
+/// a shorter spin saves nothing. So the budget follows the pauses between work: it is twice the last ones,
+/// never below that cost, and halves with each pause that was longer than the limit. After several of those
+/// in a row it is zero: a loaded worker spins, an idle one costs nothing.
 #[derive(Debug)]
 struct SpinBudget {
     limit_ns: u64,
@@ -155,7 +155,7 @@ impl SpinBudget {
     /// About what it costs to fall asleep and to be woken.
     const SLEEP_COST_NS: u64 = 10_000;
 
-    /// So many long pauses in a row are idleness.
+    /// After this number of long pauses in a row the worker counts as idle.
     const LONG_PAUSES_MAX: u32 = 8;
 
     /// A budget of at most `limit`; zero means never spin.

@@ -1,16 +1,16 @@
-//! What several share, so that nobody's hunger leaves another with nothing.
+//! Resources that several holders share without any of them starving another.
 //!
-//! A [`Pool`] has a guaranteed part for each holder and a common rest that goes to whoever asks
-//! first. What a holder uses counts against its own part until that is used up. So a take within the
-//! guaranteed part never fails, whatever the others hold, and what a pool can give out in all is its
-//! common rest and a guaranteed part for each holder.
+//! A [`Pool`] has a guaranteed part for each holder and a common part for all, first come, first served.
+//! What a holder uses counts against its guaranteed part until that is used up. So a take within the
+//! guaranteed part never fails, whatever the others hold. In total a pool can give out its common part and
+//! a guaranteed part for each holder.
 //!
 //! The holder is a queue, not a domain: the queues of a domain on one worker are nearly always those of
 //! different disks, and a part for each also keeps one hung disk of a guest from stopping the guest's
 //! other disks.
 //!
-//! This is arithmetic only: who has to wait, and is served when something was given back, is decided
-//! by whoever owns the pool. [`Lanes`] is a pool with what waits for it.
+//! A pool only counts: its owner decides who waits, and who is served when something was given back.
+//! [`Lanes`] is a pool together with the items that wait for it.
 
 use std::collections::VecDeque;
 
@@ -29,19 +29,19 @@ pub struct Share {
 }
 
 impl Pool {
-    /// `guaranteed` for each holder, and `common` for all.
+    /// A pool with `guaranteed` for each holder, and `common` for all.
     pub const fn new(guaranteed: usize, common: usize) -> Pool {
         Pool { guaranteed, common, common_used: 0 }
     }
 
-    /// As many as this holder could take now.
+    /// How many this holder could take now.
     #[inline]
     pub fn available(&self, share: &Share) -> usize {
         let common = self.common.saturating_sub(self.common_used);
         self.guaranteed.saturating_sub(share.used) + common
     }
 
-    /// Takes `count`, or none; says whether.
+    /// Takes `count`, or none; returns whether it did.
     #[inline]
     pub fn take(&mut self, share: &mut Share, count: usize) -> bool {
         if count > self.available(share) {
@@ -51,7 +51,7 @@ impl Pool {
         true
     }
 
-    /// Takes `count`, even if there are not as many.
+    /// Takes `count`, even if there are fewer.
     #[inline]
     pub fn take_beyond(&mut self, share: &mut Share, count: usize) {
         self.set_used(share, share.used + count);
@@ -75,21 +75,21 @@ impl Pool {
 }
 
 impl Share {
-    /// As many as the holder has.
+    /// How many the holder has.
     #[inline]
     pub fn used(&self) -> usize {
         self.used
     }
 }
 
-/// A pool whose holders have numbers, and what waits for it: each holder's own in its order.
+/// A pool whose holders have numbers, and the items that wait for it, in order for each holder.
 #[derive(Debug)]
 pub struct Lanes<T> {
     pool: Pool,
     /// By the holder's number.
     lanes: Vec<Lane<T>>,
     parked: usize,
-    /// The lane that is first the next time.
+    /// The lane that [`Lanes::waiting`] starts with next time.
     turn: usize,
 }
 
@@ -100,18 +100,18 @@ struct Lane<T> {
 }
 
 impl<T> Lanes<T> {
-    /// Nobody has anything of the pool yet.
+    /// Lanes of which nothing is taken.
     pub const fn new(pool: Pool) -> Lanes<T> {
         Lanes { pool, lanes: Vec::new(), parked: 0, turn: 0 }
     }
 
-    /// Whether there is one for a holder.
+    /// Whether a holder could take one.
     pub fn has_room(&mut self, holder: usize) -> bool {
         self.grow(holder);
         self.pool.available(&self.lanes[holder].share) > 0
     }
 
-    /// Takes one for a holder; says whether there was one.
+    /// Takes one for a holder; returns whether there was one.
     pub fn take(&mut self, holder: usize) -> bool {
         self.grow(holder);
         self.pool.take(&mut self.lanes[holder].share, 1)
@@ -125,21 +125,21 @@ impl<T> Lanes<T> {
         self.pool.give_back(&mut self.lanes[holder].share, 1);
     }
 
-    /// Keeps what could not begin.
+    /// Keeps an item that could not begin.
     pub fn park(&mut self, holder: usize, item: T) {
         self.grow(holder);
         self.lanes[holder].parked.push_back(item);
         self.parked += 1;
     }
 
-    /// Takes out what a holder has waiting first.
+    /// Takes out a holder's first waiting item.
     pub fn next_of(&mut self, holder: usize) -> Option<T> {
         let item = self.lanes.get_mut(holder)?.parked.pop_front()?;
         self.parked -= 1;
         Some(item)
     }
 
-    /// Takes one for a holder, and out what it has waiting first, if there are both.
+    /// Takes out a holder's first waiting item and one of the pool for it, if there are both.
     pub fn admit(&mut self, holder: usize) -> Option<T> {
         if !self.has_room(holder) {
             return None;
@@ -149,13 +149,13 @@ impl<T> Lanes<T> {
         Some(item)
     }
 
-    /// Puts back what was taken out and still can't begin.
+    /// Puts back an item that was taken out and still can't begin.
     pub fn put_back(&mut self, holder: usize, item: T) {
         self.lanes[holder].parked.push_front(item);
         self.parked += 1;
     }
 
-    /// The numbers of holders that have something waiting, each time from another one on.
+    /// The holders that have something waiting, starting from the next one each time.
     pub fn waiting(&mut self) -> impl Iterator<Item = usize> + use<T> {
         let (count, start) = (self.lanes.len(), self.turn);
         self.turn = if start + 1 < count { start + 1 } else { 0 };
@@ -166,7 +166,7 @@ impl<T> Lanes<T> {
         waits.into_iter()
     }
 
-    /// How many wait.
+    /// How many items wait.
     #[inline]
     pub fn parked(&self) -> usize {
         self.parked

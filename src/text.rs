@@ -1,4 +1,4 @@
-//! Text of others, such as a guest's nodes or the names of files, made fit for a line.
+//! Foreign text, such as a guest's nodes or the names of files, made safe to print on one line.
 
 use std::borrow::Cow;
 use std::fmt::Write;
@@ -19,26 +19,26 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     Cow::Owned(printed)
 }
 
-/// Control characters; line and paragraph separators; marks that turn the direction of writing.
+/// Control characters; line and paragraph separators; marks that change the direction of writing.
 fn is_unprintable(c: char) -> bool {
     c.is_control()
         || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-/// An error and all that caused it.
+/// An error and all of its causes.
 pub fn causes<'a>(
     error: &'a (dyn std::error::Error + 'static),
 ) -> impl Iterator<Item = &'a (dyn std::error::Error + 'static)> {
     std::iter::successors(Some(error), |error| error.source())
 }
 
-/// An error and all that caused it, on one line.
+/// An error and all of its causes, on one line.
 pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
     let told = causes(error).map(|cause| printable(&cause.to_string()).into_owned());
     told.collect::<Vec<_>>().join(": ")
 }
 
-/// The beginning of a text of somebody who is not trusted, at most 32 characters of it, as ASCII.
+/// The beginning of an untrusted text, at most 32 characters, as ASCII.
 pub fn excerpt(text: &str) -> String {
     const SHOWN: usize = 32;
     let mut excerpt: String = text.chars().take(SHOWN).flat_map(char::escape_default).collect();

@@ -1,4 +1,4 @@
-//! Identifiers and quantities, each its own type, with checked conversions.
+//! Identifiers and quantities, each with its own type and checked conversions.
 //!
 //! A number that a guest or the toolstack wrote becomes one of these only through `FromStr` or
 //! `TryFrom`, so an identifier that exists is in range.
@@ -59,7 +59,7 @@ pub struct Sectors(pub u64);
 pub const SECTOR_BYTES: u64 = 512;
 
 impl Sectors {
-    /// The same length in bytes; `None` where it does not fit 64 bits.
+    /// The same length in bytes; `None` if it does not fit in 64 bits.
     pub fn to_bytes(self) -> Option<Bytes> {
         self.0.checked_mul(SECTOR_BYTES).map(Bytes)
     }
@@ -99,7 +99,7 @@ impl FromStr for Bytes {
     }
 }
 
-/// A number that its type does not hold.
+/// A number that its type can't hold.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{what} {value} is out of range")]
 pub struct OutOfRange {
@@ -115,12 +115,12 @@ pub struct OutOfRange {
 pub struct BadNumber {
     /// What was given.
     pub text: String,
-    /// What would have been right.
+    /// What was expected.
     pub wanted: &'static str,
 }
 
-/// Parses decimal digits only: no sign, no blanks, no other radix, as in xenstore's paths and messages.
-/// What its nodes hold is read by [`crate::xen::keys::number`].
+/// Parses decimal digits only: no sign, no blanks, no other radix, as in xenstore's paths and messages. For
+/// values of nodes, see [`crate::xen::keys::number`].
 pub fn parse_decimal<T: FromStr>(text: &str) -> Option<T> {
     let plain = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     plain.then(|| text.parse().ok()).flatten()

@@ -1,5 +1,5 @@
-//! What is wrong with storage that can't be used, and what an admin can do about it. The system's
-//! errors have several causes each, and the advice has to fit the one at hand.
+//! What is wrong with storage that can't be used, and what an admin can do about it. Each of the system's
+//! errors has several causes, and the advice has to fit the actual one.
 
 use std::fs::Metadata;
 use std::io;
@@ -11,7 +11,7 @@ use rustix::process::geteuid;
 
 use super::device;
 
-/// A cause and its remedy, as a `BackingError` tells them.
+/// A cause and its remedy, for a `BackingError`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Advice {
     pub what: &'static str,
@@ -38,7 +38,7 @@ pub(super) fn on_open(path: &Path, error: &io::Error) -> Advice {
     let metadata = std::fs::metadata(path).ok();
     match error.raw_os_error().unwrap_or(0) {
         libc::ENOENT => advice("it does not exist", "create it or correct the path"),
-        libc::ENOTDIR => advice("a part of its path is no folder", "correct the path"),
+        libc::ENOTDIR => advice("a part of its path is not a folder", "correct the path"),
         libc::ELOOP => advice("its symbolic links lead in a circle", "correct the path"),
         libc::ENAMETOOLONG => advice("its path is too long", "use a shorter path"),
         libc::EISDIR => advice("it is a directory", "name a regular file or a block device"),
@@ -50,18 +50,18 @@ pub(super) fn on_open(path: &Path, error: &io::Error) -> Advice {
         }
         libc::ETXTBSY => advice(
             "the host uses it as swap space or runs it as a program",
-            "end that first (swapoff), or name another file",
+            "stop that first (swapoff), or name another file",
         ),
         libc::EBUSY => advice("somebody else holds it exclusively", "unmount or release it first"),
         libc::EMFILE => advice(
-            "polldisk has as many files open as it may",
+            "polldisk has as many files open as its limit allows",
             "raise its limit (ulimit -n, or LimitNOFILE= under systemd)",
         ),
         libc::ENFILE => advice(
-            "the host has as many files open as it may",
+            "the host has as many files open as its limit allows",
             "raise the limit (sysctl fs.file-max)",
         ),
-        libc::ENOMEM => advice("the host has no memory left", "free some"),
+        libc::ENOMEM => advice("the host has no memory left", "free some memory"),
         libc::EFBIG | libc::EOVERFLOW => {
             advice("it is larger than its filesystem can open", "use another filesystem")
         }
@@ -70,24 +70,22 @@ pub(super) fn on_open(path: &Path, error: &io::Error) -> Advice {
             "see the kernel's log (dmesg) for the device's errors",
         ),
         libc::ESTALE | libc::ENOTCONN | libc::EHOSTDOWN | libc::ETIMEDOUT => advice(
-            "the server of its filesystem does not answer for it",
-            "see whether the server runs, and mount the filesystem again",
+            "the server of its filesystem does not answer or no longer knows it",
+            "check that the server runs, and mount the filesystem again",
         ),
         libc::ENXIO if !is_block_device(metadata.as_ref()) => advice(
             "it is neither a file nor a block device",
             "name a regular file or a block device",
         ),
         libc::ENOMEDIUM => advice("there is no medium in the drive", "insert one"),
-        libc::ENXIO | libc::ENODEV => {
-            advice("there is no such device behind it", "check the device")
-        }
+        libc::ENXIO | libc::ENODEV => advice("there is no device behind it", "check the device"),
         _ => advice("it can't be opened", "check the path and the device"),
     }
 }
 
 pub(super) const READ_ONLY_DEVICE: Advice = advice(
     "the device is read-only",
-    "attach the disk read-only (mode r), or let it be written (blockdev --setrw, lvchange -p rw, \
+    "attach the disk read-only (mode r), or make it writable (blockdev --setrw, lvchange -p rw, \
      losetup without -r)",
 );
 
@@ -99,39 +97,40 @@ fn is_read_only_device(metadata: &Metadata) -> bool {
     metadata.file_type().is_block_device() && device::is_read_only(metadata.rdev())
 }
 
-/// EACCES: the permissions of the file or a folder above say no. Root meets that where others decide.
+/// EACCES: the permissions of the file or a folder above say no. Root gets it only if something else denies
+/// access.
 fn forbidden(metadata: Option<&Metadata>) -> Advice {
     match geteuid().is_root() {
-        false => advice("no permission to open it", "run polldisk as a user who may, usually root"),
+        false => advice("polldisk may not open it", "run polldisk as a user who may, usually root"),
         true if metadata.is_some_and(is_read_only_device) => READ_ONLY_DEVICE,
         true => advice(
             "not even root may open it",
-            "see whether its server squashes root (NFS), its FUSE mount allows root, or SELinux or \
-             AppArmor says no (dmesg)",
+            "check whether its server squashes root (NFS), its FUSE mount excludes root, or SELinux or \
+             AppArmor forbids it (dmesg)",
         ),
     }
 }
 
-/// EPERM: something other than permissions says no.
+/// EPERM: something other than permissions forbids it.
 fn not_permitted(path: &Path) -> Advice {
     match protection(path) {
         protected if protected.contains(StatxAttributes::IMMUTABLE) => advice(
             "it is immutable",
-            "attach the disk read-only (mode r), or let it be changed (chattr -i)",
+            "attach the disk read-only (mode r), or make it writable (chattr -i)",
         ),
         protected if protected.contains(StatxAttributes::APPEND) => advice(
             "it may only be appended to",
-            "attach the disk read-only (mode r), or let it be changed (chattr -a)",
+            "attach the disk read-only (mode r), or make it writable (chattr -a)",
         ),
         _ if geteuid().is_root() => advice(
             "the host does not let this process open it",
-            "see the rules for devices of its container or service (DeviceAllow= under systemd)",
+            "check the device rules of its container or service (DeviceAllow= under systemd)",
         ),
-        _ => advice("it may not be opened", "run polldisk as a user who may, usually root"),
+        _ => advice("polldisk may not open it", "run polldisk as a user who may, usually root"),
     }
 }
 
-/// The flags that chattr sets; none where the filesystem has no such thing.
+/// The flags that chattr sets; none if the filesystem does not support them.
 fn protection(path: &Path) -> StatxAttributes {
     rustix::fs::statx(CWD, path, AtFlags::empty(), StatxFlags::empty())
         .map_or(StatxAttributes::empty(), |stat| stat.stx_attributes)
@@ -162,7 +161,9 @@ mod test {
         let chattr = |flag| Command::new("chattr").arg(flag).arg(&path).status();
         for (set, clear, what) in [("+i", "-i", "immutable"), ("+a", "-a", "appended")] {
             if !chattr(set).is_ok_and(|status| status.success()) {
-                return eprintln!("skipped: chattr {set} is for root, on filesystems that have it");
+                return eprintln!(
+                    "skipped: chattr {set} needs root and a filesystem that supports it"
+                );
             }
             let refusal = refusal(&path);
             assert!(chattr(clear).unwrap().success());
@@ -181,7 +182,7 @@ mod test {
         std::fs::copy("/bin/sleep", &path).unwrap();
         let mut running = loop {
             match Command::new(&path).arg("600").stdin(Stdio::null()).spawn() {
-                // Another test has just forked, with what copied it still open.
+                // Another test has just forked and still has the copy open for writing.
                 Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => {}
                 started => break started.unwrap(),
             }
@@ -203,7 +204,7 @@ mod test {
         is_told(&at("none"), &["does not exist"]);
         is_told(&at("dangling"), &["a link to", "does not exist"]);
         is_told(&at("circle"), &["circle"]);
-        is_told(&at("file/disk.img"), &["no folder"]);
+        is_told(&at("file/disk.img"), &["not a folder"]);
         is_told(&at(&"x".repeat(300)), &["too long"]);
         is_told(&at("socket"), &["it is a socket", "a block device"]);
         is_told(&at("file"), &["no whole sector", "truncate"]);

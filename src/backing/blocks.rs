@@ -1,11 +1,11 @@
-//! Which blocks of an image are being written, where a guest may write parts of blocks.
+//! Which blocks of an image are being written, for images whose guests may write parts of blocks.
 //!
-//! A part is written by reading its block, changing it and writing all of it back. Meanwhile nobody
-//! else may write that block, whichever queue or worker it is for. Writers of whole blocks need not
-//! mind each other: a guest that has two writes to one place in flight may get either.
+//! A part is written by reading its block, changing it and writing the whole block back. Meanwhile no other
+//! queue or worker may write that block. Writes of whole blocks don't exclude each other: if a guest has
+//! two writes to one place in flight, either may win.
 //!
-//! Nobody waits with a block in hand, and each operation asks for one thing, so there is no deadlock.
-//! Who can't have one now leaves a [`Waker`], which is woken when any is given back.
+//! Nobody waits while holding a block, and each operation takes one lock, so there is no deadlock. If a
+//! lock is not free, the caller's [`Waker`] is kept and woken when any lock is released.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,15 +22,15 @@ pub struct BlockLocks {
 
 #[derive(Debug, Default)]
 struct Held {
-    /// Blocks a part of which is being written: as many as there are such writes.
+    /// Blocks of which a part is being written, one entry for each such write.
     owned: Slab<u64>,
     /// Blocks that are being written as a whole.
     shared: Slab<Range<u64>>,
-    /// Workers that found a block taken: each once.
+    /// Workers that found a block locked, each once.
     waiting: Vec<Waker>,
 }
 
-/// Leave to write some blocks; given back when it is dropped.
+/// A lock on some blocks; released when it is dropped.
 #[derive(Debug)]
 pub struct BlockLock {
     locks: Arc<BlockLocks>,
@@ -44,7 +44,7 @@ enum Key {
 }
 
 impl BlockLocks {
-    /// Nothing is being written; `block_bytes` is the size of a block, a power of two.
+    /// Locks of which none is held; `block_bytes` is the size of a block, a power of two.
     pub fn new(block_bytes: u32) -> Arc<BlockLocks> {
         assert!(block_bytes.is_power_of_two());
         Arc::new(BlockLocks { block_bytes, held: Mutex::default() })
@@ -55,8 +55,8 @@ impl BlockLocks {
         self.block_bytes
     }
 
-    /// Leave to write a part of one block; `None` while anybody writes there, and then `waker` is woken
-    /// when it is worth another try.
+    /// Locks one block to write a part of it. `None` while anybody writes there; `waker` is then woken when
+    /// another try makes sense.
     pub fn try_own(self: &Arc<Self>, block: u64, waker: &Waker) -> Option<BlockLock> {
         let mut held = self.held();
         let taken = held.owned.iter().any(|(_, owned)| *owned == block)
@@ -69,7 +69,7 @@ impl BlockLocks {
         Some(BlockLock { locks: self.clone(), key })
     }
 
-    /// Leave to write all of these blocks; `None` while somebody writes a part of one, as for
+    /// Locks whole blocks to write them. `None` while somebody writes a part of one, as for
     /// [`BlockLocks::try_own`].
     pub fn try_share(self: &Arc<Self>, blocks: Range<u64>, waker: &Waker) -> Option<BlockLock> {
         let mut held = self.held();
@@ -81,7 +81,7 @@ impl BlockLocks {
         Some(BlockLock { locks: self.clone(), key })
     }
 
-    /// The lists are whole whatever happened to who held them last.
+    /// The lists are consistent even if a thread panicked while it held the lock.
     fn held(&self) -> MutexGuard<'_, Held> {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,10 +1,9 @@
-//! Which storage the disks of this process use: each has many readers or one writer, unless all of
-//! them say that it is shareable. A disk may have it twice, as when a drive gets the medium that is in
-//! it once more.
+//! Which storage the disks of this process use: each has many readers or one writer, unless all disks call
+//! it shareable. A disk may claim it twice, as when a drive gets the same medium again.
 //!
-//! A claim is made before storage is opened and given up once it is closed. In between another disk
-//! is refused, with the name of the first; while the first is still opening or closing, it waits.
-//! Only helpers come here, which may wait.
+//! A claim is made before storage is opened and given up once it is closed. In between, another disk is
+//! refused, with the name of the first; while the first is still opening or closing, the other waits. Only
+//! helper threads call this, because they may wait.
 
 use std::fs::File;
 use std::io;
@@ -22,10 +21,10 @@ use crate::limits::CLAIM_SECONDS;
 pub struct Usage {
     /// It may write.
     pub writes: bool,
-    /// Others may write, too, if they say the same.
+    /// Others may write, too, if they are shareable as well.
     pub shareable: bool,
-    /// It writes parts of blocks (`emulate-512`): others that do so do not come between, others that
-    /// write whole blocks would.
+    /// It writes parts of blocks (`emulate-512`), which is safe beside others that do so, but not beside
+    /// others that write whole blocks.
     pub emulates: bool,
 }
 
@@ -47,22 +46,22 @@ impl Usage {
 /// Why a claim is refused.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// Who has the storage, as [`Claim::make`] was told it.
+    /// Who has the storage: the `user` given to [`Claim::make`].
     pub user: String,
-    /// What is the matter.
+    /// What the conflict is.
     pub reason: Reason,
 }
 
-/// What is the matter with a claim.
+/// What a claim conflicts with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
-    /// One of the two writes, and not both are shareable.
+    /// One of the two writes, and at least one is not shareable.
     Used,
-    /// Both are shareable, and one of them only writes parts of blocks.
+    /// Both are shareable, but only one of them has `emulate-512`.
     Emulation,
-    /// The other one is opening it, and has not finished in time.
+    /// The other one has not finished opening it in time.
     Opening,
-    /// The other one is closing it, and has not finished in time.
+    /// The other one has not finished closing it in time.
     Closing,
 }
 
@@ -79,7 +78,7 @@ struct Entry {
     usage: Usage,
     user: String,
     phase: Phase,
-    /// What keeps others than this process off, each open exactly once.
+    /// Open files that keep other processes off, each open exactly once.
     held: Vec<(Storage, Arc<File>)>,
 }
 
@@ -93,22 +92,22 @@ enum Phase {
 #[derive(Debug)]
 struct Table {
     entries: Slab<Entry>,
-    /// The blocks that are being written of storage whose sectors are emulated.
+    /// For storage with emulated sectors, the blocks that are being written.
     blocks: Vec<(Storage, Weak<BlockLocks>)>,
 }
 
 static TABLE: Mutex<Table> = Mutex::new(Table { entries: Slab::new(), blocks: Vec::new() });
-/// A claim was given up, or what it is for is open.
+/// Signalled when a claim is given up or enters another phase.
 static CHANGED: Condvar = Condvar::new();
 
-/// The table is whole whatever happened to who held it last.
+/// The table is consistent even if a thread panicked while it held the lock.
 fn table() -> MutexGuard<'static, Table> {
     TABLE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Claim {
-    /// Claims storage for `user`, which is not opened before this. Waits a while for those that are
-    /// opening or closing it.
+    /// Claims storage for `user`, before it is opened. Waits a while for others that are opening or closing
+    /// it.
     pub fn make(storages: Vec<Storage>, usage: Usage, user: &str) -> Result<Claim, Refusal> {
         Claim::make_within(Duration::from_secs(CLAIM_SECONDS), storages, usage, user)
     }
@@ -138,20 +137,20 @@ impl Claim {
         Ok(Claim { key, storages })
     }
 
-    /// What is claimed: first what was named, then what that is made of.
+    /// What is claimed: first the storage that was named, then what it is made of.
     pub fn storages(&self) -> &[Storage] {
         &self.storages
     }
 
-    /// Holds a file whose being open, or whose locks, keep off all outside this process. Where another
-    /// disk holds the same, it is that one; else `open` opens it.
+    /// Holds an open file that keeps other processes off, by its locks or by being open. If another disk
+    /// already holds it, that file is used; else `open` opens it.
     pub fn hold(
         &self,
         storage: Storage,
         open: impl FnOnce() -> io::Result<Arc<File>>,
     ) -> io::Result<Arc<File>> {
         let known = table().held(storage);
-        // Nobody else does this meanwhile: they wait until this claim's storage is open.
+        // Nobody else opens it meanwhile: other claims wait until this one's storage is open.
         let file = match known {
             Some(file) => file,
             None => open()?,
@@ -162,24 +161,24 @@ impl Claim {
         Ok(file)
     }
 
-    /// Whether another disk uses a part of the device, or what it is a part of.
+    /// Whether another disk uses storage that overlaps, such as a partition of this device.
     pub fn is_divided(&self) -> bool {
         let table = table();
         let mut others = table.entries.iter().filter(|(key, _)| *key != self.key);
         others.any(|(_, other)| overlap(&self.storages, &other.storages))
     }
 
-    /// The storage is open: others need not wait for that any more.
+    /// Tells that the storage is open: others no longer wait for that.
     pub fn opened(&self) {
         self.enter(Phase::Open);
     }
 
-    /// The storage is about to be closed: others wait for that instead of being refused.
+    /// Tells that the storage is about to be closed: others wait for that instead of being refused.
     pub fn closing(&self) {
         self.enter(Phase::Closing);
     }
 
-    /// The blocks of `block_bytes` that are being written, for all who write parts of them.
+    /// The locks of blocks of `block_bytes`, shared by all disks that write parts of them.
     pub fn block_locks(&self, block_bytes: u32) -> Arc<BlockLocks> {
         let storage = self.storages.first();
         let mut table = table();
@@ -204,7 +203,7 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        // Closing may wait for storage, so the table is not held meanwhile; those who want the same
+        // Closing may wait for storage, so the table is not locked meanwhile. Others that want the same
         // storage wait until all of it is closed.
         self.closing();
         let held = table().entries.get_mut(self.key).map(|entry| std::mem::take(&mut entry.held));
@@ -240,8 +239,8 @@ impl Table {
     }
 }
 
-/// Whether two lists, each of storage and what that is made of, have bytes in common. Two partitions
-/// of a disk have none, whatever the disk is made of.
+/// Whether two lists, each of storage and what it is made of, have bytes in common. Two partitions of one
+/// disk have none, although both lists name what the disk is made of.
 fn overlap(some: &[Storage], others: &[Storage]) -> bool {
     let any = |so: fn(Storage, Storage) -> bool| {
         some.iter().any(|one| others.iter().any(|other| so(*one, *other)))

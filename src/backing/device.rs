@@ -1,4 +1,4 @@
-//! What Linux tells of block devices, by ioctl and in sysfs.
+//! What Linux tells about block devices, by ioctl and in sysfs.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -23,7 +23,7 @@ const LO_FLAGS_READ_ONLY: u32 = 1;
 /// Bytes and sector sizes of a device.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
-    /// Bytes of all of it.
+    /// Its size.
     pub bytes: u64,
     /// Its logical block size.
     pub sector_bytes: u32,
@@ -46,25 +46,25 @@ pub fn sizes(device: &File) -> io::Result<Sizes> {
     Ok(Sizes { bytes, sector_bytes, physical_sector_bytes })
 }
 
-/// Whether the device `number` refuses writes (what BLKROGET tells of an open one).
+/// Whether the device `number` refuses writes (what BLKROGET tells about an open one).
 pub fn is_read_only(number: u64) -> bool {
     sysfs_value::<u8>(number, "ro") == Some(1)
 }
 
-/// What a device does by one request of a discard.
+/// The parts of a discard that a device handles in one request each.
 ///
-/// The kernel begins all requests that it makes of one call together, and those of a large discard can
-/// take all tags that the device has. So each call asks for what is one request.
+/// The kernel submits all requests of one call together, and those of a large discard can take all of the
+/// device's tags. So each call asks for a single request.
 #[derive(Clone, Copy, Debug)]
 pub struct DiscardPieces {
-    /// Bytes at most; 0: there is no limit.
+    /// Largest number of bytes; 0: no limit.
     most: u64,
-    /// Where pieces begin, if they can: at a multiple of this.
+    /// Pieces begin at a multiple of this if possible.
     granularity: u64,
 }
 
 impl DiscardPieces {
-    /// Those of the device with this number.
+    /// The pieces for the device with this number.
     pub fn of(number: u64) -> DiscardPieces {
         let limit = |name| sysfs_value(number, name).unwrap_or(0);
         DiscardPieces {
@@ -73,7 +73,7 @@ impl DiscardPieces {
         }
     }
 
-    /// A range, as offsets and lengths.
+    /// Splits a range into offsets and lengths.
     fn split(self, offset: u64, len: u64) -> impl Iterator<Item = [u64; 2]> {
         let DiscardPieces { most, granularity } = self;
         let (mut at, end) = (offset, offset + len);
@@ -107,7 +107,7 @@ pub fn discard(
     Ok(())
 }
 
-/// What a device that is open for writing says of discards in its queue's limits.
+/// The discard limits of the queue of a device that is open for writing.
 pub fn discard_limits(device: &File, sector_bytes: u32) -> Option<Discard> {
     let number = device.metadata().ok()?.rdev();
     if sysfs_value::<u64>(number, "queue/discard_max_bytes").unwrap_or(0) == 0 {
@@ -123,10 +123,10 @@ pub fn discard_limits(device: &File, sector_bytes: u32) -> Option<Discard> {
 
 /// Whether a device that is open for writing can erase beyond recovery.
 ///
-/// Linux has no way to ask. Since 5.19 the ioctl looks first whether the device can, and then whether
-/// the range is one of whole sectors (`blk_ioctl_secure_erase`, `block/ioctl.c`): a range that is not
-/// tells which, and nothing is touched. An empty range would drop all of the device's page cache.
-/// Before 5.19 there is no such order.
+/// Linux has no way to ask. Since 5.19 the ioctl first checks whether the device can, and then whether the
+/// range is made of whole sectors (`blk_ioctl_secure_erase`, `block/ioctl.c`). So the error for an invalid
+/// range shows which check failed, and nothing is touched. An empty range would drop the device's whole
+/// page cache. Before 5.19 the order of the checks was not the same.
 fn can_erase(device: &File) -> bool {
     let odd = [1u64, 0];
     // SAFETY: the ioctl reads two u64, start and length.
@@ -154,7 +154,7 @@ fn parse_release(text: &str) -> Option<(u32, u32)> {
 pub struct LoopStatus {
     /// The filesystem and inode of the file.
     pub file: (u64, u64),
-    /// Where that is a block device: its number.
+    /// The device's number, if it is a block device.
     pub device: Option<u64>,
     /// The loop device refuses writes.
     pub read_only: bool,
@@ -193,12 +193,12 @@ pub fn loop_status(device: &File) -> io::Result<LoopStatus> {
     })
 }
 
-/// Where sysfs describes a device.
+/// The folder of a device in sysfs.
 pub fn sysfs(number: u64) -> PathBuf {
     PathBuf::from(format!("/sys/dev/block/{}:{}", libc::major(number), libc::minor(number)))
 }
 
-/// The device's node that the kernel makes.
+/// The device node that the kernel makes.
 pub fn node(number: u64) -> Option<PathBuf> {
     let uevent = std::fs::read_to_string(sysfs(number).join("uevent")).ok()?;
     let name = uevent.lines().find_map(|line| line.strip_prefix("DEVNAME="))?;
@@ -233,7 +233,7 @@ mod test {
         let refused = |errno| Err(io::Error::from_raw_os_error(errno));
         assert!(erases((5, 19), refused(libc::EINVAL)));
         assert!(erases((6, 1), refused(libc::EINVAL)));
-        assert!(!erases((5, 18), refused(libc::EINVAL)), "said of every device that discards");
+        assert!(!erases((5, 18), refused(libc::EINVAL)), "every device that discards answers so");
         assert!(!erases((6, 1), refused(libc::EOPNOTSUPP)));
         assert!(!erases((6, 1), refused(libc::EBADF)));
         assert!(!erases((6, 1), Ok(())));

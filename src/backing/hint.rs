@@ -1,13 +1,13 @@
-//! What an image's first bytes tell about the sectors that it was made for. The guest writes them, so
-//! they decide nothing: they are good for a word of advice in the log.
+//! What an image's first bytes tell about the sector size that it was made for. The guest writes them, so
+//! they decide nothing: they only lead to a warning in the log.
 
-/// Where partitions are described on a disk with 512-byte sectors.
+/// The signature of a GUID partition table, in the second sector.
 const GPT: &[u8] = b"EFI PART";
-/// At the end of a PC's boot sector.
+/// The signature at the end of a PC's boot sector.
 const MBR: [u8; 2] = [0x55, 0xaa];
 
-/// Whether the disk was partitioned in 512-byte sectors and not in `sector_bytes`, larger ones, of
-/// which it holds `size_bytes`. `start`: its first bytes, two sectors or more.
+/// Whether a disk of `size_bytes` was partitioned with 512-byte sectors and not with larger ones of
+/// `sector_bytes`. `start`: its first bytes, at least two sectors.
 pub fn is_made_for_512(start: &[u8], sector_bytes: u32, size_bytes: u64) -> bool {
     let is_gpt = |at: usize| start.get(at..).is_some_and(|rest| rest.starts_with(GPT));
     if is_gpt(sector_bytes as usize) {
@@ -20,7 +20,7 @@ pub fn is_made_for_512(start: &[u8], sector_bytes: u32, size_bytes: u64) -> bool
         })
 }
 
-/// The sectors after each partition of an MBR.
+/// The end of each partition of an MBR, in sectors.
 fn mbr_ends(start: &[u8]) -> impl Iterator<Item = u64> {
     let table = start.get(446..512).filter(|table| table.ends_with(&MBR)).unwrap_or_default();
     table.chunks_exact(16).filter_map(|entry| {

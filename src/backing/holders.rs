@@ -1,6 +1,6 @@
-//! Who else on this host uses storage: what an error names, and whether only readers do.
+//! Who else on this host uses storage, for error messages, and whether all of them only read.
 //!
-//! It is read off `/proc` and `/sys` when an open was refused. What can't be read there is left out.
+//! It is read from `/proc` and `/sys` after an open was refused. What can't be read is left out.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -17,14 +17,14 @@ use super::storage::{Loop, Storage};
 pub enum Holder {
     /// A filesystem on it.
     Mount {
-        /// Where.
+        /// The mount point.
         point: PathBuf,
-        /// Nothing is written by it.
+        /// It does not write to the storage.
         read_only: bool,
     },
     /// Swap space.
     Swap(PathBuf),
-    /// A device made of it: LVM, encryption, RAID, bcache.
+    /// A device built on it: LVM, encryption, RAID, bcache.
     Device(String),
     /// A loop device over it.
     Loop {
@@ -48,35 +48,35 @@ impl Holder {
         matches!(self, Holder::Mount { read_only: true, .. } | Holder::Loop { read_only: true, .. })
     }
 
-    /// What sets the storage free.
+    /// How to free the storage.
     pub fn mend(&self) -> String {
         match self {
             Holder::Mount { point, .. } => {
                 format!("unmount it (umount {})", point.display())
             }
-            Holder::Swap(path) => format!("take it out of use (swapoff {})", path.display()),
-            Holder::Device(name) => format!("name {name} instead, or take that down"),
-            Holder::Loop { device, .. } => format!("take that down (losetup -d {device})"),
-            Holder::Process { .. } => "end that, or detach the disk from it".to_owned(),
+            Holder::Swap(path) => format!("disable it (swapoff {})", path.display()),
+            Holder::Device(name) => format!("name {name} instead, or remove that device"),
+            Holder::Loop { device, .. } => format!("detach the loop device (losetup -d {device})"),
+            Holder::Process { .. } => "end that program, or detach the disk from it".to_owned(),
         }
     }
 }
 
 impl fmt::Display for Holder {
-    /// After "it ".
+    /// Continues a sentence that begins with "it".
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Holder::Mount { point, .. } => write!(f, "is mounted at {}", point.display()),
             Holder::Swap(_) => f.write_str("is swap space"),
             Holder::Device(name) => write!(f, "is a part of {name}"),
-            Holder::Loop { device, read_only: true } => write!(f, "is under {device}"),
-            Holder::Loop { device, .. } => write!(f, "is under {device}, which may write to it"),
+            Holder::Loop { device, read_only: true } => write!(f, "backs {device}"),
+            Holder::Loop { device, .. } => write!(f, "backs {device}, which may write to it"),
             Holder::Process { pid, name } => write!(f, "is in use by {name} (process {pid})"),
         }
     }
 }
 
-/// Who uses a device, its partitions, or the disk that it is a partition of.
+/// The users of a device, its partitions, or the disk that it is a partition of.
 pub fn of_device(device: Storage) -> Vec<Holder> {
     let Storage::Device { number, disk } = device else { return Vec::new() };
     let numbers = related(number, disk);
@@ -98,7 +98,7 @@ pub fn of_device(device: Storage) -> Vec<Holder> {
     found
 }
 
-/// The programs that have a file open; those with locks on it, if there are any.
+/// The programs that have a file locked, or if there are none, those that have it open.
 pub fn of_file(storage: Storage) -> Vec<Holder> {
     let Storage::File { filesystem, inode } = storage else { return Vec::new() };
     let is_it = |metadata: &Metadata| (metadata.dev(), metadata.ino()) == (filesystem, inode);
@@ -112,7 +112,7 @@ pub fn of_file(storage: Storage) -> Vec<Holder> {
     }
 }
 
-/// The swap space that a file is, if it is.
+/// The file as swap space, if it is used so.
 pub fn swap_in_file(storage: Storage) -> Option<Holder> {
     let (path, _) =
         swaps().into_iter().find(|(_, metadata)| Storage::of(metadata) == Some(storage))?;
@@ -134,7 +134,7 @@ pub fn loops_over(storage: Storage, own: &[Storage]) -> Vec<Holder> {
     loops.map(holder).collect()
 }
 
-/// A device, and what shares bytes with it.
+/// A device, and the partitions or the disk that share bytes with it.
 fn related(number: u64, disk: u64) -> BTreeSet<u64> {
     let mut numbers = BTreeSet::from([number, disk]);
     if number == disk {
@@ -147,7 +147,7 @@ fn related(number: u64, disk: u64) -> BTreeSet<u64> {
     numbers
 }
 
-/// Devices made of a device.
+/// Devices that are built on a device.
 fn made_of(number: u64) -> Vec<Holder> {
     let folders = fs::read_dir(device::sysfs(number).join("holders"));
     let made = folders.into_iter().flatten().flatten().map(|holder| {
@@ -160,14 +160,14 @@ fn made_of(number: u64) -> Vec<Holder> {
     made.chain(loops_over(Storage::device(number), &[])).collect()
 }
 
-/// Where devices are mounted, in our view of filesystems.
+/// Where devices are mounted in this mount namespace.
 fn mounts(is_one: impl Fn(u64) -> bool) -> Vec<Holder> {
     let table = mounts::table();
     table.split(|byte| *byte == b'\n').filter_map(|line| mount(line, &is_one)).collect()
 }
 
-/// One line of `/proc/self/mountinfo`. A filesystem over several devices (btrfs) has a number of its
-/// own, and names one of them.
+/// One line of `/proc/self/mountinfo`. A filesystem over several devices (btrfs) has a number of its own,
+/// and its source names one of them.
 fn mount(line: &[u8], is_one: impl Fn(u64) -> bool) -> Option<Holder> {
     let fields: Vec<&[u8]> = line.split(|byte| *byte == b' ').collect();
     let dash = fields.iter().position(|field| *field == b"-")?;
@@ -180,7 +180,7 @@ fn mount(line: &[u8], is_one: impl Fn(u64) -> bool) -> Option<Holder> {
     if !is_one(number) && !is_source() {
         return None;
     }
-    // The mount may be read-only and the filesystem not, for it is mounted elsewhere, too.
+    // The filesystem's own options count: a read-only mount may have a writable one elsewhere.
     let read_only = fields.get(dash + 3)?.split(|byte| *byte == b',').any(|word| word == b"ro");
     Some(Holder::Mount { point: unescaped(fields.get(4)?), read_only })
 }
@@ -194,9 +194,9 @@ fn swaps() -> Vec<(PathBuf, Metadata)> {
     paths.filter_map(|path| fs::metadata(&path).ok().map(|metadata| (path, metadata))).collect()
 }
 
-/// Other programs with something open for which both say yes: `looks_like` is shown where the
-/// descriptor leads to and what `/proc` says of it, and only for what passes is storage asked, which
-/// may hang for something else.
+/// Other programs that have a file open which matches both tests. `looks_like` gets the descriptor's link
+/// and what `/proc` says about it. Only if that matches, storage is asked for the metadata for `is_it`,
+/// because storage of unrelated files may hang.
 fn processes(
     looks_like: impl Fn(&Path, &str) -> bool,
     is_it: impl Fn(&Metadata) -> bool,

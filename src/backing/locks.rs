@@ -1,10 +1,10 @@
-//! Locks on image files, as QEMU takes them (`block/file-posix.c`), so that it and we keep off each
+//! Locks on image files, as QEMU takes them (`block/file-posix.c`), so that QEMU and polldisk keep off each
 //! other's images.
 //!
-//! A lock excludes nobody by itself: each user of an image locks, for reading, one byte for each
-//! thing that it does, and one for each thing that it does not let others do. Then it looks whether
-//! somebody has locked the opposite of one of its own. The locks belong to the open file, not to the
-//! process (`F_OFD_SETLK`), and go with it.
+//! No lock excludes anybody by itself. Each user of an image takes a read lock on one byte for each kind of
+//! access that it uses, and on one for each kind that it does not allow others. Then it checks whether
+//! somebody has locked the opposite of one of these. The locks belong to the open file, not to the process
+//! (`F_OFD_SETLK`), and end with it.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -13,9 +13,9 @@ use std::os::fd::AsRawFd;
 
 use super::claims::Usage;
 
-/// `RAW_LOCK_PERM_BASE`: from here on, one byte for each thing that is done.
+/// `RAW_LOCK_PERM_BASE`: from here on, one byte for each kind of access that is used.
 const DONE: i64 = 100;
-/// `RAW_LOCK_SHARED_BASE`: from here on, one byte for each thing that others may not do.
+/// `RAW_LOCK_SHARED_BASE`: from here on, one byte for each kind that others may not use.
 const REFUSED: i64 = 200;
 
 /// QEMU's `BLK_PERM_CONSISTENT_READ`, `BLK_PERM_WRITE` and `BLK_PERM_RESIZE`, by their bits.
@@ -26,19 +26,19 @@ const RESIZE: i64 = 3;
 /// Why a file is not locked.
 #[derive(Debug)]
 pub enum LockError {
-    /// Somebody else does what this use does not allow, or the other way round.
+    /// Somebody else's use conflicts with this one.
     Taken,
-    /// The filesystem knows no locks.
+    /// The filesystem does not support locks.
     Unsupported(io::Error),
 }
 
-/// Locks an open file for a use of it, as long as it is open. Uses through the same open file never
-/// conflict. Never waits.
+/// Locks a file for this usage, for as long as it is open. Uses through the same open file never conflict.
+/// Never waits.
 pub fn lock(file: &File, usage: Usage) -> Result<(), LockError> {
     let done: &[i64] = if usage.writes { &[READ, WRITE] } else { &[READ] };
     let refused: &[i64] = if usage.shareable { &[RESIZE] } else { &[WRITE, RESIZE] };
-    // Looked at before, so that a refused use leaves no new locks on a file that its holder still uses
-    // otherwise; and again after, since another may have locked meanwhile.
+    // Look before locking, so that a refused use leaves no new locks on a file that its holder uses in
+    // another way; and look again, because another may have locked meanwhile.
     look(file, done, refused)?;
     for byte in done.iter().map(|bit| DONE + bit).chain(refused.iter().map(|bit| REFUSED + bit)) {
         set(file, byte)?;
@@ -46,7 +46,7 @@ pub fn lock(file: &File, usage: Usage) -> Result<(), LockError> {
     look(file, done, refused)
 }
 
-/// Looks whether somebody else has locked the opposite.
+/// Checks whether somebody else has locked the opposite.
 fn look(file: &File, done: &[i64], refused: &[i64]) -> Result<(), LockError> {
     let mut opposites =
         done.iter().map(|bit| REFUSED + bit).chain(refused.iter().map(|bit| DONE + bit));
@@ -89,8 +89,8 @@ fn fcntl(file: &File, command: libc::c_int, range: &mut libc::flock) -> Result<(
         match error.raw_os_error() {
             Some(libc::EINTR) => {}
             Some(libc::EAGAIN | libc::EACCES) => return Err(LockError::Taken),
-            // ENOLCK and EOPNOTSUPP of network filesystems, EINVAL of those without any. Any other
-            // error means only that it can't be locked, not that it can't be used.
+            // ENOLCK and EOPNOTSUPP of network filesystems, EINVAL of filesystems without locks. Any other
+            // error also means only that the file can't be locked, not that it can't be used.
             _ => return Err(LockError::Unsupported(error)),
         }
     }

@@ -1,16 +1,16 @@
-//! A file of tmpfs in our own address space, and which of its pages are known to be there.
+//! A file on tmpfs, mapped into the process, and which of its pages are known to be allocated.
 //!
-//! A touch of the mapping where the file has a hole would give the file a page, even if only read,
-//! and kill us where no memory is left. So data goes by the mapping only where all pages of an
-//! operation are known to be allocated, and else by system calls, which read holes for nothing.
-//! What is known is a hint and no more: a page that is given back the moment before its touch, by
-//! another worker, another disk on the same file or another program, is allocated again, all zeroes,
-//! as the write of any guest would do; and a touch that fails is caught (`engine`'s guarded copy).
-//! What a guest's races can cost is bounded by the size of its file. Of a file that was made shorter,
-//! bytes beyond its end but in its last page read as zeroes, and writes to them are lost.
+//! Touching a hole of the file through the mapping would allocate a page, even for a read, and kill the
+//! process if no memory is left. So data goes through the mapping only if all pages of an operation are
+//! known to be allocated, and else by system calls, which read holes without allocating. This knowledge is
+//! only a hint: a page may be freed just before it is touched, by another worker, another disk on the same
+//! file or another program. It is then allocated again, all zeroes, as by any guest's write; and a touch
+//! that fails is caught (`engine`'s guarded copy). So what a guest's races can cost is bounded by the size
+//! of its file. If a file was made shorter, bytes beyond its end but in its last page read as zeroes, and
+//! writes to them are lost.
 //!
 //! The page tables take 2 MiB for each GiB of the file that was used, and the pages count as resident
-//! memory of this process, which `oom_score_adj` must make up for.
+//! memory of this process, for which `oom_score_adj` must compensate.
 #![allow(unsafe_code)]
 
 use std::fmt;
@@ -20,41 +20,41 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-/// Bytes of a page of the file, of which one bit tells whether it is there.
+/// Bytes of a page of the file; one bit tells whether it is allocated.
 const PAGE_BYTES: usize = 4096;
-/// Pages of one word of bits, which are asked about and put into the page tables together: 256 KiB,
-/// which takes some ten microseconds.
+/// Pages of one word of bits, which are queried and put into the page tables together: 256 KiB, which takes
+/// some ten microseconds.
 const WORD_PAGES: usize = 64;
 const _: () = assert!(WORD_PAGES == u64::BITS as usize);
 /// The largest folio that tmpfs makes.
 const FOLIO_BYTES: usize = 2 << 20;
 
-/// The whole of a file, mapped and shared. Data is copied to and from it by address: others change
-/// it at any time, so it is never seen as a reference or slice.
+/// A whole file, mapped and shared. Data is copied by address: others may change it at any time, so there
+/// is never a reference or slice to it.
 pub struct MappedFile {
     base: NonNull<u8>,
-    /// Of the mapping, which is longer than the file.
+    /// Bytes of the mapping, which is longer than the file.
     map_bytes: usize,
-    /// Of the file when it was mapped.
+    /// Bytes of the file when it was mapped.
     file_bytes: u64,
-    /// One bit for each page: it is there. Ordered with nothing: no data is published by them.
+    /// One bit for each page: it is allocated. They publish no data, so they need no memory ordering.
     present: Box<[AtomicU64]>,
-    /// Where a write by the mapping leaves its time at the end.
+    /// The file, whose modification time is set at the end if `written`.
     file: OwnedFd,
     written: AtomicBool,
 }
 
-// SAFETY: the mapping belongs to the process and stays for the life of the value, whichever thread
-// has it; only its address is handed out, and all else is atomic.
+// SAFETY: the mapping belongs to the process and lives as long as the value, whichever thread has it; only
+// its address is handed out, and everything else is atomic.
 unsafe impl Send for MappedFile {}
 // SAFETY: as for Send.
 unsafe impl Sync for MappedFile {}
 
 impl MappedFile {
-    /// Maps a file of this size, for writing too if it was opened for that.
+    /// Maps a file of this size; `writable` if it was opened for writing.
     pub fn new(file: &File, file_bytes: u64, writable: bool) -> io::Result<MappedFile> {
-        // One page more, which no folio of the file reaches into, shows whether we are told the
-        // truth about pages (`tells_the_truth`).
+        // One more page, which no folio of the file reaches, shows whether `mincore` tells the truth
+        // (`tells_the_truth`).
         let bytes = usize::try_from(file_bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
         let map_bytes = bytes
             .checked_next_multiple_of(FOLIO_BYTES)
@@ -63,7 +63,7 @@ impl MappedFile {
         let protection = libc::PROT_READ | if writable { libc::PROT_WRITE } else { 0 };
         let words = bytes.div_ceil(PAGE_BYTES * WORD_PAGES);
         let owned = file.as_fd().try_clone_to_owned()?;
-        // SAFETY: a new mapping, at an address of the kernel's choice.
+        // SAFETY: a new mapping, at an address that the kernel chooses.
         let base = unsafe {
             let (null, fd) = (std::ptr::null_mut(), file.as_raw_fd());
             libc::mmap(null, map_bytes, protection, libc::MAP_SHARED, fd, 0)
@@ -80,16 +80,16 @@ impl MappedFile {
             file: owned,
             written: AtomicBool::new(false),
         };
-        // What guests store belongs into no core dump of ours.
+        // Guests' data must not go into a core dump.
         mapped.advise(0, map_bytes, libc::MADV_DONTDUMP);
         if !mapped.tells_the_truth() {
-            return Err(io::Error::other("mincore tells nothing about files of others"));
+            return Err(io::Error::other("mincore does not report on files of other users"));
         }
         Ok(mapped)
     }
 
-    /// Where the bytes from `offset` on are, if all their pages are known to be there. They can be
-    /// given back at any moment: only a copy that survives a fault may go there.
+    /// The address of the bytes from `offset` on, if all their pages are known to be allocated. They can be
+    /// freed at any moment: only a copy that survives a fault may use it.
     #[inline]
     pub fn place(&self, offset: u64, len: u64) -> Option<NonNull<u8>> {
         if len == 0 || offset.checked_add(len)? > self.file_bytes {
@@ -104,8 +104,8 @@ impl MappedFile {
         Some(unsafe { self.base.add(usize::try_from(offset).ok()?) })
     }
 
-    /// The same for bytes that are to be written: the file's time of modification will be the end
-    /// of the mapping, for the kernel takes no note of writes to mapped files of tmpfs.
+    /// The same for bytes that are to be written. The kernel takes no note of writes to mapped tmpfs files,
+    /// so the file's modification time is set when the mapping ends.
     #[inline]
     pub fn place_to_write(&self, offset: u64, len: u64) -> Option<NonNull<u8>> {
         let place = self.place(offset, len)?;
@@ -115,8 +115,8 @@ impl MappedFile {
         Some(place)
     }
 
-    /// Asks the kernel which pages there and around are allocated: one system call for each 256 KiB,
-    /// and one more that saves page faults later. Pages in swap are not, until somebody reads them.
+    /// Asks the kernel which pages there and around are allocated: one system call for each 256 KiB, and
+    /// one more that saves page faults later. Pages in swap do not count until somebody reads them.
     #[cold]
     pub fn learn(&self, offset: u64, len: u64) {
         for (word, pages) in words(offset, len) {
@@ -127,20 +127,20 @@ impl MappedFile {
         }
     }
 
-    /// Takes note that these bytes were written by a system call, which has allocated their pages.
+    /// Notes that these bytes were written by a system call, which has allocated their pages.
     pub fn wrote(&self, offset: u64, len: u64) {
         for (word, pages) in words(offset, len) {
             self.add(word, pages);
         }
     }
 
-    /// Takes note that pages there may be given back, or can't be touched. A discard does this before
-    /// it begins: afterwards others could already have written there again.
+    /// Notes that these pages may be freed, or can't be touched. A discard calls this before it begins:
+    /// afterwards others could already have written there again.
     #[cold]
     pub fn forget(&self, offset: u64, len: u64) {
         for (word, pages) in words(offset, len) {
             let Some(present) = self.present.get(word) else { return };
-            // Of a large discard most words are empty, and stay memory that was never touched.
+            // In a large discard most words are empty; their memory was never touched and should stay so.
             if present.load(Ordering::Relaxed) & pages != 0 {
                 present.fetch_and(!pages, Ordering::Relaxed);
             }
@@ -154,8 +154,8 @@ impl MappedFile {
         }
         let before = present.fetch_or(pages, Ordering::Relaxed);
         if before | pages == u64::MAX && before != u64::MAX {
-            // Instead of a fault for each page written, or each sixteen read. Where the kernel can't
-            // (before Linux 5.14), there are those.
+            // This saves a fault for each page written, or for each sixteen read. Before Linux 5.14 the
+            // kernel refuses it.
             let bytes = WORD_PAGES * PAGE_BYTES;
             self.advise(word * bytes, bytes, libc::MADV_POPULATE_READ);
         }
@@ -170,7 +170,7 @@ impl MappedFile {
         (0..).zip(pages).fold(0, |bits, (page, is_there)| bits | u64::from(is_there & 1) << page)
     }
 
-    /// To who may not write to a file, `mincore` says that all is there, even what is beyond its end.
+    /// If the process may not write to the file, `mincore` reports all pages as present, even beyond its end.
     fn tells_the_truth(&self) -> bool {
         let last = self.map_bytes / PAGE_BYTES - 1;
         let mut page = [1];
@@ -182,27 +182,27 @@ impl MappedFile {
         if start + bytes > self.map_bytes {
             return false;
         }
-        // SAFETY: the range is inside the mapping (checked above); the call writes a byte a page.
+        // SAFETY: the range is inside the mapping (checked above); the call writes one byte per page.
         unsafe {
             let base = self.base.add(start).as_ptr();
             libc::mincore(base.cast(), bytes, pages.as_mut_ptr()) == 0
         }
     }
 
-    /// An advice, which may be refused.
+    /// Gives the kernel advice, which it may refuse.
     fn advise(&self, start: usize, bytes: usize, advice: libc::c_int) {
         if start + bytes > self.map_bytes {
             return;
         }
-        // SAFETY: the range is inside the mapping (checked above), and these advices change nothing
-        // of what it holds.
+        // SAFETY: the range is inside the mapping (checked above), and the advice used here does not change
+        // its contents.
         unsafe { libc::madvise(self.base.add(start).as_ptr().cast(), bytes, advice) };
     }
 }
 
 impl Drop for MappedFile {
     fn drop(&mut self) {
-        // SAFETY: mapped in `new`, and whoever was given an address holds the value.
+        // SAFETY: mapped in `new`, and code that uses an address holds a reference to the value.
         unsafe { libc::munmap(self.base.as_ptr().cast(), self.map_bytes) };
         if *self.written.get_mut() {
             touch(self.file.as_fd());
@@ -217,18 +217,18 @@ impl fmt::Debug for MappedFile {
     }
 }
 
-/// Makes now the file's time of modification.
+/// Sets the file's modification time to now.
 fn touch(file: BorrowedFd<'_>) {
     let times =
         [libc::UTIME_OMIT, libc::UTIME_NOW].map(|tv_nsec| libc::timespec { tv_sec: 0, tv_nsec });
-    // SAFETY: two times, for last access and modification.
+    // SAFETY: `times` holds two entries, for last access and modification.
     unsafe { libc::futimens(file.as_raw_fd(), times.as_ptr()) };
 }
 
-/// The words that hold the bits of these bytes' pages, each with those bits.
+/// The words with bits for the pages of these bytes, each with a mask of those bits.
 #[inline]
 fn words(offset: u64, len: u64) -> impl Iterator<Item = (usize, u64)> {
-    // Where an address has 32 bits there is no mapping of what is beyond them.
+    // With 32-bit addresses, bytes beyond them are never mapped.
     let page_of = |byte: u64| usize::try_from(byte / PAGE_BYTES as u64).unwrap_or(usize::MAX);
     let mut page = page_of(offset);
     let end =
@@ -272,7 +272,7 @@ mod test {
         assert!(mapped.place(u64::MAX, 2).is_none());
         mapped.forget(4096, 1);
         assert!(mapped.place(0, 4096).is_some() && mapped.place(4095, 2).is_none());
-        // All of these are beyond the bits.
+        // All of these are beyond the last bit.
         mapped.learn(1 << 40, 4096);
         mapped.wrote(1 << 40, 4096);
         mapped.forget(u64::MAX - 1, 4096);

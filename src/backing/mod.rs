@@ -1,7 +1,7 @@
-//! WHAT is stored: the spec that names a disk's contents, and the opened image.
+//! What a disk stores: the spec that names its contents, and the opened image.
 //!
-//! Control opens images; workers only use them. The format always comes from the host's
-//! configuration and is never guessed from bytes that a guest can write (XSA-48).
+//! Control opens images; workers only use them. The format always comes from the host's configuration,
+//! never from bytes that a guest can write (XSA-48).
 
 mod advice;
 mod blocks;
@@ -37,14 +37,13 @@ use crate::units::{Bytes, SECTOR_BYTES, Sectors};
 pub struct Access {
     /// The guest may not write.
     pub read_only: bool,
-    /// The admin says that others may write at the same time, as a cluster filesystem lets them.
+    /// The admin allows others to write at the same time, as a cluster filesystem does.
     pub shareable: bool,
-    /// Who uses it, for the error that another one gets: `disk xvda of domain 5`.
+    /// Who uses it, for the error that another user gets: `disk xvda of domain 5`.
     pub user: String,
 }
 
-/// Opened storage as control holds it: what a disk's guest is told of it, and the [`Image`] that
-/// workers do I/O on.
+/// Opened storage as control holds it: the [`Image`] that workers do I/O on, and the options of the disk.
 #[derive(Debug)]
 pub struct Backing {
     image: Arc<Image>,
@@ -66,12 +65,12 @@ impl Backing {
         &self.image
     }
 
-    /// The options that stood in its target.
+    /// The options from its target.
     pub fn options(&self) -> DiskOptions {
         self.options
     }
 
-    /// What its admin should know, though it is served: each one sentence about "it".
+    /// What the admin should know although it is served: sentences whose subject is "it".
     pub fn warnings(&self) -> &[String] {
         match &*self.image {
             Image::Raw(image) => image.warnings(),
@@ -79,8 +78,8 @@ impl Backing {
         }
     }
 
-    /// It is about to be closed: another disk that wants the same storage waits for that from now
-    /// on, instead of being refused.
+    /// Tells that it is about to be closed: from now on another disk that wants the same storage waits for
+    /// that, instead of being refused.
     pub fn closing(&self) {
         match &*self.image {
             Image::Raw(image) => image.closing(),
@@ -89,19 +88,19 @@ impl Backing {
     }
 }
 
-/// An opened image, of one kind or another: one match per operation.
+/// An opened image of any kind: one match per operation.
 #[derive(Debug)]
 pub enum Image {
     /// A file or a block device, byte for byte.
     Raw(RawImage),
-    /// Nothing.
+    /// No contents.
     Null(NullImage),
     /// A drive without a medium: no sectors to read or write.
     Empty,
 }
 
 impl Image {
-    /// Its size and sector sizes, as the guest is told them.
+    /// Its size and sector sizes, as the guest sees them.
     pub fn geometry(&self) -> Geometry {
         match self {
             Image::Raw(image) => image.geometry(),
@@ -110,7 +109,7 @@ impl Image {
         }
     }
 
-    /// What buffer addresses must be a multiple of, at most a page.
+    /// The alignment that buffer addresses need, at most a page.
     pub fn memory_alignment(&self) -> u16 {
         match self {
             Image::Raw(image) => image.memory_alignment(),
@@ -118,7 +117,7 @@ impl Image {
         }
     }
 
-    /// Whether a worker moves its data itself, as a part of submitting.
+    /// Whether the worker itself moves its data while it submits.
     pub fn is_moved_by_worker(&self) -> bool {
         match self {
             Image::Raw(image) => image.is_in_memory(),
@@ -127,7 +126,7 @@ impl Image {
         }
     }
 
-    /// Whether a thread of the kernel moves its data, because each operation waits for another process.
+    /// Whether a kernel thread moves its data, because each operation waits for another process.
     pub fn is_moved_by_thread(&self) -> bool {
         match self {
             Image::Raw(image) => image.always_waits(),
@@ -135,7 +134,7 @@ impl Image {
         }
     }
 
-    /// The request queue that may have whoever submits to it sleep; `None`: there is none that is known.
+    /// The request queue in which a thread that submits may have to sleep; `None`: none is known.
     pub fn request_queue(&self) -> Option<RequestQueue> {
         match self {
             Image::Raw(image) => image.request_queue(),
@@ -143,10 +142,10 @@ impl Image {
         }
     }
 
-    /// Whether a read leaves nothing in its buffers of what was there before.
+    /// Whether a read always overwrites its buffers.
     pub fn fills_reads(&self) -> bool {
         match self {
-            // Nothing can be read of a drive without a medium.
+            // A drive without a medium can't be read at all.
             Image::Raw(_) | Image::Empty => true,
             Image::Null(image) => image.read_zeroes(),
         }
@@ -170,10 +169,10 @@ impl Image {
     }
 }
 
-/// A disk's shape.
+/// A disk's size and sector sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
-    /// Bytes it holds; a multiple of `sector_bytes`.
+    /// Its size; a multiple of `sector_bytes`.
     pub size: Bytes,
     /// Smallest unit of I/O (logical block size): 512 or 4096. What `sector-size` says.
     pub sector_bytes: u32,
@@ -182,11 +181,11 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// The shape of a drive without a medium.
+    /// The geometry of a drive without a medium.
     pub const NO_MEDIUM: Geometry =
         Geometry { size: Bytes(0), sector_bytes: 512, physical_sector_bytes: 512 };
 
-    /// The same in logical blocks of at least `sector_bytes`; a tail that fills none is cut off.
+    /// The same in logical blocks of at least `sector_bytes`; a rest that does not fill one is cut off.
     pub fn in_sectors_of(self, sector_bytes: u32) -> Geometry {
         let sector_bytes = self.sector_bytes.max(sector_bytes);
         let whole = u64::from(sector_bytes);
@@ -202,18 +201,18 @@ impl Geometry {
         self.size.to_sectors()
     }
 
-    /// Whether numbers of ring sectors, or'ed together, are all whole sectors of the disk.
+    /// Whether all numbers of ring sectors in this bitwise OR are whole sectors of the disk.
     #[inline]
     pub fn is_whole(&self, ring_sectors: u64) -> bool {
-        // A sector's size is a power of two; a division would cost as much as all other checks.
+        // A sector's size is a power of two: a division would cost as much as all other checks.
         ring_sectors & (u64::from(self.sector_bytes) / SECTOR_BYTES - 1) == 0
     }
 }
 
-/// What can be discarded of a disk.
+/// How a disk can be discarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Discard {
-    /// Smallest part that is really given back. What `discard-granularity` says.
+    /// The smallest part that storage really frees. What `discard-granularity` says.
     pub granularity_bytes: u32,
     /// Where the first such part starts. What `discard-alignment` says.
     pub alignment_bytes: u32,
@@ -221,7 +220,7 @@ pub struct Discard {
     pub secure: bool,
 }
 
-/// Why a disk's contents can't be served.
+/// The reason why a disk's contents can't be served.
 #[derive(Debug, thiserror::Error)]
 #[error("{target}: {what}; {mend}")]
 pub struct BackingError {
@@ -237,7 +236,7 @@ pub struct BackingError {
 }
 
 impl BackingError {
-    /// Each text is made fit for one line, whatever is in the names of files.
+    /// Makes each text printable on one line, because names of files may hold anything.
     pub fn new(
         target: &str,
         what: &str,
@@ -248,10 +247,10 @@ impl BackingError {
         BackingError { target, what, mend, source }
     }
 
-    /// Its storage has not been opened within `limits::OPEN_SECONDS`.
+    /// The error for storage that was not opened within `limits::OPEN_SECONDS`.
     pub fn too_slow(target: &str) -> BackingError {
         let what = format!("it could not be opened within {} s", limits::OPEN_SECONDS);
-        let mend = "see whether its storage answers (a hung server or automount, a lease), and then \
+        let mend = "check that its storage answers (a hung server or automount, a lease), then \
                     try again";
         BackingError::new(target, &what, mend, None)
     }

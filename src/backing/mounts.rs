@@ -1,20 +1,20 @@
-//! What the kernel says of mounts (`/proc/self/mountinfo`, proc(5)), which waits for no storage.
+//! What the kernel says about mounts (`/proc/self/mountinfo`, proc(5)), read without waiting for storage.
 
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-/// The table as it is now; empty where there is none.
+/// The table as it is now; empty if it can't be read.
 pub fn table() -> Vec<u8> {
     fs::read("/proc/self/mountinfo").unwrap_or_default()
 }
 
-/// Where the mount is that `path` lies on, by its name alone: to look a path up may hang.
+/// The mount point above `path`, found by name only, because looking the path up may hang.
 pub fn point_of(path: &Path) -> PathBuf {
     point_in(&table(), path)
 }
 
-/// The longest mount point of a table that `path` lies below.
+/// The longest mount point in a table that is above `path`.
 fn point_in(table: &[u8], path: &Path) -> PathBuf {
     let points = table
         .split(|byte| *byte == b'\n')
@@ -24,7 +24,7 @@ fn point_in(table: &[u8], path: &Path) -> PathBuf {
     points.max_by_key(|point| point.as_os_str().len()).unwrap_or_else(|| PathBuf::from("/"))
 }
 
-/// A path of `/proc`, where blanks and the like are octal: `\040`.
+/// A path from `/proc`, which writes blanks and the like in octal: `\040`.
 pub fn unescaped(text: &[u8]) -> PathBuf {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text;

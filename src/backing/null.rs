@@ -1,12 +1,12 @@
-//! A disk without contents: writes vanish, reads complete at once. For measuring all but storage.
+//! A disk without contents: writes vanish, reads complete at once. For measuring everything except storage.
 
 use super::{Discard, Geometry};
 use crate::units::Bytes;
 
 /// A disk of a given size that stores nothing.
 ///
-/// Like null_blk and QEMU's null-co, a read leaves the guest's mapped buffer as it is unless
-/// `read_zeroes` is set; where data is copied instead of mapped, zeroes are copied.
+/// As with null_blk and QEMU's null-co, a read leaves the guest's mapped buffer as it is unless
+/// `read_zeroes` is set. If data is copied instead, the guest gets zeroes.
 #[derive(Debug)]
 pub struct NullImage {
     size: Bytes,
@@ -24,12 +24,12 @@ impl NullImage {
         self.read_zeroes
     }
 
-    /// Its shape: plain 512-byte sectors.
+    /// Its geometry: plain 512-byte sectors.
     pub fn geometry(&self) -> Geometry {
         Geometry { size: self.size, sector_bytes: 512, physical_sector_bytes: 512 }
     }
 
-    /// Everything of it can be discarded.
+    /// Any sectors can be discarded.
     pub fn discard(&self) -> Discard {
         Discard { granularity_bytes: 512, alignment_bytes: 0, secure: false }
     }

@@ -1,4 +1,4 @@
-//! A raw image: a regular file or a block device, opened with O_DIRECT where that can be.
+//! A raw image: a regular file or a block device, opened with O_DIRECT if possible.
 
 use std::fs::{File, FileType, Metadata, OpenOptions};
 use std::io;
@@ -20,13 +20,13 @@ use super::{
 };
 use crate::units::{Bytes, SECTOR_BYTES};
 
-/// An open raw image. What is open of it is closed in the order of the fields, the claim last.
+/// An open raw image. Its fields are closed in their order, so that the claim goes last.
 #[derive(Debug)]
 pub struct RawImage {
     mapping: Option<MappedFile>,
     tail: Option<Tail>,
     file: Arc<DeviceHandle>,
-    /// Of `file`: each request needs it.
+    /// The descriptor of `file`, which each request needs.
     raw_fd: RawFd,
     is_device: bool,
     is_in_memory: bool,
@@ -40,13 +40,13 @@ pub struct RawImage {
     warnings: Vec<String>,
 }
 
-/// Largest block whose sectors are emulated: a page, which is what the guest's data comes in.
+/// Largest block whose sectors are emulated: a page, because the guest's data comes in pages.
 const EMULATED_BLOCK_MAX: u32 = PAGE_BYTES;
 
-/// What a page of the page cache holds.
+/// Bytes of a page of the page cache.
 const PAGE_BYTES: u32 = 4096;
 
-/// An open file or device, to be shared with a thread that discards.
+/// An open file or device, shared with the thread that discards.
 #[derive(Debug)]
 pub struct DeviceHandle {
     file: Arc<File>,
@@ -54,9 +54,9 @@ pub struct DeviceHandle {
     claim: Claim,
 }
 
-/// The end of a file that fills no block of its storage, where sectors are emulated. O_DIRECT would
-/// write the whole block and make the file longer; so this goes through the page cache, whose page
-/// is touched in no other way.
+/// The end of a file that does not fill a block of its storage, if sectors are emulated. O_DIRECT would
+/// write the whole block and make the file longer. So the last page of the file always goes through the
+/// page cache.
 #[derive(Debug)]
 pub struct Tail {
     start: u64,
@@ -64,7 +64,7 @@ pub struct Tail {
 }
 
 impl Tail {
-    /// The file's byte from which on it is read and written by [`Tail::raw_fd`].
+    /// The offset in the file from which it is read and written through [`Tail::raw_fd`].
     pub fn start(&self) -> u64 {
         self.start
     }
@@ -76,8 +76,8 @@ impl Tail {
 }
 
 impl RawImage {
-    /// Opens the file or device at `path`, once nobody else uses it in a way that does not go with
-    /// `access`. May take as long as storage likes.
+    /// Opens the file or device at `path`, unless somebody else uses it in a way that conflicts with
+    /// `access`. May take any time, as storage may hang.
     pub fn open(
         path: &Path,
         options: DiskOptions,
@@ -91,22 +91,22 @@ impl RawImage {
         Opening { path, options, usage, warnings: Vec::new() }.open(&access.user)
     }
 
-    /// The storage's blocks, where its guest sees smaller sectors.
+    /// The storage's blocks, if its guest sees smaller sectors.
     pub fn emulation(&self) -> Option<&Arc<BlockLocks>> {
         self.emulation.as_ref()
     }
 
-    /// Its end, where that is read and written by another descriptor.
+    /// Its end, if that is read and written through another descriptor.
     pub fn tail(&self) -> Option<&Tail> {
         self.tail.as_ref()
     }
 
-    /// Its shape.
+    /// Its size and sector sizes.
     pub fn geometry(&self) -> Geometry {
         self.geometry
     }
 
-    /// What buffer addresses must be a multiple of for O_DIRECT: a power of two.
+    /// The alignment that O_DIRECT needs of buffer addresses: a power of two.
     pub fn memory_alignment(&self) -> u16 {
         self.memory_alignment
     }
@@ -116,29 +116,30 @@ impl RawImage {
         self.read_only
     }
 
-    /// What its guest may discard; `None` where nothing can be, or it is read-only.
+    /// What its guest may discard; `None` if nothing can be discarded or it is read-only.
     pub fn discard(&self) -> Option<Discard> {
         self.discard
     }
 
-    /// Whether it is a file of tmpfs, which is read and written without any device. Blocks that are
-    /// emulated are not counted in.
+    /// Whether it is a file on tmpfs, which is read and written without any device. Never true if its
+    /// sectors are emulated.
     pub fn is_in_memory(&self) -> bool {
         self.is_in_memory && self.emulation.is_none()
     }
 
-    /// Whether each operation waits for another process: a file of FUSE.
+    /// Whether each operation waits for another process, as on FUSE.
     #[inline]
     pub fn always_waits(&self) -> bool {
         self.always_waits
     }
 
-    /// The request queue of the device that it lies on, if whoever submits to it sleeps while that is full.
+    /// The request queue of the device that it lies on, if a thread that submits sleeps while that queue is
+    /// full.
     pub fn request_queue(&self) -> Option<RequestQueue> {
         self.request_queue
     }
 
-    /// Its mapping, where it is in memory and could be mapped.
+    /// Its mapping, if it is in memory and could be mapped.
     #[inline]
     pub fn mapping(&self) -> Option<&MappedFile> {
         self.mapping.as_ref()
@@ -160,12 +161,12 @@ impl RawImage {
         self.raw_fd
     }
 
-    /// What its admin should know.
+    /// What the admin should know about it.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
     }
 
-    /// It is about to be closed: others who want the storage wait for that.
+    /// Tells that it is about to be closed: others that want the storage wait for that.
     pub fn closing(&self) {
         self.file.claim.closing();
     }
@@ -184,7 +185,7 @@ impl DeviceHandle {
     }
 }
 
-/// An image on its way to being open.
+/// An image that is being opened.
 struct Opening<'a> {
     path: &'a Path,
     options: DiskOptions,
@@ -208,7 +209,7 @@ impl Opening<'_> {
         let lies_on = if is_device { None } else { filesystem(&file) };
         let is_in_memory = lies_on == Some(libc::TMPFS_MAGIC);
         let is_mapped = is_in_memory && emulation.is_none();
-        // A block device is asked by io_uring not to have its submitter sleep, and so is the page cache.
+        // For block devices and the page cache, io_uring asks that the submitter does not sleep.
         let sleeps_for_tags = !is_device && !is_in_memory && is_direct(&file);
         let tail = match shape.sector_bytes {
             block if geometry.size.0.is_multiple_of(block.into()) => None,
@@ -227,7 +228,7 @@ impl Opening<'_> {
                 .then(|| RequestQueue::of(located.metadata.dev()))
                 .flatten(),
             geometry,
-            // Beyond a page no page is aligned enough; the kernel asks for no such thing.
+            // Guests' pages can't be aligned to more than a page, and the kernel never asks for more.
             memory_alignment: shape
                 .memory_alignment
                 .clamp(1, 4096)
@@ -235,7 +236,7 @@ impl Opening<'_> {
                 .try_into()
                 .unwrap_or(4096),
             read_only,
-            // The parts of blocks at the ends of a discard stay, which for a secure one is wrong.
+            // Parts of blocks at the ends of a discard keep their data, which a secure one must not do.
             discard: shape.discard.map(|discard| Discard {
                 secure: discard.secure && emulation.is_none(),
                 ..discard
@@ -264,8 +265,8 @@ impl Opening<'_> {
         }
     }
 
-    /// Finds out what the path leads to before anything is opened: opening a FIFO would wait for its
-    /// other end, and some devices act on it.
+    /// Finds out what the path leads to before it is opened: opening a FIFO would wait for its other end,
+    /// and some devices react to being opened.
     fn find(&self) -> Result<Located, BackingError> {
         let located = Located::find(self.path).map_err(|error| self.not_found(error))?;
         let kind = located.metadata.file_type();
@@ -275,7 +276,7 @@ impl Opening<'_> {
             filesystem(located.handle()).is_some_and(|kind| kernels.contains(&kind))
         };
         if is_kernels(&located) || folder.is_some_and(|folder| is_kernels(&folder)) {
-            let what = "it lies in procfs or sysfs, where there is no storage";
+            let what = "it is in procfs or sysfs, which hold no storage";
             return Err(self.fail(what, "name the file or block device itself", None));
         }
         if !kind.is_file() && !kind.is_block_device() {
@@ -302,7 +303,7 @@ impl Opening<'_> {
         }
     }
 
-    /// Opens it with O_DIRECT, or where the filesystem has no such thing, without.
+    /// Opens it with O_DIRECT, or without if the filesystem does not support that.
     fn open_storage(&mut self, located: &Located) -> Result<(File, Shape), BackingError> {
         let direct = match self.open_file(located, libc::O_DIRECT) {
             Ok(file) => self.direct_shape(located, &file)?.map(|shape| (file, shape)),
@@ -313,13 +314,13 @@ impl Opening<'_> {
             return Ok(direct);
         }
         if self.options.direct == Direct::Required {
-            let mend = "put it on another filesystem, or leave direct=required out";
+            let mend = "put it on another filesystem, or remove direct=required";
             return Err(self.fail("its filesystem refuses O_DIRECT", mend, None));
         }
         let file = self.open_file(located, 0).map_err(|error| self.cannot_open(error))?;
         self.warnings.push(
             "its filesystem refuses O_DIRECT, so it is served through the page cache, which takes \
-             memory and CPU; put it on another filesystem, or have that refused by direct=required"
+             memory and CPU; put it on another filesystem, or forbid this with direct=required"
                 .to_owned(),
         );
         let shape =
@@ -333,7 +334,7 @@ impl Opening<'_> {
         located.open(&options)
     }
 
-    /// `None`: the filesystem let it be opened with O_DIRECT, and refuses to read it like that.
+    /// `None`: the filesystem opens the file with O_DIRECT, but refuses to read it so.
     fn direct_shape(&self, located: &Located, file: &File) -> Result<Option<Shape>, BackingError> {
         if located.metadata.file_type().is_block_device() {
             return device_shape(file, self.usage.writes).map(Some).map_err(|e| self.unknown(e));
@@ -346,8 +347,8 @@ impl Opening<'_> {
         self.fail("its sizes can't be read", "check the file or device", Some(error))
     }
 
-    /// The locks of the storage's blocks, where its guest sees smaller sectors (`emulate-512`). Where
-    /// they are of 512 bytes, there is nothing to emulate.
+    /// The locks of the storage's blocks, if its guest sees smaller sectors (`emulate-512`). If the blocks
+    /// have 512 bytes, there is nothing to emulate.
     fn emulation(
         &self,
         shape: &Shape,
@@ -359,12 +360,12 @@ impl Opening<'_> {
         }
         if block_bytes > EMULATED_BLOCK_MAX {
             let what = format!("its blocks have {block_bytes} bytes, which is more than a page");
-            return Err(self.fail(&what, "leave emulate-512 out", None));
+            return Err(self.fail(&what, "remove emulate-512", None));
         }
         Ok(Some(claim.block_locks(block_bytes)))
     }
 
-    /// What the guest sees. A tail shorter than a sector can't be shown to it.
+    /// What the guest sees. A rest that is shorter than a sector can't be shown to it.
     fn geometry(&mut self, shape: &Shape, emulates: bool) -> Result<Geometry, BackingError> {
         let sector_bytes = if emulates { 512 } else { shape.sector_bytes };
         let sector = u64::from(sector_bytes);
@@ -375,7 +376,7 @@ impl Opening<'_> {
         }
         if left_over > 0 {
             self.warnings.push(format!(
-                "its last {left_over} bytes fill no sector of {sector} bytes, and the guest does \
+                "its last {left_over} bytes do not fill a sector of {sector} bytes, and the guest does \
                  not see them; make its size a multiple of that (truncate -s %{sector}){}",
                 if sector_bytes > 512 { ", or name it with emulate-512" } else { "" }
             ));
@@ -389,13 +390,13 @@ impl Opening<'_> {
 
     fn tail(&self, located: &Located, size: Bytes) -> Result<Tail, BackingError> {
         let file = self.open_file(located, 0).map_err(|error| self.cannot_open(error))?;
-        // Without reading ahead, which would put blocks into the page cache that are written directly.
-        // A filesystem that takes no advice is served all the same.
+        // Reading ahead would put blocks into the page cache that are written with O_DIRECT. A filesystem
+        // that does not accept the advice is served anyway.
         let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
         Ok(Tail { start: size.0 / u64::from(PAGE_BYTES) * u64::from(PAGE_BYTES), file })
     }
 
-    /// Warns of what looks like a mistake.
+    /// Warns about likely mistakes.
     fn advise(&mut self, file: &File, geometry: &Geometry) {
         let sector_bytes = geometry.sector_bytes;
         if u64::from(sector_bytes) > SECTOR_BYTES
@@ -403,21 +404,21 @@ impl Opening<'_> {
             && hint::is_made_for_512(&start, sector_bytes, geometry.size.0)
         {
             self.warnings.push(format!(
-                "it was partitioned in sectors of 512 bytes and is stored in blocks of \
+                "it was partitioned with sectors of 512 bytes but is stored in blocks of \
                  {sector_bytes}, so its guest will find no partitions; name it with emulate-512"
             ));
         }
         if self.usage.emulates && self.usage.shareable && self.usage.writes {
             self.warnings.push(
-                "it is shareable with emulate-512, which is safe among the disks of this polldisk \
-                 only: other hosts and programs can lose writes next to its own"
+                "it is shareable with emulate-512, which is safe between disks of this polldisk \
+                 only: other hosts and programs can lose what they write next to its writes"
                     .to_owned(),
             );
         }
     }
 }
 
-/// What is no storage, in words.
+/// The kind of a file that is not storage, in words.
 fn kind_of(kind: FileType) -> &'static str {
     match () {
         () if kind.is_dir() => "directory",
@@ -436,10 +437,10 @@ fn is_invalid(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EINVAL)
 }
 
-/// What storage is like, whatever the guest sees of it.
+/// The properties of storage, as opposed to what the guest sees.
 struct Shape {
     size: u64,
-    /// What its I/O must be a multiple of.
+    /// The unit of its I/O.
     sector_bytes: u32,
     physical_sector_bytes: u32,
     memory_alignment: u32,
@@ -470,8 +471,8 @@ fn device_shape(file: &File, writes: bool) -> io::Result<Shape> {
     })
 }
 
-/// A file takes the sector size that O_DIRECT on it asks for: what statx says, else what sysfs says
-/// of the disk that its filesystem lies on, else (tmpfs) 512.
+/// A file has the sector size that O_DIRECT needs: what statx says, else what sysfs says about the disk
+/// under its filesystem, else (tmpfs) 512.
 fn file_shape(located: &Located, file: &File, writes: bool) -> io::Result<Shape> {
     let direct = direct_io_alignment(file);
     let sector_bytes = direct
@@ -483,7 +484,7 @@ fn file_shape(located: &Located, file: &File, writes: bool) -> io::Result<Shape>
     Ok(Shape { memory_alignment: direct.map_or(sector_bytes, |direct| direct.memory), ..shape })
 }
 
-/// The page cache takes any sectors, in any memory.
+/// The page cache accepts sectors of any size and memory of any alignment.
 fn buffered_shape(located: &Located, file: &File, writes: bool) -> io::Result<Shape> {
     let metadata = file.metadata()?;
     Ok(Shape {
@@ -497,8 +498,8 @@ fn buffered_shape(located: &Located, file: &File, writes: bool) -> io::Result<Sh
     })
 }
 
-/// The smallest block, of `sector_bytes` or a page, in which a file can be read with O_DIRECT; `None`
-/// where it can't. Any other read error is left to the guest's own requests.
+/// The smallest block, of `sector_bytes` or a page, in which a file can be read with O_DIRECT; `None` if it
+/// can't. Any other read error is left to the guest's own requests.
 fn readable_block(file: &File, sector_bytes: u32) -> Option<u32> {
     [sector_bytes, PAGE_BYTES]
         .into_iter()
@@ -506,7 +507,7 @@ fn readable_block(file: &File, sector_bytes: u32) -> Option<u32> {
         .find(|bytes| !read_start(file, *bytes as usize).is_err_and(|error| is_invalid(&error)))
 }
 
-/// The first bytes, or fewer where there are no more.
+/// The first `len` bytes, or fewer if there are no more.
 fn read_start(file: &File, len: usize) -> io::Result<Vec<u8>> {
     const ALIGNMENT: usize = PAGE_BYTES as usize;
     let mut memory = vec![0; len + ALIGNMENT];
@@ -515,31 +516,31 @@ fn read_start(file: &File, len: usize) -> io::Result<Vec<u8>> {
     Ok(memory[aligned..aligned + read].to_vec())
 }
 
-/// The kind of filesystem that something lies on.
+/// The kind of filesystem that a file lies on.
 fn filesystem(file: &File) -> Option<FsWord> {
     rustix::fs::fstatfs(file).ok().map(|stat| stat.f_type)
 }
 
-/// Spares the kernel from checking with each read whether the file's access time is due. It lets the
-/// file's owner and root ask for that; for others all stays as it is.
+/// Spares the kernel from checking at each read whether to update the file's access time. Only the file's
+/// owner and root may ask for this; for others nothing changes.
 fn leave_access_time(file: &File) {
     if let Ok(flags) = rustix::fs::fcntl_getfl(file) {
         let _ = rustix::fs::fcntl_setfl(file, flags | OFlags::NOATIME);
     }
 }
 
-/// `None`: its data goes by system calls, which take half as long again. So it does where engines have
-/// no copy that survives faults of a mapping.
+/// Maps the file. `None`: its data goes by system calls, which take half as long again. This includes all
+/// processors for which the engine has no copy that survives a fault.
 fn map(file: &File, size: u64, path: &Path, read_only: bool) -> Option<MappedFile> {
     if cfg!(not(target_arch = "x86_64")) {
         return None;
     }
     MappedFile::new(file, size, !read_only)
-        .inspect_err(|error| tracing::info!(image = %path.display(), "is not mapped: {error}"))
+        .inspect_err(|error| tracing::info!(image = %path.display(), "not mapped: {error}"))
         .ok()
 }
 
-/// A file's blocks can be punched out where its filesystem knows holes.
+/// A file's blocks can be punched out if its filesystem supports holes.
 fn file_discard(located: &Located, file: &File, metadata: &Metadata) -> Option<Discard> {
     let folder = located.true_path().parent().and_then(nameless_file);
     let nameless = folder.filter(|nameless| {
@@ -547,7 +548,7 @@ fn file_discard(located: &Located, file: &File, metadata: &Metadata) -> Option<D
     });
     let knows_holes = match nameless {
         Some(nameless) => punch(&nameless, 0),
-        // The file itself then, beyond its end: its data stays, its time of modification may not.
+        // Try the file itself, beyond its end: its data stays, its modification time may change.
         None => {
             metadata.len().checked_next_multiple_of(1 << 20).is_some_and(|end| punch(file, end))
         }
@@ -560,7 +561,7 @@ fn file_discard(located: &Located, file: &File, metadata: &Metadata) -> Option<D
     })
 }
 
-/// A file that nobody sees and that is gone when it is closed. It is there to be tried upon.
+/// A file that nobody sees and that is gone when it is closed, for trying out what its filesystem supports.
 fn nameless_file(folder: &Path) -> Option<File> {
     OpenOptions::new().read(true).write(true).custom_flags(libc::O_TMPFILE).open(folder).ok()
 }
@@ -576,7 +577,7 @@ struct DirectAlignment {
     memory: u32,
 }
 
-/// statx's STATX_DIOALIGN (Linux 6.1). `None` where the kernel or filesystem does not tell.
+/// statx's STATX_DIOALIGN (Linux 6.1). `None` if the kernel or filesystem does not report it.
 fn direct_io_alignment(file: &File) -> Option<DirectAlignment> {
     // An empty path names the descriptor itself.
     let stat = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
@@ -599,7 +600,7 @@ mod test {
         RawImage::open(path, DiskOptions::default(), &access)
     }
 
-    /// A file of this size, which is gone with its folder but stays open.
+    /// A file of this size, which is deleted with its folder but stays open.
     fn image_of(len: u64, read_only: bool) -> RawImage {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = folder.path().join("disk.img");

@@ -1,4 +1,4 @@
-//! How many requests a block device can have, by what sysfs tells of its queue.
+//! How many requests a block device can have in flight, read from sysfs.
 
 use std::ffi::OsString;
 use std::fs::read_dir;
@@ -8,27 +8,27 @@ use super::device::{parse_number, sysfs, sysfs_value};
 /// Bytes of a page of a guest's data.
 const PAGE_BYTES: usize = 4096;
 
-/// The queue of requests that the kernel has for a block device (`blk-mq`).
+/// The kernel's request queue of a block device (`blk-mq`).
 ///
-/// A request needs one of the device's tags. Whoever submits one to a file while none is free sleeps in
-/// the kernel until one is (`blk_mq_get_tag`, `block/blk-mq-tag.c`): filesystems do not pass on that
-/// io_uring would rather come again (`REQ_NOWAIT`). If the device hangs, that is for ever.
+/// A request needs one of the device's tags. A thread that submits I/O on a file while no tag is free
+/// sleeps in the kernel until one is (`blk_mq_get_tag`, `block/blk-mq-tag.c`), because filesystems do not
+/// pass on io_uring's request not to wait (`REQ_NOWAIT`). If the device hangs, the thread sleeps for ever.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestQueue {
-    /// Which device it is of.
+    /// The device's number.
     pub device: u64,
-    /// Requests that it can have at a time, on each of its hardware queues.
+    /// Requests that each of its hardware queues can have at a time.
     pub tags: usize,
-    /// Its hardware queues. Each is of some of the host's cores.
+    /// Its hardware queues. Each serves some of the host's cores.
     pub hardware_queues: usize,
-    /// Pages of data that go into one request, wherever they lie in memory.
+    /// Pages of data that fit into one request, wherever they lie in memory.
     pub pages: usize,
 }
 
 impl RequestQueue {
-    /// That of the device with this number. For a partition it is that of the disk, for what is made of
-    /// several devices (device-mapper, md) that of the one with the fewest tags. `None`: it has none, as a
-    /// device in memory or the number of a filesystem that lies on no single device.
+    /// The queue of the device with this number. For a partition it is that of the disk, for a device made
+    /// of others (device-mapper, md) that of the one with the fewest tags. `None`: there is no queue, as
+    /// for a device in memory or a filesystem that does not lie on a single device.
     pub fn of(device: u64) -> Option<RequestQueue> {
         let parts = entries(device, "slaves");
         if parts.is_empty() {
@@ -54,7 +54,7 @@ impl RequestQueue {
     }
 }
 
-/// The number of the disk that a partition is of; that of any other device is its own.
+/// For a partition, the number of its disk; for any other device, its own.
 fn disk(number: u64) -> u64 {
     let folder = sysfs(number);
     if !folder.join("partition").exists() {
@@ -64,7 +64,7 @@ fn disk(number: u64) -> u64 {
     disk.and_then(|text| parse_number(&text)).unwrap_or(number)
 }
 
-/// What is in a folder that sysfs has for a device.
+/// The entries of a device's folder in sysfs.
 fn entries(number: u64, name: &str) -> Vec<OsString> {
     let entries = read_dir(sysfs(number).join(name)).into_iter().flatten().flatten();
     entries.map(|entry| entry.file_name()).collect()

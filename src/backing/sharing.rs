@@ -1,5 +1,5 @@
-//! What has to be so before a disk may use storage: no other disk of ours, no other program, no
-//! mounted filesystem and no device made of it does, unless they go together.
+//! The check before a disk may use storage: no conflicting use by another disk of this process, another
+//! program, a mounted filesystem or a device built on it.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -14,27 +14,27 @@ use super::locks::{self, LockError};
 use super::storage::{Located, Loop, Storage};
 use crate::limits::HOLDER_MILLISECONDS;
 
-/// Why storage is not given to a disk.
+/// Why a disk may not use storage.
 #[derive(Debug)]
 pub enum SharingError {
     /// Somebody uses it.
     InUse {
-        /// Who, and how.
+        /// Who uses it, and how.
         what: String,
-        /// What sets it free.
+        /// How to free it.
         mend: String,
     },
     /// It can't be opened at all.
     Open(io::Error),
 }
 
-/// Makes a disk the user of what was found, against all that can be told without opening it.
+/// Claims storage for a disk, after all checks that are possible without opening it.
 pub fn claim(located: &Located, usage: Usage, user: &str) -> Result<Claim, SharingError> {
     let storages = located.storages();
     let claim = Claim::make(storages, usage, user).map_err(refused)?;
     for (depth, storage) in claim.storages().iter().enumerate() {
         match *storage {
-            // Those who share a device can't tell us; the admin did.
+            // Nothing shows how others use a shared device; the admin has declared it safe.
             Storage::Device { .. } if usage.shareable => {}
             Storage::Device { number, .. } => {
                 exclude(&claim, *storage, usage, |options| match depth {
@@ -54,8 +54,8 @@ pub fn claim(located: &Located, usage: Usage, user: &str) -> Result<Claim, Shari
     Ok(claim)
 }
 
-/// Locks the open file of a claim; another disk of ours that has it open may have done so already.
-/// Where its filesystem knows no locks, returns a warning.
+/// Locks the open file of a claim, unless another disk of this process has done so. Returns a warning if
+/// its filesystem does not support locks.
 pub fn lock(claim: &Claim, file: &Arc<File>, usage: Usage) -> Result<Option<String>, SharingError> {
     let [storage @ Storage::File { .. }, ..] = *claim.storages() else { return Ok(None) };
     let held = claim.hold(storage, || Ok(file.clone())).map_err(SharingError::Open)?;
@@ -63,7 +63,7 @@ pub fn lock(claim: &Claim, file: &Arc<File>, usage: Usage) -> Result<Option<Stri
         Ok(()) => Ok(None),
         Err(LockError::Taken) => Err(locked(storage)),
         Err(LockError::Unsupported(error)) => Ok(Some(format!(
-            "its filesystem knows no locks ({error}), so nothing keeps other programs and hosts \
+            "its filesystem does not support locks ({error}), so nothing keeps other programs and hosts \
              from using it at the same time"
         ))),
     }
@@ -84,8 +84,8 @@ fn lock_below(claim: &Claim, usage: Usage) -> Result<(), SharingError> {
     }
 }
 
-/// Keeps a device for this process: the kernel refuses that to whoever is the second, be it to mount
-/// it, to make a device of it, or of a partition while somebody has the disk.
+/// Keeps a device for this process: after that the kernel refuses it to others that want to mount it, build
+/// a device on it, or open it or a partition of it exclusively.
 fn exclude(
     claim: &Claim,
     device: Storage,
@@ -118,7 +118,7 @@ fn lock_patiently(file: &File, usage: Usage) -> Result<(), LockError> {
     patiently(|| locks::lock(file, usage), |locked| matches!(locked, Err(LockError::Taken)))
 }
 
-/// Tries again for a while, as long as somebody else has it.
+/// Retries for a while, as long as somebody else has it.
 fn patiently<T>(mut attempt: impl FnMut() -> T, is_taken: impl Fn(&T) -> bool) -> T {
     let deadline = Instant::now() + Duration::from_millis(HOLDER_MILLISECONDS);
     loop {
@@ -152,21 +152,19 @@ fn refused(Refusal { user, reason }: Refusal) -> SharingError {
     let (what, mend) = match reason {
         Reason::Used => (
             format!("{user} uses it"),
-            "detach that first; disks share only what all of them only read, or what all of them \
-             call shareable, for cluster filesystems",
+            "detach that disk first; disks can share an image only if all only read it, or if all of them \
+             call it shareable, for cluster filesystems",
         ),
         Reason::Emulation => (
             format!("{user} shares it, and only one of the two has emulate-512"),
             "give emulate-512 to all disks that share it, or to none",
         ),
-        Reason::Opening => (
-            format!("{user} is still opening it"),
-            "try again; if this stays so, its storage hangs",
-        ),
-        Reason::Closing => (
-            format!("{user} is still closing it"),
-            "try again; if this stays so, its storage hangs",
-        ),
+        Reason::Opening => {
+            (format!("{user} is still opening it"), "try again; if this goes on, its storage hangs")
+        }
+        Reason::Closing => {
+            (format!("{user} is still closing it"), "try again; if this goes on, its storage hangs")
+        }
     };
     SharingError::InUse { what, mend: mend.to_owned() }
 }
@@ -194,7 +192,7 @@ fn locked(file: Storage) -> SharingError {
         },
         None => SharingError::InUse {
             what: "another program has locked it, maybe on another host".to_owned(),
-            mend: "end that, or detach the disk from it".to_owned(),
+            mend: "end that program, or detach the disk from it".to_owned(),
         },
     }
 }

@@ -1,5 +1,5 @@
-//! How a disk's contents are named: `raw:/path`, `null:SIZE`, or a bare absolute path; with options
-//! of the disk before the colon, as in `raw,data-path=copy:/path`.
+//! How a disk's contents are named: `raw:/path`, `null:SIZE`, or a bare absolute path, with options before
+//! the colon, as in `raw,data-path=copy:/path`.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use std::str::FromStr;
 use super::{Access, Backing, BackingError, Image, NullImage, RawImage};
 use crate::units::{Bytes, SECTOR_BYTES};
 
-/// A target, parsed and not yet opened.
+/// A target that has been parsed but not opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spec {
     /// What holds the contents.
@@ -22,9 +22,9 @@ pub struct Spec {
 pub enum Contents {
     /// `raw:/path`, or `/path`: a file or a block device, byte for byte.
     Raw(PathBuf),
-    /// `null:SIZE` or `null:SIZE,read-zeroes`: nothing, of that size.
+    /// `null:SIZE` or `null:SIZE,read-zeroes`: no contents, only a size.
     Null {
-        /// Bytes it claims to hold; a multiple of 512.
+        /// The size it claims to have; a multiple of 512.
         size: Bytes,
         /// Reads fill the buffer with zeroes.
         read_zeroes: bool,
@@ -34,23 +34,23 @@ pub enum Contents {
 /// The options before the colon, the same for every backing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DiskOptions {
-    /// `data-path=auto|map|copy`; `None`: the daemon's own.
+    /// `data-path=auto|map|copy`; `None`: the daemon's setting.
     pub data_path: Option<DataPath>,
-    /// `emulate-512`: the guest sees 512-byte sectors, whatever storage takes.
+    /// `emulate-512`: the guest sees 512-byte sectors, whatever size storage needs.
     pub emulate_512: bool,
-    /// `shareable`: others may write at the same time, if they say the same.
+    /// `shareable`: others may write at the same time, if they are shareable too.
     pub shareable: bool,
     /// `direct=auto|required`: whether it may be served through the page cache.
     pub direct: Direct,
 }
 
-/// Whether I/O goes past the page cache (O_DIRECT).
+/// Whether I/O bypasses the page cache (O_DIRECT).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Direct {
-    /// Where the filesystem lets it.
+    /// If the filesystem supports it.
     #[default]
     Auto,
-    /// Always: what lies on another filesystem is not served.
+    /// Always: files on a filesystem without it are refused.
     Required,
 }
 
@@ -58,17 +58,17 @@ pub enum Direct {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DataPath {
-    /// Pages stay mapped where the frontend keeps them granted, else data is copied
+    /// Pages stay mapped if the frontend keeps them granted, else data is copied
     #[default]
     Auto,
-    /// The same, but else the pages of large requests are mapped for their time
+    /// As auto, but instead of copying, the pages of large requests are mapped until they are answered
     Map,
     /// Data is always copied
     Copy,
 }
 
 impl Spec {
-    /// Opens what it names. May take as long as storage likes.
+    /// Opens the contents. May take any time, as storage may hang.
     pub fn open(&self, access: &Access) -> Result<Backing, BackingError> {
         let image = match &self.contents {
             Contents::Raw(path) => Image::Raw(RawImage::open(path, self.options, access)?),
@@ -120,7 +120,7 @@ fn null(shape: &str) -> Result<Contents, String> {
     let (size, read_zeroes) = match shape.split_once(',') {
         None => (shape, false),
         Some((size, "read-zeroes")) => (size, true),
-        Some((_, option)) => return Err(format!("after its size null has no \"{option}\"")),
+        Some((_, option)) => return Err(format!("\"{option}\" is not an option of null")),
     };
     let size: Bytes = size.parse().map_err(|error| format!("{error}"))?;
     if size.0 == 0 || !size.0.is_multiple_of(SECTOR_BYTES) {
@@ -129,12 +129,12 @@ fn null(shape: &str) -> Result<Contents, String> {
     Ok(Contents::Null { size, read_zeroes })
 }
 
-/// The options that there are, for whoever wrote another.
+/// All options, for the error about an unknown one.
 const OPTIONS: &str =
     "data-path=auto, map or copy, direct=auto or required, emulate-512 or shareable";
 
 impl FromStr for DiskOptions {
-    /// What is wrong, naming the option.
+    /// What is wrong, with the option's name.
     type Err = String;
 
     fn from_str(list: &str) -> Result<Self, String> {
@@ -146,7 +146,7 @@ impl FromStr for DiskOptions {
                 Some((name, value)) => (name, Some(value)),
             };
             if names.contains(&name) {
-                return Err(format!("the option \"{name}\" is there twice"));
+                return Err(format!("the option \"{name}\" is given twice"));
             }
             names.push(name);
             match (name, value) {
@@ -171,7 +171,7 @@ impl FromStr for DataPath {
         [DataPath::Auto, DataPath::Map, DataPath::Copy]
             .into_iter()
             .find(|path| path.to_string() == name)
-            .ok_or_else(|| format!("the option data-path knows no \"{name}\""))
+            .ok_or_else(|| format!("the option data-path can't be \"{name}\""))
     }
 }
 
@@ -198,7 +198,7 @@ impl fmt::Display for Spec {
     }
 }
 
-/// As they stand after the backing's name, each with its comma.
+/// As written after the backing's name, each with its comma.
 impl fmt::Display for DiskOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let DiskOptions { data_path, emulate_512, shareable, direct } = *self;
@@ -279,12 +279,12 @@ mod test {
         for (text, what) in [
             ("raw,:/a", "an option is empty"),
             ("raw,data-path=map,:/a", "an option is empty"),
-            ("raw,data-path=map,data-path=map:/a", "the option \"data-path\" is there twice"),
+            ("raw,data-path=map,data-path=map:/a", "the option \"data-path\" is given twice"),
             ("raw,data-path:/a", "there is no option \"data-path\""),
-            ("raw,data-path=:/a", "the option data-path knows no \"\""),
-            ("raw,data-path=mop:/a", "the option data-path knows no \"mop\""),
+            ("raw,data-path=:/a", "the option data-path can't be \"\""),
+            ("raw,data-path=mop:/a", "the option data-path can't be \"mop\""),
             ("raw,emulate-512=1:/a", "there is no option \"emulate-512=1\""),
-            ("raw,emulate-512,emulate-512:/a", "the option \"emulate-512\" is there twice"),
+            ("raw,emulate-512,emulate-512:/a", "the option \"emulate-512\" is given twice"),
             ("raw,shareable=1:/a", "there is no option \"shareable=1\""),
             ("raw,direct:/a", "there is no option \"direct\""),
             ("raw,direct=never:/a", "there is no option \"direct=never\""),

@@ -1,5 +1,5 @@
-//! Which storage a path leads to, whatever name it goes by: symbolic and hard links, bind mounts,
-//! device nodes made twice, partitions, and loop devices over files.
+//! Which storage a path leads to, by whatever name: symbolic and hard links, bind mounts, duplicate device
+//! nodes, partitions, and loop devices over files.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
@@ -10,14 +10,14 @@ use std::path::{Path, PathBuf};
 use super::device::{self, LoopStatus};
 use crate::limits::LOOPS_ON_LOOPS_MAX;
 
-/// A file or block device, as the kernel tells it from others.
+/// The identity of a file or block device in the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Storage {
     /// A regular file.
     File {
         /// Its filesystem (`st_dev`).
         filesystem: u64,
-        /// Its number there.
+        /// Its inode number.
         inode: u64,
     },
     /// A block device.
@@ -30,7 +30,7 @@ pub enum Storage {
 }
 
 impl Storage {
-    /// The device of this number.
+    /// The device with this number.
     pub fn device(number: u64) -> Storage {
         let folder = device::sysfs(number);
         let disk = folder.join("partition").exists().then(|| {
@@ -40,7 +40,7 @@ impl Storage {
         Storage::Device { number, disk: disk.flatten().unwrap_or(number) }
     }
 
-    /// What an open or found file is, if it is storage at all.
+    /// The storage that a file with this metadata is, if any.
     pub fn of(metadata: &Metadata) -> Option<Storage> {
         let kind = metadata.file_type();
         if kind.is_block_device() {
@@ -51,8 +51,8 @@ impl Storage {
         }
     }
 
-    /// Whether what is written to one can be read from the other: they are the same, or one is a
-    /// partition of the other.
+    /// Whether data written to one can be read from the other: they are the same, or one is a partition of
+    /// the other.
     pub fn overlaps(self, other: Storage) -> bool {
         match (self, other) {
             (
@@ -66,7 +66,7 @@ impl Storage {
         }
     }
 
-    /// Whether they are two partitions of a disk.
+    /// Whether they are different partitions of one disk.
     pub fn is_beside(self, other: Storage) -> bool {
         match (self, other) {
             (Storage::Device { disk, .. }, Storage::Device { disk: other_disk, .. }) => {
@@ -77,11 +77,11 @@ impl Storage {
     }
 }
 
-/// What a path led to when it was looked at. It stays that, whatever the path leads to later.
+/// What a path led to when it was looked up, whatever the path leads to later.
 #[derive(Debug)]
 pub struct Located {
     handle: File,
-    /// What it was then.
+    /// Its metadata at that time.
     pub metadata: Metadata,
 }
 
@@ -98,12 +98,12 @@ impl Located {
         options.open(self.by_descriptor())
     }
 
-    /// What it is, without the right to read or write it.
+    /// A descriptor of it that allows neither reading nor writing (O_PATH).
     pub fn handle(&self) -> &File {
         &self.handle
     }
 
-    /// Its name without links; empty where it has none any more.
+    /// Its path without symbolic links; empty if that can't be read.
     pub fn true_path(&self) -> PathBuf {
         std::fs::read_link(self.by_descriptor()).unwrap_or_default()
     }
@@ -112,7 +112,7 @@ impl Located {
         PathBuf::from(format!("/proc/self/fd/{}", self.handle.as_raw_fd()))
     }
 
-    /// The storage it is, and what that is made of where it is a loop device, all the way down.
+    /// The storage it is and, for a loop device, what that is made of, all the way down.
     pub fn storages(&self) -> Vec<Storage> {
         let mut found = Vec::from_iter(Storage::of(&self.metadata));
         while let Some(Storage::Device { disk, .. }) = found.last()
@@ -132,18 +132,18 @@ pub struct Loop {
     pub name: String,
     /// Its number.
     pub number: u64,
-    /// What it says of itself.
+    /// What the kernel says about it.
     pub status: LoopStatus,
 }
 
 impl Loop {
-    /// All that this host has.
+    /// All loop devices of this host that are set up.
     pub fn all() -> Vec<Loop> {
         let devices = std::fs::read_dir("/sys/block").into_iter().flatten().flatten();
         devices.filter_map(|entry| Loop::of_name(entry.file_name().to_str()?)).collect()
     }
 
-    /// The one of this number, if it is a loop device.
+    /// The device with this number, if it is a loop device.
     pub fn of_device(number: u64) -> Option<Loop> {
         let folder = std::fs::read_link(device::sysfs(number)).ok()?;
         Loop::of_name(folder.file_name()?.to_str()?)
@@ -166,8 +166,8 @@ impl Loop {
         })
     }
 
-    /// The file under it, open for reading: where it still has the name that it had, and that is in
-    /// our view of filesystems.
+    /// The file under it, opened for reading; `None` if that file no longer has the same name, or is not
+    /// visible in this mount namespace.
     pub fn open_file(&self) -> Option<File> {
         let name = Path::new("/sys/block").join(&self.name).join("loop/backing_file");
         let path = std::fs::read_to_string(name).ok()?;

@@ -44,14 +44,14 @@ pub struct Detach {
     /// The disk's name in the guest
     #[arg(long, value_name = "NAME")]
     vdev: String,
-    /// Do not wait for the guest to let go of it: its I/O fails
+    /// Do not wait for the guest to let go of it; its I/O will fail
     #[arg(long)]
     force: bool,
     #[command(flatten)]
     daemon: Daemon,
 }
 
-/// Put a medium into a CD-ROM or other drive of a guest, in place of the one in it
+/// Put a medium into a guest's CD-ROM or other drive, in place of the one in it
 #[derive(Args, Debug)]
 pub struct Insert {
     /// The guest's domid
@@ -67,7 +67,7 @@ pub struct Insert {
     daemon: Daemon,
 }
 
-/// Take the medium out of a drive of a guest
+/// Take the medium out of a guest's drive
 #[derive(Args, Debug)]
 pub struct Eject {
     /// The guest's domid
@@ -100,7 +100,7 @@ impl Attach {
 }
 
 impl Detach {
-    /// Asks the daemon, and waits until the guest has let go.
+    /// Asks the daemon, and waits until the disk is gone.
     pub fn run(self) -> anyhow::Result<()> {
         let Detach { domid, vdev, force, daemon } = self;
         request(&daemon.admin, &Request::Detach(protocol::Detach { domid, vdev, force }))?;

@@ -17,17 +17,17 @@ use polldisk::text::{printable, with_causes};
 use polldisk::{limits, output};
 use serde::{Deserialize, Serialize};
 
-/// Tell whether a disk could use a target, and if not, why
+/// Check whether a disk could use a target, and if not, say why
 ///
-/// The target is opened as the daemon opens it, and closed again. It is not changed, and no daemon
-/// needs to run. What polldisk would warn of is printed, too. If a daemon already serves the target
-/// to the disk named by --domid and --vdev, the daemon is asked instead.
+/// The target is opened as the daemon opens it, and closed again. It is not changed, and no daemon needs to
+/// run. Warnings are printed, too. If a daemon already serves the target to the disk named by --domid and
+/// --vdev, the daemon is asked instead.
 #[derive(Args, Debug)]
 pub struct CheckTarget {
-    /// What the disk shall hold, as in `attach --target`
+    /// The disk's contents, as in `attach --target`
     #[arg(value_name = "SPEC", value_parser = NonEmptyStringValueParser::new())]
     target: String,
-    /// How the guest uses it, as the toolstack says it: r or w, with ! where others may write, too
+    /// The disk's mode, as toolstacks write it: r or w, with ! if others may write, too
     #[arg(long, value_name = "MODE", default_value = "w")]
     mode: Mode,
     /// The guest of the disk
@@ -39,12 +39,12 @@ pub struct CheckTarget {
     /// The daemon's socket
     #[arg(long, value_name = "PATH", default_value = ADMIN_SOCKET)]
     admin: PathBuf,
-    /// Open it in this process, however long that takes, and print what came of it as JSON
+    /// Open it in this process, however long that takes, and print the result as JSON
     #[arg(long, hide = true)]
     opens: bool,
 }
 
-/// What came of opening a target.
+/// The result of opening a target.
 #[derive(Debug, Serialize, Deserialize)]
 struct Verdict {
     warnings: Vec<String>,
@@ -65,7 +65,7 @@ enum Mode {
 }
 
 impl CheckTarget {
-    /// Opens it, or asks the daemon. The reason is one line, as the daemon writes it.
+    /// Opens the target, or asks the daemon. An error is one line, as the daemon writes it.
     pub fn run(self) -> anyhow::Result<()> {
         if self.opens {
             output::print(serde_json::to_string(&self.open())?)?;
@@ -85,7 +85,7 @@ impl CheckTarget {
         verdict.refusal.map_or(Ok(()), |refusal| bail!(refusal))
     }
 
-    /// The disk, where the daemon has the target in it.
+    /// The disk, if the daemon serves it with this target.
     fn served(&self) -> Option<DiskReport> {
         let (domid, vdev) = (self.domid?, self.vdev.as_deref()?);
         let Ok(Reply::Disks { disks }) = request(&self.admin, &Request::List) else { return None };
@@ -109,9 +109,9 @@ impl CheckTarget {
     }
 }
 
-/// Has a child open the target, for `limits::OPEN_SECONDS` at most. A process that is stuck in hung
-/// storage can't even be killed. So a child opens it: nobody waits for the child to end, and it holds
-/// none of our caller's descriptors.
+/// Opens the target in a child process, for at most `limits::OPEN_SECONDS`. A process that is stuck in hung
+/// storage can't even be killed. But nobody waits for the child to end, and it holds none of the caller's
+/// descriptors.
 fn ask_child(target: &str) -> anyhow::Result<Verdict> {
     let mut child = Command::new("/proc/self/exe")
         .args(["check-target", "--opens"])
@@ -126,11 +126,11 @@ fn ask_child(target: &str) -> anyhow::Result<Verdict> {
     std::thread::spawn(move || {
         let mut answer = String::new();
         let read = pipe.read_to_string(&mut answer).map(|_| answer);
-        // Nobody waits for it any more.
+        // This fails if nobody waits any more.
         let _ = sender.send(read);
     });
     let Ok(answer) = receiver.recv_timeout(Duration::from_secs(limits::OPEN_SECONDS)) else {
-        // It ends as soon as storage lets it.
+        // The child ends once storage lets it.
         let _ = child.kill();
         return Err(BackingError::too_slow(target).into());
     };

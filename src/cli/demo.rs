@@ -1,8 +1,8 @@
-//! `polldisk demo`: the whole data path on the embedded stand-in for Xen, verified.
+//! `polldisk demo`: verified I/O through the whole data path, on the embedded stand-in for Xen.
 //!
-//! The daemon's own control thread and workers serve guests that are threads of this process. They
-//! meet through the same xenstore protocol, rings, grants and event channels as under Xen, and the
-//! image is a real file behind O_DIRECT and io_uring.
+//! The daemon's own control thread and workers serve guests that are threads of this process. Both sides
+//! use the same xenstore protocol, rings, grants and event channels as under Xen, and the image is a real
+//! file behind O_DIRECT and io_uring.
 
 mod frontend;
 mod guest;
@@ -38,13 +38,13 @@ use super::serve::available_cores;
 use frontend::Frontend;
 use guest::{Guest, VDEV};
 
-/// Show it working here and now: guests, a stand-in for Xen, verified I/O; no Xen, no root
+/// Show polldisk at work with guests that do verified I/O on a stand-in for Xen; needs no root
 #[derive(Args, Debug)]
 pub struct Demo {
     /// Guests, each with one disk
     #[arg(long, value_name = "N", default_value_t = 2)]
     guests: u32,
-    /// How long they do I/O
+    /// Seconds that the guests do I/O
     #[arg(long, value_name = "N", default_value_t = 5.0, allow_negative_numbers = true)]
     seconds: f64,
     /// Worker threads
@@ -60,10 +60,10 @@ pub struct Demo {
     /// null:SIZE
     #[arg(long, value_name = "SPEC")]
     target: Option<String>,
-    /// Yes, what the target holds may be lost
+    /// Allow the target's contents to be overwritten
     #[arg(long)]
     overwrite: bool,
-    /// Size of each guest's disk, or part of the target
+    /// Size of each guest's disk, or of its part of the target
     #[arg(long, value_name = "SIZE", default_value = "256M")]
     size: Bytes,
     /// Requests that each guest keeps in flight on each of its rings, at most 32 in a one-page ring
@@ -86,7 +86,7 @@ pub struct Demo {
 const FLUSH_EVERY: u64 = 1000;
 
 impl Demo {
-    /// Runs it; an error is also any mismatch.
+    /// Runs it; a mismatch is an error, too.
     pub fn run(self) -> anyhow::Result<()> {
         log::start(&self.log)?;
         let plan = self.plan()?;
@@ -129,12 +129,12 @@ impl Demo {
         let config = self.frontend.offer(options).check(&available_cores())?;
         let target = self.target.as_deref().map(str::parse::<Spec>).transpose();
         let mut target = target.context("--target")?;
-        // Each guest keeps to a part of its own.
+        // Each guest uses only its own part.
         if let Some(target) = target.as_mut().filter(|_| self.guests > 1) {
             target.options.shareable = true;
         }
         if matches!(&target, Some(Spec { contents: Contents::Raw(_), .. })) && !self.overwrite {
-            bail!("--target: the demo writes all over it; add --overwrite if it may be lost");
+            bail!("--target: the demo overwrites it; add --overwrite if its contents may be lost");
         }
         let files = match target {
             None => Some(guest::make_files(self.guests, self.size)?),
@@ -143,7 +143,7 @@ impl Demo {
         Ok(Plan { config, wanted, target, files, duration, block_bytes })
     }
 
-    /// Attaches a disk to each guest, lets them run, and takes the figures of that time.
+    /// Attaches a disk to each guest, runs their load, and measures it.
     fn run_guests(
         &self,
         stand_in: &StandIn,
@@ -210,7 +210,7 @@ impl Demo {
         Ok(costs(&before, after, elapsed, &cpu_ns))
     }
 
-    /// The load of each ring of a guest, on a part of the disk of its own.
+    /// The load of each ring of a guest, each on its own part of the disk.
     fn loads(&self, index: u32, plan: &Plan) -> Vec<Load> {
         let sectors = self.size.to_sectors().0;
         let first = if plan.target.is_some() { u64::from(index) * sectors } else { 0 };
@@ -248,7 +248,7 @@ impl Demo {
             report.mismatches
         ));
         if report.mismatches > 0 {
-            bail!("data was not what it must be");
+            bail!("some data read was not what was written");
         }
         if report.errors > 0 {
             bail!("{} requests were answered with an error", report.errors);
@@ -274,7 +274,7 @@ impl Plan {
     }
 }
 
-/// The daemon in threads of this process, on the stand-in.
+/// The daemon, in threads of this process on the stand-in.
 struct Daemon {
     admin: PathBuf,
     stop: Doorbell,
@@ -320,13 +320,13 @@ impl Daemon {
     }
 }
 
-/// A disk's rates and what they cost its worker.
+/// A disk's rates and their CPU cost.
 struct DiskCost {
     rates: DiskRates,
     cpu_ns_per_io: f64,
 }
 
-/// A worker's CPU time is shared out by requests, and a disk's requests by its rings.
+/// Divides each worker's CPU time among requests, and each disk's requests among its rings.
 fn costs(
     before: &[DiskReport],
     after: Vec<DiskReport>,

@@ -1,4 +1,4 @@
-//! `polldisk list`: every disk, what it does and how fast.
+//! `polldisk list`: every disk, its state and its rates.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -17,13 +17,13 @@ use super::rates::{DiskRates, duration, rates, shorten, table, workers};
 /// Show every disk: state, backing, worker, IOPS and latency percentiles
 #[derive(Args, Debug)]
 pub struct List {
-    /// Print a JSON array with everything known of each disk
+    /// Print a JSON array with everything known about each disk
     #[arg(long)]
     json: bool,
-    /// Seconds over which rates and percentiles are taken; 0: since each disk connected
+    /// Seconds over which to measure rates and percentiles; 0: since each disk connected
     ///
-    /// Workers read their clock once for all requests of a pass over their rings, so what is answered in
-    /// the pass that took it has no latency that could be told: it is shown as "<1 us".
+    /// Workers read their clock once per pass over their rings. A request that is answered in the same pass
+    /// has no measurable latency and is shown as "<1 us".
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0, allow_negative_numbers = true)]
     interval: f64,
     #[command(flatten)]
@@ -31,7 +31,7 @@ pub struct List {
 }
 
 impl List {
-    /// Asks the daemon twice and prints what happened in between.
+    /// Asks the daemon twice and prints the rates in between.
     pub fn run(self) -> anyhow::Result<()> {
         let Ok(interval) = Duration::try_from_secs_f64(self.interval) else {
             bail!("--interval {}: give a number of seconds, 0 or more", self.interval);
@@ -57,22 +57,22 @@ fn observe(admin: &Path, interval: Duration) -> anyhow::Result<Vec<DiskRates>> {
     Ok(rates(&before, after, start.elapsed()))
 }
 
-/// All disks of a daemon, as they are.
+/// The current state of all disks of a daemon.
 pub fn list(admin: &Path) -> anyhow::Result<Vec<DiskReport>> {
     match request(admin, &Request::List)? {
         Reply::Disks { disks } => Ok(disks),
-        _ => bail!("the daemon answered something else than a list; is it another version?"),
+        _ => bail!("the daemon did not answer with a list; is it another version?"),
     }
 }
 
-/// The columns of the terminal that is printed to; `None` where it is none.
+/// The width of the terminal; `None` if output does not go to one.
 fn columns() -> Option<usize> {
     let (_, columns) = console::Term::stdout().size_checked()?;
     Some(columns.into())
 }
 
-/// All that is printed: a table, in which targets are shortened until it fits `columns`, and below it
-/// why disks failed, and what is not as it should be with storage that is served all the same.
+/// The whole output: a table, whose targets are shortened until it fits `columns`, and below it the
+/// failures and warnings of disks.
 fn page(disks: &[DiskRates], columns: Option<usize>) -> String {
     let widest = disks.iter().map(|disk| console::measure_text_width(&target(disk))).max();
     let widest = widest.unwrap_or(0);
@@ -88,7 +88,7 @@ fn page(disks: &[DiskRates], columns: Option<usize>) -> String {
     }
 }
 
-/// A line for each thing that is wrong with a disk.
+/// A line for each failure or warning of a disk.
 fn remarks(disk: &DiskReport) -> impl Iterator<Item = String> {
     let failure = (!disk.failure.is_empty()).then(|| disk.failure.clone());
     let warnings = disk.warnings.iter().map(|warning| format!("warning: {warning}"));
@@ -96,7 +96,7 @@ fn remarks(disk: &DiskReport) -> impl Iterator<Item = String> {
     failure.into_iter().chain(warnings).map(line)
 }
 
-/// Columns of a target that are shown, however narrow the terminal is.
+/// Columns that a target gets at least, however narrow the terminal is.
 const TARGET_COLUMNS_MIN: usize = 16;
 
 fn width(table: &str) -> usize {
@@ -161,7 +161,7 @@ mod test {
                 "{page}"
             );
         }
-        // What is too narrow for a table gets one all the same.
+        // Even if the terminal is too narrow for a table, it gets one.
         for columns in [0, 1, 40] {
             assert!(page(&disks, Some(columns)).contains("guest.img"));
         }
@@ -182,8 +182,8 @@ mod test {
     #[test]
     fn warnings_stand_there_too() {
         let mut disk = disk(5, "raw:/a", "");
-        disk.disk.warnings = vec!["its last 7 bytes fill no sector".to_owned()];
+        disk.disk.warnings = vec!["it is slow".to_owned()];
         let page = page(&[disk], None);
-        assert!(page.ends_with("\n\n5 xvda: warning: its last 7 bytes fill no sector"), "{page}");
+        assert!(page.ends_with("\n\n5 xvda: warning: it is slow"), "{page}");
     }
 }

@@ -23,7 +23,7 @@ pub fn start(filter: &str) -> anyhow::Result<()> {
     };
     ensure!(filter.split(',').all(names_level_or_module), advice());
     let filter = EnvFilter::try_new(filter).with_context(advice)?;
-    output::start_queue().context("cannot start the thread of the log")?;
+    output::start_queue().context("cannot start the log's thread")?;
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(QueuedLines::default)
@@ -38,8 +38,8 @@ pub fn start(filter: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether a part of a filter is a level or about a module of ours. [`EnvFilter`] takes any other word for
-/// a module, too, and logs nothing.
+/// Whether a part of a filter names a level or a module of polldisk. [`EnvFilter`] would accept any other
+/// word as a module and log nothing.
 fn names_level_or_module(part: &str) -> bool {
     let name = part.split(['=', '[']).next().unwrap_or_default().trim();
     name.parse::<LevelFilter>().is_ok() || name == OURS || name.starts_with(&format!("{OURS}::"))
@@ -52,7 +52,7 @@ fn fields() -> impl for<'a> FormatFields<'a> + Send + Sync + 'static {
     debug_fn(write_field).delimited(" ")
 }
 
-/// The message as it is, anything else with its name; all of it on the line that it belongs to.
+/// Writes the message as it is and other fields with their names, all on one line.
 fn write_field(
     line: &mut Writer<'_>,
     field: &tracing::field::Field,
@@ -65,13 +65,13 @@ fn write_field(
     }
 }
 
-/// Colours are for terminals, unless the user wants none (<https://no-color.org>).
+/// Whether to use colours: on terminals, unless the user wants none (<https://no-color.org>).
 fn is_colourful() -> bool {
     let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     std::io::stderr().is_terminal() && !unwanted
 }
 
-/// Whether standard error is the journal: systemd says which stream that is in JOURNAL_STREAM.
+/// Whether standard error is the journal: systemd identifies the journal's stream in JOURNAL_STREAM.
 fn is_journal() -> bool {
     let link = format!("/proc/self/fd/{}", std::io::stderr().as_fd().as_raw_fd());
     let (Ok(stream), Ok(target)) = (std::env::var("JOURNAL_STREAM"), std::fs::read_link(link))

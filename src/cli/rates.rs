@@ -1,4 +1,4 @@
-//! What disks did between two reports: rates and latency percentiles, and the table of them.
+//! Rates and latency percentiles of disks between two reports, and tables of them.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -16,20 +16,20 @@ pub struct DiskRates {
     /// What the daemon reports, with counts since the disk connected.
     #[serde(flatten)]
     pub disk: DiskReport,
-    /// Reads, writes and flushes a second.
+    /// Reads, writes and flushes per second.
     pub iops: f64,
-    /// Bytes moved a second, in 10^6.
+    /// Megabytes (10^6 bytes) moved per second.
     pub mb_per_s: f64,
-    /// Half of the requests took no longer, in nanoseconds.
+    /// Median latency in nanoseconds.
     pub p50_ns: u64,
-    /// 99 of 100 took no longer.
+    /// Latency that 99 % of the requests did not exceed.
     pub p99_ns: u64,
-    /// 999 of 1000 took no longer.
+    /// Latency that 99.9 % of the requests did not exceed.
     pub p999_ns: u64,
 }
 
-/// Rates of each disk in `after` over the `elapsed` time since `before`. A disk that was not there
-/// or has connected anew since counts from its connection on.
+/// Rates of each disk in `after` over the `elapsed` time since `before`. A disk that is new or has
+/// reconnected counts from its connection on.
 pub fn rates(before: &[DiskReport], after: Vec<DiskReport>, elapsed: Duration) -> Vec<DiskRates> {
     let earlier: HashMap<_, _> =
         before.iter().map(|disk| ((disk.kind.as_str(), disk.domid, disk.devid), disk)).collect();
@@ -77,13 +77,13 @@ fn latency_between(before: Option<&DiskReport>, after: &DiskReport) -> Histogram
     };
     let mut latency = histogram(after);
     if let Some(before) = before {
-        // Fails only where the earlier one holds more, which a reconnect rules out already.
+        // This fails only if the earlier one holds more, as after a reconnect, for which `before` is `None`.
         let _ = latency.subtract(histogram(before));
     }
     latency
 }
 
-/// A table for people: the first column to the left, numbers to the right.
+/// A table for people: the first column is aligned left, the others right.
 pub fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(NOTHING).set_header(header).add_rows(rows);
@@ -99,7 +99,7 @@ pub fn workers(disk: &DiskReport) -> String {
     if workers.is_empty() { "-".to_owned() } else { workers.join(",") }
 }
 
-/// A text of at most this width: its middle makes room, since both ends of a path tell more.
+/// Shortens a text to this width in its middle, because the ends of a path tell more.
 pub fn shorten(text: &str, columns: usize) -> String {
     const GAP: &str = "...";
     if console::measure_text_width(text) <= columns {
@@ -112,7 +112,7 @@ pub fn shorten(text: &str, columns: usize) -> String {
     format!("{head}{GAP}{tail}")
 }
 
-/// The first characters, as many as fit into this width.
+/// As many of the first characters as fit into this width.
 fn take(chars: impl Iterator<Item = char>, columns: usize) -> String {
     let mut used = 0;
     chars
@@ -123,11 +123,11 @@ fn take(chars: impl Iterator<Item = char>, columns: usize) -> String {
         .collect()
 }
 
-/// Latencies below are told as one: workers read their clock once for all requests of a pass, and what
+/// Latencies below this are not shown in detail: workers read their clock once per pass, and a request that
 /// is answered in the pass that took it is recorded as 1 ns.
 const TOLD_NS_MIN: u64 = 1000;
 
-/// A latency as people read it; 0: there was none.
+/// A latency for people to read; 0: there was none.
 pub fn duration(ns: u64) -> String {
     match ns {
         0 => "-".to_owned(),

@@ -21,7 +21,7 @@ use super::log;
 /// files with script=block-polldisk) or from `polldisk attach`. Log lines go to standard error.
 #[derive(Args, Debug)]
 pub struct Serve {
-    /// TOML file with the same options as keys; the command line goes first
+    /// TOML file with the same options as keys; the command line overrides it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
@@ -60,14 +60,14 @@ fn serve(xen: &LinuxXen, config: &Config) -> anyhow::Result<()> {
     let stop = Doorbell::new().context("cannot make an eventfd")?;
     match control::run(xen, &control_config, workers, reports, &stop)? {
         Ended::Drained => threads.into_iter().for_each(WorkerThread::join),
-        // Threads that storage keeps end with the process, as far as the kernel lets them.
+        // Threads that are stuck in storage end with the process, if the kernel can end them.
         Ended::GaveUp => bail!("storage did not answer all requests; the log names them"),
     }
     tracing::info!("ended");
     Ok(())
 }
 
-/// Logs what it runs with.
+/// Logs the configuration.
 fn tell(config: &Config) {
     let cores: Vec<usize> = config.workers.iter().copied().flatten().collect();
     let cores = if cores.is_empty() { "any".to_owned() } else { ranges(&cores) };

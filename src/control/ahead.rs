@@ -6,9 +6,9 @@ use rustc_hash::FxHashMap;
 
 use crate::xen::{Nodes, if_there};
 
-/// The nodes of an area that will be asked for, read in one round trip to xenstored instead of one each.
+/// Nodes of an area, read in one round trip to xenstored before they are needed.
 ///
-/// What was not thought of before is read when it is asked for, so the list is about speed only.
+/// Other nodes are read when they are asked for, so the list matters only for speed.
 #[derive(Debug)]
 pub struct ReadAhead<'a, S> {
     store: &'a S,
@@ -17,14 +17,14 @@ pub struct ReadAhead<'a, S> {
 }
 
 impl<'a, S: Nodes> ReadAhead<'a, S> {
-    /// Reads these nodes below `area`; an error means that xenstored does not answer.
+    /// Reads these nodes below `area`. Fails if xenstored does not answer.
     pub fn new(store: &'a S, area: &'a str, nodes: &[&str]) -> io::Result<ReadAhead<'a, S>> {
         let mut ahead = ReadAhead { store, area, read: FxHashMap::default() };
         ahead.read(nodes)?;
         Ok(ahead)
     }
 
-    /// Reads those of these nodes that were not read yet.
+    /// Reads these nodes too, except those read already.
     pub fn read(&mut self, nodes: &[&str]) -> io::Result<()> {
         let missing = |node: &&str| !self.read.contains_key(*node);
         let nodes: Vec<&str> = nodes.iter().copied().filter(missing).collect();
@@ -41,7 +41,7 @@ impl<'a, S: Nodes> ReadAhead<'a, S> {
         }
     }
 
-    /// What a node holds; `None` where it is not there.
+    /// What a node holds; `None` if it is missing.
     pub fn take_if_there(&mut self, node: &str) -> io::Result<Option<Box<str>>> {
         if_there(self.take(node))
     }

@@ -1,4 +1,4 @@
-//! The backend area of a disk: what the toolstack wrote there, and how polldisk writes to it.
+//! The backend area of a disk: how polldisk reads what the toolstack wrote there, and writes to it.
 
 use std::error::Error;
 use std::io;
@@ -14,10 +14,10 @@ use crate::text::{causes, excerpt, printable, with_causes};
 use crate::xen::keys::{self, XenbusState};
 use crate::xen::{Nodes, Store, if_there};
 
-/// What the toolstack says of a disk.
+/// The toolstack's description of a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Description {
-    /// What holds its contents, as written but for libxl's `aio:`; empty: a drive without a medium.
+    /// What holds its contents, as written except for libxl's `aio:`; empty: a drive without a medium.
     pub target: String,
     /// The guest may not write.
     pub read_only: bool,
@@ -25,7 +25,7 @@ pub struct Description {
     pub shareable: bool,
     /// It is a CD-ROM, which is always read-only.
     pub cdrom: bool,
-    /// The toolstack lets its guest discard.
+    /// The toolstack allows its guest to discard.
     pub discard_enable: bool,
     /// Its medium can be taken out.
     pub removable: bool,
@@ -35,18 +35,18 @@ pub struct Description {
     pub attached: bool,
 }
 
-/// The hotplug script of a disk. libxl runs it after InitWait, and where it fails gives up at once
-/// and prints `hotplug-error`; without InitWait it waits for 10 s and prints no reason. A script may
-/// find that somebody else uses what the disk holds, so like blkback polldisk connects only once it
-/// has written `hotplug-status`.
+/// The hotplug script of a disk. libxl runs it after InitWait; if it fails, libxl gives up at once and
+/// prints `hotplug-error`. Without InitWait, libxl waits for 10 s and prints no reason. A script may find
+/// that somebody else uses the disk's storage, so polldisk, like blkback, connects only once the script has
+/// written `hotplug-status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hotplug {
-    /// There is none: polldisk writes `hotplug-status` itself.
+    /// No script: polldisk writes `hotplug-status` itself.
     None,
-    /// `block-polldisk`, which passes on what polldisk writes to `hotplug-status` and
-    /// `hotplug-error`. So a disk that can't be opened goes to InitWait too.
+    /// `block-polldisk`, which passes on what polldisk writes to `hotplug-status` and `hotplug-error`. So
+    /// even a disk that can't be opened goes to InitWait.
     Ours,
-    /// Another, such as `block`.
+    /// Another script, such as `block`.
     Foreign,
 }
 
@@ -56,27 +56,27 @@ pub enum AreaError {
     /// A node is missing.
     #[error("{0} is missing from the backend area; the toolstack has to write it")]
     Missing(&'static str),
-    /// A node holds something else than it should.
-    #[error("{node} = \"{value}\" can't be read; it has to be {wanted}")]
+    /// A node holds an invalid value.
+    #[error("{node} = \"{value}\" is invalid; it has to be {wanted}")]
     Invalid {
         /// Which node.
         node: &'static str,
         /// An excerpt of what it holds.
         value: String,
-        /// What would be right.
+        /// What it should hold.
         wanted: &'static str,
     },
-    /// The area names another frontend than its own path does.
-    #[error("{node} is \"{value}\" and not \"{wanted}\"; an area is for its own path's frontend")]
+    /// The area's frontend is not the one in the area's path.
+    #[error("{node} is \"{value}\" instead of \"{wanted}\"; it has to match the area's own path")]
     Stranger {
         /// Which node.
         node: &'static str,
         /// What it holds.
         value: String,
-        /// What its path says.
+        /// The value that matches its path.
         wanted: String,
     },
-    /// There is no medium, and no drive that one could be put into.
+    /// There is no medium, and the disk is not a drive that may be empty.
     #[error(
         "params names nothing; name the disk's contents, such as raw:/path, or make it a drive \
          that may be empty (devtype=cdrom)"
@@ -143,7 +143,7 @@ impl Description {
         self.cdrom || self.removable
     }
 
-    /// What the guest is told that it may discard of `image`.
+    /// What the guest may discard of `image`.
     pub fn discard(&self, image: &Image) -> Option<Discard> {
         image.discard().filter(|_| self.discard_enable && !self.read_only)
     }
@@ -166,7 +166,7 @@ impl Description {
     }
 }
 
-/// What a node of the toolstack says, yes or no; `missing` where there is none.
+/// A yes-or-no node of the toolstack; `missing` if it is not there.
 fn flag(node: &'static str, text: Option<Box<str>>, missing: bool) -> Result<bool, AreaError> {
     let Some(text) = text else { return Ok(missing) };
     keys::flag(&text).ok_or_else(|| {
@@ -188,24 +188,24 @@ fn check_owner(
     Err(AreaError::Stranger { node, value, wanted: wanted.to_string() })
 }
 
-/// The target that `params` names. libxl writes raw contents as `aio:/path` where it does not know
-/// the disk for a block device, and always when it changes a CD-ROM's medium.
+/// The target that `params` names. libxl writes raw contents as `aio:/path` unless it knows that they are a
+/// block device, and always when it changes a CD-ROM's medium.
 fn target_of(params: &str) -> &str {
     params.strip_prefix("aio:").unwrap_or(params)
 }
 
-/// What `params` names now; empty: no medium. `None` where the node is missing. Events about earlier
-/// writes, of the watch with `token`, are dropped.
+/// The target that `params` names now; empty: no medium. `None` if the node is missing. Events of the watch
+/// with `token` about earlier writes are dropped.
 pub fn target(store: &impl Store, area: &str, token: &str) -> io::Result<Option<String>> {
     let node = format!("{area}/{}", keys::PARAMS);
     let params = if_there(store.read_up_to_date(&node, token))?;
     Ok(params.map(|params| target_of(&params).to_owned()))
 }
 
-/// A value to be written to a node of an area.
+/// A node of an area and the value to write to it.
 pub type NodeValue = (&'static str, String);
 
-/// What a frontend reads before it chooses its rings, and the toolstack's script before it ends.
+/// The nodes that a frontend reads before it chooses its rings, and that the toolstack waits for.
 pub fn features(disk: &DiskOffer, hotplug: Hotplug) -> Vec<NodeValue> {
     let mut nodes = features::nodes(disk);
     if hotplug == Hotplug::None {
@@ -214,7 +214,7 @@ pub fn features(disk: &DiskOffer, hotplug: Hotplug) -> Vec<NodeValue> {
     nodes
 }
 
-/// What a frontend reads when the backend is Connected.
+/// The nodes that a frontend reads when the backend is Connected.
 pub fn shape(info: u32, geometry: &Geometry) -> Vec<NodeValue> {
     vec![
         (keys::SECTORS, geometry.sectors().to_string()),
@@ -226,30 +226,28 @@ pub fn shape(info: u32, geometry: &Geometry) -> Vec<NodeValue> {
 
 /// A backend area that a disk has taken on.
 ///
-/// A toolstack may remove an area and make another at the same path between two of our requests. So
-/// the disk leaves a mark of its own in the area ([`keys::SERVED_BY`]), and everything that it writes
-/// later is written in a transaction that finds this mark. What was meant for one disk never lands
-/// in the next.
+/// Between two requests to xenstore, a toolstack may remove an area and make another at the same path. So
+/// the disk leaves a unique mark in the area ([`keys::SERVED_BY`]), and all its writes are in transactions
+/// that check the mark. A write for one disk never ends up in the next.
 #[derive(Clone, Debug)]
 pub struct Area {
     path: String,
     mark: String,
 }
 
-/// What became of something that was to be written.
+/// The outcome of a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Written {
-    /// It is written.
+    /// Everything was written.
     Done,
-    /// Nothing is: somebody else has written the state meanwhile, and a watch event tells of that.
+    /// Nothing was written: somebody else has written the state meanwhile, which a watch event will show.
     Overtaken,
-    /// Nothing is: the area is removed, or is another disk's by now.
+    /// Nothing was written: the area is removed, or belongs to another disk now.
     Gone,
 }
 
 impl Area {
-    /// Takes on the area at `path` if `wanted` says so of how it stands; `mark` must be unlike that
-    /// of any disk before.
+    /// Takes on the area at `path` if `wanted` accepts how it stands; `mark` must be unique.
     pub fn take_on<S: Store>(
         store: &S,
         path: String,
@@ -272,7 +270,7 @@ impl Area {
         &self.path
     }
 
-    /// How it stands; `None` where it is gone.
+    /// How it stands; `None` if it is gone.
     pub fn standing(&self, store: &impl Nodes) -> io::Result<Option<Standing>> {
         let found = Standing::read_marked(store, &self.path)?;
         Ok(found.filter(|(_, mark)| self.is_marked(mark)).map(|(standing, _)| standing))
@@ -282,7 +280,7 @@ impl Area {
         mark.as_deref() == Some(&self.mark)
     }
 
-    /// Does something in a transaction if the area is still this one.
+    /// Runs `body` in a transaction if the area is still this one.
     pub fn change<S: Store>(
         &self,
         store: &S,
@@ -306,8 +304,8 @@ impl Area {
         }
     }
 
-    /// Writes nodes, moves `state` from `expected` to `new` and removes what is `stale`, all or nothing:
-    /// the toolstack's Closing must not be overwritten.
+    /// Writes nodes, moves `state` from `expected` to `new` and removes `stale`, all or nothing: the
+    /// toolstack's Closing must not be overwritten.
     pub fn switch_state<S: Store>(
         &self,
         store: &S,
@@ -332,8 +330,8 @@ impl Area {
         })
     }
 
-    /// Asks for the disk to be closed and destroyed, as libxl does; with `force` without its guest,
-    /// whose area `frontend` is.
+    /// Asks for the disk to be closed and destroyed, as libxl does; with `force`, without waiting for its
+    /// guest, by removing the area `frontend`.
     pub fn ask_to_close<S: Store>(
         &self,
         store: &S,
@@ -358,10 +356,10 @@ fn state_of(text: Option<&str>) -> XenbusState {
     text.map_or(XenbusState::Unknown, XenbusState::from_text)
 }
 
-/// How a disk stands, as far as others than polldisk may have changed it.
+/// How a disk stands: what others may have changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Standing {
-    /// The backend's `state`; `Unknown` where the area lacks it.
+    /// The backend's `state`; `Unknown` if the area lacks it.
     pub state: XenbusState,
     /// Whether the toolstack allows the disk to be used; a missing node means that it does not.
     pub online: bool,
@@ -370,12 +368,12 @@ pub struct Standing {
 }
 
 impl Standing {
-    /// Reads an area and the mark in it; `None` where the whole of it is gone.
+    /// Reads an area and the mark in it; `None` if the whole area is gone.
     ///
-    /// An error is `InvalidData` where `online` says neither yes nor no.
+    /// The error is `InvalidData` if `online` says neither yes nor no.
     ///
-    /// The mark is read last. An area's own mark never comes back once the area was removed, so with
-    /// it all of the rest was read of that area.
+    /// The mark is read last. Once an area is removed, its mark never comes back, so if the mark is right,
+    /// everything else was read from the same area.
     fn read_marked(
         store: &impl Nodes,
         area: &str,
@@ -405,22 +403,22 @@ pub fn exists(store: &impl Xs, path: &str) -> io::Result<bool> {
     Ok(if_there(store.read(path))?.is_some())
 }
 
-/// Removes a node and all below it; one that is not there is as good as removed.
+/// Removes a node and all below it; succeeds if it is not there.
 pub fn remove(store: &impl Xs, path: &str) -> io::Result<()> {
     if_there(store.rm(path)).map(drop)
 }
 
-/// Why a disk failed, as its `error` node tells it.
+/// Why a disk failed, for its `error` node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Failure {
     /// A positive errno, which Linux's xenbus puts first.
     pub errno: i32,
-    /// The cause and the mend, on one line.
+    /// The cause and the remedy, on one line.
     pub text: String,
 }
 
 impl Failure {
-    /// The failure of `error` and everything that caused it.
+    /// The failure for `error` and all of its causes.
     pub fn of(error: &(dyn Error + 'static)) -> Failure {
         let system =
             |cause: &(dyn Error + 'static)| cause.downcast_ref::<io::Error>()?.raw_os_error();
@@ -429,7 +427,7 @@ impl Failure {
     }
 }
 
-/// The text of an `error` node, as long as fits.
+/// The text of an `error` node, cut to what fits.
 pub fn error_line(failure: &Failure) -> String {
     let Failure { errno, text } = failure;
     let mut line = format!("{errno} {text}");

@@ -1,4 +1,4 @@
-//! Disks made and taken away by the admin instead of the toolstack.
+//! Disks that the admin makes and removes instead of the toolstack.
 
 use std::io;
 use std::sync::Arc;
@@ -14,13 +14,13 @@ use crate::xen::keys::{self, XenbusState};
 use crate::xen::vdev::{BadVdev, Vdev};
 use crate::xen::{NodeAccess, Nodes, Permission, Store};
 
-/// Why a disk is not attached or not detached.
+/// Why a request of the admin failed.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    /// The number names no domain.
+    /// The number is not a valid domid.
     #[error(transparent)]
     Domid(#[from] BadNumber),
-    /// The name names no disk.
+    /// The name is not a valid disk name.
     #[error(transparent)]
     Vdev(#[from] BadVdev),
     /// The contents can't be opened.
@@ -29,25 +29,25 @@ pub enum AttachError {
     /// There is no such guest.
     #[error("domain {0} does not exist; see `xl list`")]
     NoDomain(DomId),
-    /// The guest has such a disk.
-    #[error("domain {0} has a disk {1} already; detach it, or choose another vdev")]
+    /// The guest already has such a disk.
+    #[error("domain {0} already has a disk {1}; detach it, or choose another vdev")]
     Taken(DomId, Vdev),
-    /// The guest had such a disk, which storage still works for.
+    /// The guest had such a disk, whose requests storage has not answered yet.
     #[error(
-        "the disk {1} that domain {0} had before still has requests in flight; attach it again when \
+        "the previous disk {1} of domain {0} still has requests in flight; attach it again when \
          `polldisk list` no longer shows it, or choose another vdev"
     )]
     Draining(DomId, Vdev),
-    /// The guest's disk is being taken away, and the guest has not let go of it yet.
+    /// The guest's previous disk is being removed, but the guest has not let go of it yet.
     #[error(
-        "domain {0} has not let go of the disk {1} that it had before; unmount it in the guest, or take \
-         it away with `polldisk detach --domid {0} --vdev {1} --force`, and then attach it again"
+        "domain {0} has not let go of its previous disk {1}; unmount it in the guest, or remove \
+         it with `polldisk detach --domid {0} --vdev {1} --force`, and then attach it again"
     )]
     Held(DomId, Vdev),
     /// Its storage is still being opened.
     #[error("disk {1} of domain {0} is still being opened; try again when that is done")]
     Opening(DomId, Vdev),
-    /// The daemon ends.
+    /// The daemon is ending.
     #[error("polldisk is ending; start it again first")]
     Ending,
     /// The guest has no such disk.
@@ -55,14 +55,14 @@ pub enum AttachError {
     NoDisk(DomId, Vdev),
     /// The disk is not a drive.
     #[error(
-        "disk {1} of domain {0} is not a drive, and keeps its contents while it is attached; \
+        "disk {1} of domain {0} is not a drive, so its contents can't change while it is attached; \
          attach drives with --cdrom or --removable"
     )]
     NoDrive(DomId, Vdev),
-    /// Only a drive may be without contents.
+    /// Only a drive may be empty.
     #[error("a disk needs a target; only a drive (--cdrom, --removable) may be empty")]
     NoTarget,
-    /// It was made, and could not be served.
+    /// It was made, but could not be served.
     #[error("{0}")]
     Failed(String),
     /// Xenstore failed.
@@ -70,13 +70,13 @@ pub enum AttachError {
     Store(#[from] io::Error),
 }
 
-/// Which disk a domid and a vdev name.
+/// The key of the disk with this domid and vdev.
 pub fn name(kind: &Arc<str>, domid: u32, vdev: &str) -> Result<DiskKey, AttachError> {
     let domid = domid.to_string().parse::<DomId>()?;
     Ok(DiskKey { kind: kind.clone(), domid, vbd: vdev.parse::<Vdev>()?.id() })
 }
 
-/// What is wrong with a disk that is to be made, before anything is opened for it.
+/// Checks a new disk before its storage is opened.
 pub fn check(store: &impl Xs, key: &DiskKey, attach: &Attach) -> Result<(), AttachError> {
     if attach.target.is_empty() && !attach.is_drive() {
         return Err(AttachError::NoTarget);
@@ -87,8 +87,8 @@ pub fn check(store: &impl Xs, key: &DiskKey, attach: &Attach) -> Result<(), Atta
     }
 }
 
-/// Makes both areas of a disk as the toolstack does, in one transaction, marked as ours. Errors, and
-/// makes nothing, where either is there already or the guest is not.
+/// Makes both areas of a disk as the toolstack does, in one transaction, marked as made by polldisk. Fails,
+/// and makes nothing, if either area exists already or the guest does not.
 pub fn make<S: Store>(
     store: &S,
     own: DomId,
@@ -151,7 +151,7 @@ fn make_backend(span: &impl Nodes, own: DomId, key: &DiskKey, attach: &Attach) -
     span.write_all(&area, &nodes)
 }
 
-/// As libxl sets them: one end owns its area, the other may read it, nobody else anything.
+/// Permissions as libxl sets them: one end owns its area, the other may read it, others have no access.
 fn owned_and_read(owner: DomId, reader: DomId) -> [Permission; 2] {
     [
         Permission { domid: owner, access: NodeAccess::None },

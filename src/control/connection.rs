@@ -1,4 +1,4 @@
-//! One connection of one disk: its queues on their workers, taken together.
+//! One connection of one disk: all of its queues on their workers.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -44,12 +44,12 @@ enum QueueState {
     Down,
 }
 
-/// Something that a connection's disk has to know, with the reason where it is a failure.
+/// News of a connection for its disk, with the reason if it is a failure.
 #[derive(Debug, PartialEq, Eq)]
 pub struct News {
-    /// For the disk's machine.
+    /// The input for the disk's machine.
     pub input: Input,
-    /// Why, for `ConnectionFailed` and `ConnectionFault`.
+    /// The reason for `ConnectionFailed` or `ConnectionFault`.
     pub reason: String,
 }
 
@@ -64,8 +64,8 @@ impl News {
 }
 
 impl Connection {
-    /// Asks workers to serve what the frontend published. The news, if any, is that a worker is
-    /// missing; the connection has to be closed all the same.
+    /// Asks workers to serve what the frontend published. The news, if any, is that a worker is missing;
+    /// the connection still has to be closed.
     pub fn open(
         disk: &DiskKey,
         published: Published,
@@ -132,7 +132,7 @@ impl Connection {
         &self.published
     }
 
-    /// Asks the workers to end it. The news is that nothing had to be asked.
+    /// Asks the workers to end it. There is news at once if no worker had to be asked.
     pub fn close(&mut self, workers: &mut Workers) -> Option<News> {
         self.ending = true;
         for queue in &mut self.queues {
@@ -145,14 +145,14 @@ impl Connection {
         self.ended()
     }
 
-    /// A worker serves this queue.
+    /// Notes that a worker serves this queue.
     pub fn queue_connected(&mut self, key: QueueKey) -> Option<News> {
         self.queue(key)?.state = QueueState::Served;
         let served = self.queues.iter().all(|queue| queue.state == QueueState::Served);
         if served && !self.ending { News::plain(Input::ConnectionUp) } else { None }
     }
 
-    /// Asks the workers to go over to another image; the news comes when the last has done so.
+    /// Asks the workers to change to another image; the news comes when the last one has.
     pub fn replace_image(
         &mut self,
         image: &Arc<Image>,
@@ -170,7 +170,7 @@ impl Connection {
         self.replaced()
     }
 
-    /// A worker has gone over to another image with this queue.
+    /// Notes that this queue has changed to another image.
     pub fn queue_replaced(&mut self, key: QueueKey) -> Option<News> {
         self.queue(key)?.replacing = false;
         self.replaced()
@@ -181,25 +181,25 @@ impl Connection {
         if all && !self.ending { News::plain(Input::MediumChanged) } else { None }
     }
 
-    /// A worker can't serve this queue. It is still to be disconnected with the others.
+    /// Notes that a worker can't serve this queue, which still has to be disconnected with the others.
     pub fn queue_failed(&mut self, key: QueueKey, reason: String) -> Option<News> {
         self.queue(key)?;
         if self.ending { None } else { News::because(Input::ConnectionFailed, reason) }
     }
 
-    /// The frontend broke the ring protocol on this queue.
+    /// Notes that the frontend broke the ring protocol on this queue.
     pub fn queue_broken(&mut self, key: QueueKey, reason: String) -> Option<News> {
         self.queue(key)?;
         if self.ending { None } else { News::because(Input::ConnectionFault, reason) }
     }
 
-    /// A worker holds nothing of this queue any more.
+    /// Notes that the worker has released everything of this queue.
     pub fn queue_disconnected(&mut self, key: QueueKey, workers: &mut Workers) -> Option<News> {
         self.queue(key)?.set_down(workers);
         self.ended()
     }
 
-    /// A worker has ended, and all of its queues with it.
+    /// Notes that a worker has ended, and all of its queues with it.
     pub fn worker_stopped(&mut self, worker: WorkerId, workers: &mut Workers) -> Option<News> {
         let mut hit = false;
         for queue in self.queues.iter_mut().filter(|queue| queue.worker == worker) {
@@ -230,7 +230,7 @@ impl Connection {
         due
     }
 
-    /// Asks for what is in flight; says of how many queues the answers are due.
+    /// Asks what is in flight; returns how many answers are due.
     pub fn ask_in_flight(&self, workers: &mut Workers) -> usize {
         let held = self.queues.iter().filter(|queue| queue.state != QueueState::Down);
         held.filter(|queue| workers.send(queue.worker, Command::TellInFlight(queue.key)).is_ok())
@@ -242,12 +242,12 @@ impl Connection {
         let Some(queue) = self.queue(key) else { return };
         queue.latency_asked = false;
         if let Some(latency) = latency {
-            // Both have the same bounds; one that had not would be clipped to ours.
+            // This can't fail, because both have the same bounds.
             let _ = self.latency.add(latency);
         }
     }
 
-    /// What its queues counted.
+    /// The sum of its queues' counters.
     pub fn counts(&self) -> Counts {
         let mut sum = Counts::default();
         for queue in &self.queues {
@@ -266,7 +266,7 @@ impl Connection {
         self.queues.iter().map(|queue| queue.worker.0).collect()
     }
 
-    /// When it was asked for.
+    /// When it was begun.
     pub fn since(&self) -> Instant {
         self.since
     }

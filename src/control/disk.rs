@@ -1,4 +1,4 @@
-//! One disk: its machine, and what carries the machine's effects out.
+//! One disk: its state machine, and the code that carries out the machine's effects.
 
 mod medium;
 mod storage;
@@ -26,18 +26,18 @@ use crate::xen::keys::{self, XenbusState};
 use crate::xen::{Store, if_there};
 use xenstore_rs::Xs;
 
-/// What a disk needs of its surroundings.
+/// What a disk needs from the rest of control.
 #[derive(Debug)]
 pub struct Surroundings<'a, S> {
     /// Xenstore.
     pub store: &'a S,
-    /// Our own domain.
+    /// The domain that polldisk runs in.
     pub own: DomId,
     /// What frontends are offered.
     pub offer: &'a Offer,
     /// The data plane.
     pub workers: &'a mut Workers,
-    /// Who opens and closes storage.
+    /// The threads that open and close storage.
     pub helpers: &'a mut Helpers,
     /// What each guest may cost.
     pub guests: &'a mut Guests,
@@ -52,45 +52,45 @@ pub struct Disk {
     area: Area,
     frontend_area: String,
     machine: Machine,
-    /// The backend's `state` as it is in xenstore, as far as we know.
+    /// The backend's `state` in xenstore, as last read or written.
     stored: XenbusState,
     description: Option<Description>,
     backing: Option<OpenBacking>,
     drive: Drive,
     opening: Option<OpenId>,
-    /// Storage that was opened before it was asked for, and its target.
+    /// Storage that was opened in advance, and its target.
     prepared: Option<(String, OpenBacking)>,
-    /// What came of `params` while its storage was being opened.
+    /// The last event about `params` while its storage was being opened.
     params_event: Option<Params>,
-    /// The logical block size that the connected frontend was told; it asks only once.
+    /// The logical block size that the connected frontend has read; it reads that only once.
     told_sector_bytes: Option<u32>,
     connection: Option<Connection>,
     failure: Failure,
     error_written: bool,
-    /// Its area held something that can't be read when it was looked at last.
+    /// The last look at its area found a value that can't be parsed.
     is_unreadable: bool,
-    /// Why what `params` names now is not served; empty where it is.
+    /// Why the target in `params` is not the one being served; empty if it is.
     ignored: String,
-    /// Writes fail for want of space.
+    /// Writes fail because its storage is full.
     is_full: bool,
     looks: Pace,
     forgotten: bool,
     since: Instant,
 }
 
-/// What was written to `params`, as far as we know.
+/// What an event says about writes to `params`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Params {
-    /// Perhaps nothing: the value tells.
+    /// It may not have been written: compare the value.
     Perhaps,
-    /// Something, perhaps the same once more.
+    /// It was written, perhaps with the same value.
     Written,
 }
 
 impl Disk {
-    /// Takes on a disk whose area was taken on: Initialising and online, to be served, or Closing and
-    /// not online, to be let go. `prepared` is its storage and the target that names it, if that is
-    /// open already.
+    /// Takes on a disk whose area was taken on: to serve it if it is Initialising and online, or to let it
+    /// go if it is Closing and not online. `prepared` is its target and the storage, if that is open
+    /// already.
     pub fn take_on<S: Store>(
         key: DiskKey,
         area: Area,
@@ -115,7 +115,7 @@ impl Disk {
             told_sector_bytes: None,
             connection: None,
             failure: Failure::default(),
-            // One may be left: from before its area could be read, or by an earlier daemon.
+            // There may be one, from before its area could be parsed, or from an earlier daemon.
             error_written: true,
             is_unreadable: false,
             ignored: String::new(),
@@ -130,8 +130,8 @@ impl Disk {
         Ok(disk)
     }
 
-    /// Asks for events about its frontend's state. One comes at once, so a change since the state
-    /// was read is not missed.
+    /// Watches its frontend's state. One event comes at once, so a change since the state was read is not
+    /// missed.
     pub fn watch_frontend<S: Store>(&self, store: &S) -> io::Result<()> {
         store.watch(&self.frontend_state_node(), &frontend_token(&self.key))
     }
@@ -145,28 +145,28 @@ impl Disk {
         &self.key
     }
 
-    /// Its machine's state.
+    /// Its state machine.
     pub fn machine(&self) -> &Machine {
         &self.machine
     }
 
-    /// What the toolstack says of it; `None` where that could not be read.
+    /// The toolstack's description; `None` if that could not be read.
     pub fn description(&self) -> Option<&Description> {
         self.description.as_ref()
     }
 
-    /// What its storage or medium is named, as the toolstack or the admin wrote it; empty where there is
-    /// none, or its area could not be read.
+    /// The name of its storage or medium, as the toolstack or the admin wrote it; empty if there is none,
+    /// or if its area could not be read.
     pub fn named(&self) -> &str {
         self.description.as_ref().map_or("", |description| &description.target)
     }
 
-    /// Whether its guest may only read. A disk whose area could not be read is nobody's to write.
+    /// Whether its guest may only read. True if its area could not be read.
     fn is_read_only(&self) -> bool {
         self.description.as_ref().is_none_or(|description| description.read_only)
     }
 
-    /// Its size and sector sizes as its guest is told them, once open.
+    /// Its size and sector sizes as its guest sees them, once open.
     pub fn geometry(&self) -> Option<Geometry> {
         self.backing().map(|backing| self.shown(backing.image()))
     }
@@ -185,12 +185,12 @@ impl Disk {
         self.connection.as_ref()
     }
 
-    /// As [`Disk::connection`], to be changed.
+    /// As [`Disk::connection`], mutable.
     pub fn connection_mut(&mut self) -> Option<&mut Connection> {
         self.connection.as_mut()
     }
 
-    /// Why it failed last, or does not do what it should; empty where there is no such thing.
+    /// Why it failed last, or does not fully work; empty if nothing is wrong.
     pub fn failure(&self) -> &str {
         match (self.failure.text.as_str(), self.is_full) {
             ("", true) => NO_SPACE,
@@ -199,7 +199,7 @@ impl Disk {
         }
     }
 
-    /// Tells that its area holds something that can't be read, until it can.
+    /// Reports that its area holds a value that can't be parsed, until it can.
     pub fn tell_unreadable<S: Store>(
         &mut self,
         failure: &Failure,
@@ -210,7 +210,7 @@ impl Disk {
         self.write_error(around).map(drop)
     }
 
-    /// Whether it is done with.
+    /// Whether it is finished and can be dropped.
     pub fn is_forgotten(&self) -> bool {
         self.forgotten
     }
@@ -220,7 +220,7 @@ impl Disk {
         !self.machine.online() || self.machine.is_gone()
     }
 
-    /// Whether it ends as soon as its requests in flight are answered, without its guest.
+    /// Whether it waits only for its requests in flight, not for its guest.
     pub fn is_draining(&self) -> bool {
         self.machine.connection() == ConnectionState::Disconnecting || self.machine.is_gone()
     }
@@ -230,7 +230,7 @@ impl Disk {
         self.since
     }
 
-    /// Asks for a look at its frontend; where there were too many, when to ask again.
+    /// Asks to look at its frontend; if there were too many looks, returns when to ask again.
     pub fn may_look(&mut self, guests: &mut Guests, now: Instant) -> Result<(), Instant> {
         self.looks.ask(now, limits::FRONTEND_LOOKS_BURST, limits::FRONTEND_LOOKS_PER_SECOND)?;
         guests.may_look(self.key.domid, now)
@@ -256,7 +256,7 @@ impl Disk {
         } else if online != self.machine.online() {
             self.step(Input::Online(online), around);
         } else if state != self.machine.backend()
-            // Our last write failed, such as by a xenstored that had gone away.
+            // The last write failed, for example because xenstored was gone.
             && self.set_state(self.machine.backend(), around)? == Written::Gone
         {
             self.step(Input::Gone, around);
@@ -286,8 +286,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Whether the frontend has started over without our seeing it: its rings are valid and not
-    /// those that are served.
+    /// Whether the frontend has started over unnoticed: its rings are valid, but are not those that are
+    /// served.
     fn has_other_rings<S: Store>(&self, around: &Surroundings<'_, S>) -> bool {
         let Some(connection) = &self.connection else { return false };
         self.machine.connection() == ConnectionState::Up
@@ -295,7 +295,7 @@ impl Disk {
                 .is_ok_and(|published| published != *connection.published())
     }
 
-    /// Has its connection, if there is one, hear what the data plane says of it, and acts on the news.
+    /// Passes a report of the data plane to its connection, if there is one, and acts on the news.
     pub fn tell_connection<S: Store>(
         &mut self,
         around: &mut Surroundings<'_, S>,
@@ -308,23 +308,23 @@ impl Disk {
         }
     }
 
-    /// Runs the machine, and then what is to be done with its medium.
+    /// Runs the machine, and then does what its medium needs.
     pub fn step<S: Store>(&mut self, input: Input, around: &mut Surroundings<'_, S>) {
         self.run(VecDeque::from([input]), around);
         self.move_medium(around);
     }
 
-    /// Runs the machine until nothing follows. What follows from one input is bounded, however the
-    /// guest and the toolstack behave: more would be a fault of ours, which costs this disk only.
+    /// Runs the machine until no input is left. However the guest and the toolstack behave, one input leads
+    /// to a bounded number of others; more is a bug in polldisk, which costs only this disk.
     fn run<S: Store>(&mut self, mut inputs: VecDeque<Input>, around: &mut Surroundings<'_, S>) {
         let mut taken = 0;
         while let Some(input) = inputs.pop_front().filter(|_| !self.forgotten) {
             taken += 1;
             if taken > limits::INPUTS_PER_STEP {
-                debug_assert!(false, "{}: {input:?} follows without end", self.key);
+                debug_assert!(false, "{}: {input:?} follows endlessly", self.key);
                 tracing::error!(
                     disk = %self.key,
-                    "its state machine runs in circles, a fault of polldisk; the disk is given up"
+                    "its state machine loops, a bug in polldisk; the disk is given up"
                 );
                 return self.give_up(around);
             }
@@ -334,9 +334,9 @@ impl Disk {
         }
     }
 
-    /// Lets go of the disk and of nothing else.
+    /// Gives up this disk only.
     fn give_up<S: Store>(&mut self, around: &mut Surroundings<'_, S>) {
-        // What its rings still have in flight is answered to nobody.
+        // The guest gets no answers to the requests in flight.
         if let Some(mut connection) = self.connection.take() {
             connection.close(around.workers);
             around.workers.end_connection(connection.id());
@@ -379,17 +379,17 @@ impl Disk {
             Effect::Forget => self.forget(around).map(|()| Written::Done),
         };
         match written {
-            // Who overtook us is found by the watch event of that write.
+            // If somebody else wrote the state first, the watch event of that write shows it.
             Ok(Written::Done | Written::Overtaken) => {}
             Ok(Written::Gone) => inputs.push_back(Input::Gone),
             Err(error) => {
                 guest_log!(around, self.key.domid, error, disk = %self.key,
-                    "xenstore refused what was to be written: {error}");
+                    "xenstore refused a write: {error}");
             }
         }
     }
 
-    /// What the frontend reads before it chooses its rings; nothing where no storage is open.
+    /// What the frontend reads before it chooses its rings; nothing if no storage is open.
     fn features<S: Store>(&self, around: &Surroundings<'_, S>) -> Vec<NodeValue> {
         let (Some(backing), Some(description)) = (self.backing(), &self.description) else {
             return Vec::new();
@@ -400,7 +400,7 @@ impl Disk {
         area::features(&disk, description.hotplug())
     }
 
-    /// What the frontend reads of the disk itself; nothing where no storage is open.
+    /// What the frontend reads about the disk itself; nothing if no storage is open.
     fn shape(&self) -> Vec<NodeValue> {
         match (self.geometry(), &self.description) {
             (Some(geometry), Some(description)) => area::shape(description.info(), &geometry),
@@ -413,7 +413,7 @@ impl Disk {
         self.area.write(around.store, &self.shape())
     }
 
-    /// A disk that works has no error.
+    /// Removes the `error` node, because the disk works.
     fn clear_error<S: Store>(&mut self, around: &Surroundings<'_, S>) -> io::Result<()> {
         if let Some(error) = self.stale_error(around.own) {
             self.area.change(around.store, |span| area::remove(span, &error))?;
@@ -422,20 +422,20 @@ impl Disk {
         Ok(())
     }
 
-    /// The `error` node, where one has to go now that the disk works.
+    /// The path of the `error` node, if it has to be removed once the disk works.
     fn stale_error(&self, own: DomId) -> Option<String> {
         self.error_written.then(|| self.key.error_area(own))
     }
 
-    /// It has gone.
+    /// Notes that the `error` node is gone.
     fn forget_error(&mut self) {
         self.error_written = false;
         self.failure = Failure::default();
     }
 
-    /// Writes a state together with what the frontend reads when it sees it. Connected is written
-    /// again even where it stands already: a frontend that has replaced its ring waits for the event,
-    /// and one whose drive has another medium looks again.
+    /// Writes a state together with what the frontend reads when it sees it. Connected is written even if
+    /// it is there already: a frontend that has replaced its ring waits for the event, and one whose drive
+    /// has another medium reads the disk's size again.
     fn set_state<S: Store>(
         &mut self,
         state: XenbusState,
@@ -443,7 +443,7 @@ impl Disk {
     ) -> io::Result<Written> {
         let (nodes, stale) = match state {
             XenbusState::InitWait => {
-                // One of its own is to be seen until it works; another is of a disk before it.
+                // The disk's own error stays until it works; any other is left from an earlier disk.
                 let has_own = self.failure != Failure::default();
                 (self.features(around), self.stale_error(around.own).filter(|_| !has_own))
             }
@@ -482,14 +482,14 @@ impl Disk {
         news.map(|news| self.digest(news, around))
     }
 
-    /// What this disk's frontend is offered: its target's options go before the daemon's.
+    /// What this disk's frontend is offered: its target's options override the daemon's.
     fn offer<S: Store>(&self, around: &Surroundings<'_, S>) -> Offer {
         let options = self.backing().map(Backing::options).unwrap_or_default();
         let data_path = options.data_path.unwrap_or(around.offer.data_path);
         Offer { data_path, ..*around.offer }
     }
 
-    /// What the guest may do, as it was told.
+    /// What the guest may do, as offered to it.
     fn rules(&self, image: &Image, offer: &Offer) -> DiskRules {
         let discard = self.description.as_ref().and_then(|it| it.discard(image));
         DiskRules {
@@ -502,7 +502,7 @@ impl Disk {
     }
 
     fn disconnect<S: Store>(&mut self, around: &mut Surroundings<'_, S>) -> Option<Input> {
-        // Without a connection the frontend was refused before any worker heard of it.
+        // Without a connection, the frontend was refused before any worker was involved.
         let Some(connection) = &mut self.connection else { return Some(Input::ConnectionDown) };
         let news = connection.close(around.workers)?;
         Some(self.digest(news, around))
@@ -539,7 +539,7 @@ impl Disk {
         input
     }
 
-    /// Tells the admin of a request that storage failed.
+    /// Logs a request that storage failed.
     pub fn take_storage_failure<S: Store>(
         &mut self,
         failure: &StorageFailure,
@@ -558,7 +558,7 @@ impl Disk {
         }
     }
 
-    /// Writes succeed again.
+    /// Notes that writes succeed again.
     pub fn take_space_left<S: Store>(&mut self, around: &mut Surroundings<'_, S>) {
         if std::mem::take(&mut self.is_full) {
             guest_log!(around, self.key.domid, info, disk = %self.key,
@@ -582,8 +582,8 @@ impl Disk {
         self.remove_own_areas(around)
     }
 
-    /// Removes what `attach` made. Where the backend area is another disk's by now, so is the
-    /// frontend's; where it is just gone, its frontend is left over.
+    /// Removes what `attach` made. If the backend area now belongs to another disk, so does the frontend's;
+    /// if it is gone, its frontend area is left over.
     fn remove_own_areas<S: Store>(&self, around: &Surroundings<'_, S>) -> io::Result<()> {
         let (area, frontend) = (self.area.path(), &self.frontend_area);
         let attached = format!("{area}/{}", keys::ATTACHED);
@@ -612,22 +612,22 @@ impl Disk {
         })
     }
 
-    /// Asks for it to be closed and destroyed, as libxl does; with `force` without its guest.
+    /// Asks for it to be closed and destroyed, as libxl does; with `force`, without waiting for its guest.
     pub fn ask_to_close<S: Store>(&self, store: &S, force: bool) -> io::Result<Written> {
         self.area.ask_to_close(store, force, &self.frontend_area)
     }
 }
 
-/// What a disk whose storage is full tells.
+/// The failure of a disk whose storage is full.
 const NO_SPACE: &str =
-    "no space is left on its storage, and writes fail until there is; reads go on";
+    "no space is left on its storage, and writes fail until there is some; reads still work";
 
 /// The token of the watch on all backend areas of a type.
 pub fn backend_token(kind: &str) -> String {
     format!("backend/{kind}")
 }
 
-/// What the token of a frontend's watch begins with.
+/// The prefix of the token of a frontend's watch.
 pub const FRONTEND_TOKEN: &str = "frontend/";
 
 fn frontend_token(key: &DiskKey) -> String {

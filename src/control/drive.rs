@@ -1,50 +1,50 @@
-//! The medium of a drive: which one is wanted, which one is in, and the way from one to the other.
+//! The medium of a drive: which one is wanted, which one is inserted, and the steps between them.
 //!
-//! A change is an ejection and then an insertion, each told to the guest by itself, however they
-//! were asked for. So a guest never takes one medium for another of the same size. The same name
-//! once more is a change, too: the file behind it may be another one by now.
+//! Every change is an ejection and then an insertion, and the guest sees both. So it never mistakes one
+//! medium for another of the same size. The same name again is a change, too: the file behind it may be
+//! another one now.
 
 use super::helpers::{OpenBacking, OpenId};
 
-/// Which medium is in the drive and which should be. Targets name media; the empty one none.
+/// Which medium is in the drive and which should be. Media are named by targets; an empty one means none.
 #[derive(Debug, Default)]
 pub struct Drive {
     wanted: String,
     inserted: String,
-    /// How many times something was wanted.
+    /// How many times a medium was wanted.
     wishes: u64,
-    /// The last of them that is in, or was refused.
+    /// The last of these wishes that was fulfilled or refused.
     settled: u64,
     refused: bool,
     under_way: Option<UnderWay>,
 }
 
-/// What has been begun.
+/// A step that has been begun.
 #[derive(Debug)]
 enum UnderWay {
-    /// A helper opens the medium.
+    /// A helper is opening the medium.
     Opening(OpenId),
-    /// The data plane goes over to the medium of this name, for the wish with this number.
+    /// The data plane is changing to the medium with this name, for the wish with this number.
     Moving(String, OpenBacking, u64),
 }
 
-/// What to do next to get what is wanted.
+/// The next step towards what is wanted.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Step {
     /// Take the medium out.
     Eject,
-    /// Open this one, to be put into the empty drive.
+    /// Open this medium and put it into the empty drive.
     Insert(String),
 }
 
 impl Drive {
-    /// A drive with what was in it when it was opened.
+    /// A drive that was opened with this medium in it.
     pub fn with(target: &str) -> Drive {
         let (wanted, inserted) = (target.to_owned(), target.to_owned());
         Drive { wanted, inserted, ..Drive::default() }
     }
 
-    /// Wants a medium, whatever is in the drive. Returns an open that nobody waits for any more.
+    /// Wants a medium, whatever is in the drive. Returns the open that is no longer needed, if any.
     pub fn want(&mut self, target: &str) -> Option<OpenId> {
         target.clone_into(&mut self.wanted);
         self.wishes += 1;
@@ -62,7 +62,7 @@ impl Drive {
         &self.inserted
     }
 
-    /// The next step; none while one is under way.
+    /// The next step; `None` while one is under way.
     pub fn next_step(&mut self) -> Option<Step> {
         if self.settled == self.wishes || self.under_way.is_some() {
             return None;
@@ -77,12 +77,12 @@ impl Drive {
         }
     }
 
-    /// A helper opens what is wanted.
+    /// Notes that a helper is opening the wanted medium.
     pub fn begin_opening(&mut self, id: OpenId) {
         self.under_way = Some(UnderWay::Opening(id));
     }
 
-    /// The open that is under way; it no longer is.
+    /// Ends and returns the open that is under way, if any.
     pub fn stop_opening(&mut self) -> Option<OpenId> {
         match self.under_way {
             Some(UnderWay::Opening(id)) => {
@@ -93,21 +93,21 @@ impl Drive {
         }
     }
 
-    /// What is wanted can't be inserted.
+    /// Notes that the wanted medium can't be inserted.
     pub fn refuse(&mut self) {
         (self.settled, self.refused, self.under_way) = (self.wishes, true, None);
     }
 
-    /// Has the data plane go over to `backing`, the one that `target` names.
+    /// Notes that the data plane is changing to `backing`, which `target` names.
     pub fn begin_move(&mut self, target: String, backing: OpenBacking) {
         self.under_way = Some(UnderWay::Moving(target, backing, self.wishes));
     }
 
-    /// The data plane has gone over; returns what it serves now.
+    /// Notes that the data plane has changed over; returns what it serves now.
     pub fn finish_move(&mut self) -> Option<OpenBacking> {
         match self.under_way.take()? {
             UnderWay::Moving(target, backing, wishes) => {
-                // An ejection is only half of what is wanted, unless nothing is.
+                // An ejection is only half of a change, unless no medium is wanted (see `next_step`).
                 if !target.is_empty() {
                     self.settled = wishes;
                 }
@@ -121,12 +121,12 @@ impl Drive {
         }
     }
 
-    /// Whether nothing is left to do; what was wanted may have been refused.
+    /// Whether nothing is left to do; the last wish may have been refused.
     pub fn is_settled(&self) -> bool {
         self.settled == self.wishes && self.under_way.is_none()
     }
 
-    /// Whether what is wanted could not be inserted.
+    /// Whether the wanted medium could not be inserted.
     pub fn has_refused(&self) -> bool {
         self.refused
     }
@@ -190,7 +190,7 @@ mod test {
         drive.begin_move("raw:/b".to_owned(), helpers.empty());
         drive.want("raw:/b");
         drive.finish_move().unwrap();
-        assert_eq!(drive.next_step(), Some(Step::Eject), "it was written once more");
+        assert_eq!(drive.next_step(), Some(Step::Eject), "it was written again");
         moved(&mut drive, &helpers, "");
 
         let now = Instant::now();

@@ -1,5 +1,5 @@
-//! What a frontend published, read and judged. Everything here was written by the guest: numbers
-//! are in range or the frontend is refused, and nothing is sized by them before.
+//! What a frontend published, read and validated. The guest wrote all of it: if a number is out of range
+//! the frontend is refused, and nothing is sized by a number before that check.
 
 use std::io;
 
@@ -14,7 +14,7 @@ use crate::units::{GrantRef, Port};
 use crate::xen::Nodes;
 use crate::xen::keys::{self, XenbusState};
 
-/// What a frontend asked for, within what was offered.
+/// What a frontend asked for, within the offer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Published {
     /// The layout of its ring entries.
@@ -23,7 +23,7 @@ pub struct Published {
     pub grant_mode: GrantMode,
     /// Its rings, at least one.
     pub rings: Vec<Ring>,
-    /// Where the grant of its first ring's first page was, and the event channel of that ring.
+    /// The nodes of its first ring: the grant of the first page, and the event channel.
     pub first_nodes: [String; 2],
 }
 
@@ -39,17 +39,17 @@ pub struct Ring {
 /// Why a frontend is refused. The text is safe to log.
 #[derive(Debug, thiserror::Error)]
 pub enum FrontendFault {
-    /// A node that has to be there is not.
+    /// A required node is missing.
     #[error("the frontend published no {0}")]
     Missing(String),
-    /// A node holds something else than a number in range.
+    /// A node holds an invalid value.
     #[error("the frontend published {node} = \"{value}\", which is not {wanted}")]
     Invalid {
         /// Below the frontend's directory.
         node: String,
         /// An excerpt of what it holds.
         value: String,
-        /// What would have been right.
+        /// What was expected.
         wanted: String,
     },
     /// Xenstore failed.
@@ -62,8 +62,7 @@ pub enum FrontendFault {
     },
 }
 
-/// The `state` in `area`; a guest may leave anything there, which is no state. An error is
-/// xenstore's own.
+/// The `state` in `area`; `Unknown` if the guest left something else there. Fails only if xenstore does.
 pub fn state(store: &impl Xs, area: &str) -> io::Result<XenbusState> {
     match store.read(&format!("{area}/{}", keys::STATE)) {
         Ok(text) => Ok(XenbusState::from_text(&text)),
@@ -72,17 +71,17 @@ pub fn state(store: &impl Xs, area: &str) -> io::Result<XenbusState> {
     }
 }
 
-/// What one look at a frontend shows, in one round trip to xenstored.
+/// What a quick look at a frontend shows, in one round trip to xenstored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Glance {
     /// Its `state`.
     pub state: XenbusState,
-    /// It may have published other rings than those that were served: it has just said that it has
-    /// published some, or its first ring is not the one that it was.
+    /// It may have published rings that differ from those that are served: either its state says that it
+    /// has just published some, or its first ring has changed.
     pub rings_may_be_new: bool,
 }
 
-/// Looks at a frontend; `served` is what it published for the rings that are served.
+/// Takes a quick look at a frontend; `served` is what it published for the rings that are served.
 pub fn glance(store: &impl Nodes, area: &str, served: Option<&Published>) -> io::Result<Glance> {
     let (Some(served), Some(ring)) = (served, served.and_then(|served| served.rings.first()))
     else {
@@ -110,7 +109,7 @@ pub fn glance(store: &impl Nodes, area: &str, served: Option<&Published>) -> io:
 
 /// Reads everything that the frontend in `area` published for a connection.
 pub fn read(store: &impl Nodes, area: &str, offer: &Offer) -> Result<Published, FrontendFault> {
-    // All that a frontend with one ring of one page has.
+    // All nodes of a frontend with one ring of one page.
     const NODES: [&str; 6] = [
         keys::RING_PAGE_ORDER,
         keys::MULTI_QUEUE_NUM_QUEUES,
@@ -137,7 +136,7 @@ pub fn read(store: &impl Nodes, area: &str, offer: &Offer) -> Result<Published, 
         (0..queues).map(|queue| nodes.ring(&folder(queue), order)).collect::<Result<_, _>>()?;
     let first_nodes =
         [ring_ref(&folder(0), order, 0), format!("{}{}", folder(0), keys::EVENT_CHANNEL)];
-    // A guest that says neither has its data copied: that is right for any.
+    // If the guest says neither, data is copied, which always works.
     let keeps_grants =
         nodes.text(keys::FEATURE_PERSISTENT)?.and_then(|text| keys::flag(&text)) == Some(true);
     let grant_mode = match offer.data_path {
@@ -148,7 +147,7 @@ pub fn read(store: &impl Nodes, area: &str, offer: &Offer) -> Result<Published, 
     Ok(Published { protocol: nodes.protocol()?, grant_mode, rings, first_nodes })
 }
 
-/// A frontend's area, whose every word may be wrong.
+/// A frontend's area, in which nothing can be trusted.
 struct Claims<'a, S> {
     ahead: ReadAhead<'a, S>,
 }
@@ -157,7 +156,7 @@ impl<S: Nodes> Claims<'_, S> {
     fn text(&mut self, node: &str) -> Result<Option<Box<str>>, FrontendFault> {
         match self.ahead.take(node) {
             Ok(text) => Ok(Some(text)),
-            // No text at all is told like other nonsense, with a sign in its place.
+            // A value that is not text is reported like any invalid value, as a replacement character.
             Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(Some("\u{fffd}".into())),
             Err(error) if is_unreadable(&error) => Ok(None),
             Err(source) => Err(FrontendFault::Store { node: node.to_owned(), source }),
@@ -188,8 +187,8 @@ impl<S: Nodes> Claims<'_, S> {
             .ok_or_else(|| FrontendFault::Missing(node.to_owned()))
     }
 
-    /// One ring in `folder`. A one-page ring's grant is `ring-ref` unless `ring-page-order` is
-    /// present; an earlier frontend's `ring-refN` may lie around and does not count.
+    /// One ring in `folder`. A one-page ring's grant is `ring-ref` unless `ring-page-order` is present; an
+    /// earlier frontend may have left `ring-refN`, which does not count.
     fn ring(&mut self, folder: &str, order: Option<u64>) -> Result<Ring, FrontendFault> {
         let pages = 1u64 << order.unwrap_or(0);
         let refs: Vec<String> = (0..pages).map(|page| ring_ref(folder, order, page)).collect();
@@ -212,7 +211,7 @@ impl<S: Nodes> Claims<'_, S> {
             .ok_or_else(|| FrontendFault::Invalid {
                 node: keys::PROTOCOL.to_owned(),
                 value: excerpt(&text),
-                wanted: "a protocol that polldisk knows".to_owned(),
+                wanted: "a protocol that polldisk supports".to_owned(),
             })
     }
 }
@@ -225,22 +224,22 @@ fn ring_ref(folder: &str, order: Option<u64>, page: u64) -> String {
     }
 }
 
-/// The names of Xen's `public/io/protocols.h` that a frontend may have on this host.
+/// Protocols that a frontend may use on this host, by their names in Xen's `public/io/protocols.h`.
 #[cfg(any(target_arch = "x86_64", target_arch = "x86"))]
 const PROTOCOLS: &[(&str, Protocol)] =
     &[("x86_64-abi", Protocol::X86_64), ("x86_32-abi", Protocol::X86_32)];
 #[cfg(target_arch = "aarch64")]
 const PROTOCOLS: &[(&str, Protocol)] = &[("arm-abi", Protocol::X86_64)];
 
-/// A frontend that names no protocol: on x86 it may be so old as to be a 32-bit one, and every
-/// backend takes it for that; elsewhere there is only one.
+/// The protocol of a frontend that names none: on x86 every backend assumes an old 32-bit frontend;
+/// elsewhere there is only one.
 #[cfg(any(target_arch = "x86_64", target_arch = "x86"))]
 const UNSAID: Protocol = Protocol::X86_32;
 #[cfg(target_arch = "aarch64")]
 const UNSAID: Protocol = Protocol::X86_64;
 
-/// Errors that a guest can cause in its own area: the node is not there, is not text, or is not
-/// for us to read (in a driver domain).
+/// Errors that a guest can cause in its own area: the node is missing, is not text, or may not be read (in
+/// a driver domain).
 fn is_unreadable(error: &io::Error) -> bool {
     use io::ErrorKind::{InvalidData, NotFound, PermissionDenied};
     matches!(error.kind(), NotFound | InvalidData | PermissionDenied)

@@ -1,6 +1,6 @@
-//! What each guest may cost control, whatever its disks do: log lines and looks at its xenstore area.
+//! What each guest may cost control, across all of its disks: log lines and looks at its xenstore areas.
 //!
-//! Both are counted by guest, so reconnecting, or one more disk, buys it nothing (XSA-180, XSA-349).
+//! Both are counted per guest, so that reconnecting or adding disks gains it nothing (XSA-180, XSA-349).
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::limits;
 use crate::units::DomId;
 
-/// Every guest that has or had a disk.
+/// All guests that have or had a disk.
 #[derive(Debug, Default)]
 pub struct Guests {
     known: BTreeMap<DomId, Guest>,
@@ -22,26 +22,26 @@ struct Guest {
     introduced: bool,
 }
 
-/// Leave to write one line.
+/// Permission to write one line.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Leave {
-    /// Lines that were not written since the last one that was.
+    /// Lines suppressed since the last one that was written.
     pub suppressed: u64,
 }
 
 impl Guests {
-    /// Asks for a log line that this guest has caused.
+    /// Asks to write a log line that this guest has caused.
     pub fn may_log(&mut self, domid: DomId, now: Instant) -> Option<Leave> {
         self.known.entry(domid).or_default().log.ask(now)
     }
 
-    /// Asks for a look at what this guest has written; where it has had too many, when to ask again.
+    /// Asks to look at what this guest has written; if there were too many looks, returns when to ask again.
     pub fn may_look(&mut self, domid: DomId, now: Instant) -> Result<(), Instant> {
         let looks = &mut self.known.entry(domid).or_default().looks;
         looks.ask(now, limits::DOMAIN_LOOKS_BURST, limits::DOMAIN_LOOKS_PER_SECOND)
     }
 
-    /// Takes note of whether the domain exists now; `true`: it did, and does no more.
+    /// Notes whether the domain exists now; returns whether it has ended since the last call.
     pub fn has_ended(&mut self, domid: DomId, exists: bool) -> bool {
         let guest = self.known.entry(domid).or_default();
         std::mem::replace(&mut guest.introduced, exists) && !exists
@@ -52,18 +52,18 @@ impl Guests {
         self.known.get(&domid).is_some_and(|guest| guest.introduced)
     }
 
-    /// All of them.
+    /// The domains of all known guests.
     pub fn domains(&self) -> impl Iterator<Item = DomId> {
         self.known.keys().copied()
     }
 
-    /// Forgets a domain that exists no more.
+    /// Forgets a domain that no longer exists.
     pub fn forget(&mut self, domid: DomId) {
         self.known.remove(&domid);
     }
 }
 
-/// What may still be logged: `limits::GUEST_LOG_LINES` lines in each period of
+/// What a guest may still log: `limits::GUEST_LOG_LINES` lines in each period of
 /// `limits::GUEST_LOG_SECONDS`.
 #[derive(Debug, Default)]
 struct LogBudget {
@@ -88,7 +88,7 @@ impl LogBudget {
     }
 }
 
-/// How often something is done: a burst at once, and then a number of times a second.
+/// A limit on how often something is done: a burst at once, then a number of times per second.
 #[derive(Debug, Default)]
 pub struct Pace {
     /// When the steady rate will have caught up with what was done.
@@ -96,7 +96,7 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// Asks to do it once more; where it is too soon, when to ask again.
+    /// Asks to do it once more; if it is too soon, returns when to ask again.
     pub fn ask(&mut self, now: Instant, burst: u32, per_second: u32) -> Result<(), Instant> {
         let price = Duration::from_secs(1) / per_second;
         let paid_until = self.paid_until.map_or(now, |paid_until| paid_until.max(now));

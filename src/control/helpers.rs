@@ -1,14 +1,13 @@
 //! Threads that open and close storage, so that control never waits for it.
 //!
-//! An open of a file on a hung NFS server, behind an automount or under a lease takes seconds or for
-//! ever, and so may a close. Control asks for an open by [`Helpers::open`], goes on, and finds the
-//! answer in [`Helpers::next_answer`]; what it opened is closed here, too, whoever drops it
-//! ([`OpenBacking`]).
+//! Opening a file on a hung NFS server, behind an automount or under a lease may take seconds or for ever,
+//! and so may closing it. Control asks for an open with [`Helpers::open`], goes on, and gets the answer
+//! from [`Helpers::next_answer`]. What was opened is also closed here, whoever drops it ([`OpenBacking`]).
 //!
-//! Threads are made as they are needed, `limits::HELPERS_MAX` at most. Storage that hangs keeps the
-//! threads that went into it, so there are never more than a few at one file
-//! (`limits::HELPERS_PER_FILE`), in one folder (`limits::HELPERS_PER_FOLDER`) and on one mount
-//! (`limits::HELPERS_PER_MOUNT`): the others stay free for everybody else.
+//! Threads are started as needed, at most `limits::HELPERS_MAX`. Storage that hangs blocks the threads that
+//! use it, so only a few may be at one file (`limits::HELPERS_PER_FILE`), in one folder
+//! (`limits::HELPERS_PER_FOLDER`) and on one mount (`limits::HELPERS_PER_MOUNT`); the others stay free for
+//! other storage.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Deref;
@@ -25,38 +24,37 @@ use crate::backing::{Access, Backing, BackingError, Contents, Image, Spec, mount
 use crate::limits;
 use crate::park::Doorbell;
 
-/// How long a thread without work waits for more before it ends.
+/// How long an idle thread waits for work before it ends.
 const IDLE: Duration = Duration::from_secs(10);
 
-/// An open that was asked for: unique in the life of the daemon, so that the answer to one that
-/// nobody waits for any more is recognised.
+/// A request to open storage: unique in the life of the daemon, so that late answers are recognised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct OpenId(u64);
 
 /// Who asked for an open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Asker {
-    /// A disk that was found, or whose medium changes.
+    /// A disk, for its storage or a new medium.
     Disk(DiskKey),
-    /// The admin, for a disk to be made or a medium to be inserted.
+    /// The admin, for a new disk or a new medium.
     Admin,
 }
 
 /// The answer to [`Helpers::open`].
 #[derive(Debug)]
 pub struct Answer {
-    /// To which.
+    /// The request.
     pub id: OpenId,
-    /// Who is to be told.
+    /// Who asked.
     pub asker: Asker,
-    /// What was opened, or why it could not be within `limits::OPEN_SECONDS`.
+    /// The opened storage, or why it could not be opened within `limits::OPEN_SECONDS`.
     pub result: Result<OpenBacking, Failure>,
 }
 
-/// Opened storage. Its last drop, on whatever thread, has a helper close it.
+/// Opened storage. When it is dropped, on any thread, a helper closes it.
 #[derive(Debug)]
 pub struct OpenBacking {
-    /// `None` only in its drop.
+    /// `None` only while it is dropped.
     backing: Option<Backing>,
     target: String,
     places: Places,
@@ -68,12 +66,12 @@ pub struct OpenBacking {
 pub struct Helpers {
     pool: Arc<Pool>,
     results: Receiver<Opened>,
-    /// Opens whose answers are waited for; the first is the oldest.
+    /// Opens that control waits for, oldest first.
     asked: BTreeMap<OpenId, Asked>,
     next: u64,
 }
 
-/// An open whose answer is waited for.
+/// An open that control waits for.
 #[derive(Debug)]
 struct Asked {
     asker: Asker,
@@ -81,7 +79,7 @@ struct Asked {
     until: Instant,
 }
 
-/// What a helper has to say.
+/// A helper's result.
 #[derive(Debug)]
 struct Opened {
     id: OpenId,
@@ -91,7 +89,7 @@ struct Opened {
 #[derive(Debug)]
 struct Pool {
     state: Mutex<State>,
-    /// Something may have become due.
+    /// Signalled when a job may have become ready to run.
     changed: Condvar,
     results: Sender<Opened>,
     bell: Doorbell,
@@ -101,7 +99,7 @@ struct Pool {
 #[derive(Debug, Default)]
 struct State {
     waiting: VecDeque<Job>,
-    /// Jobs that run in each place.
+    /// How many jobs run in each place.
     running: BTreeMap<Place, usize>,
     /// Waiting and running jobs that close something.
     closings: usize,
@@ -121,19 +119,19 @@ enum Task {
     Close(Backing),
 }
 
-/// What a job may get stuck in.
+/// A place in which a job may get stuck.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Place {
     /// A file or device.
     File(PathBuf),
     /// A file's folder.
     Folder(PathBuf),
-    /// By its mount point.
+    /// A mount, by its mount point.
     Mount(PathBuf),
 }
 
 impl Place {
-    /// How many jobs may be there together.
+    /// How many jobs may be there at a time.
     fn most(&self) -> usize {
         match self {
             Place::File(_) => limits::HELPERS_PER_FILE,
@@ -143,13 +141,13 @@ impl Place {
     }
 }
 
-/// All that one job may get stuck in.
+/// All places in which one job may get stuck.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Places(Vec<Place>);
 
 impl Helpers {
-    /// No thread yet, and never more than `threads_max`; with 0, [`Helpers::help_once`] does what they
-    /// would. `bell` is rung for each answer, and when all that was let go is closed.
+    /// Helpers without a thread yet, and never more than `threads_max`; with 0, [`Helpers::help_once`] does
+    /// the work. `bell` is rung for each answer, and when everything that was dropped is closed.
     pub fn new(bell: Doorbell, threads_max: usize) -> Helpers {
         let (sender, results) = unbounded();
         let (state, changed) = Default::default();
@@ -157,7 +155,7 @@ impl Helpers {
         Helpers { pool, results, asked: BTreeMap::new(), next: 0 }
     }
 
-    /// Opens or closes one thing in the calling thread; false if nothing is asked for.
+    /// Opens or closes one thing in the calling thread; returns false if there is nothing to do.
     pub fn help_once(&self) -> bool {
         let job = self.pool.state().next_job();
         job.is_some_and(|job| {
@@ -166,7 +164,7 @@ impl Helpers {
         })
     }
 
-    /// Has storage opened; [`Helpers::next_answer`] will tell. An error is that `target` names none.
+    /// Begins to open storage; [`Helpers::next_answer`] will have the result. Fails if `target` is invalid.
     pub fn open(
         &mut self,
         target: &str,
@@ -198,8 +196,7 @@ impl Helpers {
         self.pool.own(Backing::empty(), String::new(), Places::default())
     }
 
-    /// Nobody waits for this open any more. One that runs already goes on, and what it opens is
-    /// closed.
+    /// Abandons an open. If it runs already it goes on, and what it opens is closed.
     pub fn abandon(&mut self, id: OpenId) {
         self.asked.remove(&id);
         self.pool
@@ -208,7 +205,7 @@ impl Helpers {
             .retain(|job| !matches!(&job.task, Task::Open { id: waiting, .. } if *waiting == id));
     }
 
-    /// The next answer that is here already and waited for, or a failure for an open that takes too long.
+    /// The next answer that control waits for, if there is one, or a failure for an open that takes too long.
     pub fn next_answer(&mut self, now: Instant) -> Option<Answer> {
         while let Ok(Opened { id, result }) = self.results.try_recv() {
             if let Some(Asked { asker, .. }) = self.asked.remove(&id) {
@@ -219,7 +216,7 @@ impl Helpers {
         self.next_late(now)
     }
 
-    /// When [`Helpers::next_answer`] has something to say at the latest.
+    /// When [`Helpers::next_answer`] will have an answer at the latest.
     pub fn deadline(&self) -> Option<Instant> {
         self.asked.first_key_value().map(|(_, asked)| asked.until)
     }
@@ -232,14 +229,14 @@ impl Helpers {
         Some(Answer { id, asker, result: Err(Failure { errno: libc::ETIMEDOUT, text }) })
     }
 
-    /// Whether what was dropped is still to be closed. The bell is rung when it no longer is.
+    /// Whether dropped storage is still being closed. The bell is rung when it no longer is.
     pub fn is_closing(&self) -> bool {
         self.pool.state().closings > 0
     }
 }
 
 impl Pool {
-    /// The state is whole whoever held it last: nothing in here panics half-way.
+    /// The state is consistent even if a thread panicked: no change of it can panic half-way.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -256,7 +253,7 @@ impl Pool {
         result: Result<Backing, BackingError>,
     ) {
         let result = result.map(|backing| self.own(backing, spec.to_string(), places));
-        // Without control there is nobody to tell.
+        // If control has ended, nobody wants the answer.
         let _ = self.results.send(Opened { id, result });
         self.bell.ring();
     }
@@ -267,11 +264,11 @@ impl Pool {
         state.closings += job.closes();
         state.waiting.push_back(job);
         if !may_run {
-            // Whoever leaves its place next takes it.
+            // The thread that leaves its place next will take it.
             return;
         }
         let due = state.waiting.iter().filter(|job| state.may_run(job)).count();
-        // A thread that was woken may still count as idle.
+        // Compare with all ready jobs, because a thread that was woken may still count as idle.
         if due <= state.idle || state.threads == self.threads_max {
             drop(state);
             self.changed.notify_all();
@@ -302,7 +299,7 @@ impl Pool {
         }
     }
 
-    /// Without a single thread nothing would ever be answered.
+    /// Fails all waiting jobs if there is no thread left: otherwise none would ever be answered.
     fn give_up_where_nobody_helps(self: &Arc<Self>, error: &std::io::Error) {
         let mut state = self.state();
         state.threads -= 1;
@@ -316,18 +313,18 @@ impl Pool {
             match task {
                 Task::Open { id, spec, .. } => {
                     let what = format!("no thread can be started to open it ({error})");
-                    let mend = "raise the limit on tasks";
+                    let mend = "raise the limit on threads (TasksMax= under systemd)";
                     let error = BackingError::new(&spec.to_string(), &what, mend, None);
                     self.answer(id, &spec, places, Err(error));
                 }
-                // Closed here after all, or its file would stay open for good.
+                // Closed on this thread, because its file would stay open for good otherwise.
                 Task::Close(backing) => drop(backing),
             }
         }
         self.bell.ring();
     }
 
-    /// Does this job, and more until there were none for a while.
+    /// Runs this job and others, until there were none for a while.
     fn serve(self: &Arc<Self>, mut first: Option<Job>) {
         let mut state = self.state();
         loop {
@@ -369,7 +366,7 @@ impl Pool {
                 let opened = catch_unwind(AssertUnwindSafe(|| spec.open(&access)));
                 let result = opened.unwrap_or_else(|_| {
                     let what = "opening it failed in polldisk itself";
-                    let mend = "see the log, and report it as a fault of polldisk";
+                    let mend = "see the log, and report it as a bug in polldisk";
                     Err(BackingError::new(&spec.to_string(), what, mend, None))
                 });
                 self.answer(id, &spec, job.places, result);
@@ -382,7 +379,7 @@ impl Pool {
 }
 
 impl Job {
-    /// One where it closes something.
+    /// 1 if the job closes something, else 0.
     fn closes(&self) -> usize {
         usize::from(matches!(self.task, Task::Close(_)))
     }
@@ -422,8 +419,8 @@ impl State {
 }
 
 impl Places {
-    /// A file, its folder and the mount that it is on, by their names alone: to look them up could
-    /// already hang. Devices have nothing to do with others of their folder.
+    /// A file, its folder and its mount, found by name only, because looking them up could hang. For
+    /// devices the folder does not matter.
     fn of(path: &Path) -> Places {
         let folder = path.parent().filter(|_| !path.starts_with("/dev"));
         let folder = folder.map(|folder| Place::Folder(folder.to_owned()));
@@ -433,7 +430,7 @@ impl Places {
 }
 
 impl OpenBacking {
-    /// What named it.
+    /// The target that named it.
     pub fn target(&self) -> &str {
         &self.target
     }
@@ -451,7 +448,7 @@ impl Drop for OpenBacking {
     fn drop(&mut self) {
         match self.backing.take() {
             Some(backing) if matches!(**backing.image(), Image::Raw(_)) => {
-                // Whoever wants the same storage next waits for that, instead of being refused.
+                // Other disks that want the same storage wait for this instead of being refused.
                 backing.closing();
                 let places = std::mem::take(&mut self.places);
                 self.pool.push(Job { task: Task::Close(backing), places });

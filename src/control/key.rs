@@ -1,4 +1,4 @@
-//! Which disk something is about.
+//! The name of a disk throughout control.
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use crate::units::{DomId, VbdId};
 use crate::xen::keys;
 use crate::xen::vdev::Vdev;
 
-/// Which disk: the end of its backend area's path.
+/// Identifies a disk: the end of its backend area's path.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DiskKey {
     /// The backend type, such as `vbd`.
@@ -29,12 +29,12 @@ impl DiskKey {
         keys::frontend_area(self.domid, self.vbd)
     }
 
-    /// What it is called in words, to those who want what it uses.
+    /// Its name in errors for others that want the same storage.
     pub fn user(&self) -> String {
         format!("disk {} of domain {}", Vdev::from(self.vbd), self.domid)
     }
 
-    /// Where its failures are told.
+    /// The area of its `error` node.
     pub fn error_area(&self, own: DomId) -> String {
         keys::error_area(own, &self.kind, self.domid, self.vbd)
     }

@@ -1,18 +1,19 @@
 //! The xenbus state machine of one disk: pure, and declared as a table.
 //!
-//! What happens to a disk is an [`Input`]. [`Machine::step`] first takes it into the machine's
-//! state (so a condition sees the new value), then runs the first row of [`TABLE`] that is about
-//! the input and whose conditions hold, and returns that row's [`Effect`]s for the caller to carry
-//! out in order. There is no I/O here, and no failure.
+//! What happens to a disk is an [`Input`]. [`Machine::step`] first updates the machine's state with it (so
+//! a condition sees the new value), then picks the first row of [`TABLE`] that matches the input and whose
+//! conditions hold, and returns that row's [`Effect`]s for the caller to carry out in order. There is no
+//! I/O here, and nothing fails.
 //!
 //! The behaviour is that of QEMU's xen-bus and xen-block, with these differences:
 //! - a failure writes the xenbus `error` node and moves to Closing, as Linux's `xenbus_dev_fatal`
 //!   does; the disk then stays down until the frontend starts over;
 //! - the data plane and storage answer later, so the frontend and the toolstack may move on while a
-//!   connection is being made or ended, or storage opened. The answer acts on what they want by then;
-//! - several changes may have been seen as one. A frontend found in Initialising under a running
-//!   connection, or with another ring than the connection uses, has started over: the connection is ended first;
-//! - a toolstack that writes Initialising again gets the disk opened afresh;
+//!   connection is being made or ended, or storage is being opened. What an answer leads to depends on
+//!   their states when it comes;
+//! - several changes may be seen as one. A frontend that is Initialising while its connection runs, or has a
+//!   different ring from the connection's, has started over: the connection is ended first;
+//! - if a toolstack writes Initialising again, the disk is opened afresh;
 //! - a drive may be empty, and its medium may change while it is connected.
 
 use std::fmt;
@@ -26,13 +27,13 @@ use XenbusState::{
 /// Something that happened to a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Input {
-    /// The backend's `state` holds this, written by somebody else.
+    /// Somebody else has written this to the backend's `state`.
     Backend(XenbusState),
     /// The backend's `online` now holds this.
     Online(bool),
-    /// The frontend's `state` now holds this; `Unknown` where it or the whole area is gone.
+    /// The frontend's `state` now holds this; `Unknown` if it or the whole area is gone.
     Frontend(XenbusState),
-    /// The frontend, Initialised or Connected, has published another ring than the connection uses.
+    /// The frontend, Initialised or Connected, has published a different ring from the connection's.
     RingReplaced,
     /// Storage is open.
     Opened,
@@ -40,50 +41,51 @@ pub enum Input {
     OpenFailed,
     /// As [`Input::OpenFailed`], for a disk whose hotplug script reports the reason.
     OpenFailedScript,
-    /// Storage is open and no hotplug script has to finish any more.
+    /// Storage is open and no hotplug script is still to finish.
     Ready,
     /// The data plane serves every queue.
     ConnectionUp,
-    /// A queue can't be served, or the frontend published nonsense.
+    /// A queue can't be served, or the frontend published invalid values.
     ConnectionFailed,
     /// The frontend broke the ring protocol, or a worker died.
     ConnectionFault,
-    /// The data plane holds nothing of the connection any more.
+    /// The data plane has released everything of the connection.
     ConnectionDown,
-    /// The drive has another medium, or none; every queue of the connection serves that.
+    /// The drive has another medium, or none, and every queue of the connection uses it.
     MediumChanged,
     /// The medium that the toolstack named can't be used; the drive is empty.
     MediumFailed,
-    /// The backend area is removed, or another disk's by now.
+    /// The backend area is removed, or belongs to another disk now.
     Gone,
-    /// The guest exists no more, whatever its toolstack leaves behind.
+    /// The guest no longer exists, whatever its toolstack leaves behind.
     DomainGone,
-    /// The daemon ends.
+    /// The daemon is ending.
     Stop,
 }
 
 /// What the caller has to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// Have storage opened; answer, at any time later, with `Opened`, `OpenFailed` or
+    /// Begin to open storage; the answer, at any time later, is `Opened`, `OpenFailed` or
     /// `OpenFailedScript`.
     Open,
-    /// Write what the frontend reads before it chooses its rings.
+    /// Write the nodes that the frontend reads before it chooses its rings.
     PublishFeatures,
     /// Write size and kind of the disk.
     PublishDisk,
-    /// Write the backend's `state`, and what the frontend reads in it: InitWait with all of
+    /// Write the backend's `state`, and what the frontend reads in that state: InitWait with all of
     /// [`Effect::PublishFeatures`], Connected with all of [`Effect::PublishDisk`].
     SetState(XenbusState),
-    /// Read what the frontend published and have it served; answer with `ConnectionUp` or `ConnectionFailed`.
+    /// Read what the frontend published and begin to serve it; the answer is `ConnectionUp` or
+    /// `ConnectionFailed`.
     Connect,
-    /// Have the connection ended; answer with `ConnectionDown`.
+    /// Begin to end the connection; the answer is `ConnectionDown`.
     Disconnect,
     /// Write the xenbus `error` node: why the disk failed.
     WriteError,
     /// Write `hotplug-status` and `hotplug-error`, which the hotplug script passes on.
     WriteHotplugError,
-    /// Drop the disk; areas that polldisk made are removed.
+    /// Drop the disk, and remove its areas if polldisk made them.
     Forget,
 }
 
@@ -92,11 +94,11 @@ pub enum Effect {
 pub enum ConnectionState {
     /// Nothing is connected.
     Down,
-    /// Asked for and not answered.
+    /// Asked for, not answered yet.
     Connecting,
     /// Served.
     Up,
-    /// Its end is asked for and not answered.
+    /// Its end was asked for, not answered yet.
     Disconnecting,
 }
 
@@ -132,7 +134,7 @@ enum On {
     Just(Input),
 }
 
-/// A condition on the state after the input was taken in.
+/// A condition on the state after the input has updated it.
 #[derive(Clone, Copy, Debug)]
 enum When {
     Backend(&'static [XenbusState]),
@@ -141,22 +143,22 @@ enum When {
     Online(bool),
     /// Storage is open and the hotplug script is done.
     Ready,
-    /// The last connection failed and the frontend has not started over since.
+    /// The last connection failed, and the frontend has not started over since then.
     Failed,
     Gone,
-    /// The guest exists no more.
+    /// The guest no longer exists.
     Deserted,
     Stopping,
 }
 
 const ANY: &[XenbusState] = &XenbusState::ALL;
-/// A frontend that will not answer: not there, closed, or not yet begun.
+/// A frontend that will not answer: missing, closed, or not started yet.
 const DEAD: &[XenbusState] = &[Unknown, Initialising, Closed, Reconfiguring, Reconfigured];
 /// A frontend whose ring is published.
 const READY: &[XenbusState] = &[Initialised, Connected];
 /// A frontend that is gone or has closed.
 const LEFT: &[XenbusState] = &[Unknown, Closed];
-/// Backend states in which a disk that is not online has nobody to wait for.
+/// Backend states in which a disk that is not online waits for nobody.
 const IDLE: &[XenbusState] = &[Unknown, Initialising, InitWait, Closed];
 /// A connection that has to be ended.
 const ALIVE: &[ConnectionState] = &[ConnectionState::Connecting, ConnectionState::Up];
@@ -172,11 +174,11 @@ const fn row(on: On, when: &'static [When], then: &'static [Effect]) -> Row {
 
 /// The whole behaviour. Rows are tried from the top; the first that matches is the only one.
 pub static TABLE: &[Row] = &[
-    // The daemon ends: rings are drained, the states of the toolstack's disks stay.
+    // The daemon is ending: rings are drained, the states of the toolstack's disks stay.
     row(On::Just(Input::Stop), &[When::Connection(ALIVE)], &[Disconnect]),
     row(On::Just(Input::Stop), &[When::Connection(&[ConnectionState::Down])], &[Forget]),
     row(On::Just(Input::ConnectionDown), &[When::Stopping], &[Forget]),
-    // The backend area is gone: nothing may be written there any more.
+    // The backend area is gone: nothing may be written there now.
     row(On::Just(Input::Gone), &[When::Connection(ALIVE)], &[Disconnect]),
     row(On::Just(Input::Gone), &[When::Connection(&[ConnectionState::Down])], &[Forget]),
     row(On::Just(Input::ConnectionDown), &[When::Gone], &[Forget]),
@@ -188,7 +190,7 @@ pub static TABLE: &[Row] = &[
         &[SetState(Closed), Forget],
     ),
     row(On::Just(Input::ConnectionDown), &[When::Deserted], &[SetState(Closed), Forget]),
-    // Opening: everything that the frontend reads is there before InitWait.
+    // Opening: all nodes that the frontend reads are written with InitWait.
     row(On::Just(Input::Opened), &[When::Backend(&[Initialising])], &[SetState(InitWait)]),
     row(
         On::Just(Input::OpenFailedScript),
@@ -261,7 +263,7 @@ pub static TABLE: &[Row] = &[
         &[When::Backend(&[Initialising]), When::Connection(&[ConnectionState::Down])],
         &[Open],
     ),
-    // The frontend moved; what it did before the disk is open is only remembered.
+    // The frontend changed its state. Before the disk is open, that is only remembered.
     row(On::Frontend(ANY), &[When::Backend(&[Initialising])], &[]),
     row(On::Frontend(&[Initialising]), &[When::Connection(ALIVE)], &[Disconnect]),
     row(
@@ -385,8 +387,8 @@ pub static TABLE: &[Row] = &[
 ];
 
 impl Machine {
-    /// A disk that has just been found, with its frontend's `state` and its own `online`. Its
-    /// first input is its own `state`, Initialising or Closing.
+    /// The machine of a disk that has just been found, with its frontend's `state` and the backend's
+    /// `online`. Its first input is the backend's `state`, Initialising or Closing.
     pub fn new(frontend: XenbusState, online: bool) -> Machine {
         Machine {
             backend: Unknown,
@@ -422,7 +424,7 @@ impl Machine {
         self.connection
     }
 
-    /// Whether storage is open and the hotplug script done.
+    /// Whether storage is open and the hotplug script is done.
     pub fn is_ready(&self) -> bool {
         self.ready
     }
@@ -437,13 +439,13 @@ impl Machine {
         self.opening
     }
 
-    /// The backend's `online` changed together with its `state`, which is the next input: the
+    /// Updates the backend's `online`, which changed together with its `state`, the next input: the
     /// toolstack writes both in one transaction.
     pub fn set_online(&mut self, online: bool) {
         self.online = online;
     }
 
-    /// Takes one input in; the effects have to be carried out in order.
+    /// Takes one input; returns the effects to carry out in order.
     pub fn step(&mut self, input: Input) -> &'static [Effect] {
         let answers_open =
             matches!(input, Input::Opened | Input::OpenFailed | Input::OpenFailedScript);

@@ -1,8 +1,8 @@
-//! Which worker serves a queue: the one with the fewest.
+//! Which worker serves a queue: the one with the fewest queues.
 
 use crate::msg::WorkerId;
 
-/// How many queues each worker serves. Placing and releasing come in pairs.
+/// How many queues each worker serves. Each placed queue is released once.
 #[derive(Debug)]
 pub struct Placement {
     /// By worker; `None` for one that has ended.
@@ -10,13 +10,13 @@ pub struct Placement {
 }
 
 impl Placement {
-    /// `workers` workers without queues.
+    /// A placement for `workers` workers without queues.
     pub fn new(workers: usize) -> Placement {
         Placement { loads: vec![Some(0); workers] }
     }
 
-    /// The least loaded worker, the lowest number among equals, with one queue more on it now;
-    /// `None` where every worker has ended.
+    /// Places a queue on the least loaded worker, the one with the lowest number among equals; `None` if
+    /// all workers have ended.
     pub fn place(&mut self) -> Option<WorkerId> {
         let alive = self.loads.iter_mut().enumerate();
         let (index, load) = alive
@@ -34,7 +34,7 @@ impl Placement {
         }
     }
 
-    /// Places nothing on this worker any more.
+    /// Excludes a worker that has ended.
     pub fn remove(&mut self, worker: WorkerId) {
         if let Some(load) = self.loads.get_mut(worker.0) {
             *load = None;

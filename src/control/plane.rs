@@ -1,5 +1,5 @@
-//! The control plane as it is stepped: [`Control::poll_once`] does what there is to do at a given time.
-//! Nothing in here reads a clock, sleeps or waits for a descriptor; [`super::run`](super::run()) does.
+//! The control plane in steps: [`Control::poll_once`] does what there is to do at a given time. Nothing
+//! here reads a clock, sleeps or waits for a descriptor; [`super::run`](super::run()) does.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -13,14 +13,14 @@ use crate::msg::{CommandSender, Report, ReportReceiver};
 use crate::park::Doorbell;
 use crate::xen::{Platform, Store};
 
-/// What became of a pass, or of the control plane.
+/// The result of a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
     /// It did something, and there may be more to do.
     Worked,
     /// It found nothing to do.
     Idle,
-    /// It was asked to end, and has. Whoever runs it tells the workers to stop.
+    /// It was asked to end, and has. The caller tells the workers to stop.
     Ended(Ended),
 }
 
@@ -29,8 +29,8 @@ pub enum Progress {
 pub enum Ended {
     /// Every request was answered. The workers end, too.
     Drained,
-    /// Storage has requests that it did not answer, which the log names, and may keep workers and
-    /// helpers from ending: do not wait for them.
+    /// Storage did not answer some requests, which the log names. It may keep workers and helpers from
+    /// ending: do not wait for them.
     GaveUp,
 }
 
@@ -43,19 +43,19 @@ pub struct Control<P: Platform> {
     /// Rung by helpers.
     opened: Doorbell,
     admin: Option<Admin>,
-    /// When to try xenstored again, where its connection was lost.
+    /// When to try xenstored again, if its connection was lost.
     store_retry: Option<Instant>,
-    /// When to end whatever is in flight, once ending.
+    /// When to give up what is in flight, once ending.
     drain_until: Option<Instant>,
-    /// Since when only storage is still to be closed, once ending.
+    /// Since when only closing storage is left to do, once ending.
     closing_since: Option<Instant>,
-    /// Answers still to come to what is in flight, once they were asked for.
+    /// Answers still due about what is in flight, once they were asked for.
     in_flight_due: Option<usize>,
 }
 
 impl<P: Platform> Control<P> {
-    /// One without an admin socket. Workers are numbered as they stand in `workers`; `instance` names this
-    /// run of the daemon, unlike any before or beside it.
+    /// A control plane without an admin socket. A worker's number is its index in `workers`; `instance` is
+    /// a unique name for this run of the daemon.
     pub fn new(
         platform: P,
         config: &Config,
@@ -82,8 +82,7 @@ impl<P: Platform> Control<P> {
         })
     }
 
-    /// One pass: what xenstore, workers, helpers and the admin have to say, each as far as a share of a
-    /// pass allows.
+    /// Runs one pass: handles a bounded amount of what came from xenstore, workers, helpers and the admin.
     pub fn poll_once(&mut self, now: Instant) -> Progress {
         let worked = self.work(now);
         match self.ended(now) {
@@ -93,13 +92,13 @@ impl<P: Platform> Control<P> {
         }
     }
 
-    /// Opens or closes one thing, as a helper thread would, if [`Config::helper_threads`] is 0; false if there
-    /// is nothing to be opened or closed.
+    /// Opens or closes one thing, as a helper thread would, for a control plane without those
+    /// ([`Config::helper_threads`]); returns false if there is nothing to do.
     pub fn help_once(&self) -> bool {
         self.registry.help_once()
     }
 
-    /// When there is something to do, even if nothing happens before.
+    /// When to run the next pass, even if nothing happens before.
     pub fn deadline(&mut self, now: Instant) -> Option<Instant> {
         let admin = self.admin.as_ref().and_then(Admin::deadline);
         let tell = if self.in_flight_due.is_some() { TELL_AT_MOST } else { Duration::ZERO };
@@ -109,46 +108,46 @@ impl<P: Platform> Control<P> {
         all.into_iter().flatten().min()
     }
 
-    /// Begins to end; asked again, gives up what is still in flight.
+    /// Begins to end; when called again, gives up what is still in flight.
     pub fn end(&mut self, now: Instant) {
         if let Some(until) = &mut self.drain_until {
             *until = now.min(*until);
             return;
         }
         tracing::info!(
-            "ending; requests in flight are waited for up to {} s, or until the next signal",
+            "ending; waiting for requests in flight for up to {} s, or until the next signal",
             limits::DRAIN_SECONDS
         );
         self.drain_until = Some(now + Duration::from_secs(limits::DRAIN_SECONDS));
         self.registry.stop(now);
     }
 
-    /// Readable while xenstore has something to say; `None` while there is no connection to it.
+    /// Readable while there are watch events; `None` while there is no connection to xenstore.
     pub fn store_fd(&self) -> Option<BorrowedFd<'_>> {
         self.store_retry.is_none().then(|| self.registry.store().as_fd())
     }
 
-    /// Readable once workers have something to say.
+    /// Readable once workers have sent reports.
     pub fn workers_fd(&self) -> BorrowedFd<'_> {
         self.reports.bell.as_fd()
     }
 
-    /// Readable once helpers have.
+    /// Readable once helpers have answers.
     pub fn helpers_fd(&self) -> BorrowedFd<'_> {
         self.opened.as_fd()
     }
 
-    /// Answers the admin from now on.
+    /// Serves this admin socket from now on.
     pub(super) fn answer(&mut self, admin: Admin) {
         self.admin = Some(admin);
     }
 
-    /// The admin socket, and what its commands are about.
+    /// The admin socket, and the registry for its commands.
     pub(super) fn admin(&mut self) -> Option<(&mut Admin, &mut Registry<P::Store>)> {
         Some((self.admin.as_mut()?, &mut self.registry))
     }
 
-    /// Says whether there may be more to do.
+    /// Returns whether there may be more to do.
     fn work(&mut self, now: Instant) -> bool {
         let store = self.take_store_events(now);
         let looked = self.registry.look(now);
@@ -171,8 +170,8 @@ impl<P: Platform> Control<P> {
                 Ok(None) => return taken > 0,
                 Err(error) => {
                     tracing::error!(
-                        "the connection to xenstored is lost ({error}); connected disks run on, \
-                         nothing else can change until it answers again"
+                        "the connection to xenstored is lost ({error}); connected disks keep working, \
+                         but nothing else can change until it answers again"
                     );
                     self.retry_store_later(now);
                     return false;
@@ -226,7 +225,7 @@ impl<P: Platform> Control<P> {
             if !self.registry.is_closing() {
                 return Some(Ended::Drained);
             }
-            // That may wait for storage as well.
+            // Closing may wait for storage, too.
             self.closing_since.get_or_insert(now);
         }
         if Some(now) < self.give_up_at() {
@@ -238,26 +237,26 @@ impl<P: Platform> Control<P> {
         if self.in_flight_due.is_none() {
             let disks: Vec<String> =
                 self.registry.disks().map(|disk| disk.key().to_string()).collect();
-            tracing::error!("requests in flight are given up, of {}", disks.join(", "));
+            tracing::error!("giving up the requests in flight of {}", disks.join(", "));
             self.in_flight_due = Some(self.registry.ask_in_flight());
         }
-        // A worker that does not even say what it has is waited for no longer than this.
+        // Don't wait longer for a worker that does not even report what it has.
         let told = self.in_flight_due == Some(0) || now >= until + TELL_AT_MOST;
         told.then_some(Ended::GaveUp)
     }
 
-    /// When to end whatever is not done, once ending.
+    /// When to give up what is not done, once ending.
     fn give_up_at(&self) -> Option<Instant> {
         let until = self.drain_until?;
         Some(self.closing_since.map_or(until, |since| until.max(since + CLOSE_AT_LEAST)))
     }
 }
 
-/// Given to storage to close files with, even where draining has used up all of its time.
+/// Time for storage to close files, even if draining has used up its own time.
 const CLOSE_AT_LEAST: Duration = Duration::from_secs(2);
 
-/// Given to workers to say what they have in flight.
+/// Time for workers to report what they have in flight.
 const TELL_AT_MOST: Duration = Duration::from_secs(1);
 
-/// Between attempts to send to a worker that is thousands of commands behind.
+/// Time between attempts to send to a worker that is thousands of commands behind.
 const BACKLOG_PAUSE: Duration = Duration::from_millis(10);

@@ -1,11 +1,11 @@
-//! All disks: found by watches, woken by them, and told what workers say.
+//! All disks: watches find them, and watch events and workers' reports are routed to them.
 //!
-//! Three kinds of watch feed it: one per backend type on `backend/<type>`, which covers every key of
-//! every backend area, one per disk on the frontend's `state`, and those for domains that begin or end.
-//! An event only marks what has to be looked at; the looking is done once per pass, at the value that is
-//! there by then, and of each frontend and guest only so often ([`super::guests`]). So a guest that
-//! rewrites its `state` in a loop costs little and holds up nobody, and a thousand disks that connect
-//! together cost each its own reads: directories are listed only when they change.
+//! There are three kinds of watches: one per backend type on `backend/<type>`, which covers every node of
+//! every backend area, one per disk on the frontend's `state`, and those for domains that begin or end. An
+//! event only marks what to look at. Each pass looks once, at the current values, and limits how often it
+//! looks at each frontend and guest ([`super::guests`]). So a guest that rewrites its `state` in a loop
+//! costs little and holds up nobody. When a thousand disks connect together, each costs only its own reads:
+//! directories are listed only when they change.
 
 mod requests;
 
@@ -36,7 +36,7 @@ use requests::Wanted;
 /// Paths of watches that fire when a domain begins or ends (`docs/misc/xenstore.txt`), and their tokens.
 const DOMAINS: [&str; 2] = ["@introduceDomain", "@releaseDomain"];
 
-/// The disks and everything they are made of.
+/// The disks and everything that they need.
 #[derive(Debug)]
 pub struct Registry<S> {
     store: S,
@@ -48,29 +48,29 @@ pub struct Registry<S> {
     guests: Guests,
     disks: BTreeMap<DiskKey, Disk>,
     due: Due,
-    /// What the admin waits for storage for.
+    /// Requests of the admin that wait for storage.
     asked: BTreeMap<OpenId, Wanted>,
-    /// What became of it.
+    /// Their outcomes.
     outcomes: BTreeMap<OpenId, Result<DiskKey, AttachError>>,
-    /// Names this daemon, unlike any before; and its disks, each once.
+    /// A unique name of this run of the daemon; with `disks_taken_on` it marks each disk's area.
     instance: String,
     disks_taken_on: u64,
     stopping: bool,
 }
 
-/// What has to be looked at.
+/// What to look at in the next pass.
 #[derive(Debug, Default)]
 struct Due {
     kinds: BTreeSet<Arc<str>>,
     domains: BTreeSet<(Arc<str>, DomId)>,
     disks: BTreeMap<DiskKey, Ends>,
-    /// A domain has begun or ended; which is not said.
+    /// Some domain has begun or ended; the event does not say which.
     existence: bool,
-    /// When the next of the frontends that were looked at too often is looked at again.
+    /// When to look again at the next frontend that had too many looks.
     frontends_at: Option<Instant>,
 }
 
-/// Which ends of a disk.
+/// Which ends of a disk to look at.
 #[derive(Clone, Copy, Debug, Default)]
 struct Ends {
     backend: bool,
@@ -96,8 +96,8 @@ enum Place {
 }
 
 impl<S: Store> Registry<S> {
-    /// Watches the backend types; what is there already is found by the events that this causes.
-    /// `instance` names this daemon, unlike any before; `opened` is rung when storage was opened.
+    /// Watches the backend types; the first events lead to existing disks. `instance` is a unique name of
+    /// this run of the daemon; `opened` is rung when storage was opened.
     pub fn new(
         store: S,
         kinds: &[String],
@@ -133,10 +133,10 @@ impl<S: Store> Registry<S> {
             let root = keys::backend_root(self.own, kind);
             self.store.watch(&root, &disk::backend_token(kind))?;
         }
-        // A driver domain may not be allowed to. Then a domain's end shows only by its areas.
+        // A driver domain may not be allowed to. Then the end of a domain shows only in its areas.
         if let Err(error) = DOMAINS.iter().try_for_each(|path| self.store.watch(path, path)) {
             tracing::info!(
-                "xenstore does not tell of domains that end ({error}); the disks of a guest that is \
+                "xenstore does not report domains that end ({error}); the disks of a guest that is \
                  gone are closed when its toolstack removes them"
             );
         }
@@ -156,8 +156,8 @@ impl<S: Store> Registry<S> {
         (&mut self.disks, around)
     }
 
-    /// Goes on with another xenstore connection after the first was lost: everything is looked at
-    /// again, as anything may have happened since.
+    /// Continues with another xenstore connection after the first was lost, and looks at everything again,
+    /// because anything may have changed.
     pub fn reconnect(&mut self, store: S) -> io::Result<()> {
         self.store = store;
         self.watch()?;
@@ -185,7 +185,7 @@ impl<S: Store> Registry<S> {
         self.disks.get(key)
     }
 
-    /// Marks what a watch event is about.
+    /// Marks what a watch event asks to look at.
     pub fn take_event(&mut self, event: &WatchEvent) {
         if DOMAINS.contains(&event.token.as_str()) {
             self.due.existence = true;
@@ -222,13 +222,13 @@ impl<S: Store> Registry<S> {
         }
     }
 
-    /// Anything of the backend area may have changed.
+    /// Marks a whole backend area: anything in it may have changed.
     fn look_at(&mut self, key: DiskKey) {
         let ends = self.due.disks.entry(key).or_default();
         ends.add(Ends { backend: true, params: Some(Params::Perhaps), frontend: false });
     }
 
-    /// What `<kind>[/<domid>[/<vbd>[/<node>]]]` names.
+    /// Parses `<kind>[/<domid>[/<vbd>[/<node>]]]`.
     fn place(&self, name: &str) -> Option<Place> {
         let mut parts = name.splitn(4, '/');
         let kind = parts.next()?;
@@ -243,7 +243,7 @@ impl<S: Store> Registry<S> {
         }
     }
 
-    /// Looks at everything that is due; says whether anything was.
+    /// Looks at everything that is due; returns whether anything was.
     pub fn look(&mut self, now: Instant) -> bool {
         let mut due = std::mem::take(&mut self.due);
         let mut looked = !due.kinds.is_empty() || !due.domains.is_empty() || due.existence;
@@ -253,7 +253,7 @@ impl<S: Store> Registry<S> {
         for (kind, domid) in due.domains {
             self.list_domain(&kind, domid);
         }
-        // And what the listings found.
+        // Add what the listings found.
         for (key, ends) in std::mem::take(&mut self.due.disks) {
             due.disks.entry(key).or_default().add(ends);
         }
@@ -266,13 +266,13 @@ impl<S: Store> Registry<S> {
         looked
     }
 
-    /// When something has to be done although nothing happens.
+    /// When to do something even without an event.
     pub fn deadline(&self) -> Option<Instant> {
         self.helpers.deadline().into_iter().chain(self.due.frontends_at).min()
     }
 
-    /// A domain that is gone takes its disks along, whether its toolstack cleans up or not.
-    /// One without disks is forgotten, so that nobody takes the next one with its number for it.
+    /// Closes the disks of domains that are gone, whether their toolstack cleans up or not. A domain
+    /// without disks is forgotten, so that the next one with its number is not taken for it.
     fn look_for_ended_domains(&mut self, now: Instant) {
         let with_disks = self.disks.keys().map(|key| key.domid);
         let domains: BTreeSet<DomId> = with_disks.chain(self.guests.domains()).collect();
@@ -287,7 +287,7 @@ impl<S: Store> Registry<S> {
                     }
                 }
                 Err(error) => {
-                    tracing::error!(%domid, "xenstore does not say whether it exists: {error}");
+                    tracing::error!(%domid, "cannot find out whether it exists: {error}");
                 }
             }
         }
@@ -326,7 +326,7 @@ impl<S: Store> Registry<S> {
         known.into_iter().for_each(|key| self.look_at(key));
     }
 
-    /// The numbers among the names in a directory; none where it is missing.
+    /// The numbers among the names in a directory; none if it is missing.
     fn list<N: std::str::FromStr>(&self, path: &str) -> Vec<N> {
         match self.store.directory(path) {
             Ok(names) => names.iter().filter_map(|name| name.parse().ok()).collect(),
@@ -339,13 +339,13 @@ impl<S: Store> Registry<S> {
         }
     }
 
-    /// Says whether anything was looked at.
+    /// Returns whether anything was looked at.
     fn look_at_ends(&mut self, key: &DiskKey, mut ends: Ends, now: Instant) -> bool {
         let guests = &mut self.guests;
         if ends.frontend
             && let Some(Err(at)) = self.disks.get_mut(key).map(|disk| disk.may_look(guests, now))
         {
-            // What is there by then is what counts.
+            // Look later; only the value at that time counts.
             ends.frontend = false;
             self.due.disks.entry(key.clone()).or_default().frontend = true;
             self.due.frontends_at = Some(self.due.frontends_at.map_or(at, |next| next.min(at)));
@@ -356,7 +356,7 @@ impl<S: Store> Registry<S> {
         let result = match self.disks.contains_key(key) {
             true => self
                 .with_disk(key, now, |disk, around| {
-                    // One that can't be looked at is no reason not to look at the others.
+                    // If one look fails, still do the others.
                     let mut result = Ok(());
                     if ends.backend {
                         result = disk.look_at_backend(around);
@@ -374,7 +374,7 @@ impl<S: Store> Registry<S> {
             false => Ok(()),
         };
         if let Err(error) = result {
-            tracing::error!(disk = %key, "cannot be looked at: {error}");
+            tracing::error!(disk = %key, "cannot read its area: {error}");
             if error.kind() == io::ErrorKind::InvalidData {
                 self.tell_unreadable(key, &Failure::of(&error), now);
             }
@@ -382,7 +382,7 @@ impl<S: Store> Registry<S> {
         true
     }
 
-    /// Tells the toolstack that it wrote something into a disk's area that can't be read.
+    /// Tells the toolstack that a disk's area holds a value that can't be parsed.
     fn tell_unreadable(&mut self, key: &DiskKey, failure: &Failure, now: Instant) {
         let told = self.with_disk(key, now, |disk, around| disk.tell_unreadable(failure, around));
         let told = told.unwrap_or_else(|| {
@@ -394,9 +394,9 @@ impl<S: Store> Registry<S> {
         }
     }
 
-    /// Takes a disk on if the toolstack has made one (Initialising and online), or if it waits for
-    /// one to close that nobody serves any more, such as a dead daemon's. `prepared` is its storage,
-    /// if that is open already, and the target that names it.
+    /// Takes on a disk if the toolstack has made one (Initialising and online), or if the toolstack waits
+    /// for a disk to close that nobody serves, such as a dead daemon's. `prepared` is its target and the
+    /// storage, if that is open already.
     fn consider(
         &mut self,
         key: &DiskKey,
@@ -437,8 +437,8 @@ impl<S: Store> Registry<S> {
         Some(value)
     }
 
-    /// A forgotten disk's area is looked at again: the toolstack may have made another there
-    /// while the old one was still being drained.
+    /// Drops a disk that is finished, and looks at its area again: the toolstack may have made another disk
+    /// there while the old one was being drained.
     fn drop_if_forgotten(&mut self, key: &DiskKey) {
         if self.disks.get(key).is_some_and(Disk::is_forgotten) {
             self.disks.remove(key);
@@ -446,17 +446,17 @@ impl<S: Store> Registry<S> {
         }
     }
 
-    /// Sends what workers had no room for; `true`: some still have none.
+    /// Sends commands that workers had no room for; returns whether some still have none.
     pub fn send_backlog(&mut self) -> bool {
         self.workers.send_backlog()
     }
 
-    /// Does one thing that a helper would, in the calling thread.
+    /// Does one job of the helpers in the calling thread; returns false if there is none.
     pub fn help_once(&self) -> bool {
         self.helpers.help_once()
     }
 
-    /// Acts on what helpers have opened, or take too long for; says whether there was anything.
+    /// Acts on answers of helpers and on opens that take too long; returns whether there were any.
     pub fn take_answers(&mut self, now: Instant) -> bool {
         let mut any = false;
         while let Some(Answer { id, asker, result }) = self.helpers.next_answer(now) {
@@ -476,12 +476,12 @@ impl<S: Store> Registry<S> {
         any
     }
 
-    /// Whether storage that was let go is still to be closed.
+    /// Whether storage is still being closed.
     pub fn is_closing(&self) -> bool {
         self.helpers.is_closing()
     }
 
-    /// Acts on what a worker says.
+    /// Acts on a worker's report.
     pub fn take_worker_report(&mut self, event: Report, now: Instant) {
         match event {
             Report::Connected(queue) => self.tell(queue, now, |disk, around| {
@@ -527,7 +527,7 @@ impl<S: Store> Registry<S> {
         }
     }
 
-    /// Passes something on to the disk whose connection it is about; one that has ended has none.
+    /// Passes a report to the disk of its connection, if that has not ended.
     fn tell(
         &mut self,
         queue: QueueKey,
@@ -549,15 +549,15 @@ impl<S: Store> Registry<S> {
             .collect()
     }
 
-    /// Asks every worker what it has in flight; the answers go to the log. Says how many are due.
+    /// Asks every worker what it has in flight; the answers go to the log. Returns how many are due.
     pub fn ask_in_flight(&mut self) -> usize {
         let workers = &mut self.workers;
         let connections = self.disks.values().filter_map(Disk::connection);
         connections.map(|connection| connection.ask_in_flight(workers)).sum()
     }
 
-    /// Ends every disk: what polldisk attached is removed, the toolstack's disks keep their state
-    /// once their rings are drained.
+    /// Ends every disk once its rings are drained: disks that polldisk attached are removed, the
+    /// toolstack's disks keep their state.
     pub fn stop(&mut self, now: Instant) {
         self.stopping = true;
         for (id, _) in std::mem::take(&mut self.asked) {
@@ -574,7 +574,7 @@ impl<S: Store> Registry<S> {
     }
 }
 
-/// Says which requests of a queue are left where the daemon ends without them.
+/// Logs requests of a queue that the daemon gives up as it ends.
 fn tell_in_flight(disk: &Disk, queue: QueueKey, in_flight: &InFlight) {
     let target = disk.named();
     for request in &in_flight.oldest {
@@ -587,11 +587,11 @@ fn tell_in_flight(disk: &Disk, queue: QueueKey, in_flight: &InFlight) {
     }
     let more = in_flight.count.saturating_sub(in_flight.oldest.len());
     if more > 0 {
-        tracing::error!(disk = %disk.key(), queue = queue.queue.0, "and {more} requests more");
+        tracing::error!(disk = %disk.key(), queue = queue.queue.0, "and {more} more requests");
     }
 }
 
-/// Our own domain: the node `domid` of our directory, which dom0 may lack.
+/// The domain that polldisk runs in: the node `domid` of its own directory, which dom0 may lack.
 fn own_domid(store: &impl Xs) -> io::Result<DomId> {
     match if_there(store.read(keys::OWN_DOMID))? {
         Some(text) => {

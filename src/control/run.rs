@@ -1,4 +1,4 @@
-//! The loop of the control thread: sleeps until something happens, and has [`Control`] deal with it.
+//! The loop of the control thread: sleeps until something happens, and lets [`Control`] handle it.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -22,14 +22,14 @@ use crate::xen::{Platform, PlatformError};
 pub struct Config {
     /// Backend types served, at least one; `attach` uses the first.
     pub backend_types: Vec<String>,
-    /// Where the admin socket is; none where `None`.
+    /// The path of the admin socket; `None`: there is none.
     pub admin_path: Option<PathBuf>,
     /// What frontends are offered.
     pub offer: Offer,
-    /// How many threads may open and close storage at a time. With 0, [`Control::help_once`] does that.
+    /// How many threads may open and close storage at a time; with 0, [`Control::help_once`] does.
     pub helper_threads: usize,
-    /// Whether SIGTERM and SIGINT end it, and SIGHUP does not. Only one thread of a process should have
-    /// that.
+    /// Whether to handle signals: SIGTERM and SIGINT end the control plane, SIGHUP changes nothing. Only
+    /// one thread of a process should do so.
     pub signals: bool,
 }
 
@@ -51,10 +51,10 @@ pub enum ControlError {
     /// Xenstore can't be reached.
     #[error(transparent)]
     Platform(#[from] PlatformError),
-    /// There can be no admin socket.
+    /// The admin socket can't be made.
     #[error(transparent)]
     Admin(#[from] BindError),
-    /// Xenstore refuses what every backend needs.
+    /// Xenstore refuses watches that every backend needs.
     #[error("xenstore refuses to watch backends; run polldisk in dom0 or a driver domain, as root")]
     Watch(#[source] io::Error),
     /// The system refuses to wait for descriptors or signals.
@@ -69,9 +69,9 @@ const SIGNALS: Token = Token(3);
 const ADMIN: Token = Token(4);
 const HELPERS: Token = Token(5);
 
-/// Runs the control plane in the calling thread until `stop` rings or a signal comes, and at most
-/// `limits::DRAIN_SECONDS` longer, or until a second ring or signal. Workers are numbered as they stand
-/// in `workers`; all are told to stop before it returns.
+/// Runs the control plane in the calling thread until `stop` rings or a signal comes, and then until all is
+/// drained, for at most `limits::DRAIN_SECONDS` or until a second ring or signal. A worker's number is its
+/// index in `workers`; all are told to stop before this returns.
 pub fn run<P: Platform>(
     platform: &P,
     config: &Config,
@@ -83,7 +83,7 @@ pub fn run<P: Platform>(
     let result =
         Loop::new(platform, config, workers, reports, stop).and_then(|mut control| control.serve());
     for sender in senders {
-        // One that takes no more commands has ended.
+        // A worker that accepts no commands has ended already.
         let _ = sender.send(Command::Stop);
     }
     result
@@ -92,7 +92,7 @@ pub fn run<P: Platform>(
 struct Loop<'a, P: Platform> {
     poll: Poll,
     control: Control<P>,
-    /// The descriptor of xenstore that is listened to.
+    /// The descriptor of the xenstore connection in `poll`.
     store: Option<RawFd>,
     stop: &'a Doorbell,
     signals: Option<Signals>,
@@ -107,7 +107,7 @@ impl<'a, P: Platform> Loop<'a, P> {
         stop: &'a Doorbell,
     ) -> Result<Self, ControlError> {
         let poll = Poll::new().map_err(ControlError::Wait)?;
-        // Before anything of xenstore is touched: another daemon may have that place.
+        // Do this before touching xenstore: another daemon may already be running.
         let admin = config.admin_path.as_deref();
         let admin = admin.map(|path| Admin::bind(path, poll.registry(), ADMIN)).transpose()?;
         let mut control = Control::new(platform.clone(), config, workers, reports, instance())?;
@@ -148,14 +148,14 @@ impl<'a, P: Platform> Loop<'a, P> {
         }
     }
 
-    /// Listens to the connection to xenstore that there is now: a lost one would be readable for ever.
+    /// Listens to the current connection to xenstore: a lost one would stay readable for ever.
     fn listen_to_store(&mut self) -> Result<(), ControlError> {
         let store = self.control.store_fd().map(|fd| fd.as_raw_fd());
         if store == self.store {
             return Ok(());
         }
         if let Some(lost) = self.store.take() {
-            // One that was closed has left the poll set by itself.
+            // If it was closed, it has left the poll set by itself.
             let _ = self.poll.registry().deregister(&mut SourceFd(&lost));
         }
         if let Some(fd) = self.control.store_fd() {
@@ -182,7 +182,7 @@ impl<'a, P: Platform> Loop<'a, P> {
                     admin.pump(client, registry, now);
                 }
             }
-            // Looked at in every pass.
+            // Every pass looks at these.
             _ => {}
         }
     }
@@ -193,7 +193,7 @@ impl<'a, P: Platform> Loop<'a, P> {
             signals.pending().partition(|signal| *signal == libc::SIGHUP);
         if !hangups.is_empty() {
             tracing::info!(
-                "SIGHUP changes nothing: options are read at the start only; SIGTERM ends polldisk"
+                "SIGHUP changes nothing: options are read only at the start; SIGTERM ends polldisk"
             );
         }
         if !ends.is_empty() {
@@ -202,7 +202,7 @@ impl<'a, P: Platform> Loop<'a, P> {
     }
 }
 
-/// Names this run of the daemon, unlike any before or beside it.
+/// A unique name for this run of the daemon.
 fn instance() -> String {
     let since_1970 = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     format!("{}.{}", std::process::id(), since_1970.unwrap_or_default().as_nanos())
@@ -215,8 +215,8 @@ fn listen(poll: &Poll, source: &impl AsFd, token: Token) -> Result<(), ControlEr
         .map_err(ControlError::Wait)
 }
 
-/// By default a SIGHUP, of a terminal that is closed or an admin who wants a file read again, would end
-/// the process at once, and guests' requests would be left.
+/// Watches SIGHUP, too: by default it would end the process at once and leave guests' requests unanswered,
+/// whether it comes from a closed terminal or from an admin who wants the configuration read again.
 fn watch_signals(poll: &Poll) -> io::Result<Signals> {
     let mut signals = Signals::new([libc::SIGTERM, libc::SIGINT, libc::SIGHUP])?;
     poll.registry().register(&mut signals, SIGNALS, Interest::READABLE)?;

@@ -1,5 +1,5 @@
-//! The data plane as control sees it: where commands go, which worker has room, whose connection is
-//! whose.
+//! The data plane as control sees it: channels to the workers, placement of queues, and which disk a
+//! connection belongs to.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
@@ -19,19 +19,19 @@ pub struct Workers {
     workers: Vec<Worker>,
     placement: Placement,
     owners: FxHashMap<ConnectionId, DiskKey>,
-    /// What all domains may map together.
+    /// What all domains together may map.
     host: Arc<HostBudget>,
-    /// Of domains that have queues.
+    /// Budgets of domains that have queues.
     budgets: FxHashMap<DomId, Weak<GrantBudget>>,
     next_connection: u64,
 }
 
-/// The way to one worker.
+/// The channel to one worker.
 #[derive(Debug)]
 struct Worker {
     sender: CommandSender,
-    /// What it had no room for; sent before anything else. Control asks a few things of each disk and
-    /// then waits for the answers, so this is bounded by the number of disks.
+    /// Commands that it had no room for, sent before anything else. Control sends a few commands for each
+    /// disk and then waits for the answers, so this is bounded by the number of disks.
     backlog: VecDeque<Command>,
 }
 
@@ -70,7 +70,7 @@ impl Workers {
         Workers { workers, placement, owners, host, budgets, next_connection: 0 }
     }
 
-    /// A name for a new connection of this disk.
+    /// Makes a name for a new connection of this disk.
     pub fn begin_connection(&mut self, disk: &DiskKey) -> ConnectionId {
         let connection = ConnectionId(self.next_connection);
         self.next_connection += 1;
@@ -78,17 +78,17 @@ impl Workers {
         connection
     }
 
-    /// Events about this connection are stale from now on.
+    /// Ends a connection: reports about it are stale from now on.
     pub fn end_connection(&mut self, connection: ConnectionId) {
         self.owners.remove(&connection);
     }
 
-    /// Whose connection this is; `None` for one that has ended.
+    /// The disk of a connection; `None` if the connection has ended.
     pub fn owner(&self, connection: ConnectionId) -> Option<&DiskKey> {
         self.owners.get(&connection)
     }
 
-    /// What the queues of a domain may map together. It lasts as long as any queue has it.
+    /// What the queues of a domain together may map. The budget exists as long as any queue holds it.
     pub fn budget(&mut self, domid: DomId) -> Arc<GrantBudget> {
         if let Some(budget) = self.budgets.get(&domid).and_then(Weak::upgrade) {
             return budget;
@@ -100,32 +100,31 @@ impl Workers {
         budget
     }
 
-    /// A worker for one queue more.
+    /// Places one more queue on a worker.
     pub fn place(&mut self) -> Option<WorkerId> {
         self.placement.place()
     }
 
-    /// One queue less on this worker.
+    /// Takes one queue off this worker.
     pub fn release(&mut self, worker: WorkerId) {
         self.placement.release(worker);
     }
 
-    /// Nothing is placed on this worker any more.
+    /// Places nothing on this worker from now on.
     pub fn remove(&mut self, worker: WorkerId) {
         self.placement.remove(worker);
     }
 
-    /// Sends to one worker, without waiting: now or when it has room. An error says that it has
-    /// ended.
+    /// Sends to one worker without waiting: now, or later when it has room. Fails if it has ended.
     pub fn send(&mut self, worker: WorkerId, command: Command) -> Result<(), WorkerGone> {
         self.workers.get_mut(worker.0).ok_or(WorkerGone(worker))?.send(command)
     }
 
-    /// Sends what workers had no room for; `true`: some still have none, and nothing will tell of it
-    /// when they have.
+    /// Sends commands that workers had no room for. `true`: some still have none; nothing will signal when
+    /// they have, so call this again.
     pub fn send_backlog(&mut self) -> bool {
         for worker in &mut self.workers {
-            // One that has ended says so by an event of its own.
+            // A worker that has ended reports that itself.
             let _ = worker.send_backlog();
         }
         self.workers.iter().any(|worker| !worker.backlog.is_empty())

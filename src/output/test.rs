@@ -5,7 +5,7 @@ use super::*;
 /// What a writer does with each write: an error, or how many bytes it takes at most.
 type Plan = Box<dyn FnMut() -> io::Result<usize> + Send>;
 
-/// A writer that can be told to misbehave, and what it was given.
+/// A writer that misbehaves as planned, and the bytes it was given.
 struct Sink {
     plan: Plan,
     taken: Arc<Mutex<Vec<u8>>>,
@@ -82,7 +82,7 @@ fn a_writer_that_is_busy_for_a_moment_loses_nothing() {
 fn nobody_waits_for_a_writer_that_is_stuck() {
     let (free, is_free) = bounded(0);
     let (queue, taken) = queue(move || {
-        // Once the other end is dropped it is free for good.
+        // Once the other end is dropped, writes never block again.
         let _: Result<(), _> = is_free.recv();
         Ok(usize::MAX)
     });
@@ -92,7 +92,7 @@ fn nobody_waits_for_a_writer_that_is_stuck() {
     queue.finish();
     assert_eq!(text(&taken), "");
     drop(free);
-    // Each line was written, or is told of as lost.
+    // Each line was written or is counted as lost.
     let told = || {
         let text = text(&taken);
         let lost = text.split("are lost: ").skip(1).filter_map(|rest| rest.lines().next());

@@ -234,7 +234,7 @@ fn a_daemon_with_hung_storage_ends_and_says_what_is_left() {
     let told = crate::log::lines(&["vbd/75/51712 (xvda)", "null:1G", "not answered by storage"]);
     assert_eq!(told.len(), 1);
     assert!(told[0].contains("31.5 s: a write of 4096 bytes at byte 8192"), "{told:?}");
-    assert_eq!(crate::log::lines(&["vbd/75/", "6 requests more"]).len(), 1);
+    assert_eq!(crate::log::lines(&["vbd/75/", "6 more requests"]).len(), 1);
 }
 
 #[test]

@@ -140,7 +140,7 @@ fn an_attach_goes_on_when_its_storage_answers_and_only_one_of_two_gets_the_place
     rig.attach(5, "xvda", "null:1G").unwrap();
     drop(lease);
     let refusal = slow.join().unwrap().unwrap_err().to_string();
-    assert!(refusal.contains("has a disk xvda already"), "{refusal}");
+    assert!(refusal.contains("already has a disk xvda"), "{refusal}");
     assert_eq!(rig.list()[0].target, "null:1G");
 }
 

@@ -6,7 +6,7 @@ const WRITES: Usage = Usage { writes: true, shareable: false, emulates: false };
 const READS: Usage = Usage { writes: false, shareable: false, emulates: false };
 const SHARES: Usage = Usage { writes: true, shareable: true, emulates: false };
 
-/// Storage that no other test has.
+/// Storage that no other test uses.
 fn storage() -> Storage {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -18,7 +18,7 @@ fn claim_as(user: &str, storage: Storage, usage: Usage) -> Result<Claim, Refusal
     Claim::make_within(Duration::ZERO, vec![storage], usage, user)
 }
 
-/// For a disk unlike all others.
+/// A claim for a disk of its own.
 fn claim(storage: Storage, usage: Usage) -> Result<Claim, Refusal> {
     claim_as("", storage, usage)
 }

@@ -1,4 +1,4 @@
-//! What the demo's frontends are like.
+//! Options for the demo's frontends.
 
 use anyhow::bail;
 use clap::{Args, ValueEnum};
@@ -14,7 +14,7 @@ use polldisk::sim::blkfront::device::Options;
 use polldisk::sim::blkfront::xenbus::Wanted;
 use polldisk::xen::shm::PAGE_BYTES;
 
-/// Options of `polldisk demo` about its guests' frontends; the daemon offers as much.
+/// Options of `polldisk demo` for its guests' frontends; the daemon offers what they need.
 #[derive(Args, Clone, Debug)]
 pub struct Frontend {
     /// Rings of each disk, spread over the workers
@@ -30,7 +30,7 @@ pub struct Frontend {
     /// Do not keep pages granted: each request grants its own
     #[arg(long)]
     no_persistent: bool,
-    /// How the daemon gets their data to storage
+    /// How the daemon gets guests' data to storage
     #[arg(long, value_name = "PATH", value_enum, default_value_t = DataPath::Auto)]
     data_path: DataPath,
     /// Layout of ring entries
@@ -72,7 +72,7 @@ impl Frontend {
         if depth == 0 || depth > entries as usize {
             let order = self.ring_order;
             bail!(
-                "--depth {depth}: give 1 to {entries}, what a ring of --ring-order {order} holds"
+                "--depth {depth}: give 1 to {entries}, the entries of a ring of --ring-order {order}"
             );
         }
         let segments_max = segments.max(SEGMENTS_PER_REQUEST);
@@ -82,7 +82,7 @@ impl Frontend {
         {
             let kib = segments_max * PAGE_BYTES / 1024;
             bail!(
-                "--block-size {block_bytes}: give a multiple of 512, at most {kib}K; more takes \
+                "--block-size {block_bytes}: give a multiple of 512, at most {kib}K; more needs \
                  --indirect with more segments"
             );
         }
@@ -97,7 +97,7 @@ impl Frontend {
         let wanted = Wanted { queues: self.queues.into(), ..Wanted::one_queue(options) };
         if wanted.pages() >= SIM_GRANT_ENTRIES as usize {
             bail!(
-                "--depth {depth}: {} pages are more than a guest can grant; give fewer requests, \
+                "--depth {depth}: a guest can't grant the {} pages this needs; give fewer requests, \
                  smaller blocks or fewer queues",
                 wanted.pages()
             );

@@ -56,7 +56,7 @@ impl Guest {
         Ok(Guest { thread, connected, go, stop })
     }
 
-    /// Returns once its disk is connected; the thread's own error is told by [`Guest::finish`].
+    /// Returns once its disk is connected or its thread has failed, whose error [`Guest::finish`] returns.
     pub fn wait_until_connected(&self) -> anyhow::Result<()> {
         let _ = self.connected.recv();
         Ok(())
@@ -67,7 +67,7 @@ impl Guest {
         let _ = self.go.send(());
     }
 
-    /// Whether its thread is still there.
+    /// Whether its thread is still running.
     pub fn is_running(&self) -> bool {
         !self.thread.is_finished()
     }
@@ -77,7 +77,7 @@ impl Guest {
         self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
     }
 
-    /// Waits for its end; what it saw.
+    /// Ends it and returns its report.
     pub fn finish(self) -> anyhow::Result<Report> {
         self.stop();
         drop(self.go);
@@ -122,14 +122,14 @@ impl Body {
         }
         if !block_bytes.is_multiple_of(disk.sector_bytes as usize) {
             bail!(
-                "the disk's sectors have {} bytes; give a multiple as --block-size",
+                "the disk's sectors have {} bytes; give a multiple of that as --block-size",
                 disk.sector_bytes
             );
         }
         Ok(())
     }
 
-    /// Each ring has a thread, as each of a guest's vCPUs has a ring.
+    /// Each ring has its own thread, as each vCPU of a guest has its own ring.
     fn run_load(&self, devices: &mut [Device]) -> anyhow::Result<Report> {
         std::thread::scope(|scope| {
             let queues = devices.iter_mut().zip(&self.loads);
@@ -157,7 +157,8 @@ pub fn file(folder: &Path, index: u32) -> PathBuf {
     folder.join(format!("guest-{}.img", index + 1))
 }
 
-/// Makes an image for each guest where O_DIRECT works: with the temporary files, else here.
+/// Makes an image for each guest in a place where O_DIRECT works: the folder for temporary files, else the
+/// current one.
 pub fn make_files(guests: u32, size: Bytes) -> anyhow::Result<tempfile::TempDir> {
     let mut refusal = None;
     for place in [std::env::temp_dir(), std::env::current_dir()?] {
@@ -172,7 +173,7 @@ pub fn make_files(guests: u32, size: Bytes) -> anyhow::Result<tempfile::TempDir>
         }
     }
     Err(refusal
-        .unwrap_or_else(|| anyhow!("no place for images"))
+        .unwrap_or_else(|| anyhow!("there is no place for images"))
         .context("run it in a folder on ext4, xfs or btrfs with room, or give --target"))
 }
 

@@ -1,4 +1,4 @@
-//! The asking side of the admin socket: one request, one reply, waiting for it.
+//! The client side of the admin socket: sends one request and waits for the reply.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::protocol::{Reply, Request};
 use crate::limits;
 
-/// Why a request has no good reply.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RequestError {
     /// Nobody answers at the socket.
@@ -22,7 +22,7 @@ pub enum RequestError {
         /// The system's error.
         source: io::Error,
     },
-    /// The socket is not for this user.
+    /// This user may not use the socket.
     #[error("no permission to use {}; run as root", path.display())]
     NoPermission {
         /// The socket.
@@ -30,7 +30,7 @@ pub enum RequestError {
         /// The system's error.
         source: io::Error,
     },
-    /// No daemon reads so long a request.
+    /// The request is longer than a daemon accepts.
     #[error("the request is too long; give a target of at most 4096 bytes")]
     TooLong,
     /// The daemon hangs.
@@ -40,16 +40,16 @@ pub enum RequestError {
         limits::ADMIN_REPLY_SECONDS
     )]
     Silent(PathBuf),
-    /// The daemon went away, or is another version that speaks otherwise.
+    /// The daemon went away, or its version has another protocol.
     #[error("polldisk gave no usable answer; see its log")]
     NoAnswer(#[source] io::Error),
-    /// The daemon says no.
+    /// The daemon refused the request.
     #[error("{0}")]
     Refused(String),
 }
 
-/// Asks the daemon at `path` and waits for its reply, which is never [`Reply::Error`], for
-/// `limits::ADMIN_REPLY_SECONDS`.
+/// Asks the daemon at `path` and waits up to `limits::ADMIN_REPLY_SECONDS` for its reply; [`Reply::Error`]
+/// becomes an error.
 pub fn request(path: &Path, request: &Request) -> Result<Reply, RequestError> {
     let patience = Duration::from_secs(limits::ADMIN_REPLY_SECONDS);
     let failed = |source: io::Error| {
@@ -77,11 +77,11 @@ pub fn request(path: &Path, request: &Request) -> Result<Reply, RequestError> {
     }
 }
 
-/// Connects, also to a daemon that is busy; whatever takes longer than `patience` is `WouldBlock`.
+/// Connects, even to a busy daemon. This and later reads and writes fail with `WouldBlock` after `patience`.
 fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     let until = Instant::now() + patience;
     loop {
-        // Unlike the standard library's, this one does not wait for ever for a daemon that hangs.
+        // Unlike the standard library's `connect`, this one never waits for a daemon that hangs.
         match mio::net::UnixStream::connect(path) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < until => {
                 std::thread::sleep(Duration::from_millis(10));
@@ -100,7 +100,7 @@ fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
 
 fn ask(stream: &mut UnixStream, mut line: Vec<u8>) -> io::Result<Reply> {
     match stream.write_all(&line) {
-        // Whoever turns us away says why before it has read anything.
+        // A daemon that refuses the client closes the socket early, but has sent the reason.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(error),
         _ => line.clear(),
     }

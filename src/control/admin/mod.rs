@@ -1,8 +1,8 @@
 //! The admin socket: `attach`, `detach`, `insert`, `eject` and `list` while the daemon runs.
 //!
-//! The command line's side is [`client`]; what goes over the socket is in [`protocol`]. On the
-//! daemon's side a request that has to wait for a guest or for workers is kept as a job, looked at
-//! again whenever something happened; control goes on meanwhile.
+//! The command line's side is [`client`]; [`protocol`] defines what goes over the socket. On the daemon's
+//! side, a request that has to wait for a guest, storage or workers becomes a job that is checked again in
+//! each pass.
 
 pub mod client;
 mod place;
@@ -32,14 +32,14 @@ use server::Server;
 pub use place::BindError;
 pub(super) use server::FIRST_CLIENT;
 
-/// The admin socket and what is being waited for.
+/// The admin socket and its unfinished requests.
 #[derive(Debug)]
 pub(super) struct Admin {
     server: Server,
     jobs: Vec<Job>,
 }
 
-/// A request whose answer is not there yet.
+/// A request that is not answered yet.
 #[derive(Debug)]
 struct Job {
     client: Token,
@@ -49,7 +49,7 @@ struct Job {
 
 #[derive(Debug)]
 enum Wait {
-    /// For storage to be opened, and what it is for to be done.
+    /// For storage to be opened, and then for the disk or medium it is for.
     Opening(OpenId),
     /// For the disk to be forgotten.
     Detach(DiskKey),
@@ -60,17 +60,17 @@ enum Wait {
 }
 
 impl Admin {
-    /// Listens at `path`; `token` is the listener's.
+    /// Listens at `path`, with `token` for the listener.
     pub fn bind(path: &Path, polled: &Polled, token: Token) -> Result<Admin, BindError> {
         Ok(Admin { server: Server::bind(path, polled, token)?, jobs: Vec::new() })
     }
 
-    /// Takes new clients in.
+    /// Accepts new clients.
     pub fn accept(&mut self, polled: &Polled) {
         self.server.accept(polled);
     }
 
-    /// Goes on with one client.
+    /// Handles requests of one client.
     pub fn pump<S: Store>(&mut self, client: Token, registry: &mut Registry<S>, now: Instant) {
         while let Some(request) = self.server.pump(client) {
             match begin(request, registry, now) {
@@ -84,7 +84,7 @@ impl Admin {
         }
     }
 
-    /// A worker has answered for this queue.
+    /// Notes that a worker has reported the latencies of this queue.
     pub fn latency_taken(&mut self, queue: QueueKey) {
         for job in &mut self.jobs {
             if let Wait::Latencies(due) = &mut job.wait {
@@ -118,17 +118,17 @@ impl Admin {
     }
 }
 
-/// How it goes on with a request.
+/// What to do next for a request.
 enum Next {
     Reply(Reply),
     Wait(Wait),
 }
 
 impl Wait {
-    /// How long at most.
+    /// The longest time to wait.
     fn seconds(&self) -> u64 {
         match self {
-            // The registry gives up by itself, with a reason.
+            // The registry gives up earlier, with a reason.
             Wait::Opening(_) => 2 * limits::OPEN_SECONDS,
             Wait::Detach(_) => limits::DETACH_SECONDS,
             Wait::Medium(_) => limits::MEDIUM_SECONDS,
@@ -173,12 +173,12 @@ fn reply(result: Result<(), AttachError>) -> Reply {
 }
 
 impl Job {
-    /// What follows; `None` while it has to wait.
+    /// What to do next; `None` while the job has to wait.
     fn next<S: Store>(&self, registry: &mut Registry<S>, now: Instant) -> Option<Next> {
         let late = now >= self.deadline;
         let reply = match &self.wait {
             Wait::Opening(id) => match registry.outcome(*id) {
-                // A drive goes on with its medium; what was attached has none on its way.
+                // Wait until a drive has the medium; after `attach` that is true at once.
                 Some(Ok(key)) => return Some(Next::Wait(Wait::Medium(key))),
                 Some(Err(error)) => reply(Err(error)),
                 None if late => Reply::Error { message: "storage does not answer".to_owned() },
@@ -211,8 +211,8 @@ impl Job {
 fn held(key: &DiskKey) -> String {
     let vdev = Vdev::from(key.vbd);
     format!(
-        "domain {domid} has not let go of {vdev} in {seconds} s; unmount it in the guest, or take \
-         it away with `polldisk detach --domid {domid} --vdev {vdev} --force`",
+        "domain {domid} has not let go of {vdev} within {seconds} s; unmount it in the guest, or remove \
+         it with `polldisk detach --domid {domid} --vdev {vdev} --force`",
         domid = key.domid,
         seconds = limits::DETACH_SECONDS,
     )
@@ -220,8 +220,8 @@ fn held(key: &DiskKey) -> String {
 
 fn drains(key: &DiskKey) -> String {
     format!(
-        "storage has not answered all requests of disk {vdev} of domain {domid} in {seconds} s; the \
-         disk goes as soon as it has (see the host's log for what it waits for)",
+        "storage has not answered all requests of disk {vdev} of domain {domid} within {seconds} s; the \
+         disk is removed as soon as it has (see the host's log for problems with storage)",
         domid = key.domid,
         vdev = Vdev::from(key.vbd),
         seconds = limits::DETACH_SECONDS,
@@ -230,8 +230,8 @@ fn drains(key: &DiskKey) -> String {
 
 fn busy(key: &DiskKey) -> String {
     format!(
-        "requests on the medium in {key} are not finished after {} s; the drive changes over as \
-         soon as storage has answered them (see the host's log for what it waits for)",
+        "requests on the medium in {key} are not finished after {} s; the medium is changed as \
+         soon as storage has answered them (see the host's log for problems with storage)",
         limits::MEDIUM_SECONDS
     )
 }

@@ -1,5 +1,5 @@
-//! The place of the admin socket in the filesystem: taken only where nothing of value is, and given
-//! back only while it is still ours.
+//! The path of the admin socket: nothing else is ever overwritten there, and only the daemon's own socket
+//! is removed.
 
 use std::fs::{File, FileType, Permissions, TryLockError};
 use std::io;
@@ -14,30 +14,30 @@ use crate::limits;
 /// Why there is no admin socket.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// Somebody answers there.
+    /// Another daemon answers there.
     #[error("another polldisk answers at {}; stop it, or use another --admin path", .0.display())]
     InUse(PathBuf),
-    /// Something else is there, and stays.
+    /// Something else is there, which is not replaced.
     #[error(
         "{} is {what}, which polldisk does not replace; remove it, or use another --admin path",
         path.display()
     )]
     Occupied {
-        /// The path of the socket to be.
+        /// The path for the socket.
         path: PathBuf,
         /// What is there.
         what: &'static str,
     },
     /// No socket can have such a path.
     #[error(
-        "{} is too long for a socket: it may have {} bytes at most; use another --admin path",
+        "{} is too long for a socket, whose path has at most {} bytes; use another --admin path",
         .0.display(),
         limits::SOCKET_PATH_MAX
     )]
     TooLong(PathBuf),
     /// It can't be made.
     #[error(
-        "cannot make the admin socket {}; see that its folder can be made and written, or use \
+        "cannot make the admin socket {}; check that its folder can be made and written, or use \
          another --admin path",
         path.display()
     )]
@@ -57,20 +57,20 @@ pub struct Place {
     identity: (u64, u64),
 }
 
-/// Listens at `path`, for its owner only. A socket that a dead daemon left is replaced.
+/// Listens at `path`, only for the socket's owner. Replaces a socket that a dead daemon left.
 pub fn listen(path: &Path) -> Result<(UnixListener, Place), BindError> {
     if path.as_os_str().len() > limits::SOCKET_PATH_MAX {
         return Err(BindError::TooLong(path.to_owned()));
     }
     let failed = |source| BindError::Failed { path: path.to_owned(), source };
     let folder = make_folder(path).map_err(failed)?;
-    // Of two daemons that find a dead one's socket, each would remove the other's in its place.
+    // Without the lock, two daemons that find a dead one's socket might each remove the other's new one.
     let _alone = lock(&folder).map_err(failed)?;
     make_room(path)?;
     bind(path).map_err(failed)
 }
 
-/// The folder that a path lies in, made where it is missing.
+/// Returns the folder of a path, and makes it if it is missing.
 fn make_folder(path: &Path) -> io::Result<PathBuf> {
     let folder = match path.parent() {
         Some(folder) if folder != "" => folder,
@@ -80,8 +80,8 @@ fn make_folder(path: &Path) -> io::Result<PathBuf> {
     Ok(folder.to_owned())
 }
 
-/// Keeps other daemons from looking for a place in this folder; `None` where the folder can't be read, or
-/// its filesystem has no locks.
+/// Keeps other daemons from setting up a socket in this folder meanwhile; `None` if the folder can't be
+/// read, or if its filesystem has no locks.
 fn lock(folder: &Path) -> io::Result<Option<File>> {
     let Ok(file) = File::open(folder) else { return Ok(None) };
     let until = Instant::now() + Duration::from_secs(limits::ADMIN_LOCK_SECONDS);
@@ -98,7 +98,7 @@ fn lock(folder: &Path) -> io::Result<Option<File>> {
     }
 }
 
-/// Removes a socket that nobody listens at; anything else stays, and is an error.
+/// Removes a socket that nobody listens at; fails for anything else.
 fn make_room(path: &Path) -> Result<(), BindError> {
     let failed = |source| BindError::Failed { path: path.to_owned(), source };
     let occupied = |what| BindError::Occupied { path: path.to_owned(), what };
@@ -108,7 +108,7 @@ fn make_room(path: &Path) -> Result<(), BindError> {
         Ok(metadata) if metadata.file_type().is_socket() => {}
         Ok(metadata) => return Err(occupied(name(metadata.file_type()))),
     }
-    // A connect that never waits. EAGAIN: its backlog is full, so somebody listens though nobody accepts.
+    // This connect never waits. EAGAIN: the backlog is full, so somebody listens but does not accept.
     match UnixStream::connect(path).map_err(|error| error.raw_os_error()) {
         Ok(_) | Err(Some(libc::EAGAIN)) => Err(BindError::InUse(path.to_owned())),
         Err(Some(libc::ECONNREFUSED)) => std::fs::remove_file(path).map_err(failed),
@@ -142,9 +142,9 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        // Somebody may have removed ours, and another daemon have come there.
+        // Somebody may have removed this socket, and another daemon may have made its own.
         if identity(&self.path).is_ok_and(|identity| identity == self.identity) {
-            // Whoever comes next replaces one that stays behind.
+            // If this fails, the next daemon replaces the socket.
             let _ = std::fs::remove_file(&self.path);
         }
     }

@@ -1,4 +1,4 @@
-//! What the admin socket carries: one JSON value a line, a request and then its reply.
+//! The protocol of the admin socket: one JSON value per line, a request and then its reply.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,7 +8,7 @@ use crate::metrics::Counts;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "lowercase")]
 pub enum Request {
-    /// Make a disk for a running guest.
+    /// Give a running guest a disk.
     Attach(Attach),
     /// Take a disk away from its guest.
     Detach(Detach),
@@ -16,11 +16,11 @@ pub enum Request {
     Insert(Insert),
     /// Take the medium out of a drive.
     Eject(Eject),
-    /// Tell all disks.
+    /// Report all disks.
     List,
 }
 
-/// A disk to be made.
+/// A new disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attach {
     /// The guest.
@@ -64,7 +64,7 @@ pub struct Insert {
     pub target: String,
 }
 
-/// A drive whose medium is to be taken out.
+/// A drive to take the medium out of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Eject {
     /// The guest.
@@ -73,7 +73,7 @@ pub struct Eject {
     pub vdev: String,
 }
 
-/// A disk to be taken away.
+/// A disk to remove.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Detach {
     /// The guest.
@@ -89,21 +89,21 @@ pub struct Detach {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "lowercase")]
 pub enum Reply {
-    /// It is done.
+    /// The request is done.
     Done,
     /// All disks.
     Disks {
-        /// In the order of backend type, domain and number.
+        /// Sorted by backend type, domain and number.
         disks: Vec<DiskReport>,
     },
-    /// It is not done.
+    /// The request failed.
     Error {
-        /// The cause and the mend.
+        /// The cause and the remedy.
         message: String,
     },
 }
 
-/// One disk, as it is.
+/// The current state of one disk.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DiskReport {
     /// The guest.
@@ -116,13 +116,12 @@ pub struct DiskReport {
     pub kind: String,
     /// The backend's state, such as `Connected`.
     pub state: String,
-    /// Why it failed last; empty where it did not.
+    /// Why it failed last; empty if it did not fail.
     pub failure: String,
-    /// What is not as it should be with its storage, which is served all the same: each one sentence
-    /// about "it".
+    /// What the admin should know about its storage although it is served: sentences whose subject is "it".
     #[serde(default)]
     pub warnings: Vec<String>,
-    /// What holds its contents, as it was named.
+    /// The target that holds its contents, as it was given.
     pub target: String,
     /// The kind of backing, `empty` for a drive without a medium; empty while none is open.
     pub backing: String,
@@ -132,10 +131,10 @@ pub struct DiskReport {
     pub drive: bool,
     /// Its size in 512-byte sectors; 0 while nothing is open or in the drive.
     pub sectors: u64,
-    /// Bytes in a logical block; 0 while nothing is open.
+    /// Bytes of a logical block; 0 while nothing is open.
     pub sector_size: u32,
-    /// What is done with its guest's data pages: `persistent` (they stay mapped), `map` (those of
-    /// large requests are mapped for their time) or `copy`; empty while it is not connected.
+    /// How its guest's data pages are reached: `persistent` (they stay mapped), `map` (those of large
+    /// requests are mapped until these are answered) or `copy`; empty while it is not connected.
     pub data_path: String,
     /// Rings in use.
     pub queues: usize,
@@ -146,9 +145,9 @@ pub struct DiskReport {
     /// What was counted since it connected.
     #[serde(flatten)]
     pub counts: Counts,
-    /// Request latencies since it connected: the highest value of each step in nanoseconds, and
-    /// how many requests were there.
+    /// Request latencies since it connected: for each step of the histogram its highest value in
+    /// nanoseconds, and how many requests it has.
     pub latency: Vec<(u64, u64)>,
-    /// Since it connected, or else since it was found.
+    /// Milliseconds since it connected, or if it is not connected, since it was found.
     pub uptime_ms: u64,
 }

@@ -1,4 +1,5 @@
-//! The answering side of the admin socket: bounded lines of bounded clients, never waited for.
+//! The daemon's side of the admin socket: bounded lines from a bounded number of clients, without ever
+//! waiting for them.
 
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -11,18 +12,18 @@ use super::place::{self, BindError, Place};
 use super::protocol::{Reply, Request};
 use crate::limits;
 
-/// A listening admin socket and its clients. Clients have tokens from `FIRST_CLIENT` up, each
-/// used once.
+/// A listening admin socket and its clients. Clients have tokens from `FIRST_CLIENT` up, each used only
+/// once.
 #[derive(Debug)]
 pub struct Server {
-    /// Given up before the listener is, so that it is never taken for a dead daemon's.
+    /// Dropped before the listener, so that the socket is never taken for a dead daemon's.
     _place: Place,
     listener: UnixListener,
     clients: FxHashMap<Token, Client>,
     next_token: usize,
 }
 
-/// The first token of a client; lower ones are for others.
+/// The first token of a client; control uses the lower ones.
 pub const FIRST_CLIENT: usize = 1 << 16;
 
 #[derive(Debug)]
@@ -32,7 +33,7 @@ struct Client {
     outbox: Vec<u8>,
     /// A request is being worked on; the next is read after its reply.
     waiting: bool,
-    /// It has sent all that it will.
+    /// It has closed its sending side.
     ended: bool,
 }
 
@@ -47,7 +48,7 @@ impl Server {
         Ok(Server { _place: place, listener, clients, next_token: FIRST_CLIENT })
     }
 
-    /// Takes new clients in; those over the limit are turned away.
+    /// Accepts new clients; those over the limit are refused.
     pub fn accept(&mut self, polled: &Polled) {
         loop {
             match self.listener.accept() {
@@ -55,7 +56,7 @@ impl Server {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     if error.kind() != io::ErrorKind::WouldBlock {
-                        tracing::warn!("cannot take an admin client: {error}");
+                        tracing::warn!("cannot accept an admin client: {error}");
                     }
                     return;
                 }
@@ -65,10 +66,10 @@ impl Server {
 
     fn admit(&mut self, mut stream: UnixStream, polled: &Polled) {
         if self.clients.len() == limits::ADMIN_CLIENTS_MAX {
-            tracing::warn!("too many admin clients; one was turned away");
+            tracing::warn!("too many admin clients; one was refused");
             let message = "too many commands at once; try again".to_owned();
             let reply = serde_json::to_vec(&Reply::Error { message }).unwrap_or_default();
-            // One that takes no answer is turned away without.
+            // If the answer can't be sent at once, the client gets none.
             let _ = stream.write(&[&reply[..], b"\n"].concat());
             return;
         }
@@ -84,7 +85,7 @@ impl Server {
         self.clients.insert(token, client);
     }
 
-    /// Goes on with a client whose socket became ready; its next request, if it is here.
+    /// Writes to and reads from a client whose socket became ready; returns its next request, if complete.
     pub fn pump(&mut self, token: Token) -> Option<Request> {
         let client = self.clients.get_mut(&token)?;
         let request = client.write().and_then(|()| client.next_request());
@@ -101,7 +102,7 @@ impl Server {
         request
     }
 
-    /// Answers a client's request; one that has gone is not missed. Call [`Server::pump`] after.
+    /// Answers a client's request; does nothing if the client has gone. Call [`Server::pump`] afterwards.
     pub fn reply(&mut self, token: Token, reply: &Reply) {
         let Some(client) = self.clients.get_mut(&token) else { return };
         match serde_json::to_writer(&mut client.outbox, reply) {

@@ -1,4 +1,4 @@
-//! What is in a drive, and what becomes of a disk whose `params` change.
+//! Changing the medium of a drive, and what a disk does when its `params` change.
 
 use std::collections::VecDeque;
 use std::io;
@@ -13,22 +13,22 @@ use crate::xen::keys::{self, XenbusState};
 
 impl Disk {
     /// Reads which contents the toolstack wants now and acts on it. A drive gets another medium, or the
-    /// same one anew where its name was written once more; a disk without a drive keeps what its guest
-    /// works with, whatever `params` says.
+    /// same one again if its name was written again; a disk that is not a drive keeps its contents,
+    /// whatever `params` says.
     pub fn look_at_medium<S: Store>(
         &mut self,
         params: Params,
         around: &mut Surroundings<'_, S>,
     ) -> io::Result<()> {
         if self.machine.is_opening() && self.backing.is_none() {
-            // What is being opened may be what was there before.
+            // The target that is being opened may be the one from before.
             self.params_event = self.params_event.max(Some(params));
             return Ok(());
         }
         let is_open = self.backing.is_some()
             && (self.machine.is_opening() || self.machine.backend() != XenbusState::Initialising);
         let Some(description) = self.description.as_ref().filter(|_| is_open) else {
-            // The toolstack starts it over, or has to: then it is opened afresh.
+            // The toolstack starts the disk over, or has to, and then it is opened afresh.
             return Ok(());
         };
         let Some(target) = self.target(around.store)? else { return Ok(()) };
@@ -40,13 +40,13 @@ impl Disk {
         Ok(())
     }
 
-    /// What `params` names now. Events about earlier writes, such as ours, are dropped.
+    /// The target that `params` names now. Events about earlier writes, such as polldisk's own, are dropped.
     pub fn target<S: Store>(&self, store: &S) -> io::Result<Option<String>> {
         area::target(store, self.area.path(), &backend_token(&self.key.kind))
     }
 
-    /// The drive is to have this medium; none where it is empty. `prepared` is the medium, if it is open
-    /// already; one that was prepared for an earlier wish is closed.
+    /// Wants this medium in the drive, or none if `target` is empty. `prepared` is the medium, if it is
+    /// open already; one that was prepared for an earlier wish is closed.
     fn want_medium<S: Store>(
         &mut self,
         target: &str,
@@ -68,8 +68,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Has the drive change its medium as the toolstack would, for none where `target` is empty.
-    /// `prepared` is the medium, if it is open already.
+    /// Changes the drive's medium as the toolstack would, to none if `target` is empty. `prepared` is the
+    /// medium, if it is open already.
     pub fn change_medium<S: Store>(
         &mut self,
         target: &str,
@@ -86,8 +86,8 @@ impl Disk {
         let ignored = match target == served {
             true => String::new(),
             false => format!(
-                "params names \"{target}\" now, and \"{served}\" is still served; detach the disk \
-                 and attach it again, for only a drive (removable, or a CD-ROM) changes its medium"
+                "params now names \"{target}\", but \"{served}\" is still served; detach the disk \
+                 and attach it again, as only drives (removable, or CD-ROM) can change their medium"
             ),
         };
         if !ignored.is_empty() && ignored != self.ignored {
@@ -96,22 +96,23 @@ impl Disk {
         self.ignored = ignored;
     }
 
-    /// Whether the drive has what was wanted last, or has refused it.
+    /// Whether the medium that was wanted last is in the drive, or was refused.
     pub fn medium_is_settled(&self) -> bool {
         self.drive.is_settled()
     }
 
-    /// Whether the drive could not take what was wanted last; [`Disk::failure`] says why.
+    /// Whether the medium that was wanted last was refused; [`Disk::failure`] says why.
     pub fn has_refused_medium(&self) -> bool {
         self.drive.has_refused()
     }
 
-    /// Whether the guest can write to the medium that has this name.
+    /// Whether the medium with this name is in the drive and the guest can write to it.
     pub fn writes_to_medium(&self, target: &str) -> bool {
         !self.is_read_only() && self.drive.inserted() == target
     }
 
-    /// Goes on with changing the medium, until the data plane, storage or nothing is waited for.
+    /// Takes steps to change the medium, until one has to wait for the data plane or storage, or none is
+    /// left.
     pub(super) fn move_medium<S: Store>(&mut self, around: &mut Surroundings<'_, S>) {
         while !self.forgotten
             && self.backing.is_some()
@@ -138,7 +139,7 @@ impl Disk {
         }
     }
 
-    /// Takes the medium that was wanted, or the reason why there is none.
+    /// Takes the wanted medium, or the reason why it can't be used.
     pub(super) fn take_medium<S: Store>(
         &mut self,
         result: Result<OpenBacking, Failure>,
@@ -168,15 +169,15 @@ impl Disk {
             Some(told) => Err(Failure {
                 errno: libc::EINVAL,
                 text: format!(
-                    "the medium has blocks of {sector_bytes} bytes, and the guest was told \
-                     {told}, which it asks only once; name it with the option emulate-512, or \
+                    "the medium has blocks of {sector_bytes} bytes, but the guest has read a block size of \
+                     {told} and reads it only once; name the medium with the option emulate-512, or \
                      detach the drive and attach it with this medium"
                 ),
             }),
         }
     }
 
-    /// Has every queue go over to `medium`; at once where there is none.
+    /// Makes every queue change to `medium`; if there are none, the change is done at once.
     fn hand_over<S: Store>(
         &mut self,
         target: String,
@@ -204,7 +205,7 @@ impl Disk {
         }
     }
 
-    /// The data plane serves what was handed over to it.
+    /// Notes that the data plane serves the medium that was handed over.
     pub(super) fn finish_move(&mut self) {
         if let Some(medium) = self.drive.finish_move() {
             self.backing = Some(medium);

@@ -1,4 +1,4 @@
-//! How a disk gets its storage: asked for, waited for within a bound, and let go.
+//! How a disk opens its storage, waits for it with a time limit, and lets it go.
 
 use super::super::area::{Description, Failure, Hotplug};
 use super::super::drive::Drive;
@@ -9,7 +9,7 @@ use crate::backing::Access;
 use crate::xen::Store;
 
 impl Disk {
-    /// Begins to open its storage. Returns what the machine has to hear at once.
+    /// Begins to open its storage. Returns inputs for the machine, if the result is known at once.
     pub(super) fn open<S: Store>(&mut self, around: &mut Surroundings<'_, S>) -> Vec<Input> {
         self.shut(around);
         match self.begin_to_open(around).transpose() {
@@ -18,7 +18,7 @@ impl Disk {
         }
     }
 
-    /// Its storage, where it is open already or there is none; else a helper opens it.
+    /// Returns its storage if it is open already or the drive is empty; else a helper opens it.
     fn begin_to_open<S: Store>(
         &mut self,
         around: &mut Surroundings<'_, S>,
@@ -56,7 +56,7 @@ impl Disk {
         }
     }
 
-    /// Acts on the answer to an open; one that is not waited for any more is dropped.
+    /// Acts on the answer to an open; a late one is dropped.
     pub fn take_answer<S: Store>(
         &mut self,
         id: OpenId,
@@ -75,7 +75,7 @@ impl Disk {
         self.move_medium(around);
     }
 
-    /// Takes its storage, or the reason why there is none. Returns what the machine has to hear of it.
+    /// Takes its storage, or the reason why it can't be opened. Returns inputs for the machine.
     fn take_backing<S: Store>(
         &mut self,
         result: Result<OpenBacking, Failure>,
@@ -102,7 +102,7 @@ impl Disk {
         if let Some(params) = self.params_event.take()
             && let Err(error) = self.look_at_medium(params, around)
         {
-            tracing::error!(disk = %self.key, "its params cannot be read: {error}");
+            tracing::error!(disk = %self.key, "cannot read its params: {error}");
         }
         let done = || matches!(self.area.standing(around.store), Ok(Some(it)) if it.hotplug_done);
         match hotplug == Some(Hotplug::None) || done() {
@@ -111,20 +111,20 @@ impl Disk {
         }
     }
 
-    /// Whether `params` was written meanwhile and now names something other than what was opened.
+    /// Whether `params` was written meanwhile and now names something else.
     fn names_another_target<S: Store>(&mut self, around: &Surroundings<'_, S>) -> bool {
         self.params_event.take().is_some()
             && matches!(self.target(around.store), Ok(Some(target)) if target != self.named())
     }
 
-    /// Tells the admin, once, what is not as it should be with storage that is served all the same.
+    /// Logs what the admin should know about storage although it is served.
     pub(super) fn tell_warnings(&self, backing: &OpenBacking) {
         for warning in backing.warnings() {
             tracing::warn!(disk = %self.key, target = backing.target(), "{warning}");
         }
     }
 
-    /// Lets its storage go, and an open that is under way.
+    /// Lets go of its storage, and abandons an open that is under way.
     pub(super) fn shut<S: Store>(&mut self, around: &mut Surroundings<'_, S>) {
         if let Some(id) = self.opening.take() {
             around.helpers.abandon(id);

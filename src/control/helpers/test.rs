@@ -86,7 +86,7 @@ fn storage_that_hangs_keeps_a_few_threads_and_leaves_the_others_to_everybody_els
     assert!(state.threads < asked.len() / 2, "{state:?}");
     drop(state);
 
-    // Those that nobody waits for any more, and that have not begun, never do.
+    // Abandoned opens that have not begun never do.
     asked[limits::HELPERS_PER_FOLDER..].iter().for_each(|id| rig.helpers.abandon(*id));
     drop(leases);
     let mut answered: Vec<_> = (0..limits::HELPERS_PER_FOLDER).map(|_| rig.answer().id).collect();

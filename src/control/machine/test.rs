@@ -1,4 +1,4 @@
-//! The behaviour tabled for QEMU's xen-bus and xen-block, row by row, and which test plays it:
+//! The behaviour of QEMU's xen-bus and xen-block, row by row, with the test for each:
 //!
 //! | what happens | test |
 //! |---|---|
@@ -8,7 +8,7 @@
 //! | FE 2 | `a_frontend_in_init_wait_changes_nothing` |
 //! | FE 3 or 4, BE 4 | `a_frontend_that_follows_to_connected_changes_nothing` |
 //! | FE 3 or 4, BE not 4 | `a_frontend_with_a_ring_is_connected`, `a_frontend_with_a_ring_connects_a_closed_disk` |
-//! | the same, on an error | `a_connection_that_fails_writes_the_error_and_closes` (mended: QEMU only logs) |
+//! | the same, on an error | `a_connection_that_fails_writes_the_error_and_closes` (differs: QEMU only logs) |
 //! | FE 5 | `a_closing_frontend_keeps_its_ring` |
 //! | FE 6 or 0 | `a_frontend_that_closed_is_disconnected`, `a_frontend_area_that_vanished_is_disconnected` |
 //! | BE changed by others: cached | `a_state_written_by_others_is_taken_as_it_is` |
@@ -18,11 +18,11 @@
 //! | forced removal | `a_forced_removal_waits_for_the_connection_only` |
 //! | (not in QEMU: the domain is gone, its areas stay) | `the_disk_of_a_guest_that_is_gone_is_closed_and_let_go` |
 //! | exit | `when_the_daemon_ends_the_connection_is_drained_and_no_state_written` |
-//! | another medium in the drive (mended: QEMU never looks) | `a_connected_frontend_is_told_of_another_medium`, `a_medium_changed_before_the_connection_changes_what_is_offered`, `a_medium_that_cannot_be_used_is_an_error_and_no_failure` |
+//! | another medium in the drive (differs: QEMU never checks) | `a_connected_frontend_is_told_of_another_medium`, `a_medium_changed_before_the_connection_changes_what_is_offered`, `a_medium_that_cannot_be_used_is_an_error_and_no_failure` |
 //!
-//! Rows that do not apply here: creation writes and the frontend's creation (the registry's and
-//! attach's: tests/control.rs), resize (no image changes its size yet), drained_begin/end (a
-//! worker drains by itself).
+//! Rows that do not apply here: creation of the backend and frontend areas (in the registry and attach:
+//! tests/control.rs), resize (no image changes its size yet), drained_begin/end (a worker drains by
+//! itself).
 
 use std::collections::BTreeSet;
 
@@ -437,12 +437,12 @@ fn the_table_is_the_one_that_was_reviewed() {
         }
         panic!(
             "the machine's table (or the order of its rows) differs from the reviewed one; if \
-             that is meant, run this test with UPDATE_SNAPSHOTS=1 and review the change"
+             that is intended, run this test with UPDATE_SNAPSHOTS=1 and review the change"
         );
     }
 }
 
-/// What is around a machine: the data plane's side of the connection.
+/// A model of what surrounds a machine: the connection in the data plane, and storage.
 #[derive(Debug, Default)]
 struct Around {
     connecting: bool,
@@ -454,7 +454,7 @@ struct Around {
 }
 
 impl Around {
-    /// Carries effects out, checking what must hold whatever happened before.
+    /// Carries out effects, and checks what must always hold.
     fn carry_out(&mut self, effects: &[Effect]) {
         for effect in effects {
             assert!(!self.forgotten, "an effect after Forget: {effects:?}");
@@ -482,7 +482,7 @@ impl Around {
         }
     }
 
-    /// The input that a proposed one amounts to here; answers come only to questions.
+    /// The proposed input if it can happen now: an answer needs a question.
     fn allow(&mut self, input: Input) -> Option<Input> {
         match input {
             Input::Opened | Input::OpenFailed | Input::OpenFailedScript if self.opening => {
@@ -557,7 +557,7 @@ fn finish(mut machine: Machine, mut around: Around, inputs: &[Input]) -> bool {
     around.forgotten
 }
 
-/// What a guest and the data plane can do without the toolstack's help.
+/// Inputs that a guest, storage and the data plane can cause without the toolstack.
 fn guest_input() -> impl Strategy<Value = Input> {
     any_input().prop_filter("the toolstack's doing", |input| {
         use Input::{Backend, Online, OpenFailed, OpenFailedScript};

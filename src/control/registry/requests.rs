@@ -1,7 +1,6 @@
-//! What the admin asks of the disks: to be made, taken away, or to have another medium.
+//! Requests of the admin: to make or remove a disk, or to change a medium.
 //!
-//! Storage is opened before anything is done with it, and only once: what is opened here is handed to
-//! the disk that it is for.
+//! Storage is opened first, and only once: the disk gets what was opened here.
 
 use std::time::Instant;
 
@@ -15,27 +14,27 @@ use super::Registry;
 use crate::backing::Access;
 use crate::xen::Store;
 
-/// What the admin wants and storage is being opened for.
+/// A request of the admin whose storage is being opened.
 #[derive(Debug)]
 pub enum Wanted {
-    /// A disk to be made.
+    /// A disk to make.
     Attach(DiskKey, Attach),
-    /// This medium in the drive of a disk.
+    /// A medium to insert into the drive.
     Insert(DiskKey, String),
 }
 
-/// A request of the admin that has been begun.
+/// A request of the admin that was begun.
 #[derive(Debug)]
 pub enum Begun {
-    /// [`Registry::outcome`] will tell of it.
+    /// Storage is being opened; [`Registry::outcome`] will have the result.
     Opening(OpenId),
-    /// What is about this disk goes on by itself.
+    /// The disk now does the rest by itself.
     Disk(DiskKey),
 }
 
 impl<S: Store> Registry<S> {
-    /// Begins to make a disk for a running guest. Its storage is opened first, so that the guest sees
-    /// nothing of what can't be.
+    /// Begins to make a disk for a running guest. Its storage is opened first, so that the guest never sees
+    /// a disk that can't be opened.
     pub fn attach(&mut self, attach: Attach, now: Instant) -> Result<Begun, AttachError> {
         let key = attach::name(&self.kinds[0], attach.domid, &attach.vdev)?;
         attach::check(&self.store, &key, &attach)?;
@@ -50,7 +49,7 @@ impl<S: Store> Registry<S> {
         Ok(Begun::Opening(id))
     }
 
-    /// Goes on with what the admin asked for, once storage is open.
+    /// Continues a request of the admin once storage is open.
     pub(super) fn go_on(
         &mut self,
         wanted: Wanted,
@@ -72,7 +71,7 @@ impl<S: Store> Registry<S> {
         }
     }
 
-    /// Nothing is served there. A disk whose areas are gone already may still have requests in flight.
+    /// Checks that no such disk is served. Even one whose areas are gone may still have requests in flight.
     fn check_free(&self, key: &DiskKey) -> Result<(), AttachError> {
         if self.stopping {
             return Err(AttachError::Ending);
@@ -101,7 +100,7 @@ impl<S: Store> Registry<S> {
         let prepared = backing.map(|backing| (attach.target.clone(), backing));
         self.consider(&key, prepared, now)?;
         let Some(disk) = self.disks.get(&key) else { return Ok(key) };
-        // What we wrote ourselves is no change: this drops the events about it.
+        // This drops the events about the nodes just written, which are no change.
         disk.target(&self.store)?;
         if disk.failure().is_empty() {
             return Ok(key);
@@ -110,7 +109,7 @@ impl<S: Store> Registry<S> {
         Err(AttachError::Failed(disk.failure().to_owned()))
     }
 
-    /// Has a disk closed and destroyed; it is done once the disk is no more.
+    /// Begins to close and destroy a disk; done once the disk no longer exists.
     pub fn detach(&mut self, detach: &Detach) -> Result<DiskKey, AttachError> {
         let key = self.find(detach.domid, &detach.vdev)?;
         if let Some(disk) = self.disk(&key) {
@@ -119,9 +118,9 @@ impl<S: Store> Registry<S> {
         Ok(key)
     }
 
-    /// Has a drive change its medium, for none where `target` is empty; it is done once the disk's
-    /// medium is settled. A medium that can't be opened does not cost the guest the one that it has,
-    /// unless it has the same one for writing, which nobody can open beside it.
+    /// Begins to change a drive's medium, to none if `target` is empty; done once the disk's medium is
+    /// settled. If the new medium can't be opened, the guest keeps the old one. The exception is the same
+    /// medium again when the guest can write to it, because it can't be opened twice.
     pub fn change_medium(
         &mut self,
         domid: u32,
@@ -152,7 +151,7 @@ impl<S: Store> Registry<S> {
         Ok(key)
     }
 
-    /// A disk that is a drive and in use.
+    /// The disk with this key, if it is a drive and open.
     fn drive(&self, key: &DiskKey) -> Result<&Disk, AttachError> {
         let disk = self.disk(key).ok_or(AttachError::NoDisk(key.domid, key.vbd.into()))?;
         match disk.description().filter(|_| disk.backing().is_some()) {
@@ -167,12 +166,12 @@ impl<S: Store> Registry<S> {
         }
     }
 
-    /// What became of something that storage was opened for; `None` where that is not known yet.
+    /// The result of a request that storage was opened for; `None` if there is none yet.
     pub fn outcome(&mut self, id: OpenId) -> Option<Result<DiskKey, AttachError>> {
         self.outcomes.remove(&id)
     }
 
-    /// Which disk a domid and a vdev name, of whatever backend type.
+    /// The disk with this domid and vdev, of any backend type.
     fn find(&self, domid: u32, vdev: &str) -> Result<DiskKey, AttachError> {
         let named = attach::name(&self.kinds[0], domid, vdev)?;
         let mut keys =

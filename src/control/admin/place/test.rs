@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use super::*;
 
-/// Long enough that only a hang gets there.
+/// So long that only a hang reaches it.
 const HANG: Duration = Duration::from_secs(60);
 
-/// A socket that nobody listens at any more.
+/// Leaves a socket that nobody listens at.
 fn leave_dead_socket(path: &Path) {
     drop(Listener::bind(path).unwrap());
 }
@@ -76,7 +76,7 @@ fn a_daemon_that_hangs_is_not_waited_for() {
     let path = folder.path().join("admin.sock");
     let stuck = Listener::bind(&path).unwrap();
     shorten_backlog(&stuck);
-    // It accepts nobody; one fills its backlog.
+    // The listener accepts nobody, so one client fills its backlog.
     let _client = std::os::unix::net::UnixStream::connect(&path).unwrap();
     let (tell, told) = crossbeam::channel::bounded(1);
     std::thread::spawn(move || tell.send(listen(&path).map(drop)));
