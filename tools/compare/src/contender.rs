@@ -9,10 +9,10 @@ use std::str::FromStr;
 
 use anyhow::{Context, Error, bail, ensure};
 use clap::ValueEnum;
-use loadgen::neighbours;
+use loadgen::options::NeighbourKind;
 use serde::{Deserialize, Serialize};
 
-use crate::scenario::{Load, Wait};
+use crate::load::{Load, Wait};
 
 /// A program in a setting.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
@@ -23,7 +23,7 @@ pub enum Contender {
         /// 1 where it is not said.
         workers: u32,
         /// What four more guests do meanwhile, which it serves, too.
-        beside: Option<neighbours::Kind>,
+        beside: Option<NeighbourKind>,
     },
     /// QEMU's xen-block.
     Qemu {
@@ -99,7 +99,7 @@ impl Contender {
     }
 
     /// What other guests do meanwhile.
-    pub fn beside(&self) -> Option<neighbours::Kind> {
+    pub fn beside(&self) -> Option<NeighbourKind> {
         match self {
             Contender::Polldisk { beside, .. } => *beside,
             _ => None,
@@ -183,7 +183,7 @@ impl FromStr for Contender {
                             workers.replace(value.parse().with_context(unknown)?).is_none()
                         }
                         "beside" => {
-                            let kind = neighbours::Kind::from_str(value, false).map_err(Error::msg);
+                            let kind = NeighbourKind::from_str(value, false).map_err(Error::msg);
                             beside.replace(kind.with_context(unknown)?).is_none()
                         }
                         _ => bail!(unknown()),
@@ -225,7 +225,7 @@ impl From<Contender> for String {
 }
 
 /// What neighbours do, as blkload takes it.
-pub fn neighbours_name(kind: neighbours::Kind) -> String {
+pub fn neighbours_name(kind: NeighbourKind) -> String {
     let value = kind.to_possible_value();
     value.map_or_else(String::new, |value| value.get_name().to_owned())
 }

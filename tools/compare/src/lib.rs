@@ -12,6 +12,7 @@
 //! ```
 
 pub mod contender;
+pub mod load;
 pub mod machine;
 pub mod plot;
 pub mod programs;

@@ -1,20 +1,20 @@
 //! Plots of a run, as SVG.
 
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Result, anyhow};
-use std::ops::Range;
-
+use figures::{Interval, figure};
 use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
 use crate::contender::{Contender, Files, Kind};
-use crate::report::{Plot, Report, figure};
+use crate::report::{Plot, Report};
 use crate::run::{CaseOutcome, Entry, Outcome};
 use crate::sample::Metric;
 use crate::scenario::Vary;
-use crate::verdict::{self, Interval};
+use crate::verdict;
 
 const SIZE: (u32, u32) = (800, 480);
 const DOT: u32 = 4;

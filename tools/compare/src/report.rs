@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use figures::{Interval, Table, Verdict, figure, or_dash};
 use serde::Serialize;
 
 use crate::contender::Contender;
@@ -9,7 +10,7 @@ use crate::machine::{Machine, Quietness};
 use crate::run::{CaseOutcome, Extent, LeftOut, Outcome};
 use crate::sample::Metric;
 use crate::storage::Place;
-use crate::verdict::{Interval, Judged, Verdict};
+use crate::verdict::Judged;
 
 /// Everything that is known of a run.
 #[derive(Clone, Debug, Serialize)]
@@ -60,17 +61,22 @@ impl Report {
     }
 
     /// The table of goals and verdicts.
-    pub fn verdicts(&self) -> String {
-        let mut text = String::from(
-            "| scenario | figure | target | measured | polldisk | compared with | verdict |\n\
-             |---|---|---|---|---|---|---|\n",
-        );
+    pub fn verdicts(&self) -> Table {
+        let mut table = Table::new([
+            "scenario",
+            "figure",
+            "target",
+            "measured",
+            "polldisk",
+            "compared with",
+            "verdict",
+        ]);
         for ScenarioReport { goals, outcome } in &self.scenarios {
             for judged in goals {
-                text.push_str(&verdict_row(outcome, judged));
+                table.row(verdict_cells(outcome, judged));
             }
         }
-        text
+        table
     }
 
     /// All of it, with plots that lie beside it.
@@ -166,37 +172,32 @@ impl Report {
     }
 }
 
-fn verdict_row(outcome: &Outcome, judged: &Judged) -> String {
-    let name = &outcome.scenario.name;
+fn verdict_cells(outcome: &Outcome, judged: &Judged) -> [String; 7] {
     let goal = &judged.goal;
-    let interval = |interval: Option<Interval>| interval.map_or("-".to_owned(), with_range);
     let compared = match &judged.reference {
-        Some((contender, theirs)) => format!("{contender}: {}", with_range(*theirs)),
+        Some((contender, theirs)) => format!("{contender}: {}", theirs.show(figure)),
         None => goal.reference().unwrap_or_default().to_owned(),
     };
     let of = match goal.of == Contender::default() {
         true => String::new(),
         false => format!("{}: ", goal.of),
     };
-    let mut verdict = match judged.verdict {
-        Verdict::Met => "met".to_owned(),
-        Verdict::Missed => "**missed**".to_owned(),
-        Verdict::Noisy => "**noisy**".to_owned(),
-        Verdict::NotMeasured => "**not measured**".to_owned(),
-        Verdict::NotPossible => {
-            format!("not possible here: {}", outcome.impossible().unwrap_or_default())
-        }
-    };
+    let mut verdict = judged.verdict.to_string();
+    if judged.verdict == Verdict::NotPossible {
+        verdict += &format!(": {}", outcome.impossible().unwrap_or_default());
+    }
     if outcome.cases.first().is_some_and(|case| case.shares_cores) {
         verdict.push_str(", but load and backend shared cores");
     }
-    format!(
-        "| {name} | {} | {} | {} | {of}{} | {compared} | {verdict} |\n",
-        goal.metric.title(),
+    [
+        outcome.scenario.name.clone(),
+        goal.metric.title().to_owned(),
         goal.describe(),
-        interval(judged.figure),
-        interval(judged.own)
-    )
+        with_range(judged.figure),
+        format!("{of}{}", with_range(judged.own)),
+        compared,
+        verdict,
+    ]
 }
 
 fn case_table(case: &CaseOutcome) -> String {
@@ -221,27 +222,22 @@ fn case_table(case: &CaseOutcome) -> String {
         .filter(|metric| is_shown(*metric, load.idle))
         .filter(|metric| *metric != Metric::NeighbourIops || is_known(*metric))
         .collect();
-    let mut text = match case.case.at {
-        Some(at) => format!("\nAt {at}:\n\n| |"),
-        None => "\n| |".to_owned(),
-    };
-    columns.iter().for_each(|metric| {
-        let _ = write!(text, " {} |", metric.title());
-    });
-    let _ = writeln!(text, "\n|---|{}", "---|".repeat(columns.len()));
+    let mut table = Table::new([""].into_iter().chain(columns.iter().map(|metric| metric.title())));
     for entry in &case.entries {
-        let _ = write!(text, "| {} |", entry.contender);
-        if let Some(why) = &entry.failed {
-            let why = why.lines().last().unwrap_or_default().replace('|', "/");
-            let _ = write!(text, " left out: {why} |");
-        } else {
-            for metric in &columns {
-                let interval = Interval::of(&entry.figures(*metric));
-                let _ = write!(text, " {} |", interval.map_or("-".to_owned(), with_range));
+        let cells = match &entry.failed {
+            Some(why) => {
+                let why = why.lines().last().unwrap_or_default().replace('|', "/");
+                vec![format!("left out: {why}")]
             }
-        }
-        text.push('\n');
+            None => {
+                let cell = |metric: &Metric| with_range(Interval::of(&entry.figures(*metric)));
+                columns.iter().map(cell).collect()
+            }
+        };
+        table.row([entry.contender.to_string()].into_iter().chain(cells));
     }
+    let heading = case.case.at.map(|at| format!("\nAt {at}:\n")).unwrap_or_default();
+    let mut text = format!("{heading}\n{table}");
     if case.shares_cores {
         text.push_str("\nLoad and backend shared cores: there are only enough threads.\n");
     }
@@ -268,22 +264,8 @@ fn is_shown(metric: Metric, idle: bool) -> bool {
     }
 }
 
-fn with_range(interval: Interval) -> String {
-    let Interval { median, low, high } = interval;
-    format!("{} ({} to {})", figure(median), figure(low), figure(high))
-}
-
-/// With three digits or so.
-pub fn figure(value: f64) -> String {
-    match value.abs() {
-        1e6.. => format!("{:.2}M", value / 1e6),
-        1e4.. => format!("{:.1}k", value / 1e3),
-        100.0.. => format!("{value:.0}"),
-        10.0.. => format!("{value:.1}"),
-        1.0.. => format!("{value:.2}"),
-        0.0 => "0".to_owned(),
-        _ => format!("{value:.3}"),
-    }
+fn with_range(interval: Option<Interval>) -> String {
+    or_dash(interval, |interval| interval.show(figure))
 }
 
 #[cfg(test)]
@@ -337,7 +319,7 @@ mod test {
 
     #[test]
     fn a_row_says_target_figure_and_verdict() {
-        let text = report(1e6).verdicts();
+        let text = report(1e6).verdicts().to_string();
         let rows: Vec<&str> = text.lines().skip(2).collect();
         assert_eq!(
             rows,
@@ -361,7 +343,7 @@ mod test {
         nothing.scenarios[0].outcome.left_out.push(too_few_cores(None));
         nothing.scenarios[0].goals = verdict::judge(&nothing.scenarios[0].outcome);
         assert!(nothing.all_met(), "what this machine can't show is no fault");
-        let text = nothing.verdicts();
+        let text = nothing.verdicts().to_string();
         assert!(text.ends_with("| not possible here: needs 4 cores, there are 2 |\n"), "{text}");
         let text = nothing.markdown(&[]);
         assert!(text.ends_with("nothing.\n\nNot possible here: needs 4 cores, there are 2.\n"));
@@ -423,21 +405,15 @@ mod test {
             }
         }
         outcome.scenario = scenario;
-        let row = verdict_row(outcome, &verdict::judge(outcome)[0]);
+        let row = verdict_cells(outcome, &verdict::judge(outcome)[0]).join(" | ");
         assert_eq!(
             row,
-            "| hostile | IOPS | at least 80 % of polldisk:beside=polite | 0.100 (0.100 to 0.100) | \
+            "hostile | IOPS | at least 80 % of polldisk:beside=polite | 0.100 (0.100 to 0.100) | \
              polldisk:beside=copies: 100.0k (100.0k to 100.0k) | polldisk:beside=polite: 1.00M \
-             (1.00M to 1.00M) | **missed** |\n"
+             (1.00M to 1.00M) | **missed**"
         );
         let table = case_table(&outcome.cases[0]);
         assert!(table.contains(" neighbours' IOPS |\n"), "{table}");
         assert_eq!(table.matches("| 77.0 (77.0 to 77.0) |\n").count(), 2, "{table}");
-    }
-
-    #[test]
-    fn figures_have_three_digits() {
-        let texts = [1_402_000.0, 45_700.0, 321.4, 12.34, 1.234, 0.1534, 0.0].map(figure);
-        assert_eq!(texts, ["1.40M", "45.7k", "321", "12.3", "1.23", "0.153", "0"]);
     }
 }

@@ -11,18 +11,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use figures::Interval;
 use polldisk::output;
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::contender::{self, Contender, Contents, Kind};
+use crate::load::Load;
 use crate::machine::{self, Machine, Ticks};
 use crate::programs::Program;
 use crate::sample::{Metric, Sample};
-use crate::scenario::{Backing, Case, Load, Scenario};
+use crate::scenario::{Backing, Case, Scenario};
 use crate::slices::Slices;
 use crate::storage::{self, Image, Place};
-use crate::verdict::Interval;
 
 /// The least of an idle load's seconds that count: what costs nothing is told from little only
 /// after some time.
@@ -480,7 +481,7 @@ fn summary(sample: &Sample) -> String {
     let figure = |metric: &Metric| {
         let is_shown = idle == matches!(metric, Metric::ConnectS | Metric::OwnKibPerDisk);
         let value = sample.figures.get(metric).filter(|_| is_shown)?;
-        Some(format!("{} {}", crate::report::figure(*value), metric.title()))
+        Some(format!("{} {}", figures::figure(*value), metric.title()))
     };
     show.iter().filter_map(figure).collect::<Vec<_>>().join(", ")
 }

@@ -8,8 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use core_affinity::CoreId;
-
-use crate::verdict::Interval;
+use figures::Interval;
 
 const WAKE_UPS: usize = 2_000;
 

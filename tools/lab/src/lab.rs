@@ -12,9 +12,7 @@ use crate::agent::Agent;
 use crate::backend::{Backend, Daemon, Storage};
 use crate::image::Kernel;
 use crate::machine::{Binary, Equipment, Machine};
-use crate::qemu::Idle;
-use crate::report::{Report, Step};
-use crate::scenario::Scenario;
+use crate::report::Step;
 use crate::xen::{Boot, Guest, Size};
 
 /// What a failure needs from dom0, by the name of the log.
@@ -57,38 +55,6 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Runs one scenario on a machine of its own.
-    pub fn run(scenario: &Scenario, options: &Options) -> Result<Report> {
-        let start = Instant::now();
-        tell(format_args!("{}: on {}", scenario.name, options.backend.name()));
-        let logs = options.logs.join(scenario.name);
-        drop(fs::remove_dir_all(&logs));
-        fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
-        let logs = fs::canonicalize(&logs)?;
-
-        let equipment = Equipment {
-            kernel: options.kernel,
-            binaries: &options.binaries,
-            programs: scenario.programs,
-            idle: Idle::Passes,
-        };
-        let (steps, ()) = on_machine(scenario.name, equipment, options, &logs, scenario.run)
-            .with_context(|| format!("{}: failed, logs in {}", scenario.name, logs.display()))?;
-        let report = Report {
-            scenario: scenario.name.into(),
-            backend: options.backend.name().into(),
-            steps,
-            seconds: start.elapsed().as_secs_f64(),
-        };
-        if options.keep_logs {
-            fs::write(logs.join("report.json"), serde_json::to_string_pretty(&report)?)?;
-        } else {
-            fs::remove_dir_all(&logs)?;
-        }
-        tell(report.summary());
-        Ok(report)
-    }
-
     /// Does one step of the scenario and notes how long it took.
     pub fn step<T>(&mut self, name: &str, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         let start = Instant::now();
@@ -160,8 +126,27 @@ impl Lab {
     }
 }
 
-/// Boots a machine, does the work on it, and leaves in `logs` what a failure needs.
+/// Boots a machine, does the work on it, and leaves in a folder of `options.logs` what a failure needs, or
+/// what the options ask to keep. Returns the steps and what the work gave.
 pub(crate) fn on_machine<T>(
+    name: &'static str,
+    equipment: Equipment,
+    options: &Options,
+    work: impl FnOnce(&mut Lab) -> Result<T>,
+) -> Result<(Vec<Step>, T)> {
+    let logs = options.logs.join(name);
+    drop(fs::remove_dir_all(&logs));
+    fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
+    let logs = fs::canonicalize(&logs)?;
+    let done = boot_and_work(name, equipment, options, &logs, work)
+        .with_context(|| format!("{name}: failed, logs in {}", logs.display()))?;
+    if !options.keep_logs {
+        fs::remove_dir_all(&logs)?;
+    }
+    Ok(done)
+}
+
+fn boot_and_work<T>(
     name: &'static str,
     equipment: Equipment,
     options: &Options,
@@ -186,7 +171,7 @@ pub(crate) fn on_machine<T>(
     result.map(|value| (lab.steps, value))
 }
 
-/// Tells of progress, whose loss does not end a run.
-fn tell(line: impl std::fmt::Display) {
+/// Prints progress. Failing to print it does not end a run.
+pub(crate) fn tell(line: impl std::fmt::Display) {
     let _ = output::print(line);
 }

@@ -5,6 +5,8 @@
 //! latency is ever shown too short. Nothing allocates, locks or makes a system call, except to
 //! notify a backend that asked for it and to sleep where the load does that.
 
+pub mod crowd;
+
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -18,9 +20,9 @@ use polldisk::xen::Events;
 
 use crate::arrivals::Arrivals;
 use crate::clock::Clock;
-use crate::neighbours::Crowd;
 use crate::pattern::Pattern;
 use crate::queue::{Answer, BackendFault, Queue};
+use crowd::Crowd;
 
 /// How a queue waits for responses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,10 +9,11 @@ use polldisk::xen::Events;
 
 use crate::arrivals::{Arrivals, Schedule};
 use crate::clock::Clock;
-use crate::disk::Disk;
+use crate::disk::{Disk, Negotiated};
+use crate::load::crowd::{Count, Crowd, Guest, Progress};
 use crate::load::{Gauge, Load, LoadError, Phase, Tally, Wait};
 use crate::neighbours::storage::Storage;
-use crate::neighbours::{Count, Crowd, Guest, NEIGHBOURS, Neighbour, Progress};
+use crate::neighbours::{NEIGHBOURS, Neighbour};
 use crate::options::Plan;
 use crate::pattern::Pattern;
 use crate::queue::Queue;
@@ -57,6 +58,17 @@ pub struct Measured {
     pub readings: Vec<Reading>,
     /// By ring.
     pub tallies: Vec<Tally>,
+}
+
+/// Connected disks that were measured, and closed.
+#[derive(Debug)]
+pub struct Driven {
+    /// What the measurement has shown.
+    pub measured: Measured,
+    /// What each disk's ends had agreed on.
+    pub disks: Vec<Negotiated>,
+    /// The same for each neighbour's disk, after what the neighbour does.
+    pub neighbours: Vec<(&'static str, Negotiated)>,
 }
 
 /// How often the main thread looks whether everything is well.

@@ -3,50 +3,20 @@
 //!
 //! Each is a domain with a disk, and asks for the same again and again ([`Habit`]). None has a thread:
 //! the first measured ring's own thread, which polls, does a little for one of them in each pass
-//! ([`Crowd`]). So they take nothing from the measured load but that little, however few cores there
+//! ([`crate::load::crowd`]). So they take nothing from the measured load but that little, however few cores there
 //! are, while their rings stay as full as they like.
 
-pub mod crowd;
 pub mod storage;
 
-use clap::ValueEnum;
 use polldisk::units::{Bytes, DomId};
-use serde::Serialize;
 
-use crate::options::{Mode, Options, Plan};
+use crate::options::{Mode, NEIGHBOUR_DOMAINS, NeighbourKind, Options, Plan};
 use crate::queue::Operation;
 use crate::toolstack::{self, Place};
 use storage::{Holds, Storage};
 
-pub use crowd::{Count, Crowd, Guest, Progress};
-
-/// How many there are, each a domain.
-pub const DOMAINS: u32 = 4;
-
-/// The same, for lists of them.
-pub const NEIGHBOURS: usize = DOMAINS as usize;
-
-/// What they do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// 4 KiB reads, 8 in flight, of nothing or of a file as the measured disks hold
-    Polite,
-    /// 1 MiB reads that are copied, 32 in flight
-    Copies,
-    /// 512 indirect requests of one segment in flight, on a file
-    Indirect,
-    /// 512 flushes in flight, on a file
-    Flushes,
-    /// 512 discards in flight, on a file
-    Discards,
-    /// Notifications without end, and no request
-    Storm,
-    /// 512 requests of all kinds in flight to storage that never answers (needs root)
-    Hung,
-    /// Each does the worst of another kind; without root none has storage that never answers
-    Worst,
-}
+/// How many there are.
+pub const NEIGHBOURS: usize = NEIGHBOUR_DOMAINS as usize;
 
 /// What one of them does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,20 +82,18 @@ const FLUSHES_AND_DISCARDS: Habit = Habit {
 
 const INDIRECT_AND_STORM: Habit = Habit { name: "indirect and storm", storms: true, ..INDIRECT };
 
-impl Kind {
-    /// Of each guest, beside disks that hold `target`.
-    fn habits(self, target: &str) -> [Habit; NEIGHBOURS] {
-        match self {
-            Kind::Polite if target.starts_with("null") => [POLITE; _],
-            Kind::Polite => [Habit { holds: Holds::File, ..POLITE }; _],
-            Kind::Copies => [COPIES; _],
-            Kind::Indirect => [INDIRECT; _],
-            Kind::Flushes => [FLUSHES; _],
-            Kind::Discards => [DISCARDS; _],
-            Kind::Storm => [STORM; _],
-            Kind::Hung => [HUNG; _],
-            Kind::Worst => [COPIES, INDIRECT_AND_STORM, FLUSHES_AND_DISCARDS, HUNG],
-        }
+/// What each guest does, beside disks that hold `target`.
+fn habits(kind: NeighbourKind, target: &str) -> [Habit; NEIGHBOURS] {
+    match kind {
+        NeighbourKind::Polite if target.starts_with("null") => [POLITE; _],
+        NeighbourKind::Polite => [Habit { holds: Holds::File, ..POLITE }; _],
+        NeighbourKind::Copies => [COPIES; _],
+        NeighbourKind::Indirect => [INDIRECT; _],
+        NeighbourKind::Flushes => [FLUSHES; _],
+        NeighbourKind::Discards => [DISCARDS; _],
+        NeighbourKind::Storm => [STORM; _],
+        NeighbourKind::Hung => [HUNG; _],
+        NeighbourKind::Worst => [COPIES, INDIRECT_AND_STORM, FLUSHES_AND_DISCARDS, HUNG],
     }
 }
 
@@ -154,11 +122,11 @@ impl Neighbours {
     pub fn of(plan: &Plan) -> anyhow::Result<Neighbours> {
         let Some(kind) = plan.options.neighbours else { return Ok(Neighbours::default()) };
         let target = plan.options.target.as_deref().unwrap_or_default();
-        let mut habits = kind.habits(target);
+        let mut habits = habits(kind, target);
         let hung = habits.iter().filter(|habit| habit.holds == Holds::Hung).count();
         let mut storage = Storage::make(plan.options.scratch.as_deref())?;
         if let Err(error) = storage.hang(hung) {
-            if kind != Kind::Worst {
+            if kind != NeighbourKind::Worst {
                 return Err(error.context("--neighbours hung: cannot make storage that hangs"));
             }
             polldisk::output::say(format_args!("no neighbour has storage that hangs: {error:#}"));
@@ -270,7 +238,7 @@ mod test {
 
     #[test]
     fn the_worst_are_of_different_kinds() {
-        let habits = Kind::Worst.habits("null:8G");
+        let habits = habits(NeighbourKind::Worst, "null:8G");
         for (at, habit) in habits.iter().enumerate() {
             assert!(!habits[..at].contains(habit), "{habit:?}");
         }

@@ -17,9 +17,9 @@ use polldisk::sim::blkfront::xenbus::Wanted;
 use polldisk::units::{Bytes, DomId};
 use polldisk::xen::shm::PAGE_BYTES;
 use polldisk::xen::vdev::Vdev;
+use serde::Serialize;
 
 use crate::load::Wait;
-use crate::neighbours;
 use crate::queue::Operation;
 
 /// clap takes a plain `{n}` for a line break. An escape that sets no style, which clap leaves out where
@@ -117,7 +117,7 @@ pub struct Options {
     #[arg(long, value_enum, value_name = "KIND",
           conflicts_with_all = ["idle", "echo", "xen", "no_toolstack"],
           help_heading = "Neighbours")]
-    pub neighbours: Option<neighbours::Kind>,
+    pub neighbours: Option<NeighbourKind>,
     /// Folder for the neighbours' files, which are removed [default: the system's temporary one]
     #[arg(long, value_name = "DIR", requires = "neighbours", help_heading = "Neighbours")]
     pub scratch: Option<PathBuf>,
@@ -162,6 +162,9 @@ pub struct Options {
     pub command: Vec<String>,
 }
 
+/// Guests of --neighbours, each a domain of its own.
+pub const NEIGHBOUR_DOMAINS: u32 = 4;
+
 /// Samples of a run: each costs every ring's thread half a megabyte.
 const SAMPLES_MAX: usize = 100;
 
@@ -197,6 +200,28 @@ pub enum Mode {
     R,
     /// Read and written
     W,
+}
+
+/// What the guests of --neighbours do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NeighbourKind {
+    /// 4 KiB reads, 8 in flight, of nothing or of a file as the measured disks hold
+    Polite,
+    /// 1 MiB reads that are copied, 32 in flight
+    Copies,
+    /// 512 indirect requests of one segment in flight, on a file
+    Indirect,
+    /// 512 flushes in flight, on a file
+    Flushes,
+    /// 512 discards in flight, on a file
+    Discards,
+    /// Notifications without end, and no request
+    Storm,
+    /// 512 requests of all kinds in flight to storage that never answers (needs root)
+    Hung,
+    /// Each does the worst of another kind; without root none has storage that never answers
+    Worst,
 }
 
 /// What is measured, and how: the options, checked.
@@ -291,7 +316,7 @@ impl Options {
                 self.domains
             );
         }
-        let neighbours = self.neighbours.map_or(0, |_| neighbours::DOMAINS);
+        let neighbours = self.neighbours.map_or(0, |_| NEIGHBOUR_DOMAINS);
         let domains = self.domains + neighbours;
         let last = u32::from(self.domid.raw()) + domains - 1;
         if self.domid == DomId::DOM0 || DomId::try_from(last).is_err() {

@@ -2,15 +2,14 @@
 
 use std::time::Duration;
 
+use figures::{count, duration, or_dash};
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use crate::disk::Negotiated;
 use crate::load::{Failed, Latencies, Tally};
-use crate::measure::{Measured, Reading};
-use crate::neighbours;
-use crate::options::{Plan, WaitKind};
-use crate::run::Driven;
+use crate::measure::{Driven, Measured, Reading};
+use crate::options::{NeighbourKind, Plan, WaitKind};
 use crate::usage::Usage;
 
 /// Everything that is known of a run.
@@ -103,7 +102,7 @@ pub struct ScheduleFigures {
 #[derive(Clone, Debug, Serialize)]
 pub struct NeighbourFigures {
     /// What was asked for.
-    pub kind: neighbours::Kind,
+    pub kind: NeighbourKind,
     /// Requests of all of them answered a second.
     pub iops: f64,
     /// Each of them.
@@ -254,7 +253,7 @@ impl ScheduleFigures {
 
 impl NeighbourFigures {
     fn new(
-        kind: neighbours::Kind,
+        kind: NeighbourKind,
         start: &Reading,
         end: &Reading,
         guests: &[(&'static str, Negotiated)],
@@ -488,25 +487,8 @@ impl Report {
     }
 }
 
-fn count(value: f64) -> String {
-    match value {
-        ..1e4 => format!("{value:.0}"),
-        ..1e6 => format!("{:.1}k", value / 1e3),
-        _ => format!("{:.2}M", value / 1e6),
-    }
-}
-
-fn duration(ns: f64) -> String {
-    match ns {
-        ..1e3 => format!("{ns:.0}ns"),
-        ..1e6 => format!("{:.1}us", ns / 1e3),
-        ..1e9 => format!("{:.2}ms", ns / 1e6),
-        _ => format!("{:.2}s", ns / 1e9),
-    }
-}
-
 fn optional(value: Option<f64>) -> String {
-    value.map_or_else(|| "-".to_owned(), |value| format!("{value:.3}"))
+    or_dash(value, |value| format!("{value:.3}"))
 }
 
 #[cfg(test)]
@@ -514,7 +496,7 @@ mod test {
     use clap::Parser;
 
     use super::*;
-    use crate::neighbours::Progress;
+    use crate::load::crowd::Progress;
     use crate::options::Options;
 
     fn reading(at_ns: u64, completed: u64, cpu_ns: u64) -> Reading {
@@ -618,7 +600,7 @@ mod test {
         let (start, mut end) = (reading(0, 0, 0), reading(2_000_000_000, 1, 1));
         end.neighbours[0] = Progress { started: 104, completed: 100, errors: 3, notified: 0 };
         end.neighbours[1] = Progress { notified: 50, ..Progress::default() };
-        let figures = NeighbourFigures::new(neighbours::Kind::Worst, &start, &end, &guests);
+        let figures = NeighbourFigures::new(NeighbourKind::Worst, &start, &end, &guests);
         let json = serde_json::to_value(&figures).unwrap();
         assert_eq!((&json["kind"], &json["iops"]), (&"worst".into(), &50.0.into()));
         let [copies, storm] = &figures.guests[..] else { panic!("{figures:?}") };
@@ -639,7 +621,5 @@ mod test {
             text.contains("1001 requests started, the latest 9ns late; 3 more due and not"),
             "{text}"
         );
-        assert_eq!([999.0, 1_500.0, 2e6, 3e9].map(duration), ["999ns", "1.5us", "2.00ms", "3.00s"]);
-        assert_eq!([999.0, 25_000.0, 2.5e6].map(count), ["999", "25.0k", "2.50M"]);
     }
 }

@@ -19,7 +19,7 @@ use crate::child::Backend;
 use crate::disk::{Disk, Negotiated};
 use crate::echo::Echo;
 use crate::kernel::{Kernel, SimKernel, XenKernel};
-use crate::measure::{Measured, Watched, measure};
+use crate::measure::{Driven, Watched, measure};
 use crate::neighbours::{Neighbour, Neighbours};
 use crate::options::Plan;
 use crate::report::Report;
@@ -190,17 +190,6 @@ fn add_backend_errors(
         true => error,
         false => error.context(format!("the backend says of disk {}", told.join("; "))),
     }
-}
-
-/// Connected disks that were measured, and closed.
-#[derive(Debug)]
-pub struct Driven {
-    /// What that has shown.
-    pub measured: Measured,
-    /// What each disk's ends had agreed on.
-    pub disks: Vec<Negotiated>,
-    /// The same of each neighbour, and what it does.
-    pub neighbours: Vec<(&'static str, Negotiated)>,
 }
 
 /// Measures with connected disks, beside neighbours with theirs, and closes all of them.

@@ -14,7 +14,7 @@ use clap::{Args, Subcommand};
 use lab::backend::Backend;
 use lab::compare;
 use lab::image::{self, Kernel};
-use lab::lab::{Lab, Options};
+use lab::lab::Options;
 use lab::machine::Binary;
 use lab::scenario::{self, SCENARIOS, Scenario};
 use polldisk::output;
@@ -135,7 +135,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
     };
     // Before the first machine, for otherwise each of the first would build them.
     image::ensure_built(options.kernel)?;
-    run_all(&scenarios, arguments.jobs, |scenario| Lab::run(scenario, &options).map(drop))
+    run_all(&scenarios, arguments.jobs, |scenario| scenario::run(scenario, &options).map(drop))
 }
 
 fn compare(arguments: CompareArguments) -> Result<()> {

@@ -11,11 +11,9 @@
 mod fio;
 mod report;
 
-use std::fs;
-
 use anyhow::{Context, Result, ensure};
 
-pub use self::report::{Case, Comparison, Setting, Verdict};
+pub use self::report::{Case, Comparison, Setting};
 use crate::backend::{Backend, Daemon, Storage};
 use crate::lab::{self, Lab};
 use crate::machine::Equipment;
@@ -60,10 +58,6 @@ const POLLDISKS_TYPE: &str = "polldisk";
 
 /// Runs the comparison on a machine of its own.
 pub fn run(options: &Options) -> Result<Comparison> {
-    let logs = options.lab.logs.join("compare");
-    drop(fs::remove_dir_all(&logs));
-    fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
-    let logs = fs::canonicalize(&logs)?;
     let equipment = Equipment {
         kernel: options.lab.kernel,
         binaries: &options.lab.binaries,
@@ -71,11 +65,7 @@ pub fn run(options: &Options) -> Result<Comparison> {
         idle: Idle::IsSkipped,
     };
     let work = |lab: &mut Lab| compare(lab, options);
-    let (_, comparison) = lab::on_machine("compare", equipment, &options.lab, &logs, work)
-        .with_context(|| format!("compare: failed, logs in {}", logs.display()))?;
-    if !options.lab.keep_logs {
-        fs::remove_dir_all(&logs)?;
-    }
+    let (_, comparison) = lab::on_machine("compare", equipment, &options.lab, work)?;
     Ok(comparison)
 }
 

@@ -1,10 +1,10 @@
 //! What was measured, whether the targets are met, and both as Markdown and JSON.
 
-use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use figures::{Interval, Table, Verdict, figure, or_dash, within_rounds};
 use serde::Serialize;
 
 use super::fio::JOBS;
@@ -95,48 +95,9 @@ pub struct Judged {
     /// The target.
     pub target: Target,
     /// polldisk's instructions divided by the other's, within each round.
-    pub ratio: Option<Range>,
+    pub ratio: Option<Interval>,
     /// What follows.
     pub verdict: Verdict,
-}
-
-/// Whether a target is met.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Verdict {
-    /// In every round.
-    Met,
-    /// In no round.
-    Missed,
-    /// In some rounds.
-    Noisy,
-    /// Nothing was measured.
-    NotMeasured,
-}
-
-/// What rounds gave.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Range {
-    /// Of the rounds.
-    pub median: f64,
-    /// The least of them.
-    pub low: f64,
-    /// The greatest.
-    pub high: f64,
-}
-
-impl Range {
-    fn of(figures: &[f64]) -> Option<Self> {
-        let mut sorted = figures.to_vec();
-        sorted.sort_by(f64::total_cmp);
-        let (low, high) = (*sorted.first()?, *sorted.last()?);
-        let middle = sorted.len() / 2;
-        let median = match sorted.len() % 2 {
-            0 => f64::midpoint(sorted[middle - 1], sorted[middle]),
-            _ => sorted[middle],
-        };
-        Some(Self { median, low, high })
-    }
 }
 
 impl Case {
@@ -196,51 +157,41 @@ impl Comparison {
     }
 
     /// The targets as a table.
-    pub fn verdicts(&self) -> String {
-        let mut text = String::from(
-            "| target | measured | verdict |\n\
-             |---|---|---|\n",
-        );
+    pub fn verdicts(&self) -> Table {
+        let mut table = Table::new(["target", "measured", "verdict"]);
         for Judged { target: Target { backend, below }, ratio, verdict } in &self.judged {
-            let ratio = ratio.map_or("-".to_owned(), |ratio| with_range(ratio, quotient));
-            let verdict = match verdict {
-                Verdict::Met => "met",
-                Verdict::Missed => "**missed**",
-                Verdict::Noisy => "**noisy**",
-                Verdict::NotMeasured => "**not measured**",
-            };
-            // Writing to a `String` cannot fail, here and below.
-            let _ = writeln!(
-                text,
-                "| below {below} of {backend}'s instructions | {ratio} | {verdict} |"
-            );
+            table.row([
+                format!("below {below} of {backend}'s instructions"),
+                or_dash(*ratio, |ratio| ratio.show(quotient)),
+                verdict.to_string(),
+            ]);
         }
-        text
+        table
     }
 
     /// All cases as a table.
-    pub fn table(&self) -> String {
-        let mut text = String::from(
-            "| job | backend | instructions for each request | of qdisk's | of blkback's |\n\
-             |---|---|---|---|---|\n",
-        );
+    pub fn table(&self) -> Table {
+        let mut table = Table::new([
+            "job",
+            "backend",
+            "instructions for each request",
+            "of qdisk's",
+            "of blkback's",
+        ]);
         for case in &self.cases {
             let of = |backend| {
-                ratio(&self.cases, &case.job, case.backend, backend)
-                    .map_or("-".to_owned(), |ratio| quotient(ratio.median))
+                let ratio = ratio(&self.cases, &case.job, case.backend, backend);
+                or_dash(ratio, |ratio| quotient(ratio.median))
             };
-            let figure = Range::of(&case.instructions);
-            let _ = writeln!(
-                text,
-                "| {} | {} | {} | {} | {} |",
-                case.job,
-                case.backend,
-                figure.map_or("-".to_owned(), |range| with_range(range, thousands)),
+            table.row([
+                case.job.clone(),
+                case.backend.to_owned(),
+                or_dash(Interval::of_all(&case.instructions), |range| range.show(figure)),
                 of("qdisk"),
-                of("blkback")
-            );
+                of("blkback"),
+            ]);
         }
-        text
+        table
     }
 
     /// All of it, for somebody who knows nothing of the run.
@@ -288,33 +239,20 @@ impl Comparison {
 
 fn judge(target: Target, cases: &[Case]) -> Judged {
     let ratio = ratio(cases, &JOBS[0].name(), "polldisk", target.backend);
-    let verdict = match ratio {
-        None => Verdict::NotMeasured,
-        Some(ratio) if ratio.high < target.below => Verdict::Met,
-        Some(ratio) if ratio.low >= target.below => Verdict::Missed,
-        Some(_) => Verdict::Noisy,
-    };
-    Judged { target, ratio, verdict }
+    Judged { target, ratio, verdict: Verdict::of(ratio, |ratio| ratio < target.below) }
 }
 
 /// One backend's instructions divided by another's, within each round.
-fn ratio(cases: &[Case], job: &str, of: &str, to: &str) -> Option<Range> {
-    let case = |backend| cases.iter().find(|case| case.is(job, backend));
-    let rounds = case(of)?.instructions.iter().zip(&case(to)?.instructions);
-    Range::of(&rounds.map(|(of, to)| of / to).collect::<Vec<_>>())
-}
-
-fn with_range(range: Range, show: impl Fn(f64) -> String) -> String {
-    let Range { median, low, high } = range;
-    format!("{} ({} to {})", show(median), show(low), show(high))
+fn ratio(cases: &[Case], job: &str, of: &str, to: &str) -> Option<Interval> {
+    let rounds = |backend| {
+        let case = cases.iter().find(|case| case.is(job, backend))?;
+        Some(&case.instructions)
+    };
+    Interval::of_all(&within_rounds(rounds(of)?, rounds(to)?, |of, to| of / to))
 }
 
 fn quotient(value: f64) -> String {
     format!("{value:.2}")
-}
-
-fn thousands(value: f64) -> String {
-    format!("{:.1}k", value / 1e3)
 }
 
 #[cfg(test)]
@@ -370,7 +308,7 @@ mod tests {
         let mut cases = comparison(&[50e3, 500e3, 5e3]).cases;
         cases[2].instructions = vec![100e3, 1000e3, 10e3];
         let judged = judge(TARGETS[0], &cases);
-        assert_eq!(judged.ratio, Some(Range { median: 0.5, low: 0.5, high: 0.5 }));
+        assert_eq!(judged.ratio, Some(Interval { median: 0.5, low: 0.5, high: 0.5 }));
     }
 
     #[test]
@@ -393,12 +331,5 @@ mod tests {
     fn versions_need_all_their_lines() {
         assert_eq!(Dom0::parse("4.17.5\n6.1.0\ntwo\nQEMU"), None);
         assert_eq!(InGuest::parse("6.1.0\n1"), None);
-    }
-
-    #[test]
-    fn an_even_count_has_its_median_between_two() {
-        let range = Range::of(&[4.0, 1.0, 2.0, 3.0]);
-        assert_eq!(range, Some(Range { median: 2.5, low: 1.0, high: 4.0 }));
-        assert_eq!(Range::of(&[]), None);
     }
 }

@@ -8,10 +8,16 @@ mod guest_suites;
 mod protocol;
 mod reconnect;
 
+use std::fs;
+use std::time::Instant;
+
 use anyhow::Result;
 
 use crate::backend::{Daemon, Footprint};
-use crate::lab::Lab;
+use crate::lab::{self, Lab, Options};
+use crate::machine::Equipment;
+use crate::qemu::Idle;
+use crate::report::Report;
 
 /// Something the lab can prove.
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +47,31 @@ pub const SCENARIOS: [Scenario; 6] = [
 /// Looks a scenario up by its name.
 pub fn find(name: &str) -> Option<Scenario> {
     SCENARIOS.into_iter().find(|scenario| scenario.name == name)
+}
+
+/// Runs one scenario on a machine of its own.
+pub fn run(scenario: &Scenario, options: &Options) -> Result<Report> {
+    let start = Instant::now();
+    lab::tell(format_args!("{}: on {}", scenario.name, options.backend.name()));
+    let equipment = Equipment {
+        kernel: options.kernel,
+        binaries: &options.binaries,
+        programs: scenario.programs,
+        idle: Idle::Passes,
+    };
+    let (steps, ()) = lab::on_machine(scenario.name, equipment, options, scenario.run)?;
+    let report = Report {
+        scenario: scenario.name.into(),
+        backend: options.backend.name().into(),
+        steps,
+        seconds: start.elapsed().as_secs_f64(),
+    };
+    if options.keep_logs {
+        let file = options.logs.join(scenario.name).join("report.json");
+        fs::write(file, serde_json::to_string_pretty(&report)?)?;
+    }
+    lab::tell(report.summary());
+    Ok(report)
 }
 
 /// For a script in dom0: `device NAME BLOCK_BYTES MIB` makes a block device of memory that knows

@@ -16,7 +16,7 @@ use polldisk::xen::{CopyDirection, GrantCopy, Grants, PageAccess, Platform};
 use super::*;
 use crate::arrivals::Schedule;
 use crate::kernel::SimKernel;
-use crate::neighbours::{Count, Guest, Progress};
+use crate::load::crowd::{Count, Guest, Progress};
 use crate::pattern::Shape;
 use crate::queue::Operation;
 

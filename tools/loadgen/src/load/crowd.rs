@@ -1,9 +1,9 @@
-//! The neighbours' requests, a few at a time.
+//! The requests of [`crate::neighbours`], a few at a time, in the thread of a measured ring.
 
 use polldisk::metrics::Counter;
 use polldisk::xen::Events;
 
-use crate::load::LoadError;
+use super::LoadError;
 use crate::pattern::Pattern;
 use crate::queue::Queue;
 
