@@ -6,17 +6,17 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Load {
-    /// Reads among 100 requests: 100 or 0, which fio can do, too.
+    /// Reads among 100 requests: 100 or 0, since fio runs the same load.
     pub read: u32,
-    /// Block after block instead of random blocks.
+    /// Sequential instead of random blocks.
     pub sequential: bool,
     /// KiB of each request.
     pub block_kib: u32,
     /// Requests in flight on each disk.
     pub depth: u32,
-    /// How it waits for responses.
+    /// How the load waits for responses.
     pub wait: Wait,
-    /// Disks, each of a guest of its own up to 100 guests.
+    /// Number of disks. Each belongs to another guest, up to 100 guests.
     pub disks: u32,
     /// No requests at all.
     pub idle: bool,
@@ -57,12 +57,12 @@ impl Default for Load {
 }
 
 impl Load {
-    /// Cores that its threads keep busy.
+    /// How many cores its threads keep busy.
     pub fn cores(&self) -> u32 {
         if self.idle { 1 } else { self.disks }
     }
 
-    /// The same for a backend without indirect requests.
+    /// The load with its requests split, for a backend without indirect requests.
     pub fn split(&self, split: Option<Split>) -> Load {
         match split {
             None => self.clone(),

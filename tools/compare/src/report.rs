@@ -1,4 +1,4 @@
-//! What a whole run is reported as: JSON with everything, and Markdown for people.
+//! The report of a whole run: JSON with everything, and Markdown for people.
 
 use std::fmt::Write;
 
@@ -12,49 +12,49 @@ use crate::sample::Metric;
 use crate::storage::Place;
 use crate::verdict::Judged;
 
-/// Everything that is known of a run.
+/// Everything that is known about a run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// What it ran on.
+    /// The machine it ran on.
     pub machine: Machine,
-    /// How quiet that was.
+    /// How quiet the machine was.
     pub quietness: Quietness,
     /// How much was measured.
     pub extent: Extent,
-    /// Where files were.
+    /// Where the disks' files were.
     pub places: Vec<Place>,
-    /// Microseconds for waking a thread on another core.
+    /// Microseconds that it takes to wake a thread on another core.
     pub wake_up_us: Option<Interval>,
-    /// Of each scenario.
+    /// The results by scenario.
     pub scenarios: Vec<ScenarioReport>,
 }
 
 /// A scenario, measured and judged.
 #[derive(Clone, Debug, Serialize)]
 pub struct ScenarioReport {
-    /// Its goals.
+    /// The goals, judged.
     pub goals: Vec<Judged>,
-    /// Its turns.
+    /// The turns.
     pub outcome: Outcome,
 }
 
 /// A plot that was drawn.
 #[derive(Clone, Debug)]
 pub struct Plot {
-    /// Its file, beside the report.
+    /// The file's name, in the report's folder.
     pub file: String,
     /// What it shows.
     pub title: String,
 }
 
-/// Use of the cores by others from which a run is said to be disturbed.
+/// Above this use of the cores by other programs, the report warns that the machine was not quiet.
 const BUSY_OTHERS_PERCENT: f64 = 5.0;
 
-/// Stolen time from which it is.
+/// Above this stolen time it warns, too.
 const BUSY_STOLEN_PERCENT: f64 = 1.0;
 
 impl Report {
-    /// Whether every goal that this machine can be asked about is met.
+    /// Whether every goal that this machine can measure is met.
     pub fn all_met(&self) -> bool {
         let mut goals = self.scenarios.iter().flat_map(|s| &s.goals);
         goals.all(|judged| matches!(judged.verdict, Verdict::Met | Verdict::NotPossible))
@@ -79,14 +79,14 @@ impl Report {
         table
     }
 
-    /// All of it, with plots that lie beside it.
+    /// The whole report, which links to the plots.
     pub fn markdown(&self, plots: &[Plot]) -> String {
         let mut text = format!("# polldisk beside other backends\n\n{}\n", self.circumstances());
         let _ = write!(
             text,
-            "\n## Targets\n\nMedian of the rounds' figures, and in brackets where the true one lies \
-             with a confidence of\n90 % (see perf/README.md). A figure \"times\" or \"of\" another \
-             is the ratio within a round, or of\nneighbouring slices.\n\n{}",
+            "\n## Targets\n\nMedian of the rounds' figures, and in brackets the range that holds the true \
+             median with a confidence of\n90 % (see perf/README.md). A figure \"times\" or \"of\" \
+             another is the ratio within a round, or of\nneighbouring slices.\n\n{}",
             self.verdicts()
         );
         if !plots.is_empty() {
@@ -103,8 +103,8 @@ impl Report {
                 let count = self.extent.slices(length);
                 let _ = write!(
                     text,
-                    " The verdict is on slices of {length:?}, {count} in each round; the table is on \
-                     turns."
+                    " The verdict is from slices of {length:?}, {count} in each round; the table is \
+                     from turns."
                 );
             }
             text.push('\n');
@@ -134,8 +134,8 @@ impl Report {
         }
         let _ = writeln!(
             text,
-            "- {} rounds, {} where there is no target; each contender's turn counts for {} s after {} s \
-             of warm-up.",
+            "- {} rounds, {} in scenarios without a target; each contender's turn counts for {} s after \
+             {} s of warm-up.",
             extent.rounds,
             extent.rounds.div_ceil(2),
             extent.seconds,
@@ -144,29 +144,29 @@ impl Report {
         if let Some(wake_up_us) = &self.wake_up_us {
             let _ = writeln!(
                 text,
-                "- Waking a thread that sleeps on another core takes {} us of CPU. A backend pays it for \
-                 each batch of a guest that sleeps.",
+                "- Waking a thread that sleeps on another core takes {} us of CPU time. A backend spends \
+                 this on each batch of requests from a guest that sleeps.",
                 figure(wake_up_us.median)
             );
         }
         let tolls = match extent.system_calls {
-            true => "cost a bare system call, and no hypercall",
-            false => "cost nothing, neither system call nor hypercall",
+            true => "cost a system call each, and no hypercall",
+            false => "cost no system call and no hypercall",
         };
         let _ = writeln!(
             text,
-            "- On the stand-in for Xen, for every backend: grant copy, notify and unmask {tolls}."
+            "- All backends run on the stand-in for Xen, where grant copy, notify and unmask {tolls}."
         );
         let _ = writeln!(
             text,
-            "- Other programs used {:.1} % of the cores' time before the start; the host took {:.2} % of it \
-             meanwhile.",
+            "- Other programs used {:.1} % of the cores' time before the start; during the run the host took \
+             {:.2} % of it.",
             quietness.others_percent, quietness.stolen_percent
         );
         if quietness.others_percent > BUSY_OTHERS_PERCENT
             || quietness.stolen_percent > BUSY_STOLEN_PERCENT
         {
-            text.push_str("- **The machine was not quiet: take these figures as rough.**\n");
+            text.push_str("- **The machine was not quiet: these figures are rough.**\n");
         }
         text
     }
@@ -239,7 +239,9 @@ fn case_table(case: &CaseOutcome) -> String {
     let heading = case.case.at.map(|at| format!("\nAt {at}:\n")).unwrap_or_default();
     let mut text = format!("{heading}\n{table}");
     if case.shares_cores {
-        text.push_str("\nLoad and backend shared cores: there are only enough threads.\n");
+        text.push_str(
+            "\nLoad and backend shared cores: there are enough threads, but not enough cores.\n",
+        );
     }
     text
 }
@@ -255,7 +257,7 @@ fn left_out(loads: &[LeftOut]) -> String {
     }
 }
 
-/// What a load without requests says something about, and what one with requests does.
+/// Whether a table shows this figure: an idle load has other figures than one with requests.
 fn is_shown(metric: Metric, idle: bool) -> bool {
     match metric {
         Metric::CpuPercent => true,
@@ -339,10 +341,10 @@ mod test {
         let mut nothing = report(1e6);
         nothing.scenarios[0].outcome.cases.clear();
         nothing.scenarios[0].goals = verdict::judge(&nothing.scenarios[0].outcome);
-        assert!(!nothing.all_met(), "what was not measured is not met");
+        assert!(!nothing.all_met(), "a goal that was not measured is not met");
         nothing.scenarios[0].outcome.left_out.push(too_few_cores(None));
         nothing.scenarios[0].goals = verdict::judge(&nothing.scenarios[0].outcome);
-        assert!(nothing.all_met(), "what this machine can't show is no fault");
+        assert!(nothing.all_met(), "a goal that this machine can't measure is no failure");
         let text = nothing.verdicts().to_string();
         assert!(text.ends_with("| not possible here: needs 4 cores, there are 2 |\n"), "{text}");
         let text = nothing.markdown(&[]);
@@ -354,7 +356,7 @@ mod test {
     }
 
     #[test]
-    fn the_report_says_what_there_were_too_few_cores_for() {
+    fn the_report_says_which_loads_had_too_few_cores() {
         let mut report = report(1e6);
         report.machine.cores = vec![vec![0, 2], vec![1, 3]];
         report.scenarios[0].outcome.cases[0].shares_cores = true;
@@ -363,7 +365,7 @@ mod test {
         for part in [
             " 2 cores with 4 threads, ",
             "| met, but load and backend shared cores |",
-            " |\n\nLoad and backend shared cores: there are only enough threads.\n",
+            " |\n\nLoad and backend shared cores: there are enough threads, but not enough cores.\n",
             "\n\nNot possible here: at 4 (needs 4 cores, there are 2), at 8 (needs 4 cores, there are 2).\n",
         ] {
             assert!(text.contains(part), "{part}: {text}");
@@ -374,9 +376,9 @@ mod test {
     fn the_report_says_under_what_circumstances() {
         let text = report(1e6).markdown(&[Plot { file: "x.svg".into(), title: "X".into() }]);
         for part in [
-            "cost a bare system call",
+            "cost a system call each",
             "another core takes 12.3 us of CPU",
-            "3 rounds, 2 where there is no target",
+            "3 rounds, 2 in scenarios without a target",
             "was not quiet",
             "![X](x.svg)",
             "| left out: native/AIO |",

@@ -1,7 +1,7 @@
-//! Whether a goal is met, as far as the rounds can tell.
+//! Whether goals are met, as far as the rounds can tell.
 //!
-//! In each round the goal's figure is taken from the contenders' turns of that round alone, or from
-//! neighbouring slices. The median of these figures and its interval are judged ([`Interval::of`]).
+//! In each round the goal's figure comes from the contenders' turns of that round alone, or from
+//! neighbouring slices. The interval of these figures' median is judged ([`Interval::of`]).
 
 use figures::{Interval, Verdict, within_rounds};
 use serde::Serialize;
@@ -20,9 +20,9 @@ pub struct Judged {
     pub figure: Option<Interval>,
     /// The contender's own figure.
     pub own: Option<Interval>,
-    /// Whom it was compared with, the best of those that the goal allows, and that one's figure.
+    /// The best of the contenders that the goal compares with, and its figure.
     pub reference: Option<(Contender, Interval)>,
-    /// What follows.
+    /// Whether the goal is met.
     pub verdict: Verdict,
 }
 
@@ -59,7 +59,7 @@ fn judge_goal(goal: &Goal, entries: &[Entry]) -> Judged {
     }
 }
 
-/// The contender with the best median of those that a name means, with its figures.
+/// The contender with the best median among those that `name` means, and its figures.
 pub fn best<'a>(
     entries: impl IntoIterator<Item = &'a Entry>,
     name: &str,
@@ -125,7 +125,7 @@ mod test {
     }
 
     #[test]
-    fn the_best_setting_is_the_reference_and_a_failed_one_is_none() {
+    fn the_best_setting_is_the_reference_and_a_failed_one_never_is() {
         let mut failed = entry("qemu:iothread,native", &[1000.0]);
         failed.failed = Some("not in this build".to_owned());
         let entries = [

@@ -1,4 +1,4 @@
-//! What a scenario works with: one boot, its steps, and its logs.
+//! A scenario's boot, steps and logs.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,7 +15,7 @@ use crate::machine::{Binary, Equipment, Machine};
 use crate::report::Step;
 use crate::xen::{Boot, Guest, Size};
 
-/// What a failure needs from dom0, by the name of the log.
+/// What dom0 is asked after a failure: the log's name, and the command that fills it.
 const EVIDENCE: [(&str, &str); 6] = [
     ("xenstore", "xenstore-ls -fp"),
     ("dom0-dmesg", "dmesg"),
@@ -32,11 +32,11 @@ pub struct Options {
     pub kernel: Kernel,
     /// Who serves the disks.
     pub backend: Backend,
-    /// What the scenarios need in dom0: on the other backends that is no polldisk.
+    /// The programs that the scenarios need in dom0. polldisk is needed only on the backend of that name.
     pub binaries: Vec<Binary>,
-    /// The folder of all runs' logs.
+    /// The folder for the logs of all runs.
     pub logs: PathBuf,
-    /// Whether the logs of a scenario that passed stay.
+    /// Whether to keep the logs of scenarios that pass.
     pub keep_logs: bool,
 }
 
@@ -47,7 +47,7 @@ pub struct Lab {
     pub backend: Backend,
     /// Runs commands in dom0.
     pub dom0: Agent,
-    /// The scenario's name, before each line that is printed: others may run at the same time.
+    /// The scenario's name. Every printed line starts with it, since scenarios may run side by side.
     name: &'static str,
     machine: Machine,
     steps: Vec<Step>,
@@ -63,7 +63,7 @@ impl Lab {
         Ok(result)
     }
 
-    /// Notes a figure of the current step.
+    /// Adds a figure to the current step.
     pub fn figure(&mut self, name: &str, value: impl Into<f64>) {
         self.figures.insert(name.into(), value.into());
     }
@@ -73,7 +73,7 @@ impl Lab {
         self.backend.start(&mut self.dom0, None)
     }
 
-    /// [`Lab::start_backend`] with a number of queues to offer for each disk.
+    /// [`Lab::start_backend`], with this number of queues offered for each disk.
     pub fn start_backend_with_queues(&mut self, queues: u32) -> Result<Option<Daemon>> {
         self.backend.start(&mut self.dom0, Some(queues))
     }
@@ -98,7 +98,7 @@ impl Lab {
         Guest::create(&mut self.machine, &mut self.dom0, name, Boot::Kernel, size, disks)
     }
 
-    /// [`Lab::create_guest`] by a 32-bit boot loader, which must boot a kernel from one of the disks.
+    /// [`Lab::create_guest`] with a 32-bit boot loader, which must boot a kernel from one of the disks.
     pub fn create_guest_with_grub(&mut self, name: &str, disks: &[String]) -> Result<Guest> {
         let size = Size::default();
         Guest::create(&mut self.machine, &mut self.dom0, name, Boot::Grub32, size, disks)
@@ -114,7 +114,7 @@ impl Lab {
         self.steps.push(step);
     }
 
-    /// Saves what dom0 knows; a dom0 that no longer answers leaves its console.
+    /// Saves what dom0 knows. If dom0 no longer answers, only its console is left.
     fn save_evidence(&mut self, logs: &Path) {
         for (name, command) in EVIDENCE {
             let text = match self.dom0.run(command, Duration::from_secs(20)) {
@@ -126,8 +126,8 @@ impl Lab {
     }
 }
 
-/// Boots a machine, does the work on it, and leaves in a folder of `options.logs` what a failure needs, or
-/// what the options ask to keep. Returns the steps and what the work gave.
+/// Boots a machine and does the work on it. The logs stay in a folder of `options.logs` if the work fails
+/// or the options ask to keep them. Returns the steps and the result of the work.
 pub(crate) fn on_machine<T>(
     name: &'static str,
     equipment: Equipment,

@@ -1,4 +1,4 @@
-//! What was measured, whether the targets are met, and both as Markdown and JSON.
+//! The comparison's figures and judged targets, as Markdown and JSON.
 
 use std::fs;
 use std::path::Path;
@@ -9,12 +9,12 @@ use serde::Serialize;
 
 use super::fio::JOBS;
 
-/// Everything that is known of a comparison.
+/// Everything that is known about a comparison.
 #[derive(Clone, Debug, Serialize)]
 pub struct Comparison {
     /// What it ran on and how.
     pub setting: Setting,
-    /// Each job on each backend, by job.
+    /// Each job on each backend, in the order of the jobs.
     pub cases: Vec<Case>,
     /// The targets, judged.
     pub judged: Vec<Judged>,
@@ -23,45 +23,45 @@ pub struct Comparison {
 /// What a comparison ran on and how.
 #[derive(Clone, Debug, Serialize)]
 pub struct Setting {
-    /// Which polldisk.
+    /// Which polldisk was measured.
     pub polldisk: String,
-    /// What `polldisk serve` was told beyond its defaults.
+    /// Extra options of `polldisk serve`.
     pub serve: String,
     /// The emulator's version.
     pub emulator: String,
-    /// In dom0.
+    /// What dom0 runs.
     pub dom0: Dom0,
-    /// In the guest.
+    /// What the guest runs.
     pub guest: InGuest,
     /// Turns of each backend under each job.
     pub rounds: u32,
-    /// Of each turn before it counts, in milliseconds of the machine's time.
+    /// Warm-up of each turn, in milliseconds of the machine's time.
     pub warmup_ms: u32,
-    /// What counts of each turn, in the same.
+    /// Measured time of each turn, in milliseconds of the machine's time.
     pub turn_ms: u32,
 }
 
-/// What dom0 says of itself.
+/// Versions and processors of dom0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Dom0 {
     /// The hypervisor's version.
     pub xen: String,
-    /// The release of its Linux, in which blkback is.
+    /// The release of its Linux, which contains blkback.
     pub kernel: String,
     /// Virtual processors.
     pub vcpus: u32,
-    /// The first line of the version of the QEMU that is qdisk.
+    /// The first line of the version of QEMU, which is qdisk.
     pub qemu: String,
 }
 
-/// What the guest says of itself.
+/// Versions and processors of the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct InGuest {
-    /// The release of its Linux, in which its frontend is.
+    /// The release of its Linux, which contains the frontend.
     pub kernel: String,
     /// Virtual processors.
     pub vcpus: u32,
-    /// The load's version.
+    /// fio's version.
     pub fio: String,
 }
 
@@ -72,36 +72,36 @@ pub struct Case {
     pub job: String,
     /// The backend's name.
     pub backend: &'static str,
-    /// Instructions of the whole machine for each request, by round.
+    /// Instructions of the whole machine per request, by round.
     pub instructions: Vec<f64>,
 }
 
-/// What polldisk must reach under the first of the jobs.
+/// A bound for polldisk's instructions under the first job.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Target {
-    /// Whose instructions polldisk's are divided by.
+    /// The backend by whose instructions polldisk's are divided.
     pub backend: &'static str,
     /// The quotient must be below this.
     pub below: f64,
 }
 
-/// Those of 4 KiB reads: less than the kernel's own backend needs, and six tenths of what QEMU does.
+/// The targets: fewer instructions than the kernel's backend, and below six tenths of QEMU's.
 pub const TARGETS: [Target; 2] =
     [Target { backend: "blkback", below: 1.0 }, Target { backend: "qdisk", below: 0.6 }];
 
-/// A target and what became of it.
+/// A target, judged.
 #[derive(Clone, Debug, Serialize)]
 pub struct Judged {
     /// The target.
     pub target: Target,
     /// polldisk's instructions divided by the other's, within each round.
     pub ratio: Option<Interval>,
-    /// What follows.
+    /// Whether the target is met.
     pub verdict: Verdict,
 }
 
 impl Case {
-    /// One without rounds.
+    /// A case without rounds.
     pub(super) fn new(job: String, backend: &'static str) -> Self {
         Self { job, backend, instructions: Vec::new() }
     }
@@ -112,7 +112,7 @@ impl Case {
 }
 
 impl Dom0 {
-    /// Four lines.
+    /// Parses dom0's four lines.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let mut lines = text.lines().map(|line| line.trim().to_owned());
         Some(Self {
@@ -125,7 +125,7 @@ impl Dom0 {
 }
 
 impl InGuest {
-    /// Three lines.
+    /// Parses the guest's three lines.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let mut lines = text.lines().map(|line| line.trim().to_owned());
         Some(Self { kernel: lines.next()?, vcpus: lines.next()?.parse().ok()?, fio: lines.next()? })
@@ -194,7 +194,7 @@ impl Comparison {
         table
     }
 
-    /// All of it, for somebody who knows nothing of the run.
+    /// The whole report, for readers who know nothing about the run.
     pub fn markdown(&self) -> String {
         format!(
             "# polldisk beside qdisk and blkback under real Xen: instructions for each request\n\n\
@@ -215,23 +215,23 @@ impl Comparison {
             serve => format!("with `{serve}`"),
         };
         format!(
-            "What a 4 KiB request of a guest costs on each backend: the instructions that the whole \
-             machine\nexecutes for it, the guest with its load, dom0 and Xen together. They are \
-             counted by the emulator, whose\ntime is that count, so no figure depends on the host. \
-             They are not seconds: what waits for memory,\nhypercalls and interrupts cost more on \
-             hardware than their instructions.\n\n\
+            "What a guest's 4 KiB request costs on each backend: the instructions that the whole machine \
+             executes\nfor it, which is the guest with its load, dom0 and Xen. The emulator counts them, \
+             and its time is that\ncount, so no figure depends on the host. The figures are not seconds: \
+             on hardware, waiting for memory,\nhypercalls and interrupts cost more than their \
+             instructions.\n\n\
              - Xen {}, dom0 with {} vCPUs and Linux {}, one PV guest with {} vCPU and Linux {}.\n\
              - Emulator: {emulator}, one thread, `-icount shift=0,sleep=off`, two processors.\n\
              - polldisk {polldisk} {options}; qdisk is {}, started by libxl; blkback is dom0's.\n\
-             - All serve the guest in one boot, each a disk on a null_blk device of its own \
-             (`queue_mode=2 irqmode=0`),\n  which answers at once and keeps nothing.\n\
-             - The load is {} in the guest: libaio, direct. {rounds} rounds; in each every backend \
-             has a turn under every\n  job, {turn_ms} ms of the machine's time after {warmup_ms} ms \
-             of warm-up.\n\
-             - A figure is the median of the rounds, in brackets the least and the greatest. Ratios \
+             - All backends serve the guest in one boot, each with a disk on its own null_blk device \
+             (`queue_mode=2 irqmode=0`),\n  which answers at once and stores nothing.\n\
+             - The load is {} in the guest: libaio, direct. There are {rounds} rounds. In each, every \
+             backend has a turn under every\n  job: {turn_ms} ms of the machine's time after {warmup_ms} \
+             ms of warm-up.\n\
+             - A figure is the median of the rounds, with the least and the greatest in brackets. Ratios \
              are taken within a round.\n\
-             - qdisk goes through dom0's page cache, as libxl sets it up by default. Debian's does \
-             not know `direct-io-safe`.\n",
+             - qdisk uses dom0's page cache, as libxl sets it up by default. Debian's version does not \
+             know `direct-io-safe`.\n",
             dom0.xen, dom0.vcpus, dom0.kernel, guest.vcpus, guest.kernel, dom0.qemu, guest.fio
         )
     }
@@ -295,7 +295,7 @@ mod tests {
         assert_eq!(verdicts(&[]), [Verdict::NotMeasured, Verdict::NotMeasured]);
         assert!(comparison(&[50e3; 3]).is_met());
         assert!(!comparison(&[55e3; 3]).is_met());
-        assert!(!comparison(&[]).is_met(), "what was not measured is not met");
+        assert!(!comparison(&[]).is_met(), "a target that was not measured is not met");
     }
 
     #[test]
@@ -318,7 +318,7 @@ mod tests {
             "Xen 4.17.5, dom0 with 2 vCPUs and Linux 6.1.0,",
             "QEMU emulator version 7.2, one thread, `-icount shift=0,sleep=off`",
             "polldisk 0.1.0 with its default options",
-            "3 rounds",
+            "There are 3 rounds",
             "4 KiB random read, 32 in flight, polldisk's",
             "| below 0.6 of qdisk's instructions | 0.50 (0.49 to 0.51) | met |",
             "| 4 KiB random read, 32 in flight | polldisk | 45.0k (44.0k to 46.0k) | 0.50 | 0.75 |",
