@@ -20,7 +20,7 @@ const HEADERS: &[&str] = &[
     "stdint.h",
     "sys/ioctl.h",
     "xen/xen.h",
-    "xen/report_channel.h",
+    "xen/event_channel.h",
     "xen/grant_table.h",
     "xen/io/blkif.h",
     "xen/io/xenbus.h",
