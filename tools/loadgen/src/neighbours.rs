@@ -1,10 +1,10 @@
-//! Four guests beside the measured disks, on the same backend: polite ones, or ones that try to take
-//! all of it.
+//! Four more guests on the backend of the measured disks: polite ones, or ones that try to take all of the
+//! backend's time.
 //!
-//! Each is a domain with a disk, and asks for the same again and again ([`Habit`]). None has a thread:
-//! the first measured ring's own thread, which polls, does a little for one of them in each pass
-//! ([`crate::load::crowd`]). So they take nothing from the measured load but that little, however few cores there
-//! are, while their rings stay as full as they like.
+//! Each is a domain with a disk and repeats the same requests ([`Habit`]). None has a thread of its own: the
+//! first measured ring's thread, which polls, does a little for one of them in each pass
+//! ([`crate::load::crowd`]). So they take no more than that from the measured load, even if there are few
+//! cores, and still keep their rings full.
 
 pub mod storage;
 
@@ -15,23 +15,23 @@ use crate::queue::Operation;
 use crate::toolstack::{self, Place};
 use storage::{Holds, Storage};
 
-/// How many there are.
+/// Number of neighbours.
 pub const NEIGHBOURS: usize = NEIGHBOUR_DOMAINS as usize;
 
-/// What one of them does.
+/// What a neighbour does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Habit {
-    /// In a word or two.
+    /// A short name for what it does.
     pub name: &'static str,
     /// What holds its disk.
     holds: Holds,
-    /// Requests in flight, each made for one of these; none: it keeps its ring empty.
+    /// What its requests do, in turn. Empty if it sends no requests.
     operations: &'static [Operation],
     block_bytes: u64,
     depth: usize,
     ring_order: u32,
     persistent: bool,
-    /// It notifies the backend all the time.
+    /// Whether it notifies the backend all the time.
     pub storms: bool,
 }
 
@@ -97,12 +97,12 @@ fn habits(kind: NeighbourKind, target: &str) -> [Habit; NEIGHBOURS] {
     }
 }
 
-/// A guest beside the measured disks, and its disk.
+/// A neighbour and its disk.
 #[derive(Clone, Debug)]
 pub struct Neighbour {
     /// What it does.
     pub habit: Habit,
-    /// What its frontend wants to be.
+    /// The plan of its frontend.
     pub plan: Plan,
     /// Its disk.
     pub place: Place,
@@ -111,14 +111,14 @@ pub struct Neighbour {
 /// The neighbours that a plan asks for, and what holds their disks.
 #[derive(Debug, Default)]
 pub struct Neighbours {
-    /// None where it asks for none.
+    /// The guests; empty if the plan has none.
     pub guests: Vec<Neighbour>,
     /// What holds their disks.
     pub storage: Storage,
 }
 
 impl Neighbours {
-    /// Makes the storage. Their domains are numbered behind the measured ones.
+    /// Makes the storage. The neighbours' domains are numbered after the measured ones.
     pub fn of(plan: &Plan) -> anyhow::Result<Neighbours> {
         let Some(kind) = plan.options.neighbours else { return Ok(Neighbours::default()) };
         let target = plan.options.target.as_deref().unwrap_or_default();
@@ -148,7 +148,7 @@ impl Neighbours {
 }
 
 impl Habit {
-    /// Of the guest with this number, from 0, behind those of `measured`.
+    /// The plan of the guest with this number, from 0. Its domain comes after those of `measured`.
     fn plan(&self, measured: &Plan, number: u32, target: String) -> anyhow::Result<Plan> {
         let measured = &measured.options;
         let domid = u32::from(measured.domid.raw()) + measured.domains + number;
@@ -207,7 +207,7 @@ mod test {
     }
 
     #[test]
-    fn files_are_of_each_guest_alone_and_go_with_the_run() {
+    fn each_guest_has_its_own_file_which_goes_with_the_run() {
         let scratch = tempfile::tempdir().unwrap();
         let line = format!(
             "--target null:8G --wait busy --neighbours discards --scratch {}",
