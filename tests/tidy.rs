@@ -1,7 +1,7 @@
 //! Style rules that would decay if no test enforced them: who may import whom, where unsafe code
 //! may be, how long a file may grow.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Which parts of the library each part may import from. `xen` stands for the boundary without
@@ -155,6 +155,52 @@ fn the_import_scanner_sees_all_forms() {
         "use crate::units::{A, B};\nlet x = crate::xen::linux::open();\nuse crate::{msg, sim::x};";
     let found: Vec<String> = imports(code).into_iter().collect();
     assert_eq!(found, ["msg", "sim", "units", "xen::linux"]);
+}
+
+/// Modules of a folder, each with the modules that it imports.
+fn module_imports(folder: &str) -> BTreeMap<String, BTreeSet<String>> {
+    let mut modules: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for path in rust_files(folder).iter().filter(|path| !is_test(path)) {
+        let name = relative(path);
+        let part = name[folder.len() + 1..].split(['/', '.']).next().unwrap().to_owned();
+        let imported = imports(&code_of(path)).into_iter().filter(|import| *import != part);
+        modules.entry(part.clone()).or_default().extend(imported);
+    }
+    modules
+}
+
+/// The modules in import circles and those that import them; empty if there is no circle.
+fn circle(mut modules: BTreeMap<String, BTreeSet<String>>) -> Vec<String> {
+    loop {
+        let names: BTreeSet<String> = modules.keys().cloned().collect();
+        modules.retain(|_, imports| !imports.is_disjoint(&names));
+        if modules.len() == names.len() {
+            return names.into_iter().collect();
+        }
+    }
+}
+
+#[test]
+fn no_tool_has_an_import_circle() {
+    for tool in ["compare", "lab", "loadgen", "xtask"] {
+        let found = circle(module_imports(&format!("tools/{tool}/src")));
+        assert!(found.is_empty(), "tools/{tool}: an import circle among {}", found.join(", "));
+    }
+}
+
+#[test]
+fn the_circle_finder_follows_long_ways() {
+    let modules = |arrows: &[(&str, &str)]| {
+        let mut modules: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for (from, to) in arrows {
+            modules.entry((*from).to_owned()).or_default().insert((*to).to_owned());
+        }
+        modules
+    };
+    let line = [("a", "b"), ("a", "c"), ("b", "c")];
+    assert!(circle(modules(&line)).is_empty());
+    let round = [("a", "b"), ("b", "c"), ("c", "a"), ("b", "d")];
+    assert_eq!(circle(modules(&round)), ["a", "b", "c"]);
 }
 
 /// The table in the library's documentation equals [`MAY_IMPORT`].

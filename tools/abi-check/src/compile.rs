@@ -1,5 +1,5 @@
-//! The C compiler, as a source of data. Nothing it makes is run, so `-m32` needs no 32-bit C
-//! library: the values are taken out of the object file.
+//! The C compiler, as a source of data. Nothing that it builds is run: the values are read from the object
+//! file, so `-m32` needs no 32-bit C library.
 
 use std::fs;
 use std::io;
@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 /// The section of the object file that holds the data.
 pub const SECTION: &str = ".abi";
 
-/// What [`data`] lacks on this machine, in words.
+/// Describes what this machine lacks for [`data`]; `None` if it lacks nothing.
 pub fn missing() -> Option<String> {
     for (tool, package) in [("cc", "gcc"), ("objcopy", "binutils")] {
         let tried = Command::new(tool).arg("--version").output();
@@ -19,14 +19,14 @@ pub fn missing() -> Option<String> {
             return Some(format!("{tool} (package {package})"));
         }
     }
-    // Asks for one header only: one that is there and does not compile must fail the comparison.
+    // Checks only that one header exists: a header that does not compile must fail the comparison.
     let probe = "#if !__has_include(<xen/io/blkif.h>)\n#error missing\n#endif\n";
     data(&format!("{probe}char probe __attribute__((section(\"{SECTION}\"))) = 1;\n"), &[])
         .err()
         .map(|_| "Xen's C headers (package libxen-dev)".to_owned())
 }
 
-/// Compiles a C program and gives the bytes of its [`SECTION`].
+/// Compiles a C program and returns the bytes of its [`SECTION`].
 pub fn data(source: &str, flags: &[&str]) -> Result<Vec<u8>> {
     let folder = tempfile::tempdir().context("no folder for the compiler's files")?;
     let [program, object, bytes] =

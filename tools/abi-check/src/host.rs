@@ -1,4 +1,4 @@
-//! What polldisk shares with the machine it runs on: the kernel's Xen devices, the grant table,
+//! Interfaces between polldisk and the machine it runs on: the kernel's Xen devices, the grant table,
 //! xenstore.
 
 use polldisk::backing::Geometry;
@@ -13,14 +13,14 @@ use polldisk::xen::store::wire::{self, Header, Op};
 use crate::structure;
 use crate::table::{Table, same_bytes};
 
-/// Needs a C library for the ioctl and errno numbers.
+/// Headers of Xen, and of the C library for the ioctl and errno numbers.
 const HEADERS: &[&str] = &[
     "errno.h",
     "stddef.h",
     "stdint.h",
     "sys/ioctl.h",
     "xen/xen.h",
-    "xen/report_channel.h",
+    "xen/event_channel.h",
     "xen/grant_table.h",
     "xen/io/blkif.h",
     "xen/io/xenbus.h",
@@ -30,7 +30,7 @@ const HEADERS: &[&str] = &[
     "xen/sys/gntdev.h",
 ];
 
-/// Everything but the ring.
+/// Everything except the ring.
 pub fn table() -> Table {
     let mut table = Table::new("host", &[], HEADERS);
     identifiers(&mut table);
@@ -83,7 +83,7 @@ fn gntdev(table: &mut Table) {
     structure!(table, "struct ioctl_gntdev_grant_ref" is GntdevGrantRef {
         "domid" is domid, "ref" is gref
     });
-    // The header's array has one element, ours a whole batch: no common size.
+    // The header's array has one element, polldisk's a whole batch, so the sizes differ.
     let refs = std::mem::offset_of!(GntdevMapGrantRef, refs);
     for (field, offset) in [
         ("count", std::mem::offset_of!(GntdevMapGrantRef, count)),
@@ -127,7 +127,7 @@ fn gntdev(table: &mut Table) {
 }
 
 fn gntalloc(table: &mut Table) {
-    // The header's array has one element, ours a whole batch: no common size.
+    // The header's array has one element, polldisk's a whole batch, so the sizes differ.
     for (field, offset) in [
         ("domid", std::mem::offset_of!(GntallocAllocGref, domid)),
         ("flags", std::mem::offset_of!(GntallocAllocGref, flags)),
@@ -173,7 +173,7 @@ fn disk_flags(table: &mut Table) {
     table.number("BLKIF_DISCARD_SECURE", secure.unwrap_or(0));
 }
 
-/// polldisk keeps the flag's number to itself, so it is found by what it does.
+/// Whether polldisk takes a discard with this flag as a secure one. The flag's number is private to polldisk.
 fn is_secure_discard(flag: u8) -> bool {
     let size = Bytes(1 << 20);
     let rules = DiskRules {
@@ -245,7 +245,7 @@ fn operation_name(op: Op) -> Option<&'static str> {
     })
 }
 
-/// Each error that polldisk names has the C library's number, and the header names as many.
+/// Each error that polldisk names must have the C library's number, and the header must name as many.
 fn xenstore_errors(table: &mut Table) {
     let named =
         |errno: &i32| wire::error_number(wire::error_name(*errno).as_bytes()) == Some(*errno);

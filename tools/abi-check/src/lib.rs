@@ -1,9 +1,9 @@
-//! Compares what polldisk says about Xen's interfaces with Xen's own C headers.
+//! Compares polldisk's definitions of Xen's interfaces with Xen's own C headers.
 //!
-//! polldisk writes each structure and constant down by hand. A mistake there would be made alike
-//! by the backend and by the tests that use the same code as the guest's side, so the C compiler
-//! judges: a [`table::Table`] pairs C expressions with polldisk's values, [`compile`] turns the C
-//! half into data, and [`compare`] reports what differs.
+//! polldisk's structures and constants are written by hand. Tests would not notice a mistake in them,
+//! since the guest's side of the tests uses the same code. So the C compiler judges: a [`table::Table`]
+//! pairs C expressions with polldisk's values, [`compile`] turns the C half into data, and [`compare`]
+//! reports the differences.
 
 pub mod compile;
 pub mod host;
@@ -15,12 +15,12 @@ use std::fmt;
 use anyhow::Result;
 use polldisk::blkif::Protocol;
 
-/// How a comparison ended.
+/// The result of a comparison.
 #[derive(Debug, Default)]
 pub struct Report {
     /// How many values and examples were compared.
     pub checks: usize,
-    /// Those that were not equal, in words.
+    /// Descriptions of those that were not equal.
     pub differences: Vec<String>,
 }
 
@@ -33,10 +33,10 @@ impl fmt::Display for Report {
     }
 }
 
-/// What a comparison lacks on this machine, in words; `None` where it can run.
+/// Describes what this machine lacks for a comparison; `None` if it lacks nothing.
 pub fn missing() -> Option<String> {
     if !cfg!(target_arch = "x86_64") {
-        return Some("an x86_64 machine, whose C compiler knows both layouts of blkif".into());
+        return Some("an x86_64 machine, since its C compiler knows both layouts of blkif".into());
     }
     compile::missing()
 }

@@ -1,4 +1,4 @@
-//! What polldisk shares with a guest: blkif's ring, in the layout of either protocol.
+//! Interface between polldisk and a guest: blkif's ring, in the layouts of both protocols.
 
 use polldisk::blkif::codec::{
     RawDirect, RawDiscard, RawIndirect, RawRequest, RawResponse, RawSegment, SEGMENT_BYTES,
@@ -13,13 +13,13 @@ use polldisk::xen::shm::{LocalPages, PAGE_BYTES, SharedPage};
 
 use crate::table::{EXAMPLE_BYTES, Table, same_bytes};
 
-/// Only headers that need no C library: one for 32 bits is rarely installed.
+/// Headers that need no C library, since a 32-bit one is rarely installed.
 const HEADERS: &[&str] = &["stddef.h", "stdint.h", "xen/io/blkif.h"];
 
-/// Where the examples stand in their page: anywhere behind the ring's header would do.
+/// Offset of the examples in their page: any place behind the ring's header works.
 const ENTRY: usize = 64;
 
-/// Values whose bytes all differ, so that no two fields can be taken for each other.
+/// Values whose bytes all differ, so that swapped fields are noticed.
 const ID: u64 = 0x1112_1314_1516_1718;
 const SECTOR: u64 = 0x2122_2324_2526_2728;
 const HANDLE: u16 = 0x3132;
@@ -76,7 +76,7 @@ fn requests(table: &mut Table, protocol: Protocol) {
     request_example(table, protocol, "struct blkif_request_discard", c_value, request);
 }
 
-/// A request must be written as C writes it, and what C wrote be read as that request.
+/// Adds a request that polldisk must write as C does, and must read from the bytes that C wrote.
 fn request_example(
     table: &mut Table,
     protocol: Protocol,
@@ -159,7 +159,7 @@ fn response(table: &mut Table, protocol: Protocol) {
     table.example("struct blkif_response", c_value, Box::new(judge));
 }
 
-/// A segment alone, as the pages of an indirect request hold it.
+/// Adds a single segment, as the pages of an indirect request hold it.
 fn segment(table: &mut Table) {
     let segment = RawSegment { gref: 0x4142_4344, first: 5, last: 7 };
     let c_value = c_segment(&segment);
@@ -176,9 +176,9 @@ fn segment(table: &mut Table) {
     );
 }
 
-/// A ring before and after polldisk answered the one request in it. The indices are such that
-/// neither taking one for another nor a wrong place for the entries goes unnoticed; the request
-/// is one whose last part, which the response leaves alone, is zero.
+/// Adds a ring before and after polldisk answered the only request in it. The indices are chosen so that
+/// swapped indices or a wrong place of the entries are noticed. The request's last part, which the response
+/// does not overwrite, is zero.
 fn whole_ring(table: &mut Table, protocol: Protocol) {
     let c_type = "struct { struct blkif_sring before, after; }";
     let c_value = format!(
@@ -198,12 +198,12 @@ fn whole_ring(table: &mut Table, protocol: Protocol) {
     table.number("sizeof(struct blkif_sring)", ring_bytes);
 }
 
-/// Takes and answers the request that a ring holds; gives back its memory.
+/// Takes and answers the request in a ring, and returns the ring's memory.
 fn serve_one(page: SharedPage, protocol: Protocol) -> Result<SharedPage, String> {
     let mut ring = BackRing::attach(page, protocol).map_err(|(fault, _)| fault.to_string())?;
     let waiting = ring.requests();
     if waiting != Ok(1) {
-        return Err(format!("{waiting:?} requests wait"));
+        return Err(format!("{waiting:?} requests are waiting"));
     }
     let request = ring.take();
     if request != RawDirect::new(op::FLUSH_DISKCACHE, ID, 0).into() {
@@ -214,7 +214,7 @@ fn serve_one(page: SharedPage, protocol: Protocol) -> Result<SharedPage, String>
         return Err("the frontend is not notified".into());
     }
     if ring.arm() {
-        return Err("one more request waits".into());
+        return Err("another request is waiting".into());
     }
     Ok(ring.into_page())
 }

@@ -1,4 +1,4 @@
-//! What is compared: C expressions with polldisk's values.
+//! Tables of C expressions and polldisk's values, which are compared.
 
 use std::fmt::{self, Write};
 
@@ -6,19 +6,19 @@ use anyhow::{Result, ensure};
 
 use crate::compile::SECTION;
 
-/// Room for one example in the compiled data; all have the same, so that their places are known
+/// Room for one example in the compiled data. It is the same for all, so that their offsets are known
 /// without asking the compiler.
 pub const EXAMPLE_BYTES: usize = 512;
 
-/// Judges the bytes that C made of an example: an error says what polldisk made of it.
+/// Judges the bytes that C made of an example. The error describes how polldisk's differ.
 pub type Judge = Box<dyn Fn(&[u8]) -> Result<(), String>>;
 
 /// Everything that is compared in one run of the compiler.
 #[derive(Debug)]
 pub struct Table {
-    /// For reports.
+    /// The table's name in reports.
     pub name: &'static str,
-    /// For the compiler.
+    /// The compiler's options.
     pub flags: &'static [&'static str],
     headers: &'static [&'static str],
     numbers: Vec<Number>,
@@ -67,13 +67,13 @@ impl Table {
         self.examples.push(Example { c_type: c_type.to_owned(), c_value, judge });
     }
 
-    /// How many comparisons it holds.
+    /// The number of comparisons in the table.
     pub fn checks(&self) -> usize {
         self.numbers.len() + self.examples.len()
     }
 
-    /// The C program whose data [`Table::differences`] takes: all numbers as 64-bit words, then
-    /// each example in [`EXAMPLE_BYTES`].
+    /// The C program whose data [`Table::differences`] reads: all numbers as 64-bit words, then each
+    /// example in [`EXAMPLE_BYTES`].
     pub fn source(&self) -> String {
         let mut types = String::new();
         let mut values = String::new();
@@ -82,7 +82,7 @@ impl Table {
         }
         values += "}";
         for (index, Example { c_type, c_value, .. }) in self.examples.iter().enumerate() {
-            // An example that outgrows its room moves all after it, which `differences` notices.
+            // An example that is too large moves the following ones, which `differences` notices.
             _ = writeln!(
                 types,
                 "    union {{ {c_type} value; char room[{EXAMPLE_BYTES}]; }} example{index};"
@@ -98,7 +98,7 @@ impl Table {
         )
     }
 
-    /// What differs between the compiled data and polldisk.
+    /// The differences between the compiled data and polldisk.
     pub fn differences(&self, data: &[u8]) -> Result<Vec<String>> {
         let wanted = 8 * self.numbers.len() + EXAMPLE_BYTES * self.examples.len();
         ensure!(data.len() == wanted, "{}: {} bytes, not {wanted}", self.name, data.len());
@@ -127,7 +127,7 @@ impl Example {
     }
 }
 
-/// Says in which byte two encodings differ first; a shorter one goes on with zeroes.
+/// Names the first byte in which two encodings differ. The shorter one is padded with zeroes.
 pub fn same_bytes(ours: &[u8], theirs: &[u8]) -> Result<(), String> {
     let byte = |bytes: &[u8], at: usize| bytes.get(at).copied().unwrap_or(0);
     for at in 0..ours.len().max(theirs.len()) {
@@ -139,12 +139,12 @@ pub fn same_bytes(ours: &[u8], theirs: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// The width of a field, from a way to reach it.
+/// The width of the field that a function returns.
 pub fn width<T, F>(_field: fn(&T) -> &F) -> usize {
     size_of::<F>()
 }
 
-/// Compares a structure's size and its fields' places and widths.
+/// Compares a structure's size and its fields' offsets and widths.
 #[macro_export]
 macro_rules! structure {
     ($table:expr, $c:literal is $ours:ty { $($c_field:literal is $field:ident),* }) => {

@@ -1,9 +1,9 @@
-//! polldisk against the headers that are installed here, and the comparison against itself.
+//! Compares polldisk with the installed headers, and checks the comparison itself.
 
 use abi_check::table::{EXAMPLE_BYTES, Table, same_bytes};
 
-/// Debian has them in the package `libxen-dev`. Where it is not installed the test says so and
-/// passes, unless `POLLDISK_REQUIRE_XEN_TOOLS=1`, as CI sets it.
+/// The headers are in Debian's package `libxen-dev`. If it is not installed, the test says so and passes,
+/// unless `POLLDISK_REQUIRE_XEN_TOOLS=1`, which CI sets.
 #[test]
 fn polldisk_agrees_with_xens_headers() {
     if let Some(what) = abi_check::missing() {
@@ -19,7 +19,7 @@ fn polldisk_agrees_with_xens_headers() {
     assert!(report.differences.is_empty(), "{report}");
 }
 
-/// Needs no compiler: the data is what one would make of two numbers and an example.
+/// Needs no compiler: the data is what a compiler would make of two numbers and an example.
 #[test]
 fn a_difference_is_reported_and_nothing_else() {
     let mut table = Table::new("test", &[], &[]);

@@ -1,4 +1,4 @@
-//! Who is measured, in which setting.
+//! The programs that are measured, and their settings.
 //!
 //! Written as `polldisk`, `polldisk:workers=2`, `polldisk:beside=copies`, `qemu:iothread`,
 //! `qemu:main-loop`, `qemu:iothread,buffered`, `qemu:iothread,native`, `qemu:iothread,io_uring`,
@@ -9,36 +9,36 @@ use std::str::FromStr;
 
 use anyhow::{Context, Error, bail, ensure};
 use clap::ValueEnum;
-use loadgen::neighbours;
+use loadgen::options::NeighbourKind;
 use serde::{Deserialize, Serialize};
 
-use crate::scenario::{Load, Wait};
+use crate::load::{Load, Wait};
 
-/// A program in a setting.
+/// A program and its setting.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Contender {
     /// `polldisk serve` with this number of workers.
     Polldisk {
-        /// 1 where it is not said.
+        /// 1 by default.
         workers: u32,
-        /// What four more guests do meanwhile, which it serves, too.
-        beside: Option<neighbours::Kind>,
+        /// What four more guests of the same polldisk do meanwhile.
+        beside: Option<NeighbourKind>,
     },
     /// QEMU's xen-block.
     Qemu {
-        /// The disk has a thread of its own; else it is served by the main loop.
+        /// The disk has its own thread; otherwise the main loop serves it.
         iothread: bool,
         /// How it reads and writes a file.
         files: Files,
     },
-    /// fio with io_uring on the file itself: no backend at all.
+    /// fio with io_uring on the file itself, without a backend.
     Fio {
         /// With registered files and buffers, submitting and completing in batches.
         registered: bool,
     },
-    /// A thread that polls the ring and answers all requests with nothing done: what the ring and
-    /// two cores of this machine allow.
+    /// A thread that polls the ring and answers every request without doing it: the most that the ring
+    /// and two cores of this machine allow.
     Echo,
 }
 
@@ -62,9 +62,9 @@ pub enum Files {
     Threads,
     /// Through the page cache, by a pool of threads.
     Buffered,
-    /// O_DIRECT, by Linux AIO, where QEMU was built with it.
+    /// O_DIRECT, by Linux AIO, if QEMU was built with it.
     Native,
-    /// O_DIRECT, by io_uring, where QEMU was built with it.
+    /// O_DIRECT, by io_uring, if QEMU was built with it.
     IoUring,
 }
 
@@ -85,12 +85,12 @@ impl Contender {
         }
     }
 
-    /// Whether a goal's text means it: its program, or exactly it.
+    /// Whether a goal's text names its program, or exactly this contender.
     pub fn is(&self, name: &str) -> bool {
         self.kind().name() == name || self.to_string() == name
     }
 
-    /// Cores that it may use under a load.
+    /// How many cores it may use under a load.
     pub fn cores(&self) -> u32 {
         match self {
             Contender::Polldisk { workers, .. } => *workers,
@@ -98,8 +98,8 @@ impl Contender {
         }
     }
 
-    /// What other guests do meanwhile.
-    pub fn beside(&self) -> Option<neighbours::Kind> {
+    /// What the neighbours do, if there are any.
+    pub fn beside(&self) -> Option<NeighbourKind> {
         match self {
             Contender::Polldisk { beside, .. } => *beside,
             _ => None,
@@ -108,7 +108,7 @@ impl Contender {
 }
 
 impl Kind {
-    /// As contenders' texts begin.
+    /// The word that a contender's text begins with.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Polldisk => "polldisk",
@@ -131,7 +131,7 @@ impl Files {
         }
     }
 
-    /// The properties of a block device of QEMU's.
+    /// The properties of QEMU's block device.
     fn properties(self) -> &'static str {
         match self {
             Files::Threads => "cache.direct=on,aio=threads",
@@ -183,12 +183,12 @@ impl FromStr for Contender {
                             workers.replace(value.parse().with_context(unknown)?).is_none()
                         }
                         "beside" => {
-                            let kind = neighbours::Kind::from_str(value, false).map_err(Error::msg);
+                            let kind = NeighbourKind::from_str(value, false).map_err(Error::msg);
                             beside.replace(kind.with_context(unknown)?).is_none()
                         }
                         _ => bail!(unknown()),
                     };
-                    ensure!(is_new, "{text}: {name} is there twice");
+                    ensure!(is_new, "{text}: {name} is given twice");
                 }
                 Ok(Contender::Polldisk { workers: workers.unwrap_or(1), beside })
             }
@@ -205,7 +205,7 @@ impl FromStr for Contender {
             ("fio", "") => Ok(Contender::Fio { registered: false }),
             ("fio", "registered") => Ok(Contender::Fio { registered: true }),
             ("echo", "") => Ok(Contender::Echo),
-            _ => bail!("{text}: no such contender; there are polldisk, qemu, fio and echo"),
+            _ => bail!("{text}: no such contender; choose polldisk, qemu, fio or echo"),
         }
     }
 }
@@ -224,27 +224,27 @@ impl From<Contender> for String {
     }
 }
 
-/// What neighbours do, as blkload takes it.
-pub fn neighbours_name(kind: neighbours::Kind) -> String {
+/// blkload's name for what neighbours do.
+pub fn neighbours_name(kind: NeighbourKind) -> String {
     let value = kind.to_possible_value();
     value.map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
-/// What a disk holds: a size in bytes, and a file unless it is nothing.
+/// What holds a disk: a file, or nothing but a size.
 #[derive(Clone, Debug)]
 pub struct Contents {
     /// The file.
     pub file: Option<String>,
-    /// Its size, or that of the disk.
+    /// The size of the file, or of the disk if there is no file.
     pub bytes: u64,
 }
 
-/// polldisk's command line behind `serve`, with a worker on each of these cores.
+/// polldisk's command line after `serve`, with a worker on each of these cores.
 pub fn polldisk_arguments(cores: &str) -> Vec<String> {
     ["--cores", cores, "--admin", "{folder}/admin.sock"].map(str::to_owned).into()
 }
 
-/// What the disks hold, as polldisk is told.
+/// polldisk's target for a disk.
 pub fn polldisk_target(contents: &Contents) -> String {
     match &contents.file {
         None => format!("null:{}", contents.bytes),
@@ -254,7 +254,7 @@ pub fn polldisk_target(contents: &Contents) -> String {
 
 /// QEMU's command line, for a disk of domain 1.
 pub fn qemu_arguments(iothread: bool, files: Files, contents: &Contents) -> Vec<String> {
-    // Nothing that reads a data file, as -vnc does: an unpacked QEMU does not find the host's.
+    // No option that reads a data file, such as -vnc: an unpacked QEMU would not find it.
     let fixed =
         "-machine xenpv -xen-attach -xen-domid 1 -nodefaults -no-user-config -nographic -m 512";
     let mut arguments: Vec<String> = fixed.split(' ').map(str::to_owned).collect();
@@ -264,7 +264,7 @@ pub fn qemu_arguments(iothread: bool, files: Files, contents: &Contents) -> Vec<
         device.push_str(",iothread=io0");
     }
     let drive = match &contents.file {
-        // Reads that leave the guest's memory alone would save QEMU the copy.
+        // Reads leave the buffer as it is, so QEMU does not spend time on zeroing it.
         None => format!("driver=null-co,node-name=n0,size={},read-zeroes=off", contents.bytes),
         Some(file) => format!("driver=file,node-name=n0,filename={file},{}", files.properties()),
     };
@@ -302,14 +302,14 @@ pub fn fio_arguments(registered: bool, load: &Load, file: &str, seconds: f64) ->
     arguments
 }
 
-/// Behind [`fio_arguments`]: has fio end after one request.
+/// Appended to [`fio_arguments`]: makes fio end after one request.
 pub const FIO_ONE_REQUEST: [&str; 2] = ["--time_based=0", "--number_ios=1"];
 
-/// Guests at most. The stand-in ends one in a time that grows with their number: a thousand take
+/// Most guests. The stand-in needs longer to end each of them the more there are: a thousand take
 /// minutes.
 const GUESTS_MAX: u32 = 100;
 
-/// blkload's options that say the load.
+/// blkload's options for a load.
 pub fn blkload_arguments(load: &Load) -> Vec<String> {
     let mut arguments = Vec::new();
     let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);

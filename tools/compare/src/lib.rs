@@ -1,10 +1,10 @@
 //! polldisk beside other backends: the same loads, on the same machine, in turn.
 //!
-//! A [`scenario`] says what is measured and what is aimed at. [`run`] lets its [`contender`]s take
-//! turns, round after round, each under the same load on the same cores; [`slices`] are turns of
-//! milliseconds, for storage that is not the same one second later. [`verdict`] compares them
-//! within rounds, so that what the machine does to all of them cancels out, and says where the
-//! rounds differ too much to tell. [`report`] and [`plot`] show it all.
+//! A [`scenario`] names the contenders, their [`load`] and the goals. [`run`] lets the [`contender`]s
+//! take turns, round after round, each under the same load on the same cores; [`slices`] are turns of
+//! milliseconds, for storage whose speed changes from one second to the next. [`verdict`] compares the
+//! contenders within rounds, so that noise which all of them share cancels out, and says if the rounds
+//! differ too much to tell. [`report`] and [`plot`] show the results.
 //!
 //! ```text
 //! scenario -> run -> contender -> blkload or fio -> sample, slices
@@ -12,6 +12,7 @@
 //! ```
 
 pub mod contender;
+pub mod load;
 pub mod machine;
 pub mod plot;
 pub mod programs;

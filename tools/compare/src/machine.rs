@@ -1,4 +1,4 @@
-//! What the figures were measured on.
+//! The machine that the figures were measured on.
 
 use std::fs;
 use std::process::Command;
@@ -13,9 +13,9 @@ use crate::programs::Program;
 /// The machine and its programs.
 #[derive(Clone, Debug, Serialize)]
 pub struct Machine {
-    /// As its first CPU names itself.
+    /// Model name of the first CPU.
     pub cpu: String,
-    /// Cores that this program may use, each with those of its threads that it may use.
+    /// Cores that this program may use. Each is a list of the threads that it may use.
     pub cores: Vec<Vec<usize>>,
     /// In MiB.
     pub memory_mib: u64,
@@ -25,14 +25,14 @@ pub struct Machine {
     pub is_virtual: bool,
     /// The first line of each program's version.
     pub versions: Vec<String>,
-    /// The checkout's commit, with `-dirty` where files differ from it.
+    /// The checkout's commit, with `-dirty` if files differ from it.
     pub commit: String,
 }
 
-/// Long enough to see what runs now and then, in ticks of 10 ms.
+/// Long enough to notice programs that run only now and then. The kernel counts in ticks of 10 ms.
 const LOOK_FOR_OTHERS: Duration = Duration::from_secs(2);
 
-/// What the machine's cores have done so far, in ticks, all cores together.
+/// Time of all cores together since the machine started, in ticks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ticks {
     idle: u64,
@@ -50,7 +50,7 @@ pub struct Quietness {
 }
 
 impl Machine {
-    /// Looks. Programs are asked for their versions.
+    /// Reads what the kernel says of the machine, and asks the programs for their versions.
     pub fn look(programs: &[&Program]) -> Machine {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let field = |name: &str| {
@@ -73,7 +73,7 @@ impl Machine {
         }
     }
 
-    /// Threads of cores for a load and for a backend, apart from each other.
+    /// Different threads for a load and for a backend: this many for each.
     pub fn split(&self, load: u32, backend: u32) -> Result<(Vec<usize>, Vec<usize>)> {
         let (needed, threads) = (load + backend, self.threads());
         ensure!(
@@ -86,21 +86,22 @@ impl Machine {
         Ok((sorted(&rest[..load as usize]), sorted(backend)))
     }
 
-    /// Whether a load and a backend with these numbers of busy threads hinder each other within a core.
+    /// Whether a load and a backend with these numbers of busy threads have to share cores.
     pub fn is_shared_by(&self, load: u32, backend: u32) -> bool {
         (load + backend) as usize > self.cores.len()
     }
 
-    /// All threads, those to use first in front: one of each core, from the last to the first, since
-    /// interrupts often go to the first. Then the others, from the first core to the last: who came
-    /// first, the backend, shares its core last.
+    /// All threads, in the order in which to use them. First comes one thread of each core, from the last
+    /// core to the first, since interrupts often go to the first. Then come the other threads, from the
+    /// first core to the last, so that the backend, which gets the first threads, is the last to share a
+    /// core.
     pub fn threads(&self) -> Vec<usize> {
         let first = self.cores.iter().rev().filter_map(|threads| threads.first());
         let others = self.cores.iter().flat_map(|threads| threads.iter().skip(1));
         first.chain(others).copied().collect()
     }
 
-    /// Words behind the number of cores where there are more threads.
+    /// Words to put after the number of cores if there are more threads than cores.
     pub fn with_threads(&self) -> String {
         match self.threads().len() {
             threads if threads == self.cores.len() => String::new(),
@@ -115,7 +116,7 @@ fn sorted(threads: &[usize]) -> Vec<usize> {
     threads
 }
 
-/// Puts threads together that have the same siblings.
+/// Groups the threads that have the same siblings.
 fn cores(threads: &[usize], siblings: impl Fn(usize) -> Option<String>) -> Vec<Vec<usize>> {
     let mut cores: Vec<(String, Vec<usize>)> = Vec::new();
     for &thread in threads {
@@ -128,7 +129,7 @@ fn cores(threads: &[usize], siblings: impl Fn(usize) -> Option<String>) -> Vec<V
     cores.into_iter().map(|(_, threads)| threads).collect()
 }
 
-/// Linux's list of the threads of a thread's core.
+/// Linux's list of all threads of this thread's core.
 fn siblings(thread: usize) -> Option<String> {
     let path = format!("/sys/devices/system/cpu/cpu{thread}/topology/thread_siblings_list");
     fs::read_to_string(path).ok().map(|list| list.trim().to_owned())
@@ -158,20 +159,20 @@ impl Ticks {
         Ticks { idle: field(3) + field(4), stolen: field(7), all: fields.iter().sum() }
     }
 
-    /// What the host took since then.
+    /// What the host took between this moment and a later one.
     pub fn stolen_percent_until(self, later: Ticks) -> f64 {
         let all = (later.all - self.all).max(1);
         (later.stolen - self.stolen) as f64 * 100.0 / all as f64
     }
 
-    /// What was used of the cores since then.
+    /// How busy the cores were between this moment and a later one.
     fn used_percent_until(self, later: Ticks) -> f64 {
         let all = (later.all - self.all).max(1);
         100.0 - (later.idle - self.idle) as f64 * 100.0 / all as f64
     }
 }
 
-/// What other programs use of the cores now; takes a time in which this one does nothing.
+/// How busy other programs keep the cores. Sleeps while it looks.
 pub fn others_percent() -> f64 {
     let start = Ticks::now();
     thread::sleep(LOOK_FOR_OTHERS);
@@ -183,7 +184,7 @@ pub fn children_cpu_us() -> f64 {
     children_ticks(&fs::read_to_string("/proc/self/stat").unwrap_or_default()) as f64 * 1e4
 }
 
-/// cutime and cstime: fields 16 and 17, counted behind the name, which may hold anything.
+/// cutime and cstime: fields 16 and 17. Counted from behind the name, which may hold anything.
 fn children_ticks(stat: &str) -> u64 {
     let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
     fields.skip(13).take(2).filter_map(|word| word.parse::<u64>().ok()).sum()
@@ -209,7 +210,7 @@ mod test {
     }
 
     #[test]
-    fn a_core_is_shared_only_where_none_is_free() {
+    fn a_core_is_shared_only_if_none_is_free() {
         let threads = [0, 1, 2, 3, 4, 5, 6, 7];
         let pairs_apart =
             machine(&threads, |thread| Some(format!("{},{}", thread % 4, thread % 4 + 4)));

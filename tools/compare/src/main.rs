@@ -18,8 +18,8 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 /// Measure polldisk beside QEMU and fio, and judge its targets
 ///
-/// Contenders take turns under the same load on the same cores, on the stand-in for Xen. The
-/// status is 0 when every target is met. perf/README.md tells the method.
+/// Contenders take turns under the same load on the same cores, on the stand-in for Xen. The exit
+/// status is 0 if every target is met. perf/README.md describes the method.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask compare", bin_name = "cargo xtask compare")]
 struct Arguments {
@@ -34,7 +34,7 @@ struct Arguments {
     #[arg(long)]
     quick: bool,
 
-    /// Turns of each contender under each load, half of them in scenarios without targets [default:
+    /// Turns of each contender under each load; scenarios without targets have half of them [default:
     /// 8, or 3 with --quick]
     #[arg(long, value_name = "N")]
     rounds: Option<u32>,
@@ -43,11 +43,11 @@ struct Arguments {
     #[arg(long, value_name = "S")]
     seconds: Option<f64>,
 
-    /// Let grant copy, notify and unmask cost no system call, as little as the stand-in can
+    /// Make grant copy, notify and unmask as cheap as the stand-in can: without a system call
     #[arg(long)]
     no_system_calls: bool,
 
-    /// Where the report goes [default: perf/results for a full run, else target/compare]
+    /// Folder for the report [default: perf/results for a full run, otherwise target/compare]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -66,7 +66,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs from the checkout's root. `false`: a target is not met.
+/// Must run in the checkout's root. Returns `false` if a target is not met.
 fn compare(arguments: &Arguments) -> Result<bool> {
     let scenarios = Scenario::read_all(Path::new("perf/scenarios"))?;
     if arguments.list {
@@ -89,7 +89,7 @@ fn compare(arguments: &Arguments) -> Result<bool> {
     std::fs::write(out.join("report.md"), report.markdown(&plots))?;
     std::fs::write(out.join("results.json"), serde_json::to_string_pretty(&report)? + "\n")?;
     output::print(format_args!("\n{}", report.verdicts()))?;
-    output::print(format_args!("{} has all of it", out.join("report.md").display()))?;
+    output::print(format_args!("the full report is {}", out.join("report.md").display()))?;
     Ok(report.all_met())
 }
 

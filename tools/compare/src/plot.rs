@@ -1,25 +1,25 @@
 //! Plots of a run, as SVG.
 
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Result, anyhow};
-use std::ops::Range;
-
+use figures::{Interval, figure};
 use plotters::coord::ranged1d::{DefaultFormatting, KeyPointHint};
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
 use crate::contender::{Contender, Files, Kind};
-use crate::report::{Plot, Report, figure};
+use crate::report::{Plot, Report};
 use crate::run::{CaseOutcome, Entry, Outcome};
 use crate::sample::Metric;
 use crate::scenario::Vary;
-use crate::verdict::{self, Interval};
+use crate::verdict;
 
 const SIZE: (u32, u32) = (800, 480);
 const DOT: u32 = 4;
 
-/// Points on a logarithmic axis lie at the logarithm of their values.
+/// Where values lie on an axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Scale {
     Linear,
@@ -30,7 +30,7 @@ enum Scale {
 struct Axis {
     title: String,
     scale: Scale,
-    /// Values with labels; empty: round ones.
+    /// Values with labels. If empty, round values have them.
     labelled: Vec<f64>,
 }
 
@@ -42,7 +42,7 @@ struct Line {
     points: Vec<(f64, f64)>,
 }
 
-/// What is drawn of a line.
+/// How a line is drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Shape {
     Dots,
@@ -62,7 +62,7 @@ struct Chart {
     legend: SeriesLabelPosition,
 }
 
-/// Draws all that a run has figures for.
+/// Draws every chart that the run has figures for.
 pub fn draw_all(report: &Report, folder: &Path) -> Result<Vec<Plot>> {
     let outcomes: Vec<&Outcome> = report.scenarios.iter().map(|s| &s.outcome).collect();
     let mut charts = Vec::new();
@@ -82,7 +82,7 @@ pub fn draw_all(report: &Report, folder: &Path) -> Result<Vec<Plot>> {
         .collect()
 }
 
-/// A chart of a scenario's figure, without its lines.
+/// An empty chart of a scenario's figure.
 fn chart(outcome: &Outcome, of: &str, x: (&str, Scale), y: (&str, Scale)) -> Chart {
     let name = &outcome.scenario.name;
     let axis = |(title, scale): (&str, Scale)| Axis {
@@ -101,8 +101,8 @@ fn chart(outcome: &Outcome, of: &str, x: (&str, Scale), y: (&str, Scale)) -> Cha
     }
 }
 
-/// Throughput and cost over depth or workers, or cost over the number of disks. One value alone makes
-/// no curve.
+/// Throughput and cost over depth or workers, or cost over the number of disks. Needs two values or
+/// more.
 fn over_varied(outcome: &Outcome) -> Vec<Chart> {
     use SeriesLabelPosition::{LowerRight, UpperLeft, UpperRight};
     let (x, scale, figures) = match &outcome.scenario.vary {
@@ -157,7 +157,7 @@ fn line_of(outcome: &Outcome, index: usize, metric: Metric) -> Line {
     }
 }
 
-/// What it would be if all workers did as much as those of the first point.
+/// The line if each worker did as much as those of the first point.
 fn even_scaling(line: &Line) -> Option<Line> {
     let &(fewest, least) = line.points.first()?;
     let even = |(workers, _): &(f64, f64)| (*workers, least * workers / fewest);
@@ -169,8 +169,8 @@ fn even_scaling(line: &Line) -> Option<Line> {
     })
 }
 
-/// The distribution of latencies in the middle round of each contender, without the few that would
-/// squeeze all others into a corner.
+/// The distribution of latencies in each contender's middle round, without the few highest, which
+/// would squeeze all others into a corner.
 fn latency_cdf(outcome: &Outcome) -> Option<Chart> {
     if !outcome.scenario.latency_cdf {
         return None;
@@ -203,7 +203,7 @@ fn latency_cdf(outcome: &Outcome) -> Option<Chart> {
     Some(chart)
 }
 
-/// The cost of a request in all scenarios, of each program's best setting.
+/// The cost of a request in all scenarios, with each program's best setting.
 fn cpu_per_io(outcomes: &[&Outcome]) -> Option<Chart> {
     let of_kind = |entries: &[Entry], kind: Kind| {
         let (_, figures) = verdict::best(entries, kind.name(), Metric::CpuUsPerIo)?;
@@ -248,7 +248,7 @@ fn median(entry: &Entry, metric: Metric) -> Option<f64> {
     Interval::of(&entry.figures(metric)).map(|interval| interval.median)
 }
 
-/// The same in all plots.
+/// A contender's color, the same in all plots.
 fn color(contender: &Contender) -> RGBColor {
     match contender {
         Contender::Polldisk { .. } => BLUE,
@@ -268,7 +268,7 @@ const ORANGE: RGBColor = RGBColor(240, 140, 0);
 const BROWN: RGBColor = RGBColor(160, 100, 60);
 const DARK_GREEN: RGBColor = RGBColor(0, 130, 80);
 
-/// A part of an axis with labels at places of our choice.
+/// A part of an axis with labels at chosen places.
 #[derive(Clone, Debug)]
 struct Labelled {
     range: Range<f64>,
@@ -309,7 +309,7 @@ impl Scale {
 }
 
 impl Axis {
-    /// The part of the axis that holds all values, and the labels on it, as places.
+    /// The part of the axis that holds all values, with its labels.
     fn hold(&self, values: impl Iterator<Item = f64>) -> Labelled {
         let places: Vec<f64> = values.map(|value| self.scale.place(value)).collect();
         let low = places.iter().copied().fold(f64::INFINITY, f64::min);
@@ -333,7 +333,8 @@ impl Axis {
     }
 }
 
-/// As it is where two labels fit in, else from the label below to the one above.
+/// The range itself if it holds two labels, otherwise the range from the label below it to the label
+/// above it.
 fn between_labels(low: f64, high: f64) -> (f64, f64) {
     if log_labels(low, high).len() >= 2 {
         return (low, high);
@@ -342,7 +343,7 @@ fn between_labels(low: f64, high: f64) -> (f64, f64) {
     (below.last().copied().unwrap_or(low), above.first().copied().unwrap_or(high))
 }
 
-/// 1, 2 and 5 times powers of ten; only the powers where there are many.
+/// 1, 2 and 5 times powers of ten, or only the powers if the range is long.
 fn log_labels(low: f64, high: f64) -> Vec<f64> {
     let steps: &[f64] = if high - low > 3.5 { &[1.0] } else { &[1.0, 2.0, 5.0] };
     (-12..12)
@@ -365,7 +366,7 @@ fn draw_to(chart: &Chart, backend: SVGBackend<'_>) -> Result<()> {
         None => chart.y.hold(points().map(|point| point.1)),
         Some(rows) => {
             let labels = (0..rows.len()).map(|row| row as f64).collect();
-            // With room for the legend.
+            // The range above the rows is room for the legend.
             Labelled { range: -0.5..rows.len() as f64 * 1.25, labels }
         }
     };
@@ -393,7 +394,7 @@ fn draw_to(chart: &Chart, backend: SVGBackend<'_>) -> Result<()> {
         .light_line_style(TRANSPARENT)
         .label_style(("sans-serif", 14))
         .draw()?;
-    // The first one lies on top, and its name, too.
+    // Drawn from the last to the first, so that the first is on top.
     for Line { color, shape, points, .. } in chart.lines.iter().rev() {
         let place = |(x, y): &(f64, f64)| (chart.x.scale.place(*x), chart.y.scale.place(*y));
         let places = || points.iter().map(place);
@@ -421,7 +422,7 @@ fn draw_to(chart: &Chart, backend: SVGBackend<'_>) -> Result<()> {
     Ok(())
 }
 
-/// A figure without the zeroes at its end.
+/// A figure without trailing zeroes.
 fn figure_label(value: f64) -> String {
     let text = figure(value);
     let (digits, unit) = match text.strip_suffix(['k', 'M']) {
@@ -460,7 +461,7 @@ mod test {
         assert_eq!(around(0.15, 6.0), ["0.15", "6"]);
     }
 
-    /// Of one worker with its disk, of two and of four.
+    /// A scenario with one, two and four workers.
     fn scaling(iops: &[f64]) -> Outcome {
         let text = "about = 'x'\nbacking = 'null'\ncontenders = ['polldisk']\nload = {}\n\
                     vary = { workers = [1, 2, 4] }";

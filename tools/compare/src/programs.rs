@@ -1,7 +1,7 @@
-//! Programs that Debian has: those of the host, or copies in the user's cache folder.
+//! Programs from Debian: the host's, or copies in the user's cache folder.
 //!
-//! A missing one is not installed, since that could change what others use on the machine: its
-//! packages are downloaded and unpacked aside.
+//! A missing program is not installed, since that could change what others use on the machine. Its
+//! packages are downloaded and unpacked in the cache folder instead.
 
 use std::env;
 use std::ffi::OsString;
@@ -15,20 +15,20 @@ use polldisk::output;
 /// A program that can be run.
 #[derive(Clone, Debug)]
 pub struct Program {
-    /// Its file.
+    /// The program's file.
     pub path: PathBuf,
-    /// The unpacked packages that it comes from, unless it is installed.
+    /// The folder of the unpacked packages, unless the program is installed.
     pub root: Option<PathBuf>,
 }
 
-/// Where a program is, and what Debian calls its package.
+/// A program's path and Debian package.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted {
     /// Relative to the root folder.
     pub file: &'static str,
     /// The package.
     pub package: &'static str,
-    /// An environment variable with the path of another one.
+    /// An environment variable that may name another file instead.
     pub variable: &'static str,
 }
 
@@ -47,7 +47,7 @@ const LIBRARIES: [&str; 4] =
     ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "usr/lib"];
 
 impl Program {
-    /// Finds it, or gets it.
+    /// Finds an installed program, or gets one.
     pub fn find(wanted: Wanted) -> Result<Program> {
         if let Some(path) = env::var_os(wanted.variable) {
             let path = PathBuf::from(path);
@@ -63,7 +63,7 @@ impl Program {
         Program::unpacked(wanted, &cache_folder()?)
     }
 
-    /// From the cache, once it is there.
+    /// The program from the cache. Downloads it if it is not there yet.
     pub fn unpacked(wanted: Wanted, cache: &Path) -> Result<Program> {
         let root = cache.join(wanted.package);
         if !root.exists() {
@@ -81,7 +81,7 @@ impl Program {
         Ok(Program { path, root: Some(root) })
     }
 
-    /// Words to put before its arguments.
+    /// The start of the command line, to which arguments are added.
     pub fn words(&self) -> Vec<String> {
         let mut words = Vec::new();
         if let Some(root) = &self.root {
@@ -99,9 +99,9 @@ fn on_path(file: &str) -> Option<PathBuf> {
     env::split_paths(&folders).map(|folder| folder.join(name)).find(|path| path.exists())
 }
 
-/// Downloads a package and what it needs and the machine lacks, and unpacks them.
+/// Downloads and unpacks a package, and those of its dependencies that the machine lacks.
 fn unpack(package: &str, root: &Path) -> Result<()> {
-    let cache = root.parent().context("the cache has no root")?;
+    let cache = root.parent().context("the cache folder has no parent")?;
     fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
     let aside = tempfile::Builder::new().prefix("unpacking-").tempdir_in(cache)?;
     let (archives, files) = (aside.path().join("archives"), aside.path().join("files"));
@@ -110,7 +110,7 @@ fn unpack(package: &str, root: &Path) -> Result<()> {
     }
     let mut option = OsString::from("Dir::Cache::archives=");
     option.push(&archives);
-    // Nothing is installed, so that apt's locks are not needed, nor the rights to take them.
+    // Nothing is installed, so apt's locks, and the rights to take them, are not needed.
     run(Command::new("apt-get")
         .args(["install", "--yes", "--no-install-recommends", "--download-only", "--reinstall"])
         .args(["-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User=", "-o"])
@@ -123,7 +123,7 @@ fn unpack(package: &str, root: &Path) -> Result<()> {
         }
     }
     match fs::rename(&files, root) {
-        // Someone else was faster.
+        // Another process has unpacked it meanwhile.
         Err(_) if root.exists() => Ok(()),
         other => other.with_context(|| format!("cannot create {}", root.display())),
     }
@@ -146,6 +146,6 @@ fn cache_folder() -> Result<PathBuf> {
     let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let cache = set("XDG_CACHE_HOME")
         .or_else(|| set("HOME").map(|home| home.join(".cache")))
-        .context("neither XDG_CACHE_HOME nor HOME is set: there is no place for packages")?;
+        .context("XDG_CACHE_HOME and HOME are not set: there is no folder for packages")?;
     Ok(cache.join("polldisk/compare"))
 }

@@ -1,7 +1,8 @@
-//! What a whole run is reported as: JSON with everything, and Markdown for people.
+//! The report of a whole run: JSON with everything, and Markdown for people.
 
 use std::fmt::Write;
 
+use figures::{Interval, Table, Verdict, figure, or_dash};
 use serde::Serialize;
 
 use crate::contender::Contender;
@@ -9,78 +10,83 @@ use crate::machine::{Machine, Quietness};
 use crate::run::{CaseOutcome, Extent, LeftOut, Outcome};
 use crate::sample::Metric;
 use crate::storage::Place;
-use crate::verdict::{Interval, Judged, Verdict};
+use crate::verdict::Judged;
 
-/// Everything that is known of a run.
+/// Everything that is known about a run.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// What it ran on.
+    /// The machine it ran on.
     pub machine: Machine,
-    /// How quiet that was.
+    /// How quiet the machine was.
     pub quietness: Quietness,
     /// How much was measured.
     pub extent: Extent,
-    /// Where files were.
+    /// Where the disks' files were.
     pub places: Vec<Place>,
-    /// Microseconds for waking a thread on another core.
+    /// Microseconds that it takes to wake a thread on another core.
     pub wake_up_us: Option<Interval>,
-    /// Of each scenario.
+    /// The results by scenario.
     pub scenarios: Vec<ScenarioReport>,
 }
 
 /// A scenario, measured and judged.
 #[derive(Clone, Debug, Serialize)]
 pub struct ScenarioReport {
-    /// Its goals.
+    /// The goals, judged.
     pub goals: Vec<Judged>,
-    /// Its turns.
+    /// The turns.
     pub outcome: Outcome,
 }
 
 /// A plot that was drawn.
 #[derive(Clone, Debug)]
 pub struct Plot {
-    /// Its file, beside the report.
+    /// The file's name, in the report's folder.
     pub file: String,
     /// What it shows.
     pub title: String,
 }
 
-/// Use of the cores by others from which a run is said to be disturbed.
+/// Above this use of the cores by other programs, the report warns that the machine was not quiet.
 const BUSY_OTHERS_PERCENT: f64 = 5.0;
 
-/// Stolen time from which it is.
+/// Above this stolen time it warns, too.
 const BUSY_STOLEN_PERCENT: f64 = 1.0;
 
 impl Report {
-    /// Whether every goal that this machine can be asked about is met.
+    /// Whether every goal that this machine can measure is met.
     pub fn all_met(&self) -> bool {
         let mut goals = self.scenarios.iter().flat_map(|s| &s.goals);
         goals.all(|judged| matches!(judged.verdict, Verdict::Met | Verdict::NotPossible))
     }
 
     /// The table of goals and verdicts.
-    pub fn verdicts(&self) -> String {
-        let mut text = String::from(
-            "| scenario | figure | target | measured | polldisk | compared with | verdict |\n\
-             |---|---|---|---|---|---|---|\n",
-        );
+    pub fn verdicts(&self) -> Table {
+        let mut table = Table::new([
+            "scenario",
+            "figure",
+            "target",
+            "measured",
+            "polldisk",
+            "compared with",
+            "verdict",
+        ]);
         for ScenarioReport { goals, outcome } in &self.scenarios {
             for judged in goals {
-                text.push_str(&verdict_row(outcome, judged));
+                table.row(verdict_cells(outcome, judged));
             }
         }
-        text
+        table
     }
 
-    /// All of it, with plots that lie beside it.
+    /// The whole report, which links to the plots.
     pub fn markdown(&self, plots: &[Plot]) -> String {
         let mut text = format!("# polldisk beside other backends\n\n{}\n", self.circumstances());
         let _ = write!(
             text,
-            "\n## Targets\n\nMedian of the rounds' figures, and in brackets where the true one lies \
-             with a confidence of\n90 % (see perf/README.md). A figure \"times\" or \"of\" another \
-             is the ratio within a round, or of\nneighbouring slices.\n\n{}",
+            "\n## Targets\n\nMedian of the rounds' figures, and in brackets the range that holds the true \
+             median with a confidence of\n90 % (see perf/README.md). A figure \"times\" or \"of\" \
+             another is the ratio within a round, or of\nneighbouring slices.\n\n{}",
             self.verdicts()
         );
         if !plots.is_empty() {
@@ -97,8 +103,8 @@ impl Report {
                 let count = self.extent.slices(length);
                 let _ = write!(
                     text,
-                    " The verdict is on slices of {length:?}, {count} in each round; the table is on \
-                     turns."
+                    " The verdict is from slices of {length:?}, {count} in each round; the table is \
+                     from turns."
                 );
             }
             text.push('\n');
@@ -128,8 +134,8 @@ impl Report {
         }
         let _ = writeln!(
             text,
-            "- {} rounds, {} where there is no target; each contender's turn counts for {} s after {} s \
-             of warm-up.",
+            "- {} rounds, {} in scenarios without a target; each contender's turn counts for {} s after \
+             {} s of warm-up.",
             extent.rounds,
             extent.rounds.div_ceil(2),
             extent.seconds,
@@ -138,65 +144,60 @@ impl Report {
         if let Some(wake_up_us) = &self.wake_up_us {
             let _ = writeln!(
                 text,
-                "- Waking a thread that sleeps on another core takes {} us of CPU. A backend pays it for \
-                 each batch of a guest that sleeps.",
+                "- Waking a thread that sleeps on another core takes {} us of CPU time. A backend spends \
+                 this on each batch of requests from a guest that sleeps.",
                 figure(wake_up_us.median)
             );
         }
         let tolls = match extent.system_calls {
-            true => "cost a bare system call, and no hypercall",
-            false => "cost nothing, neither system call nor hypercall",
+            true => "cost a system call each, and no hypercall",
+            false => "cost no system call and no hypercall",
         };
         let _ = writeln!(
             text,
-            "- On the stand-in for Xen, for every backend: grant copy, notify and unmask {tolls}."
+            "- All backends run on the stand-in for Xen, where grant copy, notify and unmask {tolls}."
         );
         let _ = writeln!(
             text,
-            "- Other programs used {:.1} % of the cores' time before the start; the host took {:.2} % of it \
-             meanwhile.",
+            "- Other programs used {:.1} % of the cores' time before the start; during the run the host took \
+             {:.2} % of it.",
             quietness.others_percent, quietness.stolen_percent
         );
         if quietness.others_percent > BUSY_OTHERS_PERCENT
             || quietness.stolen_percent > BUSY_STOLEN_PERCENT
         {
-            text.push_str("- **The machine was not quiet: take these figures as rough.**\n");
+            text.push_str("- **The machine was not quiet: these figures are rough.**\n");
         }
         text
     }
 }
 
-fn verdict_row(outcome: &Outcome, judged: &Judged) -> String {
-    let name = &outcome.scenario.name;
+fn verdict_cells(outcome: &Outcome, judged: &Judged) -> [String; 7] {
     let goal = &judged.goal;
-    let interval = |interval: Option<Interval>| interval.map_or("-".to_owned(), with_range);
     let compared = match &judged.reference {
-        Some((contender, theirs)) => format!("{contender}: {}", with_range(*theirs)),
+        Some((contender, theirs)) => format!("{contender}: {}", theirs.show(figure)),
         None => goal.reference().unwrap_or_default().to_owned(),
     };
     let of = match goal.of == Contender::default() {
         true => String::new(),
         false => format!("{}: ", goal.of),
     };
-    let mut verdict = match judged.verdict {
-        Verdict::Met => "met".to_owned(),
-        Verdict::Missed => "**missed**".to_owned(),
-        Verdict::Noisy => "**noisy**".to_owned(),
-        Verdict::NotMeasured => "**not measured**".to_owned(),
-        Verdict::NotPossible => {
-            format!("not possible here: {}", outcome.impossible().unwrap_or_default())
-        }
-    };
+    let mut verdict = judged.verdict.to_string();
+    if judged.verdict == Verdict::NotPossible {
+        verdict += &format!(": {}", outcome.impossible().unwrap_or_default());
+    }
     if outcome.cases.first().is_some_and(|case| case.shares_cores) {
         verdict.push_str(", but load and backend shared cores");
     }
-    format!(
-        "| {name} | {} | {} | {} | {of}{} | {compared} | {verdict} |\n",
-        goal.metric.title(),
+    [
+        outcome.scenario.name.clone(),
+        goal.metric.title().to_owned(),
         goal.describe(),
-        interval(judged.figure),
-        interval(judged.own)
-    )
+        with_range(judged.figure),
+        format!("{of}{}", with_range(judged.own)),
+        compared,
+        verdict,
+    ]
 }
 
 fn case_table(case: &CaseOutcome) -> String {
@@ -221,29 +222,26 @@ fn case_table(case: &CaseOutcome) -> String {
         .filter(|metric| is_shown(*metric, load.idle))
         .filter(|metric| *metric != Metric::NeighbourIops || is_known(*metric))
         .collect();
-    let mut text = match case.case.at {
-        Some(at) => format!("\nAt {at}:\n\n| |"),
-        None => "\n| |".to_owned(),
-    };
-    columns.iter().for_each(|metric| {
-        let _ = write!(text, " {} |", metric.title());
-    });
-    let _ = writeln!(text, "\n|---|{}", "---|".repeat(columns.len()));
+    let mut table = Table::new([""].into_iter().chain(columns.iter().map(|metric| metric.title())));
     for entry in &case.entries {
-        let _ = write!(text, "| {} |", entry.contender);
-        if let Some(why) = &entry.failed {
-            let why = why.lines().last().unwrap_or_default().replace('|', "/");
-            let _ = write!(text, " left out: {why} |");
-        } else {
-            for metric in &columns {
-                let interval = Interval::of(&entry.figures(*metric));
-                let _ = write!(text, " {} |", interval.map_or("-".to_owned(), with_range));
+        let cells = match &entry.failed {
+            Some(why) => {
+                let why = why.lines().last().unwrap_or_default().replace('|', "/");
+                vec![format!("left out: {why}")]
             }
-        }
-        text.push('\n');
+            None => {
+                let cell = |metric: &Metric| with_range(Interval::of(&entry.figures(*metric)));
+                columns.iter().map(cell).collect()
+            }
+        };
+        table.row([entry.contender.to_string()].into_iter().chain(cells));
     }
+    let heading = case.case.at.map(|at| format!("\nAt {at}:\n")).unwrap_or_default();
+    let mut text = format!("{heading}\n{table}");
     if case.shares_cores {
-        text.push_str("\nLoad and backend shared cores: there are only enough threads.\n");
+        text.push_str(
+            "\nLoad and backend shared cores: there are enough threads, but not enough cores.\n",
+        );
     }
     text
 }
@@ -259,7 +257,7 @@ fn left_out(loads: &[LeftOut]) -> String {
     }
 }
 
-/// What a load without requests says something about, and what one with requests does.
+/// Whether a table shows this figure: an idle load has other figures than one with requests.
 fn is_shown(metric: Metric, idle: bool) -> bool {
     match metric {
         Metric::CpuPercent => true,
@@ -268,22 +266,8 @@ fn is_shown(metric: Metric, idle: bool) -> bool {
     }
 }
 
-fn with_range(interval: Interval) -> String {
-    let Interval { median, low, high } = interval;
-    format!("{} ({} to {})", figure(median), figure(low), figure(high))
-}
-
-/// With three digits or so.
-pub fn figure(value: f64) -> String {
-    match value.abs() {
-        1e6.. => format!("{:.2}M", value / 1e6),
-        1e4.. => format!("{:.1}k", value / 1e3),
-        100.0.. => format!("{value:.0}"),
-        10.0.. => format!("{value:.1}"),
-        1.0.. => format!("{value:.2}"),
-        0.0 => "0".to_owned(),
-        _ => format!("{value:.3}"),
-    }
+fn with_range(interval: Option<Interval>) -> String {
+    or_dash(interval, |interval| interval.show(figure))
 }
 
 #[cfg(test)]
@@ -337,7 +321,7 @@ mod test {
 
     #[test]
     fn a_row_says_target_figure_and_verdict() {
-        let text = report(1e6).verdicts();
+        let text = report(1e6).verdicts().to_string();
         let rows: Vec<&str> = text.lines().skip(2).collect();
         assert_eq!(
             rows,
@@ -357,11 +341,11 @@ mod test {
         let mut nothing = report(1e6);
         nothing.scenarios[0].outcome.cases.clear();
         nothing.scenarios[0].goals = verdict::judge(&nothing.scenarios[0].outcome);
-        assert!(!nothing.all_met(), "what was not measured is not met");
+        assert!(!nothing.all_met(), "a goal that was not measured is not met");
         nothing.scenarios[0].outcome.left_out.push(too_few_cores(None));
         nothing.scenarios[0].goals = verdict::judge(&nothing.scenarios[0].outcome);
-        assert!(nothing.all_met(), "what this machine can't show is no fault");
-        let text = nothing.verdicts();
+        assert!(nothing.all_met(), "a goal that this machine can't measure is no failure");
+        let text = nothing.verdicts().to_string();
         assert!(text.ends_with("| not possible here: needs 4 cores, there are 2 |\n"), "{text}");
         let text = nothing.markdown(&[]);
         assert!(text.ends_with("nothing.\n\nNot possible here: needs 4 cores, there are 2.\n"));
@@ -372,7 +356,7 @@ mod test {
     }
 
     #[test]
-    fn the_report_says_what_there_were_too_few_cores_for() {
+    fn the_report_says_which_loads_had_too_few_cores() {
         let mut report = report(1e6);
         report.machine.cores = vec![vec![0, 2], vec![1, 3]];
         report.scenarios[0].outcome.cases[0].shares_cores = true;
@@ -381,7 +365,7 @@ mod test {
         for part in [
             " 2 cores with 4 threads, ",
             "| met, but load and backend shared cores |",
-            " |\n\nLoad and backend shared cores: there are only enough threads.\n",
+            " |\n\nLoad and backend shared cores: there are enough threads, but not enough cores.\n",
             "\n\nNot possible here: at 4 (needs 4 cores, there are 2), at 8 (needs 4 cores, there are 2).\n",
         ] {
             assert!(text.contains(part), "{part}: {text}");
@@ -392,9 +376,9 @@ mod test {
     fn the_report_says_under_what_circumstances() {
         let text = report(1e6).markdown(&[Plot { file: "x.svg".into(), title: "X".into() }]);
         for part in [
-            "cost a bare system call",
+            "cost a system call each",
             "another core takes 12.3 us of CPU",
-            "3 rounds, 2 where there is no target",
+            "3 rounds, 2 in scenarios without a target",
             "was not quiet",
             "![X](x.svg)",
             "| left out: native/AIO |",
@@ -423,21 +407,15 @@ mod test {
             }
         }
         outcome.scenario = scenario;
-        let row = verdict_row(outcome, &verdict::judge(outcome)[0]);
+        let row = verdict_cells(outcome, &verdict::judge(outcome)[0]).join(" | ");
         assert_eq!(
             row,
-            "| hostile | IOPS | at least 80 % of polldisk:beside=polite | 0.100 (0.100 to 0.100) | \
+            "hostile | IOPS | at least 80 % of polldisk:beside=polite | 0.100 (0.100 to 0.100) | \
              polldisk:beside=copies: 100.0k (100.0k to 100.0k) | polldisk:beside=polite: 1.00M \
-             (1.00M to 1.00M) | **missed** |\n"
+             (1.00M to 1.00M) | **missed**"
         );
         let table = case_table(&outcome.cases[0]);
         assert!(table.contains(" neighbours' IOPS |\n"), "{table}");
         assert_eq!(table.matches("| 77.0 (77.0 to 77.0) |\n").count(), 2, "{table}");
-    }
-
-    #[test]
-    fn figures_have_three_digits() {
-        let texts = [1_402_000.0, 45_700.0, 321.4, 12.34, 1.234, 0.1534, 0.0].map(figure);
-        assert_eq!(texts, ["1.40M", "45.7k", "321", "12.3", "1.23", "0.153", "0"]);
     }
 }

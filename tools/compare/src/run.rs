@@ -1,5 +1,5 @@
-//! Rounds: in each, every contender has one turn under the same load, and where goals are judged by
-//! slices, its slices.
+//! Rounds. In each, every contender has one turn under the same load, and also its slices if goals are
+//! judged by slices.
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
@@ -11,33 +11,33 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use figures::Interval;
 use polldisk::output;
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::contender::{self, Contender, Contents, Kind};
+use crate::load::Load;
 use crate::machine::{self, Machine, Ticks};
 use crate::programs::Program;
 use crate::sample::{Metric, Sample};
-use crate::scenario::{Backing, Case, Load, Scenario};
+use crate::scenario::{Backing, Case, Scenario};
 use crate::slices::Slices;
 use crate::storage::{self, Image, Place};
-use crate::verdict::Interval;
 
-/// The least of an idle load's seconds that count: what costs nothing is told from little only
-/// after some time.
+/// Least seconds that count of an idle load: telling a low cost from none takes some time.
 const IDLE_S: f64 = 3.0;
 
-/// Seconds after which disks that have connected are idle.
+/// Seconds of warm-up after which connected disks are idle.
 const IDLE_WARMUP_S: f64 = 2.0;
 
-/// How many turns a contender's slices of a round last together.
+/// How long a contender's slices in a round last together, in turns.
 const SLICED_TURNS: f64 = 4.0;
 
-/// Longer than any slices take.
+/// Longer than all slices take.
 const ENDLESS_S: f64 = 1e5;
 
-/// Starts of fio of which the median counts.
+/// How often fio is started to measure what its start costs.
 const FIO_STARTS: usize = 5;
 
 /// How much is measured.
@@ -47,14 +47,14 @@ pub struct Extent {
     pub rounds: u32,
     /// Seconds of a turn that count.
     pub seconds: f64,
-    /// Seconds of a turn before that.
+    /// Seconds of warm-up in each turn.
     pub warmup_s: f64,
-    /// On the stand-in grant copy, notify and unmask cost a system call, as on Xen.
+    /// Whether grant copy, notify and unmask cost a system call on the stand-in, as on Xen.
     pub system_calls: bool,
 }
 
 impl Extent {
-    /// Rounds of one scenario: half of them where no verdict depends on it.
+    /// Rounds of one scenario: half as many if it has no goals.
     pub fn rounds_of(self, scenario: &Scenario) -> u32 {
         if scenario.goals.is_empty() { self.rounds.div_ceil(2) } else { self.rounds }
     }
@@ -69,33 +69,33 @@ impl Extent {
 /// Everything that turns need.
 #[derive(Debug)]
 pub struct Bench<'a> {
-    /// Where polldisk, blkload and the stand-in are built.
+    /// Folder in which polldisk, blkload and the stand-in are built.
     pub programs: &'a Path,
-    /// QEMU, or why there is none.
+    /// QEMU, or why it is missing.
     pub qemu: Result<Program>,
-    /// fio, or why there is none.
+    /// fio, or why it is missing.
     pub fio: Result<Program>,
-    /// Its cores are used.
+    /// The machine whose cores are used.
     pub machine: &'a Machine,
     /// How much is measured.
     pub extent: Extent,
-    /// For the file of [`Backing::Ext4`] and other files.
+    /// Folder for the file of [`Backing::Ext4`] and for other files.
     pub scratch: PathBuf,
-    /// Set when all is to end.
+    /// Set to end the run early.
     pub interrupted: Arc<AtomicBool>,
-    /// What [`Bench::fio_start_us`] has found.
+    /// What [`Bench::fio_start_us`] has measured.
     fio_start_us: OnceCell<f64>,
     images: BTreeMap<Backing, Image>,
-    /// Where files were made.
+    /// Where the disks' files were made.
     pub places: Vec<Place>,
 }
 
-/// A scenario's turns.
+/// What a scenario's turns have shown.
 #[derive(Clone, Debug, Serialize)]
 pub struct Outcome {
-    /// What was asked for.
+    /// The scenario.
     pub scenario: Scenario,
-    /// Of each load.
+    /// The turns by load.
     pub cases: Vec<CaseOutcome>,
     /// Loads for which this machine has too few cores.
     pub left_out: Vec<LeftOut>,
@@ -117,33 +117,34 @@ pub struct LeftOut {
 pub struct CaseOutcome {
     /// The load.
     pub case: Case,
-    /// Threads of the load and of backends had to share cores.
+    /// Whether threads of the load and of backends had to share cores.
     pub shares_cores: bool,
-    /// Of each contender, in order.
+    /// The turns by contender, in the scenario's order.
     pub entries: Vec<Entry>,
 }
 
 /// A contender's turns.
 #[derive(Clone, Debug, Serialize)]
 pub struct Entry {
-    /// Who.
+    /// The contender.
     pub contender: Contender,
-    /// One of each round.
+    /// One for each round.
     pub samples: Vec<Sample>,
-    /// IOPS of all rounds' slices; in no file, they are thousands.
+    /// IOPS of all rounds' slices. Not in the JSON, since there are thousands.
     #[serde(skip)]
     pub slices: Vec<f64>,
-    /// Why there are no more.
+    /// Why its turns ended early, if they did.
     pub failed: Option<String>,
 }
 
 impl Entry {
-    /// Without turns yet.
+    /// A contender without turns.
     pub fn new(contender: Contender) -> Entry {
         Entry { contender, samples: Vec::new(), slices: Vec::new(), failed: None }
     }
 
-    /// What goals are judged by: those of slices where there are any, else one of each round.
+    /// The figures that goals are judged by: those of the slices if there are any, otherwise one for each
+    /// round.
     pub fn judged_figures(&self, metric: Metric) -> Vec<f64> {
         match metric {
             Metric::Iops if !self.slices.is_empty() => self.slices.clone(),
@@ -151,14 +152,14 @@ impl Entry {
         }
     }
 
-    /// One of each round.
+    /// One figure for each round.
     pub fn figures(&self, metric: Metric) -> Vec<f64> {
         self.samples.iter().filter_map(|sample| sample.figures.get(&metric).copied()).collect()
     }
 }
 
 impl Outcome {
-    /// Why nothing was measured, where this machine can't.
+    /// Why this machine could not measure any of the scenario's loads; `None` if it could.
     pub fn impossible(&self) -> Option<&str> {
         let first = self.left_out.first().filter(|_| self.cases.is_empty());
         first.map(|left_out| left_out.why.as_str())
@@ -166,7 +167,7 @@ impl Outcome {
 }
 
 impl<'a> Bench<'a> {
-    /// Without files yet.
+    /// A bench that has made no files yet.
     pub fn new(
         programs: &'a Path,
         [qemu, fio]: [Result<Program>; 2],
@@ -324,8 +325,8 @@ impl<'a> Bench<'a> {
         })
     }
 
-    /// The command line that puts the load on a contender: fio's own, or blkload's with that of the
-    /// backend. `seconds` that count come behind those of warm-up, which fio does without.
+    /// The command line that puts the load on a contender: fio's, or blkload's followed by the backend's.
+    /// The time that counts starts after the warm-up. fio has no warm-up.
     fn line(
         &self,
         scenario: &Scenario,
@@ -388,9 +389,9 @@ impl<'a> Bench<'a> {
         Ok(line)
     }
 
-    /// CPU time that fio takes before its first request and after its last, in microseconds: it
-    /// calibrates a clock first, which takes as much as tens of thousands of requests. Backends are
-    /// measured when they have long started.
+    /// CPU time that fio takes before its first request and after its last, in microseconds. fio
+    /// calibrates a clock first, which takes as much time as tens of thousands of requests. Backends are
+    /// measured only long after their start.
     fn fio_start_us(&self, mut words: Vec<String>) -> Result<f64> {
         if let Some(known_us) = self.fio_start_us.get() {
             return Ok(*known_us);
@@ -401,7 +402,8 @@ impl<'a> Bench<'a> {
         Ok(*self.fio_start_us.get_or_init(|| start_us.median))
     }
 
-    /// Where neighbours' files go: beside the measured disk's file, so that they are on like storage.
+    /// Folder for the neighbours' files: that of the measured disk's file, so that all are on the same
+    /// storage.
     fn scratch_beside<'b>(&'b self, contents: &'b Contents) -> &'b Path {
         let file = contents.file.as_deref().map(Path::new);
         file.and_then(Path::parent).unwrap_or(&self.scratch)
@@ -419,13 +421,13 @@ fn program(found: &Result<Program>) -> Result<&Program> {
     }
 }
 
-/// Takes no further turns.
+/// Gives a contender no further turns.
 fn leave_out(entry: &mut Entry, what: &str, error: &anyhow::Error, contents: &Contents) {
     output::say(format_args!("{what}: {}: left out: {error:#}", entry.contender));
     entry.failed = Some(without_folder(&format!("{error:#}"), contents));
 }
 
-/// A text in which a disk's file has no folder, which is of no interest elsewhere.
+/// The text with the disk's file but without its folder, which means nothing on other machines.
 fn without_folder(text: &str, contents: &Contents) -> String {
     let path = contents.file.as_deref().map(Path::new);
     match path.and_then(Path::parent) {
@@ -451,14 +453,14 @@ fn output(words: &[String]) -> Result<Output> {
     Ok(output)
 }
 
-/// fio's JSON, and the CPU time of its process with all of its threads in microseconds.
+/// Returns fio's JSON, and the CPU time of its process with all its threads in microseconds.
 fn run_fio(words: &[String]) -> Result<(Value, f64)> {
     let before_us = machine::children_cpu_us();
     let json = json(&output(words)?)?;
     Ok((json, machine::children_cpu_us() - before_us))
 }
 
-/// fio may write notes before its JSON.
+/// The JSON in a program's output. fio may write notes before it.
 fn json(output: &Output) -> Result<Value> {
     let text = String::from_utf8_lossy(&output.stdout);
     let start = text.find('{').context("no JSON in the output")?;
@@ -480,7 +482,7 @@ fn summary(sample: &Sample) -> String {
     let figure = |metric: &Metric| {
         let is_shown = idle == matches!(metric, Metric::ConnectS | Metric::OwnKibPerDisk);
         let value = sample.figures.get(metric).filter(|_| is_shown)?;
-        Some(format!("{} {}", crate::report::figure(*value), metric.title()))
+        Some(format!("{} {}", figures::figure(*value), metric.title()))
     };
     show.iter().filter_map(figure).collect::<Vec<_>>().join(", ")
 }
@@ -502,7 +504,7 @@ mod test {
     }
 
     #[test]
-    fn slices_take_the_place_of_turns_only_in_what_they_show() {
+    fn slices_replace_turns_only_in_the_figure_that_they_show() {
         let turn = BTreeMap::from([(Metric::Iops, 1.0), (Metric::MeanUs, 2.0)]);
         let sample = Sample { figures: turn, latency_cdf: Vec::new() };
         let mut entry = Entry { samples: vec![sample], ..Entry::new(Contender::default()) };

@@ -1,4 +1,4 @@
-//! What one turn of a contender has shown, read from blkload's or fio's JSON.
+//! The figures of one turn, read from blkload's or fio's JSON.
 
 use std::collections::BTreeMap;
 
@@ -6,13 +6,13 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// A figure of a turn.
+/// What a figure of a turn says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Metric {
-    /// Requests answered a second.
+    /// Requests answered per second.
     Iops,
-    /// Millions of bytes a second.
+    /// Millions of bytes per second.
     MbPerS,
     /// Mean latency in microseconds.
     MeanUs,
@@ -22,21 +22,21 @@ pub enum Metric {
     P99Us,
     /// 99.9th percentile of the latency in microseconds.
     P999Us,
-    /// CPU time of the backend for each request, in microseconds.
+    /// CPU time of the backend per request, in microseconds.
     CpuUsPerIo,
     /// CPU time of the backend in percent of a core.
     CpuPercent,
-    /// Memory of the backend's own (anonymous: not its code, nor the guests' pages) over the number
-    /// of disks, in KiB.
+    /// Anonymous memory of the backend, without its code and the guests' pages, divided by the number of
+    /// disks, in KiB.
     OwnKibPerDisk,
     /// Seconds from the backend's start until all disks are connected.
     ConnectS,
-    /// Requests of neighbours answered a second, all neighbours together.
+    /// Requests answered per second for all neighbours together.
     NeighbourIops,
 }
 
 impl Metric {
-    /// Whether more of it is better.
+    /// Whether a higher figure is better.
     pub fn more_is_better(self) -> bool {
         matches!(self, Metric::Iops | Metric::MbPerS | Metric::NeighbourIops)
     }
@@ -59,22 +59,22 @@ impl Metric {
     }
 }
 
-/// What only requests that were answered have.
+/// Figures that exist only if requests were answered.
 const LATENCIES: [Metric; 4] = [Metric::MeanUs, Metric::P50Us, Metric::P99Us, Metric::P999Us];
 
 /// One turn of a contender.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
-    /// What is known of it.
+    /// All known figures.
     pub figures: BTreeMap<Metric, f64>,
-    /// Its latencies: microseconds, and the percent of requests that took at most that. For plots
-    /// only: they would be most of a report's JSON.
+    /// The latencies' distribution: microseconds, and the percent of requests that took no longer. Only
+    /// for plots: it would be most of the report's JSON.
     #[serde(skip)]
     pub latency_cdf: Vec<(f64, f64)>,
 }
 
 impl Sample {
-    /// From what `blkload --json` wrote for this number of disks.
+    /// Reads what `blkload --json` wrote for this number of disks.
     pub fn of_blkload(json: &Value, disks: u32) -> Result<Sample> {
         let number = |path: &str| json.pointer(path).and_then(Value::as_f64);
         let mut figures: BTreeMap<Metric, f64> = [
@@ -98,16 +98,16 @@ impl Sample {
         .filter_map(|(metric, path, scale)| Some((metric, number(path)? * scale)))
         .collect();
         if figures.contains_key(&Metric::NeighbourIops) {
-            // The backend's work for them would count as work for the measured requests.
+            // The backend's work for the neighbours would count as work for the measured requests.
             figures.remove(&Metric::CpuUsPerIo);
         }
         if figures.get(&Metric::Iops) == Some(&0.0) {
-            // No request, no latency: not one of 0.
+            // Without requests the latency is unknown, not 0.
             figures.retain(|metric, _| !LATENCIES.contains(metric));
         }
         let points = json.pointer("/total/latency/cdf").and_then(Value::as_array);
         let latency_cdf = points
-            .context("blkload wrote no latencies")?
+            .context("blkload reported no latencies")?
             .iter()
             .filter_map(|point| {
                 Some((point["value_ns"].as_f64()? / 1e3, point["percentile"].as_f64()?))
@@ -116,11 +116,11 @@ impl Sample {
         Ok(Sample { figures, latency_cdf })
     }
 
-    /// From what `fio --output-format=json` wrote about one job, the CPU time of its process, and what
-    /// of that it took to start. fio's own account of its CPU time misses the kernel's threads that
-    /// serve its io_uring.
+    /// Reads what `fio --output-format=json` wrote about one job. `cpu_us` is the CPU time of fio's process,
+    /// `start_us` the part of it that fio's start took. fio's own figure for its CPU time misses the kernel's
+    /// threads that serve its io_uring.
     pub fn of_fio(json: &Value, cpu_us: f64, start_us: f64) -> Result<Sample> {
-        let job = json.pointer("/jobs/0").context("fio wrote of no job")?;
+        let job = json.pointer("/jobs/0").context("fio reported no job")?;
         let side = ["read", "write"]
             .into_iter()
             .map(|side| &job[side])
@@ -144,7 +144,7 @@ impl Sample {
         ]);
         let percentiles = side.pointer("/lat_ns/percentile").and_then(Value::as_object);
         let mut latency_cdf: Vec<(f64, f64)> = percentiles
-            .context("fio wrote no latencies")?
+            .context("fio reported no latencies")?
             .iter()
             .filter_map(|(percent, ns)| Some((ns.as_f64()? / 1e3, percent.parse().ok()?)))
             .collect();
@@ -174,12 +174,16 @@ mod test {
         assert_eq!(sample.figures[&Metric::MeanUs], 1.5);
         assert_eq!(sample.figures[&Metric::OwnKibPerDisk], 10.0);
         assert_eq!(sample.figures[&Metric::ConnectS], 0.25);
-        assert_eq!(sample.figures.get(&Metric::CpuUsPerIo), None, "no I/O, no cost of one");
+        assert_eq!(
+            sample.figures.get(&Metric::CpuUsPerIo),
+            None,
+            "without I/O there is no cost per I/O"
+        );
         assert_eq!(sample.latency_cdf, [(1.0, 10.0)]);
     }
 
     #[test]
-    fn who_is_starved_has_no_latency() {
+    fn a_starved_contender_has_no_latency() {
         let latency = json!({"mean_ns": 0.0, "p50_ns": 0, "p99_ns": 0, "p999_ns": 0, "cdf": []});
         let json = json!({ "total": {"iops": 0.0, "latency": latency} });
         let figures = Sample::of_blkload(&json, 1).unwrap().figures;
@@ -187,7 +191,7 @@ mod test {
     }
 
     #[test]
-    fn what_neighbours_cost_is_no_cost_of_the_measured_requests() {
+    fn the_cost_of_neighbours_does_not_count_for_the_measured_requests() {
         let of = |neighbours: Value| {
             let total = json!({"backend": {"cpu_us_per_io": 2.5}, "latency": {"cdf": []}});
             let json = json!({ "total": total, "neighbours": neighbours });
@@ -209,7 +213,7 @@ mod test {
         });
         let sample = Sample::of_fio(&json!({ "jobs": [job] }), 1.2e6, 2e5).unwrap();
         assert_eq!(sample.figures[&Metric::CpuUsPerIo], 1000.0);
-        assert_eq!(sample.figures[&Metric::CpuPercent], 50.0, "a second of two");
+        assert_eq!(sample.figures[&Metric::CpuPercent], 50.0, "one second of two");
         assert_eq!(sample.figures[&Metric::MeanUs], 2.5);
         assert_eq!(sample.latency_cdf, [(2.0, 50.0), (9.0, 99.0), (9.9, 99.9)]);
         assert!(Sample::of_fio(&json!({ "jobs": [] }), 0.0, 0.0).is_err());

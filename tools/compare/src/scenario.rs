@@ -1,4 +1,4 @@
-//! What is measured and what is aimed at, as `perf/scenarios/*.toml` say it.
+//! Scenarios: what is measured and the goals, from `perf/scenarios/*.toml`.
 
 use std::fs;
 use std::num::NonZeroU32;
@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::contender::{Contender, Kind};
+use crate::load::{Load, Split, Wait};
 use crate::sample::Metric;
 
 /// One file of the folder.
@@ -18,29 +19,28 @@ pub struct Scenario {
     /// The file's name without `.toml`.
     #[serde(skip_deserializing)]
     pub name: String,
-    /// In words.
+    /// A description.
     pub about: String,
     /// What holds the disks.
     pub backing: Backing,
-    /// Part of a quick run.
+    /// Whether a quick run includes it.
     #[serde(default = "yes")]
     pub quick: bool,
-    /// Goals are judged by [`crate::slices`] of this length in milliseconds: for storage that changes its
-    /// pace between turns.
+    /// Length in milliseconds of the [`crate::slices`] that goals are judged by, for storage whose speed
+    /// changes between turns.
     pub slice_ms: Option<NonZeroU32>,
     /// The load.
     pub load: Load,
-    /// What the load becomes for a backend without indirect requests, as a guest's kernel splits
-    /// its own.
+    /// How the load is split for a backend without indirect requests, as a guest's kernel would split it.
     pub split: Option<Split>,
-    /// The load with one of its values replaced, or another number of workers.
+    /// A value of the load, or the number of workers, that varies.
     pub vary: Option<Vary>,
-    /// Who takes turns, in this order.
+    /// The contenders, in the order of their turns.
     pub contenders: Vec<Contender>,
-    /// What is aimed at.
+    /// The goals.
     #[serde(default)]
     pub goals: Vec<Goal>,
-    /// A plot of the latencies' distribution.
+    /// Whether to plot the latencies' distribution.
     #[serde(default)]
     pub latency_cdf: bool,
 }
@@ -57,47 +57,7 @@ pub enum Backing {
     Ext4,
 }
 
-/// The load of the disks.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Load {
-    /// Reads among 100 requests: 100 or 0, which fio can do, too.
-    pub read: u32,
-    /// Block after block instead of random blocks.
-    pub sequential: bool,
-    /// KiB of each request.
-    pub block_kib: u32,
-    /// Requests in flight on each disk.
-    pub depth: u32,
-    /// How it waits for responses.
-    pub wait: Wait,
-    /// Disks, each of a guest of its own up to 100 guests.
-    pub disks: u32,
-    /// No requests at all.
-    pub idle: bool,
-}
-
-/// How a load waits for responses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Wait {
-    /// It polls, and never asks to be notified.
-    Busy,
-    /// It sleeps until it is notified, as a guest does.
-    Block,
-}
-
-/// A load's requests cut into smaller ones, with the same number of bytes in flight.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct Split {
-    /// KiB of each request.
-    pub block_kib: u32,
-    /// Requests in flight on each disk.
-    pub depth: u32,
-}
-
-/// Which value is replaced, and by what in turn.
+/// The value that varies, and what it becomes in turn.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Vary {
@@ -105,54 +65,40 @@ pub enum Vary {
     Depth(Vec<u32>),
     /// [`Load::disks`].
     Disks(Vec<u32>),
-    /// polldisk's workers, and [`Load::disks`] with them: a disk for each.
+    /// polldisk's workers, with one disk for each of them.
     Workers(Vec<u32>),
 }
 
-/// What is aimed at.
+/// A bound that a contender's figure should meet.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Goal {
-    /// Of which figure.
+    /// Which figure.
     pub metric: Metric,
-    /// Whose.
+    /// Whose figure.
     #[serde(default)]
     pub of: Contender,
-    /// Its ratio to the best of these is what counts: a kind of contender (`qemu`) or one
+    /// The figure is divided by that of the best of these contenders: all of a kind (`qemu`) or a single one
     /// (`polldisk:workers=1`).
     pub over: Option<String>,
-    /// Its difference from the best of these is what counts.
+    /// The figure of the best of these contenders is subtracted.
     pub beyond: Option<String>,
-    /// The least that meets it.
+    /// The least that meets the goal.
     pub at_least: Option<f64>,
-    /// The most that meets it.
+    /// The most that meets the goal.
     pub at_most: Option<f64>,
 }
 
-/// A scenario's load and contenders with the varying value filled in.
+/// A scenario's load and contenders, with one of the varying values filled in.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Case {
     /// The varying value.
     pub at: Option<u32>,
-    /// All of the load.
+    /// The load.
     pub load: Load,
-    /// Who takes turns, in the scenario's order. Its turns name each.
+    /// The contenders, in the scenario's order. Not in the JSON, since the turns name them.
     #[serde(skip)]
     pub contenders: Vec<Contender>,
-}
-
-impl Default for Load {
-    fn default() -> Load {
-        Load {
-            read: 100,
-            sequential: false,
-            block_kib: 4,
-            depth: 32,
-            wait: Wait::Busy,
-            disks: 1,
-            idle: false,
-        }
-    }
 }
 
 fn yes() -> bool {
@@ -160,7 +106,7 @@ fn yes() -> bool {
 }
 
 impl Scenario {
-    /// Reads all of a folder, in the order of their names.
+    /// Reads all scenarios of a folder, in the order of their names.
     pub fn read_all(folder: &Path) -> Result<Vec<Scenario>> {
         let entries = fs::read_dir(folder)
             .with_context(|| format!("cannot read the scenarios in {}", folder.display()))?;
@@ -177,7 +123,7 @@ impl Scenario {
             .collect()
     }
 
-    /// Reads one.
+    /// Reads one scenario.
     pub fn parse(name: &str, text: &str) -> Result<Scenario> {
         let scenario: Scenario = toml::from_str(text)?;
         let scenario = Scenario { name: name.to_owned(), ..scenario };
@@ -189,7 +135,7 @@ impl Scenario {
         ensure!([0, 100].contains(&self.load.read), "read = {}: give 0 or 100", self.load.read);
         ensure!(
             self.goals.is_empty() || self.vary.is_none(),
-            "goals belong to a scenario without vary: nothing says which of its values they mean"
+            "a scenario with vary can't have goals: they would not say which of its values they mean"
         );
         for contender in &self.contenders {
             let kind = contender.kind();
@@ -199,7 +145,7 @@ impl Scenario {
             );
             ensure!(
                 kind != Kind::Echo || self.backing == Backing::Null,
-                "{contender}: the ring alone has nothing behind it"
+                "{contender}: it needs backing = \"null\", since it reads and writes nothing"
             );
             ensure!(
                 kind == Kind::Polldisk || self.cases().iter().all(|case| case.load.disks == 1),
@@ -207,25 +153,25 @@ impl Scenario {
             );
             ensure!(
                 *contender == Contender::default() || !matches!(self.vary, Some(Vary::Workers(_))),
-                "{contender}: its workers are those that vary has"
+                "{contender}: the number of workers comes from vary"
             );
             ensure!(
                 contender.beside().is_none() || self.load.wait == Wait::Busy && !self.load.idle,
-                "{contender}: a load that polls drives them, too: wait = \"busy\""
+                "{contender}: neighbours need a load that polls: wait = \"busy\""
             );
             ensure!(
                 contender.beside().is_none() || self.slice_ms.is_none(),
-                "{contender}: slices count what the neighbours read, too"
+                "{contender}: slices would count the neighbours' reads, too"
             );
         }
         if self.slice_ms.is_some() {
             ensure!(
                 self.backing == Backing::Ext4,
-                "slice_ms: only what goes to storage is counted in slices: backing = \"ext4\""
+                "slice_ms: slices count only I/O that reaches storage: backing = \"ext4\""
             );
             ensure!(
                 !self.goals.is_empty() && self.goals.iter().all(|goal| goal.metric == Metric::Iops),
-                "slice_ms: slices are for goals, and they show IOPS only"
+                "slice_ms: slices need goals, and they measure only IOPS"
             );
         }
         self.goals.iter().try_for_each(|goal| self.check_goal(goal))
@@ -236,7 +182,7 @@ impl Scenario {
         self.slice_ms.map(|ms| Duration::from_millis(u64::from(ms.get())))
     }
 
-    /// Whether a goal is about it or compares with it.
+    /// Whether a goal is about this contender or compares with it.
     pub fn is_judged(&self, contender: &Contender) -> bool {
         let is_in = |goal: &Goal| {
             goal.of == *contender || goal.reference().is_some_and(|name| contender.is(name))
@@ -246,21 +192,21 @@ impl Scenario {
 
     fn check_goal(&self, goal: &Goal) -> Result<()> {
         let of = &goal.of;
-        ensure!(self.contenders.contains(of), "a goal of {of}, which is no contender");
+        ensure!(self.contenders.contains(of), "a goal of {of}, which is not a contender");
         if let Some(name) = goal.reference() {
             ensure!(
                 self.contenders.iter().any(|contender| contender.is(name)),
-                "a goal against {name}, which is no contender"
+                "a goal against {name}, which is not a contender"
             );
         }
         match (&goal.over, &goal.beyond, goal.at_least, goal.at_most) {
             (Some(_), Some(_), ..) => bail!("a goal has `over` or `beyond`, not both"),
             (_, _, Some(_), None) | (_, _, None, Some(_)) => Ok(()),
-            _ => bail!("a goal has either at_least or at_most"),
+            _ => bail!("a goal needs either at_least or at_most"),
         }
     }
 
-    /// What to run.
+    /// The cases to run: one, or one for each varying value.
     pub fn cases(&self) -> Vec<Case> {
         let fixed = Case { at: None, load: self.load.clone(), contenders: self.contenders.clone() };
         let Some(vary) = &self.vary else { return vec![fixed] };
@@ -290,34 +236,19 @@ impl Vary {
 }
 
 impl Case {
-    /// Cores that the largest of its backends keeps busy.
+    /// How many cores its largest backend keeps busy.
     pub fn backend_cores(&self) -> u32 {
         self.contenders.iter().map(Contender::cores).max().unwrap_or(0)
     }
 }
 
-impl Load {
-    /// Cores that its threads keep busy.
-    pub fn cores(&self) -> u32 {
-        if self.idle { 1 } else { self.disks }
-    }
-
-    /// The same for a backend without indirect requests.
-    pub fn split(&self, split: Option<Split>) -> Load {
-        match split {
-            None => self.clone(),
-            Some(Split { block_kib, depth }) => Load { block_kib, depth, ..self.clone() },
-        }
-    }
-}
-
 impl Goal {
-    /// Whom it is compared with.
+    /// The name of the contenders that the figure is compared with.
     pub fn reference(&self) -> Option<&str> {
         self.over.as_deref().or(self.beyond.as_deref())
     }
 
-    /// Whether a figure, ratio or difference meets it.
+    /// Whether a figure, ratio or difference meets the goal.
     pub fn is_met_by(&self, figure: f64) -> bool {
         self.at_least.is_none_or(|least| figure >= least)
             && self.at_most.is_none_or(|most| figure <= most)
@@ -372,7 +303,7 @@ mod test {
     }
 
     #[test]
-    fn so_many_workers_serve_as_many_disks() {
+    fn each_worker_serves_one_disk() {
         let text = "about = 'x'\nbacking = 'null'\ncontenders = ['polldisk']\nload = {}\n\
                     vary = { workers = [1, 4] }";
         let cases = Scenario::parse("x", text).unwrap().cases();
@@ -380,7 +311,7 @@ mod test {
         let (one, four) = ("polldisk".to_owned(), "polldisk:workers=4".to_owned());
         assert_eq!(cases.iter().map(of).collect::<Vec<_>>(), [(1, one), (4, four)]);
         let found = error(&text.replace("'polldisk'", "'polldisk:workers=2'"));
-        assert!(found.contains("its workers are those that vary has"), "{found}");
+        assert!(found.contains("the number of workers comes from vary"), "{found}");
         let found = error(&text.replace("'polldisk'", "'echo'"));
         assert!(found.contains("only polldisk is measured with several disks"), "{found}");
     }
@@ -393,12 +324,12 @@ mod test {
             ("depth = 8", "disks = 2", "qemu:iothread: only polldisk is measured with several"),
             ("\"qemu:iothread\"", "\"fio\"", "fio: fio needs a file"),
             ("\"qemu:iothread\"", "\"qemu:fast\"", "qemu:fast: no such setting"),
-            ("over = \"qemu\"", "over = \"fio\"", "a goal against fio, which is no contender"),
-            (", at_least = 8", "", "a goal has either at_least or at_most"),
+            ("over = \"qemu\"", "over = \"fio\"", "a goal against fio, which is not a contender"),
+            (", at_least = 8", "", "a goal needs either at_least or at_most"),
             ("at_least", "beyond = \"qemu\", at_least", "not both"),
             ("load =", "slice_ms = 0\nload =", "nonzero"),
-            ("load =", "slice_ms = 20\nload =", "only what goes to storage is counted"),
-            ("load =", "vary = { disks = [1] }\nload =", "goals belong to a scenario without vary"),
+            ("load =", "slice_ms = 20\nload =", "slices count only I/O that reaches storage"),
+            ("load =", "vary = { disks = [1] }\nload =", "a scenario with vary can't have goals"),
         ] {
             let found = error(&SOUND.replace(from, to));
             assert!(found.contains(why), "{to}: {found}");
@@ -411,11 +342,11 @@ mod test {
                     contenders = ['polldisk:beside=storm']\n\
                     goals = [{ metric = 'iops', of = 'polldisk:beside=storm', at_least = 1 }]";
         let found = error(text);
-        assert!(found.contains("a load that polls drives them, too"), "{found}");
+        assert!(found.contains("neighbours need a load that polls"), "{found}");
         let busy = text.replace("block", "busy");
         assert!(Scenario::parse("x", &busy).is_ok());
         let found = error(&busy.replace("load", "slice_ms = 20\nload"));
-        assert!(found.contains("slices count what the neighbours read, too"), "{found}");
+        assert!(found.contains("slices would count the neighbours' reads, too"), "{found}");
     }
 
     #[test]
@@ -428,7 +359,7 @@ mod test {
         let judged: Vec<_> = scenario.contenders.iter().filter(judged).collect();
         assert_eq!(judged, scenario.contenders[..3].iter().collect::<Vec<_>>());
         let found = error(&text.replace("iops", "mean_us"));
-        assert!(found.contains("they show IOPS only"), "{found}");
+        assert!(found.contains("they measure only IOPS"), "{found}");
     }
 
     #[test]

@@ -1,12 +1,12 @@
-//! Slices: contenders that run side by side, all but one stopped, for some milliseconds each.
+//! Slices: all contenders are started, and run in turn for some milliseconds each while the others are
+//! stopped.
 //!
-//! Storage that changes its pace from one second to the next is no common ground for turns that lie
-//! seconds apart. Neighbouring slices meet it at the same pace, and there are so many of them that
-//! little is left to chance.
+//! If the speed of storage changes from one second to the next, turns that lie seconds apart cannot be
+//! compared. Neighbouring slices see the same speed, and there are enough of them to average out chance.
 //!
-//! Who is stopped (SIGSTOP) keeps its requests in flight and finds them answered when it goes on:
-//! latencies would mean nothing. What counts is what the kernel knows of all alike, the bytes that
-//! they read from storage or wrote to it.
+//! A stopped contender (SIGSTOP) keeps its requests in flight and finds them answered when it continues,
+//! so latencies would mean nothing. Slices count only the bytes that the contender read from storage or
+//! wrote to it, which the kernel counts in the same way for every process.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek};
@@ -20,41 +20,42 @@ use core_affinity::CoreId;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Of a slice, before it counts: requests of the one before come back, and its own begin to flow.
+/// The start of a slice, which does not count: the previous slice's requests come back, and new ones
+/// begin to flow.
 const LEAD: Duration = Duration::from_millis(3);
 
-/// From one slice to the next.
+/// Pause between two slices.
 const GAP: Duration = Duration::from_millis(1);
 
-/// Requests flow when storage was used in this number of looks on end; a program that starts uses it, too,
-/// but not for so long.
+/// Requests flow once storage was used in this number of looks in a row. A starting program uses storage,
+/// too, but not for that long.
 const LOOKS: u32 = 20;
 
-/// From one look to the next.
+/// Pause between two looks.
 const LOOK: Duration = Duration::from_millis(10);
 
-/// How long requests may take to flow, and a program to end.
+/// How long it may take until requests flow, and until a program ends.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// What slices are made of.
+/// How slices are run.
 #[derive(Clone, Copy, Debug)]
 pub struct Slices {
-    /// How long each counts.
+    /// How long each slice counts.
     pub length: Duration,
-    /// So many of each contender.
+    /// Slices of each contender.
     pub count: usize,
     /// Bytes of a request.
     pub request_bytes: u32,
-    /// Requests write, else they read.
+    /// Whether requests write; otherwise they read.
     pub writes: bool,
-    /// Where whoever stops and continues them runs: not on a backend's core.
+    /// Core of the thread that stops and continues the contenders. It must not be a backend's.
     pub core: usize,
 }
 
 impl Slices {
-    /// Starts each of the command lines, which run until they are told to end, and gives the IOPS of
-    /// its slices. Neighbours of the same number are compared, so every other row runs backwards:
-    /// nobody is always the one behind the other.
+    /// Starts each of the command lines, which run until SIGTERM, and returns the IOPS of its slices.
+    /// Slices with the same number are compared, so every other row runs backwards: no contender always
+    /// follows the same other one.
     pub fn run(self, lines: &[Vec<String>], interrupted: &AtomicBool) -> Result<Vec<Vec<f64>>> {
         let run = || {
             core_affinity::set_for_current(CoreId { id: self.core });
@@ -88,23 +89,23 @@ impl Slices {
     }
 }
 
-/// A contender that runs only in its slices. Dropping it ends it.
+/// A contender that runs only in its slices. Dropping this ends the process.
 #[derive(Debug)]
 struct Stopped {
     process: Child,
-    /// What it writes, for the text of an error.
+    /// What the process prints, for the text of an error.
     output: File,
-    /// The kernel's account of the backend's I/O, once that is known.
+    /// The kernel's counters of the backend's I/O, once the backend is known.
     account: Option<File>,
-    /// The account's line that counts.
+    /// The name of the counter that is read.
     field: &'static str,
 }
 
 impl Stopped {
-    /// Starts it, lets its requests flow, and stops it.
+    /// Starts the contender, waits until its requests flow, and stops it.
     fn start(line: &[String], writes: bool) -> Result<Stopped> {
         let output = tempfile::tempfile()?;
-        // The kernel kills it where we are killed: nobody else would, as long as it is stopped.
+        // If this process is killed, the kernel kills the contender, which may be stopped for ever otherwise.
         let process = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", "--"])
             .args(line)
@@ -129,7 +130,7 @@ impl Stopped {
                 bail!("it ended ({status}): {}", self.said());
             }
             thread::sleep(LOOK);
-            // Until now the backend may not have been started.
+            // In earlier looks the backend may not have been started yet.
             self.account = File::open(format!("/proc/{}/io", self.backend())).ok();
             let bytes = self.bytes().unwrap_or(0);
             looks = if bytes > known { looks + 1 } else { 0 };
@@ -138,7 +139,7 @@ impl Stopped {
         Ok(())
     }
 
-    /// The process that serves the disk: the child of a load, or one that needs no backend.
+    /// The process that uses storage: the child of a load, or the contender itself if it has no child.
     fn backend(&self) -> u32 {
         let process = self.process.id();
         let children = fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
@@ -146,7 +147,7 @@ impl Stopped {
         first.unwrap_or(process)
     }
 
-    /// Bytes that it has read or written so far.
+    /// Bytes that the backend has read or written so far.
     fn bytes(&mut self) -> Result<u64> {
         let account = self.account.as_mut().context("no backend")?;
         let mut text = String::new();
@@ -200,9 +201,9 @@ mod test {
     #[repr(align(4096))]
     struct Block([u8; 4096]);
 
-    /// What the other tests start: it writes a block again and again.
+    /// A program for the other tests: it writes a block again and again.
     #[test]
-    #[ignore = "tests nothing"]
+    #[ignore = "a program for other tests"]
     fn writer() {
         let Some(path) = std::env::var_os(FILE) else { return };
         let file =
@@ -213,7 +214,7 @@ mod test {
         }
     }
 
-    /// A folder on a disk, as the programs that cargo builds are on one.
+    /// A folder on a disk: that of the programs which cargo builds.
     fn folder() -> tempfile::TempDir {
         tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()).unwrap()
     }
@@ -233,7 +234,7 @@ mod test {
     fn wait_for(mut done: impl FnMut() -> bool) {
         let end = Instant::now() + PATIENCE;
         while !done() {
-            assert!(Instant::now() < end, "not within {PATIENCE:?}");
+            assert!(Instant::now() < end, "not done within {PATIENCE:?}");
             thread::sleep(LOOK);
         }
     }
@@ -243,7 +244,7 @@ mod test {
         let folder = folder();
         let mut writer = Stopped::start(&writer_line(&folder, "x"), true).unwrap();
         let pid = Pid::from_raw(writer.process.id().try_into().unwrap());
-        // The signal reaches a process in its own time.
+        // The signal may take some time to reach the process.
         let mut before = 0;
         wait_for(|| std::mem::replace(&mut before, writer.bytes().unwrap()) == before);
         let stopped = writer.bytes().unwrap();
@@ -282,7 +283,7 @@ mod test {
     }
 
     #[test]
-    fn one_that_ends_at_once_is_an_error_with_what_it_said() {
+    fn a_contender_that_ends_at_once_is_an_error_with_its_output() {
         let error = Stopped::start(&shell("echo no such disk >&2; exit 3"), true).unwrap_err();
         assert_eq!(error.to_string(), "it ended (exit status: 3): no such disk");
     }

@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::contender::Contents;
 use crate::scenario::Backing;
 
-/// A disk that is no file.
+/// Size of a disk without a file.
 const NULL_BYTES: u64 = 8 << 30;
 
 const TMPFS_BYTES: u64 = 1 << 30;
@@ -21,19 +21,19 @@ const EXT4_BYTES: u64 = 1 << 30;
 /// Bytes written at a time.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// A file, removed with this.
+/// A disk's file, which is removed when this is dropped.
 #[derive(Debug)]
 pub struct Image {
     file: tempfile::NamedTempFile,
     bytes: u64,
 }
 
-/// Where files are, and on what.
+/// A folder for disks' files, and its filesystem.
 #[derive(Clone, Debug, Serialize)]
 pub struct Place {
-    /// What the scenarios call it.
+    /// The backing whose files it holds.
     pub backing: Backing,
-    /// The folder; of no interest elsewhere.
+    /// The folder. Not in the JSON, since it means nothing on other machines.
     #[serde(skip)]
     pub folder: PathBuf,
     /// The filesystem's type.
@@ -41,7 +41,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// Where a backing's files go; `None` where it has none.
+    /// The place for a backing's files; `None` if it has no files.
     pub fn of(backing: Backing, scratch: &Path) -> Result<Option<Place>> {
         let folder = match backing {
             Backing::Null => return Ok(None),
@@ -58,7 +58,7 @@ impl Place {
         if filesystem != expected {
             let folder = folder.display();
             output::say(format_args!(
-                "compare: {folder} is {filesystem}, not {expected}: so are its figures"
+                "compare: {folder} is on {filesystem}, so its figures are not those of {expected}"
             ));
         }
         Ok(Some(Place { backing, folder: folder.to_owned(), filesystem }))
@@ -67,7 +67,7 @@ impl Place {
 
 fn filesystem(folder: &Path) -> Result<String> {
     let output = Command::new("df").arg("--output=fstype").arg(folder).output()?;
-    // Below a heading.
+    // The first line is a heading.
     Ok(String::from_utf8_lossy(&output.stdout).lines().nth(1).unwrap_or("unknown").to_owned())
 }
 
@@ -88,7 +88,7 @@ impl Image {
         Ok(Image { file, bytes })
     }
 
-    /// As contenders are told.
+    /// The disk, as contenders' command lines need it.
     pub fn contents(&self) -> Contents {
         Contents { file: Some(self.file.path().display().to_string()), bytes: self.bytes }
     }
@@ -99,8 +99,8 @@ pub fn null() -> Contents {
     Contents { file: None, bytes: NULL_BYTES }
 }
 
-/// The same random megabyte again and again, each time with its number, so that no storage below
-/// can keep it as one.
+/// Writes the same random megabyte again and again, each time with its number in every sector, so that
+/// storage cannot deduplicate it.
 fn fill(mut file: &File, bytes: u64) -> Result<()> {
     let mut chunk = vec![0; CHUNK_BYTES];
     File::open("/dev/urandom")?.read_exact(&mut chunk)?;

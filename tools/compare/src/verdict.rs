@@ -1,46 +1,15 @@
-//! Whether a goal is met, as far as the rounds can tell.
+//! Whether goals are met, as far as the rounds can tell.
 //!
-//! In each round the goal's figure is taken from the contenders' turns of that round alone, or from
-//! neighbouring slices. Of these figures the median counts, and its interval: the range that holds
-//! the true median with a confidence of 90 %, whatever the figures' distribution is (order
-//! statistics). With fewer than five rounds nothing reaches that, and the range of all rounds stands
-//! for it.
+//! In each round the goal's figure comes from the contenders' turns of that round alone, or from
+//! neighbouring slices. The interval of these figures' median is judged ([`Interval::of`]).
 
-use std::f64::consts::LN_2;
-
+use figures::{Interval, Verdict, within_rounds};
 use serde::Serialize;
 
 use crate::contender::Contender;
 use crate::run::{Entry, Outcome};
 use crate::sample::Metric;
 use crate::scenario::Goal;
-
-const CONFIDENCE: f64 = 0.9;
-
-/// What the rounds say of a goal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Verdict {
-    /// All of the interval meets it.
-    Met,
-    /// None of it does.
-    Missed,
-    /// The bound lies within: this machine was too noisy to tell.
-    Noisy,
-    /// There are no figures.
-    NotMeasured,
-    /// This machine has too few cores.
-    NotPossible,
-}
-
-/// A median and where the true one may lie.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-#[expect(missing_docs, reason = "the names say it")]
-pub struct Interval {
-    pub median: f64,
-    pub low: f64,
-    pub high: f64,
-}
 
 /// A goal judged.
 #[derive(Clone, Debug, Serialize)]
@@ -51,52 +20,10 @@ pub struct Judged {
     pub figure: Option<Interval>,
     /// The contender's own figure.
     pub own: Option<Interval>,
-    /// Whom it was compared with, the best of those that the goal allows, and that one's figure.
+    /// The best of the contenders that the goal compares with, and its figure.
     pub reference: Option<(Contender, Interval)>,
-    /// What follows.
+    /// Whether the goal is met.
     pub verdict: Verdict,
-}
-
-impl Interval {
-    /// Of at least one figure.
-    pub fn of(figures: &[f64]) -> Option<Interval> {
-        let mut sorted = figures.to_vec();
-        sorted.sort_by(f64::total_cmp);
-        let (count, middle) = (sorted.len(), sorted.len() / 2);
-        let median = match count {
-            0 => return None,
-            _ if count.is_multiple_of(2) => f64::midpoint(sorted[middle - 1], sorted[middle]),
-            _ => sorted[middle],
-        };
-        let cut = cut(count);
-        Some(Interval { median, low: sorted[cut], high: sorted[count - 1 - cut] })
-    }
-
-    fn verdict(&self, goal: &Goal) -> Verdict {
-        match [self.low, self.high].map(|figure| goal.is_met_by(figure)) {
-            [true, true] => Verdict::Met,
-            [false, false] => Verdict::Missed,
-            _ => Verdict::Noisy,
-        }
-    }
-}
-
-/// How many of the smallest and of the largest of `count` figures may be left out of an interval
-/// that still holds the median with confidence: the true median has at most `cut` of the figures
-/// on one side of it as seldom as a coin falls so in as many tosses.
-fn cut(count: usize) -> usize {
-    // As logarithms: the numbers of ways and of tosses' outcomes outgrow an f64 from a thousand on.
-    let ln_outcomes = count as f64 * LN_2;
-    let mut ln_ways = 0.0;
-    let mut seldom = 0.0;
-    for cut in 0..count / 2 {
-        seldom += f64::exp(ln_ways - ln_outcomes);
-        if 1.0 - 2.0 * seldom < CONFIDENCE {
-            return cut.saturating_sub(1);
-        }
-        ln_ways += f64::ln((count - cut) as f64 / (cut + 1) as f64);
-    }
-    0
 }
 
 /// Judges all goals of a scenario.
@@ -117,15 +44,9 @@ fn judge_goal(goal: &Goal, entries: &[Entry]) -> Judged {
     let compared: Option<Vec<f64>> = match (goal.reference(), &reference) {
         (None, _) => Some(own.clone()),
         (Some(_), None) => None,
-        (Some(_), Some((_, theirs))) => Some(
-            own.iter()
-                .zip(theirs)
-                .map(|(own, theirs)| match goal.over {
-                    Some(_) => own / theirs,
-                    None => own - theirs,
-                })
-                .collect(),
-        ),
+        (Some(_), Some((_, theirs))) => Some(within_rounds(&own, theirs, |own, theirs| {
+            if goal.over.is_some() { own / theirs } else { own - theirs }
+        })),
     };
     let figure = compared.and_then(|figures| Interval::of(&figures));
     Judged {
@@ -134,11 +55,11 @@ fn judge_goal(goal: &Goal, entries: &[Entry]) -> Judged {
         own: Interval::of(&own),
         reference: reference
             .and_then(|(contender, theirs)| Some((contender, Interval::of(&theirs)?))),
-        verdict: figure.map_or(Verdict::NotMeasured, |figure| figure.verdict(goal)),
+        verdict: Verdict::of(figure, |figure| goal.is_met_by(figure)),
     }
 }
 
-/// The contender with the best median of those that a name means, with its figures.
+/// The contender with the best median among those that `name` means, and its figures.
 pub fn best<'a>(
     entries: impl IntoIterator<Item = &'a Entry>,
     name: &str,
@@ -184,17 +105,6 @@ mod test {
     const TWICE: &str = "metric = 'iops'\nover = 'qemu'\nat_least = 2.0";
 
     #[test]
-    fn outliers_are_left_out_as_far_as_the_number_of_rounds_allows() {
-        // Confidence of the range of all: 1 - 2 / 2^n. Tables give the others (two-sided, 90 %).
-        assert_eq!([1, 2, 3, 5, 7, 8, 10, 11, 15, 20].map(cut), [0, 0, 0, 0, 0, 1, 1, 2, 3, 5]);
-        // Of many, by the normal distribution: half of them, less 1.645 times half the root, less one.
-        assert_eq!([600, 2400, 10_000].map(cut), [279, 1159, 4917]);
-        let interval = Interval::of(&[9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 100.0]).unwrap();
-        assert_eq!(interval, Interval { median: 4.5, low: 2.0, high: 9.0 });
-        assert_eq!(Interval::of(&[]), None);
-    }
-
-    #[test]
     fn rounds_that_agree_decide() {
         let polldisk = entry("polldisk", &[30.0, 40.0, 50.0]);
         let judged = |qemu: &[f64]| {
@@ -215,7 +125,7 @@ mod test {
     }
 
     #[test]
-    fn the_best_setting_is_the_reference_and_a_failed_one_is_none() {
+    fn the_best_setting_is_the_reference_and_a_failed_one_never_is() {
         let mut failed = entry("qemu:iothread,native", &[1000.0]);
         failed.failed = Some("not in this build".to_owned());
         let entries = [

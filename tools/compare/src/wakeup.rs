@@ -1,23 +1,22 @@
-//! What it costs here to wake a thread that sleeps on another core.
+//! What it costs on this machine to wake a thread that sleeps on another core.
 //!
-//! A backend whose guest sleeps has to wake it once for each batch of requests, whatever else it does,
-//! so this is in the CPU time of every backend. In a virtual machine it is mostly an exit to the host.
+//! A backend has to wake a sleeping guest once for each batch of requests, so this cost is part of every
+//! backend's CPU time. In a virtual machine most of it is an exit to the host.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use core_affinity::CoreId;
-
-use crate::verdict::Interval;
+use figures::Interval;
 
 const WAKE_UPS: usize = 2_000;
 
-/// Long enough for the other core to have gone to sleep, too.
+/// Pause between two wake-ups: long enough for the other core to fall asleep, too.
 const SLEEP: Duration = Duration::from_micros(60);
 
-/// Microseconds of the waking thread for each of many wake-ups, from `cores[0]` to `cores[1]`; `None`
-/// where there are no two.
+/// Microseconds that each of many wake-ups takes the waking thread on `cores[0]`; the other thread sleeps on
+/// `cores[1]`. `None` if there are fewer than two cores.
 pub fn measure(cores: &[usize]) -> Option<Interval> {
     let &[waking, sleeping, ..] = cores else { return None };
     let stop = AtomicBool::new(false);

@@ -1,7 +1,7 @@
 //! Commands for dom0 and the guests, over a byte stream that `agent/agent` serves at the other end.
 //!
-//! The script's head describes the two kinds of line. Commands run side by side: [`Agent::start`]
-//! sends one, [`Agent::finish`] waits for its answer, whatever else is answered before it.
+//! The script's first lines describe the two kinds of line. Commands run side by side: [`Agent::start`]
+//! sends one, [`Agent::finish`] waits for its answer; other commands may be answered first.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -15,13 +15,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use base64::prelude::{BASE64_STANDARD, Engine as _};
 
-/// How long a command may run when its author names no other limit.
+/// How long a command may run by default.
 ///
 /// Limits of commands are in the machine's own time, which is slower than the host's while the
-/// machine works: a busy host makes nothing fail.
+/// machine works, so no command fails because the host is busy.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// How long the lab waits by its own clock, for a machine that no longer answers at all.
+/// How long the lab waits, by the host's clock, for a machine that no longer answers.
 const HANG: Duration = Duration::from_secs(900);
 
 /// What a command printed and how it ended.
@@ -37,7 +37,7 @@ pub struct Output {
 
 /// A command that was started and not yet answered.
 #[derive(Debug)]
-#[must_use = "a job says how it ended only to `Agent::finish`"]
+#[must_use = "only `Agent::finish` says how a job ended"]
 pub struct Job {
     id: u32,
     command: String,
@@ -72,7 +72,7 @@ impl Agent {
         Ok(Self { name: name.into(), stream, lines, answers: HashMap::new(), last_id: 0 })
     }
 
-    /// Waits until the agent says that it takes commands.
+    /// Waits until the agent is ready for commands.
     pub fn wait_ready(&mut self) -> Result<()> {
         let deadline = Instant::now() + HANG;
         loop {
@@ -86,7 +86,7 @@ impl Agent {
         }
     }
 
-    /// Starts a command; `None` lets it run as long as the machine does.
+    /// Starts a command. Without a limit it may run as long as the machine does.
     pub fn start(&mut self, command: &str, limit: Option<Duration>) -> Result<Job> {
         self.last_id += 1;
         let id = self.last_id;
@@ -122,13 +122,13 @@ impl Agent {
         self.answers.contains_key(&job.id)
     }
 
-    /// Runs a command to its end, whatever its status.
+    /// Runs a command to its end and accepts any status.
     pub fn run(&mut self, command: &str, limit: Duration) -> Result<Output> {
         let job = self.start(command, Some(limit))?;
         self.finish(job)
     }
 
-    /// Runs a command that must succeed; returns what it printed, without the last line's end.
+    /// Runs a command that must succeed; returns what it printed, without the final line break.
     pub fn ask(&mut self, command: &str) -> Result<String> {
         self.ask_within(command, PATIENCE)
     }
@@ -156,7 +156,7 @@ impl Agent {
     }
 }
 
-/// The emulator makes its sockets a moment after its start.
+/// Connects as soon as the socket exists: the emulator makes its sockets a moment after its start.
 fn connect_soon(socket: &Path, limit: Duration) -> std::io::Result<UnixStream> {
     let deadline = Instant::now() + limit;
     loop {
@@ -176,7 +176,7 @@ fn read_lines(mut input: impl BufRead, mut log: File, lines: &Sender<Line>) {
     let mut bytes = Vec::new();
     while input.read_until(b'\n', &mut bytes).is_ok_and(|count| count > 0) {
         let line = String::from_utf8_lossy(&bytes);
-        // The log is for a human: answers are in base64, and he finds their texts in the errors.
+        // The log is for people, who cannot read the base64 of answers. Errors show their text.
         match parse_line(&line) {
             Some(line) => {
                 if lines.send(line).is_err() {
@@ -194,11 +194,11 @@ fn request(id: u32, limit: Option<Duration>, command: &str) -> String {
     format!("{id} {seconds} {}\n", BASE64_STANDARD.encode(command))
 }
 
-/// Reads one line; `None` is noise. An answer whose fields do not add up is still that job's answer.
+/// Reads one line; `None` if it is noise. An answer with damaged fields is still the answer of its job.
 fn parse_line(line: &str) -> Option<Line> {
-    // The kernel may have left an unfinished line of its own before ours.
+    // The kernel may have printed part of a line first.
     let (_, line) = line.split_once('@')?;
-    // The last field may be empty: only the line's end goes, which a console writes as two bytes.
+    // Spaces stay, since the last field may be empty. A console ends a line with two bytes.
     let line = line.trim_end_matches(['\r', '\n']);
     if line == "ready" {
         return Some(Line::Ready);
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_below_a_second_is_not_no_limit() {
+    fn a_limit_below_a_second_is_still_a_limit() {
         assert!(request(1, Some(Duration::from_millis(1)), "x").starts_with("1 1 "));
     }
 

@@ -1,6 +1,6 @@
-//! Who serves the disks: polldisk, or one of the two backends it replaces.
+//! The backends: polldisk, and the two that it replaces.
 //!
-//! The other two prove that a failing scenario is polldisk's failure and not the lab's.
+//! If a scenario passes with the other two, its failure is polldisk's and not the lab's.
 
 use std::time::Duration;
 
@@ -22,9 +22,9 @@ const RELEASE_CHECKS: u32 = 10;
 pub enum Backend {
     /// The daemon under test.
     Polldisk,
-    /// QEMU's own, which libxl starts with each guest.
+    /// QEMU's backend, which libxl starts with each guest.
     Qdisk,
-    /// The kernel's own.
+    /// The kernel's backend.
     Blkback,
 }
 
@@ -38,7 +38,7 @@ pub enum Storage<'a> {
 }
 
 impl Backend {
-    /// All of them.
+    /// All backends.
     pub const ALL: [Self; 3] = [Self::Polldisk, Self::Qdisk, Self::Blkback];
 
     /// Its name on the command line and in reports.
@@ -50,7 +50,7 @@ impl Backend {
         }
     }
 
-    /// Makes the backend ready for guests, with this many queues to offer or as it does by itself.
+    /// Makes the backend ready for guests. It offers this number of queues, or its default.
     pub fn start(self, dom0: &mut Agent, queues: Option<u32>) -> Result<Option<Daemon>> {
         let option = |name| queues.map_or_else(String::new, |queues| format!("{name}{queues}"));
         match self {
@@ -93,7 +93,7 @@ impl Backend {
         })
     }
 
-    /// The type in the disks' xenstore paths.
+    /// The backend's type in the disks' xenstore paths.
     pub fn xenstore_type(self) -> &'static str {
         match self {
             Self::Polldisk | Self::Blkback => "vbd",
@@ -121,12 +121,12 @@ pub struct Disk {
     pub flushes: u64,
 }
 
-/// What a daemon holds of the kernel.
+/// The kernel resources that a daemon holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footprint {
     /// Open file descriptors.
     pub fds: usize,
-    /// Threads, besides those that come and go as they are needed.
+    /// Threads, except those that start and end as needed.
     pub threads: usize,
     /// Mappings of granted pages.
     pub grant_mappings: usize,
@@ -159,18 +159,17 @@ impl Daemon {
         !dom0.has_ended(&self.job)
     }
 
-    /// The disks it serves.
+    /// The disks that the daemon serves.
     pub fn list(&self, dom0: &mut Agent) -> Result<Vec<Disk>> {
         let text = dom0.ask("polldisk list --json")?;
         serde_json::from_str(&text).with_context(|| format!("polldisk list --json: {text}"))
     }
 
-    /// What it holds now.
+    /// What the daemon holds now.
     pub fn footprint(&self, dom0: &mut Agent) -> Result<Footprint> {
         let proc = format!("/proc/{}", self.pid);
-        // Some threads start when they are needed and end when they have had nothing to do for a
-        // while: the kernel's for io_uring (iou-wrk-N), those that discard, and those that open and
-        // close storage.
+        // Some threads start when needed and end when they have been idle for a while: the kernel's for
+        // io_uring (iou-wrk-N), those that discard, and those that open and close storage.
         let text = dom0.ask(&format!(
             "ls {proc}/fd | wc -l
              grep -LE '^(iou-wrk|discard|storage)' {proc}/task/*/comm | wc -l
@@ -179,7 +178,8 @@ impl Daemon {
         parse_footprint(&text).with_context(|| format!("the daemon's footprint: {text}"))
     }
 
-    /// Waits until it holds what it held once: an area in xenstore may go before the last file closes.
+    /// Waits until the daemon holds what it held earlier. The last file may close only after an area in
+    /// xenstore is gone.
     pub fn expect_footprint(&self, dom0: &mut Agent, earlier: Footprint) -> Result<()> {
         let mut now = self.footprint(dom0)?;
         for _ in 0..RELEASE_CHECKS {
@@ -189,10 +189,10 @@ impl Daemon {
             dom0.ask("sleep 0.5")?;
             now = self.footprint(dom0)?;
         }
-        bail!("polldisk holds {now:?}, earlier {earlier:?}")
+        bail!("polldisk holds {now:?}; earlier it held {earlier:?}")
     }
 
-    /// Ends the daemon as a service manager does; it must leave in order.
+    /// Ends the daemon as a service manager does; it must exit with status 0.
     pub fn stop(self, dom0: &mut Agent) -> Result<()> {
         let pid = self.pid;
         dom0.ask(&format!("kill -TERM {pid}"))?;

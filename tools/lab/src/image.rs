@@ -1,7 +1,7 @@
-//! The images the lab boots: Xen, dom0's kernel, initramfs and root, and in that root the guests' own.
+//! The images that the lab boots: Xen, dom0's kernel, initramfs and root, which contains the guests' images.
 //!
 //! They are built once per key, a hash of everything they are made from, in a folder outside the
-//! checkout. A folder that bears its key's name is complete: it is built aside and then renamed.
+//! checkout. A folder named by a key is complete: it is built under another name and then renamed.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -15,27 +15,27 @@ use polldisk::output;
 
 use crate::qemu;
 
-/// The Debian release of dom0 and the guests: the one with Xen 4.17, and the one whose libc a
-/// polldisk built on that release needs.
+/// The Debian release of dom0 and the guests. It has Xen 4.17, and the libc that a polldisk built on it
+/// needs.
 const RELEASE: &str = "bookworm";
 
-/// Changes when this file builds something else from the same inputs.
+/// Must change when this file builds something else from the same inputs.
 const BUILDER_VERSION: u32 = 2;
 
 /// The Linux of dom0 and the guests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kernel {
-    /// That of [`RELEASE`].
+    /// The kernel of [`RELEASE`].
     Bookworm,
-    /// That of the release after it. Everything else stays.
+    /// The kernel of the next release. Everything else is still from [`RELEASE`].
     Trixie,
 }
 
 impl Kernel {
-    /// All there are.
+    /// All kernels.
     pub const ALL: [Kernel; 2] = [Kernel::Bookworm, Kernel::Trixie];
 
-    /// The release that has it.
+    /// The release that the kernel is from.
     pub fn release(self) -> &'static str {
         match self {
             Kernel::Bookworm => RELEASE,
@@ -51,23 +51,22 @@ impl Kernel {
     }
 }
 
-/// Debian's name of whatever kernel a release has.
+/// Debian's name for a release's kernel.
 const KERNEL_PACKAGE: &str = "linux-image-amd64";
 
-/// What a folder of the cache is made from: a Debian root with these packages, and what a script
-/// makes of it.
+/// How a folder of the cache is made: from a Debian root with these packages, by a script.
 #[derive(Debug, Hash)]
 struct Recipe {
     packages: &'static str,
-    /// Which kernel, where one is among the packages.
+    /// The kernel, if there is one among the packages.
     kernel: Kernel,
     /// Options for mmdebstrap.
     options: &'static [&'static str],
-    /// The script that makes the images, and those that go into them, by the name it knows them.
+    /// The script that makes the images, and the scripts that it puts into them, with the names it uses.
     scripts: &'static [(&'static str, &'static str)],
 }
 
-/// What every machine boots, with whichever kernel.
+/// The images that every machine boots. The kernel may be another one.
 const MACHINE: Recipe = Recipe {
     packages: include_str!("../image/packages"),
     kernel: Kernel::Bookworm,
@@ -90,7 +89,7 @@ const PROGRAMS: Recipe = Recipe {
     scripts: &[("pack", include_str!("../image/pack-programs"))],
 };
 
-/// Programs of the host and the packages that hold them.
+/// Programs that the host needs, and their packages.
 const HOST_PROGRAMS: [(&str, &str); 5] = [
     (qemu::PROGRAM, "qemu-system-x86"),
     ("mkfs.ext4", "e2fsprogs"),
@@ -107,7 +106,7 @@ pub fn ensure_built(kernel: Kernel) -> Result<PathBuf> {
 
 /// Builds the root with programs for guests unless the cache holds it; returns its file.
 ///
-/// It stays with the machine's images, because its modules fit their kernel only.
+/// It is kept with the machine's images, because its modules fit only their kernel.
 pub fn ensure_programs_built(machine: &Path) -> Result<PathBuf> {
     let folder = machine.join(format!("programs-{}", key(&PROGRAMS)));
     Ok(ensure_cached(&PROGRAMS, folder, Some(machine))?.join("programs.img"))
@@ -117,7 +116,7 @@ fn ensure_cached(recipe: &Recipe, folder: PathBuf, base: Option<&Path>) -> Resul
     check_host_programs()?;
     if !folder.exists() {
         output::say(format_args!(
-            "lab: building images, some minutes, once for {}",
+            "lab: building images in {}; this takes some minutes, but only once",
             folder.display()
         ));
         build(recipe, &folder, base).context("cannot build the lab's images")?;
@@ -126,7 +125,7 @@ fn ensure_cached(recipe: &Recipe, folder: PathBuf, base: Option<&Path>) -> Resul
 }
 
 fn build(recipe: &Recipe, folder: &Path, base: Option<&Path>) -> Result<()> {
-    let cache = folder.parent().context("the cache has no root")?;
+    let cache = folder.parent().context("the cache folder has no parent")?;
     fs::create_dir_all(cache).with_context(|| format!("cannot create {}", cache.display()))?;
     let aside = tempfile::Builder::new().prefix("building-").tempdir_in(cache)?;
     let (root, scripts, out) =
@@ -152,20 +151,20 @@ fn build(recipe: &Recipe, folder: &Path, base: Option<&Path>) -> Result<()> {
         ensure!(status.success(), "{status} from {command:?}\n{}", tail(&log));
     }
     match fs::rename(&out, folder) {
-        // Someone else was faster and has built the same.
+        // Another process has built the same meanwhile.
         Err(_) if folder.exists() => Ok(()),
         other => other.with_context(|| format!("cannot create {}", folder.display())),
     }
 }
 
-/// A root as a folder, from the host's own package sources.
+/// The command that makes a root as a folder, from the host's package sources.
 fn bootstrap(recipe: &Recipe, root: &Path, sources: &Path) -> Command {
     let mut command = Command::new("mmdebstrap");
-    // The lab boots from initramfs of its own: the kernel package need not make one.
+    // The lab has its own initramfs, so the kernel's package need not make one.
     command.env("INITRD", "No");
     command.args(["--mode=root", "--variant=essential", "--architectures=amd64"]);
     command.arg("--aptopt=APT::Install-Recommends \"false\"");
-    // Of another release comes only what is asked for by name.
+    // From another release, install only packages that are asked for by name.
     let ours = format!("/^{RELEASE}(|-security|-updates)$/");
     command.arg(format!("--aptopt=APT::Default-Release \"{ours}\""));
     for excluded in ["doc", "man", "locale"] {
@@ -183,8 +182,8 @@ fn pack(root: &Path, scripts: &Path, out: &Path, base: Option<&Path>) -> Command
     command
 }
 
-/// The machine's own sources for the release, in apt's one-line form, and where the kernel is another
-/// release's, that release from the same place.
+/// The host's package sources for the release, in apt's one-line form. If the kernel is from another
+/// release, that release from the same server follows.
 fn apt_sources(kernel: Kernel) -> Result<String> {
     let output = Command::new("apt-get")
         .args([
@@ -239,7 +238,7 @@ fn packages(recipe: &Recipe) -> Vec<String> {
     names.map(chosen).collect()
 }
 
-/// The hash of all that the images are made from; the packages' versions are those of the day.
+/// The hash of everything that the images are made from, except the packages' versions.
 fn key(recipe: &Recipe) -> String {
     key_of(&(BUILDER_VERSION, RELEASE, recipe))
 }
@@ -254,7 +253,7 @@ fn cache_folder() -> Result<PathBuf> {
     let set = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let cache = set("XDG_CACHE_HOME")
         .or_else(|| set("HOME").map(|home| home.join(".cache")))
-        .context("neither XDG_CACHE_HOME nor HOME is set: the lab has no place for its images")?;
+        .context("XDG_CACHE_HOME and HOME are not set: there is no folder for the lab's images")?;
     Ok(cache.join("polldisk/lab"))
 }
 
@@ -263,12 +262,12 @@ fn check_host_programs() -> Result<()> {
     let missing = missing_packages(|program| folders.iter().any(|dir| dir.join(program).exists()));
     if !missing.is_empty() {
         let missing = missing.join(" ");
-        bail!("the lab needs programs of this host: apt-get install {missing}");
+        bail!("the lab needs programs that this host lacks: apt-get install {missing}");
     }
     Ok(())
 }
 
-/// Where programs of the host are looked for: Debian keeps mkfs where only root's PATH looks.
+/// The PATH for the host's programs. Debian keeps mkfs in a folder that only root's PATH has.
 pub(crate) fn search_path() -> OsString {
     let mut path = env::var_os("PATH").unwrap_or_default();
     path.push(":/usr/sbin:/sbin");
@@ -315,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn comments_are_no_packages() {
+    fn comments_are_not_packages() {
         assert!(packages(&MACHINE).iter().any(|package| package == "xen-utils-4.17"));
         assert!(packages(&PROGRAMS).iter().any(|package| package == "stress-ng"));
         for recipe in [MACHINE, PROGRAMS] {
@@ -324,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn another_releases_kernel_is_all_that_is_taken_of_it() {
+    fn another_release_gives_nothing_but_its_kernel() {
         let with = |kernel| Recipe { kernel, ..MACHINE };
         let (bookworm, trixie) = (with(Kernel::Bookworm), with(Kernel::Trixie));
         let both = packages(&bookworm).into_iter().zip(packages(&trixie));

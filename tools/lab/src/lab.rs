@@ -1,4 +1,4 @@
-//! What a scenario works with: one boot, its steps, and its logs.
+//! A scenario's boot, steps and logs.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,12 +12,10 @@ use crate::agent::Agent;
 use crate::backend::{Backend, Daemon, Storage};
 use crate::image::Kernel;
 use crate::machine::{Binary, Equipment, Machine};
-use crate::qemu::Idle;
-use crate::report::{Report, Step};
-use crate::scenario::Scenario;
+use crate::report::Step;
 use crate::xen::{Boot, Guest, Size};
 
-/// What a failure needs from dom0, by the name of the log.
+/// What dom0 is asked after a failure: the log's name, and the command that fills it.
 const EVIDENCE: [(&str, &str); 6] = [
     ("xenstore", "xenstore-ls -fp"),
     ("dom0-dmesg", "dmesg"),
@@ -34,11 +32,11 @@ pub struct Options {
     pub kernel: Kernel,
     /// Who serves the disks.
     pub backend: Backend,
-    /// What the scenarios need in dom0: on the other backends that is no polldisk.
+    /// The programs that the scenarios need in dom0. polldisk is needed only on the backend of that name.
     pub binaries: Vec<Binary>,
-    /// The folder of all runs' logs.
+    /// The folder for the logs of all runs.
     pub logs: PathBuf,
-    /// Whether the logs of a scenario that passed stay.
+    /// Whether to keep the logs of scenarios that pass.
     pub keep_logs: bool,
 }
 
@@ -49,7 +47,7 @@ pub struct Lab {
     pub backend: Backend,
     /// Runs commands in dom0.
     pub dom0: Agent,
-    /// The scenario's name, before each line that is printed: others may run at the same time.
+    /// The scenario's name. Every printed line starts with it, since scenarios may run side by side.
     name: &'static str,
     machine: Machine,
     steps: Vec<Step>,
@@ -57,38 +55,6 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Runs one scenario on a machine of its own.
-    pub fn run(scenario: &Scenario, options: &Options) -> Result<Report> {
-        let start = Instant::now();
-        tell(format_args!("{}: on {}", scenario.name, options.backend.name()));
-        let logs = options.logs.join(scenario.name);
-        drop(fs::remove_dir_all(&logs));
-        fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
-        let logs = fs::canonicalize(&logs)?;
-
-        let equipment = Equipment {
-            kernel: options.kernel,
-            binaries: &options.binaries,
-            programs: scenario.programs,
-            idle: Idle::Passes,
-        };
-        let (steps, ()) = on_machine(scenario.name, equipment, options, &logs, scenario.run)
-            .with_context(|| format!("{}: failed, logs in {}", scenario.name, logs.display()))?;
-        let report = Report {
-            scenario: scenario.name.into(),
-            backend: options.backend.name().into(),
-            steps,
-            seconds: start.elapsed().as_secs_f64(),
-        };
-        if options.keep_logs {
-            fs::write(logs.join("report.json"), serde_json::to_string_pretty(&report)?)?;
-        } else {
-            fs::remove_dir_all(&logs)?;
-        }
-        tell(report.summary());
-        Ok(report)
-    }
-
     /// Does one step of the scenario and notes how long it took.
     pub fn step<T>(&mut self, name: &str, work: impl FnOnce(&mut Self) -> Result<T>) -> Result<T> {
         let start = Instant::now();
@@ -97,7 +63,7 @@ impl Lab {
         Ok(result)
     }
 
-    /// Notes a figure of the current step.
+    /// Adds a figure to the current step.
     pub fn figure(&mut self, name: &str, value: impl Into<f64>) {
         self.figures.insert(name.into(), value.into());
     }
@@ -107,7 +73,7 @@ impl Lab {
         self.backend.start(&mut self.dom0, None)
     }
 
-    /// [`Lab::start_backend`] with a number of queues to offer for each disk.
+    /// [`Lab::start_backend`], with this number of queues offered for each disk.
     pub fn start_backend_with_queues(&mut self, queues: u32) -> Result<Option<Daemon>> {
         self.backend.start(&mut self.dom0, Some(queues))
     }
@@ -132,7 +98,7 @@ impl Lab {
         Guest::create(&mut self.machine, &mut self.dom0, name, Boot::Kernel, size, disks)
     }
 
-    /// [`Lab::create_guest`] by a 32-bit boot loader, which must boot a kernel from one of the disks.
+    /// [`Lab::create_guest`] with a 32-bit boot loader, which must boot a kernel from one of the disks.
     pub fn create_guest_with_grub(&mut self, name: &str, disks: &[String]) -> Result<Guest> {
         let size = Size::default();
         Guest::create(&mut self.machine, &mut self.dom0, name, Boot::Grub32, size, disks)
@@ -148,7 +114,7 @@ impl Lab {
         self.steps.push(step);
     }
 
-    /// Saves what dom0 knows; a dom0 that no longer answers leaves its console.
+    /// Saves what dom0 knows. If dom0 no longer answers, only its console is left.
     fn save_evidence(&mut self, logs: &Path) {
         for (name, command) in EVIDENCE {
             let text = match self.dom0.run(command, Duration::from_secs(20)) {
@@ -160,8 +126,27 @@ impl Lab {
     }
 }
 
-/// Boots a machine, does the work on it, and leaves in `logs` what a failure needs.
+/// Boots a machine and does the work on it. The logs stay in a folder of `options.logs` if the work fails
+/// or the options ask to keep them. Returns the steps and the result of the work.
 pub(crate) fn on_machine<T>(
+    name: &'static str,
+    equipment: Equipment,
+    options: &Options,
+    work: impl FnOnce(&mut Lab) -> Result<T>,
+) -> Result<(Vec<Step>, T)> {
+    let logs = options.logs.join(name);
+    drop(fs::remove_dir_all(&logs));
+    fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
+    let logs = fs::canonicalize(&logs)?;
+    let done = boot_and_work(name, equipment, options, &logs, work)
+        .with_context(|| format!("{name}: failed, logs in {}", logs.display()))?;
+    if !options.keep_logs {
+        fs::remove_dir_all(&logs)?;
+    }
+    Ok(done)
+}
+
+fn boot_and_work<T>(
     name: &'static str,
     equipment: Equipment,
     options: &Options,
@@ -186,7 +171,7 @@ pub(crate) fn on_machine<T>(
     result.map(|value| (lab.steps, value))
 }
 
-/// Tells of progress, whose loss does not end a run.
-fn tell(line: impl std::fmt::Display) {
+/// Prints progress. Failing to print it does not end a run.
+pub(crate) fn tell(line: impl std::fmt::Display) {
     let _ = output::print(line);
 }

@@ -1,4 +1,4 @@
-//! One emulated machine from power-on to the end, and what a run brings into it.
+//! One emulated machine from power-on to power-off, and the files that a run brings into it.
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
@@ -13,7 +13,7 @@ use crate::agent::Agent;
 use crate::image::{self, Kernel};
 use crate::qemu::{self, Console, GUEST_PORTS, Idle};
 
-/// What dom0 finds in `/lab`, besides the programs under test.
+/// Files that dom0 finds in `/lab`, besides the programs under test.
 const PAYLOAD: [(&str, &str); 4] = [
     ("agent", include_str!("../agent/agent")),
     ("block-polldisk", include_str!("../hotplug/block-polldisk")),
@@ -21,18 +21,18 @@ const PAYLOAD: [(&str, &str); 4] = [
     ("setup", include_str!("../dom0/setup")),
 ];
 
-/// Where dom0 finds the root with programs for guests, on a machine that has it.
+/// Dom0's device with the root with programs for guests, on a machine that has it.
 pub const PROGRAMS_DEVICE: &str = "/dev/lab/programs";
 
-/// A program that a run brings in.
+/// A program for dom0: the name by which dom0 finds it, and the host's file.
 pub type Binary = (&'static str, PathBuf);
 
-/// What a machine has that not every one has.
+/// The parts in which machines differ.
 #[derive(Clone, Copy, Debug)]
 pub struct Equipment<'a> {
     /// Dom0's and the guests' Linux.
     pub kernel: Kernel,
-    /// Programs for dom0: the names by which it finds them, and where they are now.
+    /// Programs for dom0.
     pub binaries: &'a [Binary],
     /// Whether it has [`PROGRAMS_DEVICE`], which may have to be built first.
     pub programs: bool,
@@ -40,7 +40,7 @@ pub struct Equipment<'a> {
     pub idle: Idle,
 }
 
-/// A running machine. Dropping it is pulling its plug: nothing of it stays.
+/// A running machine. Dropping it switches it off; nothing that it wrote stays.
 #[derive(Debug)]
 pub struct Machine {
     emulator: Child,
@@ -86,11 +86,11 @@ impl Machine {
         Ok(dom0)
     }
 
-    /// Takes a port that no guest has had, for the console of a new guest: dom0's name of it, and
-    /// the agent that will be reached through it.
+    /// Gives a new guest a port for its console that no guest has had: dom0's name of the port, and the
+    /// agent at its other end.
     pub fn guest_port(&mut self, guest: &str) -> Result<(String, Agent)> {
         let slot = self.guest_ports_used;
-        ensure!(slot < GUEST_PORTS, "one boot has consoles for {GUEST_PORTS} guests");
+        ensure!(slot < GUEST_PORTS, "one boot has consoles for at most {GUEST_PORTS} guests");
         self.guest_ports_used += 1;
         let port = qemu::guest_port(slot);
         let log = self.logs.join(format!("{guest}-console-{slot}"));
@@ -101,7 +101,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // Both fail only if the emulator has ended by itself, which is as good.
+        // Both fail only if the emulator has already ended.
         drop(self.emulator.kill());
         drop(self.emulator.wait());
     }
@@ -121,8 +121,9 @@ pub fn shell(kernel: Kernel, binaries: &[Binary]) -> Result<()> {
     Ok(())
 }
 
-/// The images' folder is the working directory: multiboot modules are separated by commas and
-/// spaces, which a path of the user's may hold. The emulator ends with the lab, however that ends.
+/// The emulator's command. The images' folder is its working directory, since the list of multiboot
+/// modules has commas and spaces as separators, which the folder's path may contain. The emulator ends
+/// when the lab ends, even if the lab is killed.
 fn emulator(image: &Path, arguments: &[String]) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", qemu::PROGRAM]);

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 /// The emulator's program.
 pub const PROGRAM: &str = "qemu-system-x86_64";
 
-/// How many guests can have a console at one time and after another in one boot.
+/// How many guests can have a console in one boot, whether at the same time or one after another.
 pub const GUEST_PORTS: usize = 24;
 
 /// Where the first console of Xen and dom0 goes.
@@ -23,14 +23,15 @@ pub enum Console<'a> {
 /// How the machine's time passes while none of its processors has anything to execute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Idle {
-    /// As it does on the host.
+    /// As on the host.
     Passes,
-    /// Not at all: it is the next timer's time at once. What is measured then depends on executed
-    /// instructions and timers alone, never on the host.
+    /// Time jumps to the next timer at once. Measurements then depend only on executed instructions and
+    /// timers, never on the host.
     IsSkipped,
 }
 
-/// Xen keeps the rest of `MACHINE_MEMORY` for the guests. What no guest touches costs the host nothing.
+/// In MiB. Xen keeps for the guests what dom0 does not get. Memory that no guest touches costs the host
+/// nothing.
 const MACHINE_MEMORY: &str = "6144";
 const XEN_OPTIONS: &str = "dom0_mem=1536M,max:1536M dom0_max_vcpus=2 console=com1 com1=115200,8n1 \
                            bootscrub=0 loglvl=info guest_loglvl=info";
@@ -50,8 +51,8 @@ pub fn arguments(payload: &Path, sockets: &Path, console: Console, idle: Idle) -
     let mut arguments = Vec::new();
     let mut add = |option: &str, value: String| arguments.extend([option.into(), value]);
 
-    // While it works, the machine's time is the number of executed instructions, a nanosecond each:
-    // libxl's time-outs then do not depend on how busy the host is. That takes a single thread.
+    // While the machine works, its time is the number of executed instructions, a nanosecond each, so
+    // libxl's time-outs do not depend on how busy the host is. This needs a single thread.
     add("-accel", "tcg,thread=single".into());
     add(
         "-icount",
@@ -60,12 +61,12 @@ pub fn arguments(payload: &Path, sockets: &Path, console: Console, idle: Idle) -
             Idle::IsSkipped => "shift=0,sleep=off".into(),
         },
     );
-    // An old AMD with nested paging, for PVH guests. Without rdrand each kernel computes half a minute
-    // for its first random number. SSE 4.2 has the checksums of fio and ext4.
+    // An old AMD processor with nested paging, for PVH guests. Without rdrand each kernel needs half a
+    // minute for its first random number. SSE 4.2 speeds up the checksums of fio and ext4.
     let processor = "phenom,+svm,+npt,+rdrand,+ssse3,+sse4.1,+sse4.2";
-    // The emulator's counter of time is as steady as that of any processor sold now, but it does not say
-    // so unless it must. Xen would have to emulate each reading of it in a guest, which nowhere else
-    // costs guests a third of their time.
+    // The emulator's time-stamp counter is invariant, like that of any current processor, but without
+    // these options the emulator does not report it. Xen would then emulate each read of the counter in a
+    // guest, which takes a third of the guests' time.
     add("-cpu", format!("{processor},+invtsc,x-force-features=on"));
     add("-smp", "2".into());
     add("-m", MACHINE_MEMORY.into());
@@ -84,11 +85,11 @@ pub fn arguments(payload: &Path, sockets: &Path, console: Console, idle: Idle) -
     add("-append", XEN_OPTIONS.into());
     add("-initrd", format!("vmlinuz {DOM0_OPTIONS},dom0.cpio"));
 
-    // dom0 tells its disks apart by the controller's ports. Nothing faster than AHCI: NVMe and virtio have
-    // the guest leave out doorbells after a look at shared memory, and that takes memory barriers, which
-    // the emulator leaves out for a single thread although its devices run beside it. Then a request
-    // waits for ever. What is written goes to temporary files which the emulator has unlinked; it has no
-    // read-only disk for AHCI.
+    // dom0 tells its disks apart by the controller's ports. No faster controller than AHCI works: with NVMe
+    // and virtio, the guest skips doorbells depending on shared memory. That needs memory barriers, which
+    // the emulator omits for a single processor thread although its devices run in other threads, so a
+    // request may wait for ever. The disks' writes go to temporary files that the emulator has unlinked,
+    // because it has no read-only disks for AHCI.
     add("-device", "ich9-ahci,id=sata".into());
     add("-drive", "file=root.img,format=raw,if=none,id=root,snapshot=on".into());
     add("-device", disk("root", 1));
@@ -104,7 +105,7 @@ pub fn arguments(payload: &Path, sockets: &Path, console: Console, idle: Idle) -
         add("-device", format!("virtserialport,chardev={port},name={port},nr={}", index + 1));
     }
 
-    // A dom0 that crashes makes Xen reset the machine: that must end the emulator.
+    // If dom0 crashes, Xen resets the machine, which must end the emulator.
     arguments.extend(["-nodefaults".into(), "-no-reboot".into()]);
     arguments
 }
@@ -114,7 +115,7 @@ fn disk(drive: &str, port: u32) -> String {
     format!("ide-hd,drive={drive},bus=sata.{}", port - 1)
 }
 
-/// More arguments, for a third disk with programs for guests.
+/// Further arguments for a third disk, with programs for guests.
 pub fn programs_disk(image: &Path) -> [String; 4] {
     let image = image.display();
     [
@@ -125,7 +126,7 @@ pub fn programs_disk(image: &Path) -> [String; 4] {
     ]
 }
 
-/// The name of a guest's port, which is also its socket's.
+/// The name of a guest's port and of the port's socket.
 pub fn guest_port(slot: usize) -> String {
     format!("guest{slot}")
 }
@@ -157,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn no_disk_leaves_doorbells_out() {
+    fn no_disk_skips_doorbells() {
         let line = line() + &programs_disk(Path::new("/cache/programs.img")).join(" ");
         assert_eq!(line.matches("bus=sata.").count(), 3);
         assert!(line.contains("ich9-ahci,id=sata"));

@@ -1,4 +1,4 @@
-//! What a scenario did: its steps with durations and figures.
+//! A scenario's steps, with their durations and figures.
 
 use std::collections::BTreeMap;
 
@@ -24,12 +24,12 @@ pub struct Report {
     pub backend: String,
     /// The steps in their order.
     pub steps: Vec<Step>,
-    /// Wall-clock seconds of the whole.
+    /// Wall-clock seconds of the whole scenario.
     pub seconds: f64,
 }
 
 impl Report {
-    /// The scenario's last line.
+    /// The last line that is printed for the scenario.
     pub fn summary(&self) -> String {
         let Self { scenario, steps, seconds, .. } = self;
         format!("{scenario}: passed ({} steps, {seconds:.0} s)", steps.len())
@@ -37,7 +37,7 @@ impl Report {
 }
 
 impl Step {
-    /// The step on one line, as it is printed behind the scenario's name when it ends.
+    /// The line that is printed, after the scenario's name, when the step ends.
     pub fn line(&self) -> String {
         let figures: String =
             self.figures.iter().map(|(name, value)| format!("  {name} {value}")).collect();

@@ -1,4 +1,4 @@
-//! What dom0's tools say about domains, xenstore and grants, and guests made with them.
+//! Guests, and what dom0's tools say about domains, xenstore and grants.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -28,7 +28,7 @@ impl Default for Size {
     }
 }
 
-/// The options of a guest's kernel. The emulator takes seconds to clear each GiB that is allocated.
+/// The options of a guest's kernel. `init_on_alloc=0`: the emulator needs seconds to clear a GiB.
 pub const KERNEL_OPTIONS: &str = "console=hvc0 quiet mitigations=off init_on_alloc=0 panic=1";
 
 /// How a guest starts.
@@ -36,7 +36,7 @@ pub const KERNEL_OPTIONS: &str = "console=hvc0 quiet mitigations=off init_on_all
 pub enum Boot {
     /// As a PV guest, with the lab's kernel.
     Kernel,
-    /// As a PVH guest, with a 32-bit GRUB that does what `/boot/grub/grub.cfg` on one of its disks says.
+    /// As a PVH guest, with a 32-bit GRUB that runs `/boot/grub/grub.cfg` from one of its disks.
     Grub32,
 }
 
@@ -68,7 +68,7 @@ impl Guest {
         dom0.ask_within(&format!("xl create {file}"), CREATE_LIMIT)?;
         let domid = dom0.ask(&format!("xl domid {name}"))?.parse().context("domid")?;
         let (port, mut agent) = machine.guest_port(name)?;
-        // Without `--interactive` xenconsole does not read from what is not a terminal.
+        // Without `--interactive` xenconsole reads only from a terminal.
         let bridge =
             format!("exec /usr/lib/xen-4.17/bin/xenconsole {domid} --interactive <>{port} >&0");
         let console = dom0.start(&bridge, None)?;
@@ -81,7 +81,7 @@ impl Guest {
         dom0.ask_within(&format!("xl block-attach {} {disk}", self.domid), CREATE_LIMIT).map(drop)
     }
 
-    /// Takes a disk away and waits until neither end knows it.
+    /// Takes a disk away and waits until both ends have forgotten it.
     pub fn detach(&mut self, dom0: &mut Agent, vdev: &str) -> Result<()> {
         dom0.ask_within(&format!("xl block-detach {} {vdev}", self.domid), CREATE_LIMIT)?;
         wait_for(&mut self.agent, &format!("[ ! -e /sys/block/{vdev} ]"), DETACH_LIMIT)
@@ -90,7 +90,7 @@ impl Guest {
     /// Asks the guest to shut down and waits until its domain is gone.
     pub fn shut_down(self, dom0: &mut Agent) -> Result<()> {
         dom0.ask_within(&format!("xl shutdown --wait {}", self.name), SHUTDOWN_LIMIT)?;
-        // xl's other half destroys the domain after it is down.
+        // The xl process in the background destroys the domain after it has shut down.
         wait_for(dom0, &format!("! xl domid {} >/dev/null 2>&1", self.name), SHUTDOWN_LIMIT)?;
         dom0.finish(self.console)?;
         Ok(())
@@ -131,11 +131,11 @@ fn config(name: &str, boot: Boot, size: Size, disks: &[String]) -> String {
 pub fn wait_for(agent: &mut Agent, condition: &str, limit: Duration) -> Result<()> {
     // The limit bounds the loop by killing its shell.
     let output = agent.run(&format!("until {condition}; do sleep 0.2; done"), limit)?;
-    ensure!(output.status == 0, "not so within {limit:?}: {condition}");
+    ensure!(output.status == 0, "still not true after {limit:?}: {condition}");
     Ok(())
 }
 
-/// How many grants of a domain others have mapped, by the hypervisor's own account.
+/// How many grants of a domain other domains have mapped, as the hypervisor counts them.
 pub fn mapped_grants(dom0: &mut Agent, domid: u32) -> Result<usize> {
     let text = dom0.ask("xl dmesg -c >/dev/null; xl debug-keys g; xl dmesg -c")?;
     count_mapped_grants(&text, domid).with_context(|| format!("no grant table of d{domid}: {text}"))
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn a_guests_disks_stand_in_its_config() {
+    fn a_guests_disks_are_in_its_config() {
         let text =
             config("g", Boot::Kernel, Size::default(), &["vdev=xvda,target=/dev/ram0".into()]);
         assert!(text.contains("disk = [\n    \"vdev=xvda,target=/dev/ram0\",\n]\n"), "{text}");

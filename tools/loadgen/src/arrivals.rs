@@ -1,18 +1,18 @@
 //! When requests start.
 
-/// What decides when a queue starts its next request.
+/// Decides when a queue starts its next request.
 #[derive(Clone, Debug)]
 pub enum Arrivals {
     /// As soon as one is free: `depth` are always in flight.
     Closed,
-    /// When the schedule says, whatever the backend does.
+    /// At the schedule's times, independent of the backend.
     Open(Schedule),
 }
 
 impl Arrivals {
-    /// The start of the next request where it is not in the future. Its latency counts from then:
-    /// under a schedule that is when it was due, however late the caller comes, so that the time
-    /// it waited for a slow backend is not left out (coordinated omission).
+    /// The start of the next request, unless that is in the future. The request's latency counts from then.
+    /// Under a schedule it is the time when the request was due, even if the caller is late, so that the
+    /// latency includes the wait for a slow backend (no coordinated omission).
     #[inline]
     pub fn next(&mut self, now_ns: u64) -> Option<u64> {
         match self {
@@ -21,7 +21,7 @@ impl Arrivals {
         }
     }
 
-    /// When [`Arrivals::next`] will have the next one; `None`: at any time.
+    /// When [`Arrivals::next`] will return the next start; `None` if it can at any time.
     pub fn due_ns(&self) -> Option<u64> {
         match self {
             Arrivals::Closed => None,
@@ -29,7 +29,7 @@ impl Arrivals {
         }
     }
 
-    /// Requests that were due by now and have not been started.
+    /// Number of requests that are due and have not been started.
     pub fn behind(&self, now_ns: u64) -> u64 {
         match self {
             Arrivals::Closed => 0,
@@ -38,15 +38,15 @@ impl Arrivals {
     }
 }
 
-/// Start times at equal distances. Those of several queues interleave, so that together they are at
-/// equal distances, too. No rounding adds up.
+/// Start times at equal distances. The times of several queues interleave, so that all of them together
+/// are at equal distances, too. Rounding errors do not add up.
 #[derive(Clone, Debug)]
 pub struct Schedule {
     due_ns: u64,
     /// The distance is `step_ns + step_rest / rate`.
     step_ns: u64,
     step_rest: u64,
-    /// Fraction of a nanosecond by which the next start is later than `due_ns`, over `rate`.
+    /// The next start is later than `due_ns` by this fraction of a nanosecond, with `rate` as denominator.
     rest: u64,
     rate: u64,
 }
@@ -54,7 +54,8 @@ pub struct Schedule {
 const SECOND_NS: u64 = 1_000_000_000;
 
 impl Schedule {
-    /// The share of queue `queue` of `queues` in `rate` requests a second, from `start_ns` on.
+    /// The schedule of queue `queue` out of `queues`, which have `rate` requests per second together, from
+    /// `start_ns` on.
     pub fn new(start_ns: u64, rate: u64, queue: u64, queues: u64) -> Schedule {
         let (step, offset) = (queues * SECOND_NS, queue * SECOND_NS);
         Schedule {
@@ -123,8 +124,8 @@ mod test {
         assert_eq!(all, expected);
     }
 
-    /// A backend that answers in 1 ms stalls for 50 ms: every request that was due meanwhile has
-    /// waited, though none of them was sent before the stall ended.
+    /// A backend that answers in 1 ms stalls for 50 ms. Every request that was due meanwhile has waited,
+    /// although it was sent only after the stall.
     #[test]
     fn a_stall_is_felt_by_all_requests_that_were_due_in_it() {
         const MS: u64 = 1_000_000;

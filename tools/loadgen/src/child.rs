@@ -21,7 +21,7 @@ const LINES_KEPT: usize = 20;
 /// How long the backend may take to end after SIGTERM.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// How long its last output may take to arrive after its end.
+/// How long the backend's last output may take to arrive after its end.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// A running backend. Dropping it kills it.
@@ -33,10 +33,10 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Starts the command with a stand-in's folder in its arguments and its environment.
+    /// Starts the command, with the stand-in's folder in its arguments and its environment.
     pub fn start(command: &[String], folder: &Path, verbose: bool) -> anyhow::Result<Backend> {
         let (program, arguments) = command.split_first().context("no command")?;
-        let folder_text = folder.to_str().context("--folder: its name is no text")?;
+        let folder_text = folder.to_str().context("--folder: its name is not UTF-8")?;
         let filled = |text: &String| text.replace("{folder}", folder_text);
         let mut command = Command::new(filled(program));
         command
@@ -46,7 +46,7 @@ impl Backend {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
-            // An interrupt from the terminal is blkload's, which then ends it.
+            // An interrupt from the terminal reaches only blkload, which then ends the backend.
             .process_group(0);
         sys::die_with_parent(&mut command);
         let mut child =
@@ -67,18 +67,18 @@ impl Backend {
         Ok(Backend { child, output, readers })
     }
 
-    /// Its process.
+    /// The process's number.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// An error where it has ended, with its last words.
+    /// Returns an error with the last output if the backend has ended.
     pub fn check(&mut self) -> anyhow::Result<()> {
         match self.child.try_wait()? {
             None => Ok(()),
             Some(status) => {
-                // What it wrote last is still on its way through the pipes, which a child of its
-                // own may keep open.
+                // The last output may still be in the pipes. A child of the backend may keep them open, so
+                // the wait has a limit.
                 let end = Instant::now() + LAST_WORDS;
                 while Instant::now() < end && !self.readers.iter().all(JoinHandle::is_finished) {
                     std::thread::sleep(Duration::from_millis(1));
@@ -92,13 +92,13 @@ impl Backend {
     pub fn last_output(&self) -> String {
         let lines = self.output.lock().unwrap_or_else(PoisonError::into_inner);
         if lines.is_empty() {
-            return "; it wrote nothing".to_owned();
+            return "; it printed nothing".to_owned();
         }
         let text: String = lines.iter().map(|line| format!("\n  {line}")).collect();
         format!("; its last output:{text}")
     }
 
-    /// Ends it: SIGTERM, and SIGKILL where that does not help in time, which is `false`.
+    /// Ends the backend with SIGTERM. If it does not end in time, sends SIGKILL and returns `false`.
     pub fn end(mut self) -> anyhow::Result<bool> {
         if self.child.try_wait()?.is_none() {
             sys::terminate(self.child.id())?;
@@ -116,7 +116,7 @@ impl Backend {
 
 impl Drop for Backend {
     fn drop(&mut self) {
-        // Both fail only where it has ended already.
+        // Both fail only if the backend has already ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -156,7 +156,7 @@ mod test {
     }
 
     #[test]
-    fn one_that_ends_is_an_error_with_its_last_lines() {
+    fn a_backend_that_ends_is_an_error_with_its_last_lines() {
         let error = error(shell("seq 30 >&2; echo no disk >&2; exit 3"));
         assert!(
             error.starts_with("the backend ended (exit status: 3); its last output:"),

@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-/// Counts nanoseconds from its making (`CLOCK_MONOTONIC`, read without a system call).
+/// Counts nanoseconds from its start (`CLOCK_MONOTONIC`, read without a system call).
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     origin: Instant,
 }
 
 impl Clock {
-    /// One that starts at 0 now.
+    /// A clock that is at 0 now.
     pub fn start() -> Clock {
         Clock { origin: Instant::now() }
     }
@@ -21,7 +21,7 @@ impl Clock {
         elapsed.as_secs() * 1_000_000_000 + u64::from(elapsed.subsec_nanos())
     }
 
-    /// Sleeps until the time given, or not at all where it is over.
+    /// Sleeps until the given time. Does not sleep if it has passed.
     pub fn sleep_until(&self, at_ns: u64) {
         std::thread::sleep(Duration::from_nanos(at_ns.saturating_sub(self.now_ns())));
     }

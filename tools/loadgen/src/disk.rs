@@ -1,4 +1,4 @@
-//! One disk, from its areas in xenstore to its connected rings and back.
+//! One disk, from connecting it to closing it.
 
 use std::time::{Duration, Instant};
 
@@ -19,16 +19,16 @@ use crate::options::Plan;
 use crate::pattern::Shape;
 use crate::queue::Queue;
 
-/// How long the backend may take to let go of a disk.
+/// How long the backend may take to close a disk.
 const CLOSE_PATIENCE: Duration = Duration::from_secs(10);
 
-/// A disk that is being connected, or is.
+/// A disk that is connecting or connected.
 #[derive(Debug)]
 pub struct Disk<E> {
     name: String,
     vbd: VbdId,
     store: StoreClient,
-    /// Its areas, once they were found.
+    /// Its areas in xenstore, once they were found.
     areas: Option<Areas>,
     queues: Vec<Queue<E>>,
     stage: Stage,
@@ -42,11 +42,11 @@ struct Areas {
 
 #[derive(Clone, Copy, Debug)]
 enum Stage {
-    /// For InitWait. An earlier connection may have to be closed first.
+    /// Waits for the backend's InitWait. An earlier connection may have to be closed first.
     Waiting {
         must_restart: bool,
     },
-    /// For Connected.
+    /// Waits for the backend's Connected.
     Published(Wanted),
     Connected(Wanted, xenbus::Disk),
 }
@@ -60,24 +60,24 @@ pub struct Negotiated {
     pub sectors: u64,
     /// Bytes of its logical blocks.
     pub sector_bytes: u32,
-    /// It can't be written.
+    /// Whether it can't be written.
     pub read_only: bool,
-    /// Rings.
+    /// Number of rings.
     pub queues: usize,
     /// log2 of each ring in pages.
     pub ring_order: u32,
-    /// Requests in flight on each ring, at most.
+    /// Most requests in flight on each ring.
     pub depth: usize,
-    /// Granted pages stay mapped.
+    /// Whether granted pages stay mapped.
     pub persistent: bool,
-    /// Requests are indirect.
+    /// Whether requests are indirect.
     pub indirect: bool,
     /// Layout of ring entries.
     pub protocol: &'static str,
 }
 
 impl<E: Events> Disk<E> {
-    /// A disk of the kernel's domain, whose areas somebody makes or has made.
+    /// A disk of the kernel's domain. Something else makes its areas in xenstore.
     pub fn new<K: Kernel<Events = E>>(
         kernel: &K,
         name: String,
@@ -88,7 +88,7 @@ impl<E: Events> Disk<E> {
         Ok(Disk { name, vbd, store, areas: None, queues, stage })
     }
 
-    /// Goes on as far as the toolstack and the backend let it; `true`: connected.
+    /// Continues as far as the toolstack and the backend allow. Returns whether the disk is connected.
     pub fn step<K: Kernel<Events = E>>(&mut self, kernel: &K, plan: &Plan) -> anyhow::Result<bool> {
         use XenbusState::*;
         let Some(Areas { xenbus, backend }) = self.find()? else { return Ok(false) };
@@ -115,7 +115,7 @@ impl<E: Events> Disk<E> {
         Ok(false)
     }
 
-    /// The areas, where they are complete. A frontend that was here before is closed.
+    /// The areas, if they are complete. Closes the connection of an earlier frontend.
     fn find(&mut self) -> anyhow::Result<Option<Areas>> {
         if self.areas.is_some() {
             return Ok(self.areas.clone());
@@ -151,7 +151,10 @@ impl<E: Events> Disk<E> {
         options.buffers = options.buffers.min(entries);
         if plan.block_bytes > options.segments * PAGE_BYTES {
             let kib = options.segments * PAGE_BYTES / 1024;
-            bail!("{}: the backend takes requests of at most {kib}K: --block-size", self.name);
+            bail!(
+                "{}: give --block-size {kib}K or less, the most that the backend accepts",
+                self.name
+            );
         }
         self.queues = (0..wanted.queues)
             .map(|_| Queue::new(kernel, &wanted.options, plan.block_bytes, &plan.operations))
@@ -161,18 +164,18 @@ impl<E: Events> Disk<E> {
         Ok(())
     }
 
-    /// How far it has got, for the text of an error.
+    /// How far the disk has got, for the text of an error.
     pub fn standing(&self) -> String {
         let at = match self.areas.as_ref().map(|areas| areas.xenbus.backend_state()) {
-            None => "nobody has attached it to its domain".to_owned(),
+            None => "it is not attached to its domain".to_owned(),
             Some(Ok(XenbusState::Unknown)) => "the backend has no state".to_owned(),
             Some(Ok(state)) => format!("the backend is at {state}"),
-            Some(Err(error)) => format!("the backend cannot be asked ({error})"),
+            Some(Err(error)) => format!("the backend's state cannot be read ({error})"),
         };
         format!("disk {}: {at}", self.name)
     }
 
-    /// What was agreed on; `None` before it is connected.
+    /// What both ends agreed on; `None` before the disk is connected.
     pub fn negotiated(&self, plan: &Plan) -> Option<Negotiated> {
         let Stage::Connected(wanted, disk) = &self.stage else { return None };
         let options = &wanted.options;
@@ -193,7 +196,7 @@ impl<E: Events> Disk<E> {
         })
     }
 
-    /// Its rings, and what goes over them.
+    /// The disk's rings, and the shape of their requests.
     pub fn queues(&mut self, plan: &Plan) -> (&mut [Queue<E>], Shape) {
         let sectors = match &self.stage {
             Stage::Connected(_, disk) => disk.sectors.0,
@@ -208,7 +211,7 @@ impl<E: Events> Disk<E> {
         (&mut self.queues, shape)
     }
 
-    /// Closes the connection as a driver does that is unloaded.
+    /// Closes the connection as a driver does when it is unloaded.
     pub fn close(&mut self) -> anyhow::Result<()> {
         use XenbusState::{Closed, Closing, InitWait, Unknown};
         let Some(Areas { xenbus, .. }) = &self.areas else { return Ok(()) };
@@ -233,8 +236,8 @@ impl<E: Events> Disk<E> {
     }
 }
 
-/// What the frontend publishes. xen-blkback offers persistent grants only when it is Connected: they
-/// are announced, as Linux's frontend does, whatever the backend says before.
+/// What the frontend publishes. xen-blkback offers persistent grants only once it is Connected, so they are
+/// announced without an offer, as Linux's frontend does.
 fn announced(wanted: &Wanted, offered: &Offered) -> Wanted {
     let mut announced = wanted.within(offered);
     announced.options.persistent = wanted.options.persistent;
@@ -254,7 +257,7 @@ fn check(disk: &xenbus::Disk, plan: &Plan) -> anyhow::Result<()> {
         bail!("it holds only {} sectors of 512 bytes: give a smaller --size", disk.sectors);
     }
     if size.0 / (plan.block_bytes as u64 / 512) < plan.wanted.queues as u64 {
-        bail!("{size} sectors are no room for a block for each ring: give a larger --size");
+        bail!("{size} sectors are too few for a block for each ring: give a larger --size");
     }
     Ok(())
 }
@@ -272,7 +275,7 @@ mod test {
             let options = Options { persistent, ring_order: 2, ..Options::default() };
             let announced = announced(&Wanted::one_queue(options), &early);
             assert_eq!(announced.options.persistent, persistent);
-            assert_eq!(announced.options.ring_order, 0, "all else is as offered");
+            assert_eq!(announced.options.ring_order, 0, "everything else is as offered");
         }
     }
 }

@@ -1,5 +1,5 @@
-//! A backend that answers every request at once and touches no data: the upper limit of what a
-//! load can measure.
+//! A backend that answers every request at once and touches no data. It shows the upper limit of what a load
+//! can measure.
 //!
 //! It runs in threads of this process, one for each ring, which poll and never sleep.
 
@@ -24,13 +24,13 @@ use xenstore_rs::Xs;
 use crate::measure::Watched;
 use crate::toolstack::Place;
 
-/// Sectors of its disks: 8 GiB.
+/// Sectors of each disk: 8 GiB.
 const SECTORS: u64 = 8 << 21;
 
-/// How often it looks at xenstore.
+/// How often the echo looks at xenstore.
 const LOOK: Duration = Duration::from_millis(1);
 
-/// The backend of some disks. It ends with its disks, or when it is dropped.
+/// The backend of some disks. It ends when its disks close, or when it is dropped.
 #[derive(Debug)]
 pub struct Echo {
     stop: Arc<AtomicBool>,
@@ -90,7 +90,7 @@ impl Drop for Echo {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
-            // What failed was told by `check`, or did not matter any more.
+            // `check` has reported any failure that matters.
             let _ = thread.join();
         }
     }
@@ -105,7 +105,7 @@ struct EchoDisk {
     stop: Arc<AtomicBool>,
 }
 
-/// What a frontend publishes of one ring.
+/// A ring, as the frontend has published it.
 struct Ring {
     refs: Vec<GrantRef>,
     port: Port,
@@ -152,7 +152,7 @@ impl EchoDisk {
         self.set_state(&store, XenbusState::Closing)?;
         self.wait_for(&store, XenbusState::Closed)?;
         self.set_state(&store, XenbusState::Closed)?;
-        // A backend that is there still exists.
+        // Stays until it is stopped, since a backend that has closed a disk still exists.
         while !self.stop.load(Ordering::Relaxed) {
             std::thread::sleep(LOOK);
         }
@@ -227,7 +227,7 @@ impl EchoDisk {
         Ok(store.write(&path, &state.number().to_string())?)
     }
 
-    /// Waits for a state of the frontend; `false`: this is to end.
+    /// Waits for a state of the frontend. Returns `false` if the echo is to stop.
     fn wait_for(&self, store: &StoreClient, wanted: XenbusState) -> anyhow::Result<bool> {
         loop {
             let state = store.read(&format!("{}/{}", self.frontend, keys::STATE))?;

@@ -1,8 +1,8 @@
 //! What a kernel gives a frontend: granted pages, an event channel, xenstore.
 //!
-//! [`SimKernel`] is a domain of the stand-in. [`XenKernel`] is this very domain on real Xen, most
-//! likely dom0, where a process can be a frontend through `/dev/xen/gntalloc`. Everything above is
-//! the same for both.
+//! [`SimKernel`] is a domain of the stand-in. [`XenKernel`] is the domain that this process runs in on real
+//! Xen, usually dom0. There a process can be a frontend through `/dev/xen/gntalloc`. All other modules work
+//! with both.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use polldisk::xen::shm::GuestPages;
 use polldisk::xen::store::StoreClient;
 use polldisk::xen::{Events, PageAccess, Platform};
 
-/// Pages that the backend may map and write. They are valid as long as the kernel that made them.
+/// Pages that the backend may map and write. They stay valid as long as the kernel that made them lives.
 #[derive(Debug)]
 pub struct Granted {
     /// The pages, in one range.
@@ -31,13 +31,13 @@ pub trait Kernel {
     /// Its event channels.
     type Events: Events + Send;
 
-    /// A xenstore connection with the domain's rights.
+    /// Opens a xenstore connection with the domain's rights.
     fn open_store(&self) -> anyhow::Result<StoreClient>;
-    /// A set of event channels with one port, to which `backend` may bind.
+    /// Opens a set of event channels with one port, to which `backend` may bind.
     fn open_events(&self, backend: DomId) -> anyhow::Result<(Self::Events, Port)>;
-    /// Makes pages that `backend` may use for as long as this lives.
+    /// Makes pages that `backend` may use as long as the kernel lives.
     fn grant(&self, backend: DomId, count: usize) -> anyhow::Result<Granted>;
-    /// Pages that somebody has mapped; `None` where it can't be known.
+    /// Number of granted pages that are mapped; `None` if it can't be known.
     fn mapped(&self) -> Option<usize>;
 }
 

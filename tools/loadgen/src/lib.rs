@@ -1,21 +1,20 @@
 //! A frontend that measures any Xen block backend.
 //!
-//! [`run`] brings up the platform and the disks and connects them, whoever the backend is: a child
-//! process on a stand-in for Xen, a process that is there already, or a backend on real Xen.
-//! [`measure`] then runs a [`load`] on each ring, in a thread of its own, and reads all counters
-//! at the ends of the samples. [`report`] makes figures of that.
+//! [`run`] starts the platform and connects the disks. The backend may be a child process on a stand-in
+//! for Xen, a process that already runs, or a backend on real Xen. [`measure`] then runs a [`load`] on
+//! each ring, in a thread of its own, and reads all counters at the ends of the samples. [`report`] turns
+//! them into figures.
 //!
 //! ```text
-//! options -> run -> toolstack, child | echo          who serves the disks
-//!             |---> disk -> queue -> kernel          what a frontend is made of
+//! options -> run -> toolstack, child | echo          the backend and its disks
+//!             |---> disk -> queue -> kernel          the frontend
 //!             |---> measure -> load -> arrivals, pattern, queue
 //!             '---> report
 //! ```
 //!
-//! What a figure means: a latency lasts from a request's start to the moment its response is seen;
-//! under a schedule (`--rate`) it starts when the request was due. Counters and CPU times are read
-//! by the main thread, all at one moment, so that a figure per I/O is a quotient of two
-//! differences over the same time.
+//! A latency lasts from a request's start to the moment when its response is seen; under a schedule
+//! (`--rate`) it starts when the request was due. The main thread reads all counters and CPU times at one
+//! moment, so a figure per I/O is a quotient of two differences over the same time.
 
 pub mod arrivals;
 pub mod child;

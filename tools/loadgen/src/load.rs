@@ -1,9 +1,11 @@
 //! The load on one ring, in a thread of its own.
 //!
-//! A pass takes all responses that are there, starts all requests that may start, and publishes
-//! them at once. It reads the clock once, after it saw how many responses there are, so that no
-//! latency is ever shown too short. Nothing allocates, locks or makes a system call, except to
-//! notify a backend that asked for it and to sleep where the load does that.
+//! A pass takes all responses that have arrived, starts all requests that may start, and publishes them
+//! together. It reads the clock once, after counting the responses, so that no latency is ever too short.
+//! It never allocates or locks. It makes system calls only to notify a backend that asked for it, and to
+//! sleep if the load does so.
+
+pub mod crowd;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -18,23 +20,23 @@ use polldisk::xen::Events;
 
 use crate::arrivals::Arrivals;
 use crate::clock::Clock;
-use crate::neighbours::Crowd;
 use crate::pattern::Pattern;
 use crate::queue::{Answer, BackendFault, Queue};
+use crowd::Crowd;
 
 /// How a queue waits for responses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
-    /// It looks again and again and never asks to be notified.
+    /// It polls and never asks to be notified.
     Busy,
-    /// As a guest's kernel: it looks for `spin_ns`, asks to be notified, and sleeps.
+    /// Like a guest's kernel, it polls for `spin_ns`, asks to be notified, and sleeps.
     Block {
-        /// Nanoseconds of looking before each sleep.
+        /// Nanoseconds of polling before each sleep.
         spin_ns: u64,
     },
 }
 
-/// Where a run stands; the main thread says so, and each queue looks once in a pass.
+/// The phase of a run. The main thread sets it, and each queue reads it once in a pass.
 #[derive(Debug, Default)]
 pub struct Phase(AtomicU32);
 
@@ -42,18 +44,18 @@ const STOP: u32 = u32::MAX - 1;
 const ABANDON: u32 = u32::MAX;
 
 impl Phase {
-    /// Requests that come back from now on count for this sample.
+    /// From now on, responses count for this sample.
     pub fn sample(&self, index: usize) {
         let number = u32::try_from(index + 1).expect("fewer samples than that");
         self.0.store(number, Ordering::Relaxed);
     }
 
-    /// No further request is to be started.
+    /// From now on, no request may be started.
     pub fn stop(&self) {
         self.0.store(STOP, Ordering::Relaxed);
     }
 
-    /// Nor is any answer to be waited for.
+    /// From now on, no answers are waited for either.
     pub fn abandon(&self) {
         self.0.store(ABANDON, Ordering::Relaxed);
     }
@@ -80,18 +82,18 @@ pub enum LoadError {
     /// An event channel failed.
     #[error("the event channel failed")]
     Events(#[from] io::Error),
-    /// No answer.
+    /// The backend did not answer.
     #[error("{0} requests were not answered within {PATIENCE_S} s")]
     Silence(u32),
-    /// The main thread gave it up.
+    /// The main thread gave up the run.
     #[error("the run was given up with {0} requests in flight")]
     Abandoned(u32),
 }
 
-/// A backend that has answered nothing for this long after the end is broken.
+/// A backend that leaves requests unanswered for this long after the end is broken.
 const PATIENCE_S: u64 = 30;
 
-/// Longest sleep, after which the phase is looked at.
+/// Longest sleep before the phase is read again.
 const SLEEP_MAX_NS: u64 = 20_000_000;
 
 /// The latencies of one sample, in nanoseconds.
@@ -110,7 +112,7 @@ impl Latencies {
         Latencies { reads: empty.clone(), writes: empty }
     }
 
-    /// Adds another's.
+    /// Adds other latencies.
     pub fn add(&mut self, other: &Latencies) {
         // The bounds are the same.
         self.reads += &other.reads;
@@ -129,16 +131,16 @@ impl Default for Latencies {
 pub struct Failed {
     /// `BLKIF_RSP_*`.
     pub status: i16,
-    /// A read, else a write.
+    /// Whether it was a read; otherwise a write.
     pub is_read: bool,
     /// Its first sector.
     pub sector: u64,
 }
 
-/// What a queue has seen, handed over at its end.
+/// A queue's results, handed over at its end.
 #[derive(Clone, Debug)]
 pub struct Tally {
-    /// By sample.
+    /// Latencies by sample.
     pub samples: Vec<Latencies>,
     /// Requests answered with an error, in any phase.
     pub errors: u64,
@@ -148,9 +150,9 @@ pub struct Tally {
     pub started: u64,
     /// Requests of the schedule that were due at the end and had not been started.
     pub unsent: u64,
-    /// Time from the first start that could be to the end, in nanoseconds.
+    /// Time from the earliest possible start of a request to the end, in nanoseconds.
     pub lasted_ns: u64,
-    /// Longest time between a request's due start and its true one.
+    /// Longest time between a request's due start and its actual one.
     pub late_max_ns: u64,
 }
 
@@ -199,7 +201,7 @@ impl<'a, E: Events> Load<'a, E> {
         Load { queue, pattern, arrivals, wait, clock, phase, gauge, tally, beside: None }
     }
 
-    /// The same, which does a little for the neighbours in each pass until the end. It must not sleep.
+    /// The load, which also does a little for the neighbours in each pass. It must not be one that sleeps.
     #[must_use]
     pub fn beside(self, neighbours: Option<Crowd<'a, E>>) -> Load<'a, E> {
         Load { beside: neighbours, ..self }
@@ -227,7 +229,7 @@ impl<'a, E: Events> Load<'a, E> {
         Ok(self.tally)
     }
 
-    /// Takes and starts what there is to take and to start; `false`: nothing.
+    /// Takes all responses and starts all requests that it can. Returns `false` if there were none.
     #[inline]
     fn pass(&mut self, phase: u32) -> Result<bool, LoadError> {
         let responses = self.queue.responses()?;
@@ -257,7 +259,7 @@ impl<'a, E: Events> Load<'a, E> {
         if responses == 0 {
             return Ok(());
         }
-        // Phase 0, the warm-up, has no sample; nor has the end.
+        // Neither phase 0, the warm-up, nor the end belongs to a sample.
         let sample = usize::try_from(phase).map_or(usize::MAX, |phase| phase.wrapping_sub(1));
         let mut sample = self.tally.samples.get_mut(sample);
         for _ in 0..responses {
@@ -311,7 +313,7 @@ impl<'a, E: Events> Load<'a, E> {
 
     fn block(&mut self, spin_ns: u64) -> Result<(), LoadError> {
         let now_ns = self.clock.now_ns();
-        // With nothing free the schedule can't go on before a response comes.
+        // With no free request, the schedule has to wait for a response.
         let due_ns = self.arrivals.due_ns().filter(|_| self.queue.has_free());
         let awake_until_ns = due_ns.unwrap_or(u64::MAX).min(now_ns + spin_ns);
         let mut now_ns = now_ns;
@@ -328,7 +330,7 @@ impl<'a, E: Events> Load<'a, E> {
         }
     }
 
-    /// Asks for a notification and sleeps until it comes or the time is over.
+    /// Asks for a notification and sleeps until it comes or the time has passed.
     fn sleep(&mut self, sleep_ns: u64) -> Result<(), LoadError> {
         if self.queue.arm() {
             return Ok(());

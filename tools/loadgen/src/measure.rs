@@ -1,4 +1,5 @@
-//! A run: a thread for each ring, and the main thread, which takes a reading at each sample's end.
+//! The measurement: a thread for each ring, and the main thread, which reads the counters at each sample's
+//! end.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::ScopedJoinHandle;
@@ -9,29 +10,30 @@ use polldisk::xen::Events;
 
 use crate::arrivals::{Arrivals, Schedule};
 use crate::clock::Clock;
-use crate::disk::Disk;
+use crate::disk::{Disk, Negotiated};
+use crate::load::crowd::{Count, Crowd, Guest, Progress};
 use crate::load::{Gauge, Load, LoadError, Phase, Tally, Wait};
 use crate::neighbours::storage::Storage;
-use crate::neighbours::{Count, Crowd, Guest, NEIGHBOURS, Neighbour, Progress};
+use crate::neighbours::{NEIGHBOURS, Neighbour};
 use crate::options::Plan;
 use crate::pattern::Pattern;
 use crate::queue::Queue;
 use crate::sys;
 use crate::usage::Usage;
 
-/// Whoever serves the disks, seen while the load runs.
+/// A backend, watched while the load runs.
 pub trait Watched {
-    /// An error where it has ended.
+    /// Returns an error if the backend has ended.
     fn check(&mut self) -> anyhow::Result<()>;
     /// The process whose CPU time is measured.
     fn pid(&self) -> Option<u32>;
-    /// Threads of this very process serve the disks, so that its CPU time says nothing of the load.
+    /// Whether threads of this process serve the disks, so that its CPU time says nothing about the load.
     fn is_here(&self) -> bool {
         false
     }
 }
 
-/// Everything counted so far, at one moment.
+/// All counters, read at one moment.
 #[derive(Clone, Copy, Debug)]
 pub struct Reading {
     /// The moment.
@@ -44,29 +46,40 @@ pub struct Reading {
     pub received: u64,
     /// What the backend has used.
     pub backend: Option<Usage>,
-    /// CPU time of the load: this process, which does nothing else.
+    /// CPU time of the load, which is that of this process, since it does nothing else.
     pub load_cpu_ns: Option<u64>,
     /// What each neighbour has done.
     pub neighbours: [Progress; NEIGHBOURS],
 }
 
-/// What a run has shown.
+/// The readings and tallies of a run.
 #[derive(Debug)]
 pub struct Measured {
     /// At the start of the first sample and at the end of each.
     pub readings: Vec<Reading>,
-    /// By ring.
+    /// The tallies by ring.
     pub tallies: Vec<Tally>,
 }
 
-/// How often the main thread looks whether everything is well.
+/// Connected disks that were measured, and closed.
+#[derive(Debug)]
+pub struct Driven {
+    /// What the measurement has shown.
+    pub measured: Measured,
+    /// What each disk's ends had agreed on.
+    pub disks: Vec<Negotiated>,
+    /// The same for each neighbour's disk, after what the neighbour does.
+    pub neighbours: Vec<(&'static str, Negotiated)>,
+}
+
+/// How often the main thread checks for errors.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// How often it does while the last requests are answered.
+/// How often it checks while the last requests are answered.
 const DRAIN_LOOK: Duration = Duration::from_millis(1);
 
-/// Runs the load on connected disks, beside neighbours with theirs. What holds those goes on at the
-/// end, so that nothing that waits for it keeps the load from its last answers.
+/// Runs the load on connected disks, beside neighbours on theirs. At the end it thaws the neighbours'
+/// storage, so that requests that hang there do not hold up the load's last answers.
 pub fn measure<E: Events + Send>(
     plan: &Plan,
     disks: Vec<&mut Disk<E>>,
@@ -104,7 +117,7 @@ pub fn measure<E: Events + Send>(
         let observed = observed.and_then(|readings| {
             phase.stop();
             storage.thaw()?;
-            // A backend that ends now leaves requests that nobody answers.
+            // If the backend ends now, some requests are never answered.
             while !threads.iter().all(ScopedJoinHandle::is_finished) {
                 backend.check()?;
                 std::thread::sleep(DRAIN_LOOK);
@@ -123,7 +136,7 @@ pub fn measure<E: Events + Send>(
                 Err(error) => failure = Some(error),
             }
         }
-        // What a ring's thread met is the cause of everything else.
+        // An error of a ring's thread is the cause of all others.
         match failure {
             Some(error) => Err(error.into()),
             None => Ok(Measured { readings: observed?, tallies }),
@@ -136,7 +149,7 @@ struct Part<'a, E> {
     queue: &'a mut Queue<E>,
     pattern: Pattern,
     core: Option<usize>,
-    /// Which of all rings, and how many there are.
+    /// The ring's number among all rings, and how many there are.
     number: u64,
     count: u64,
 }
@@ -153,7 +166,7 @@ fn parts<'a, E: Events>(
             let number = parts.len();
             let pattern = shape
                 .pattern(index, count, 0x706f_6c6c_6469_736b ^ (number as u64) << 32)
-                .context("no room for a block: give a larger --size")?;
+                .context("a block does not fit: give a larger --size")?;
             let core = match plan.cores.len() {
                 0 => None,
                 cores => plan.cores.get(number % cores).copied(),
@@ -166,7 +179,7 @@ fn parts<'a, E: Events>(
     Ok(parts)
 }
 
-/// The neighbours with their rings; `None` where there are none.
+/// The neighbours with their rings; `None` if there are no neighbours.
 fn crowd<'a, E: Events>(
     neighbours: Vec<(&Neighbour, &'a mut Disk<E>)>,
     counts: &'a [Count; NEIGHBOURS],
@@ -201,7 +214,7 @@ impl<'a, E: Events> Part<'a, E> {
         if plan.wait != Wait::Busy {
             sys::sleep_exactly();
         }
-        // Made before the schedule starts, which it would hold up.
+        // Made before the schedule starts, since it takes time.
         let tally = Tally::new(plan.options.samples);
         let arrivals = match plan.options.rate {
             None => Arrivals::Closed,
@@ -215,7 +228,7 @@ impl<'a, E: Events> Part<'a, E> {
     }
 }
 
-/// Sleeps through the warm-up and the samples; a reading at the start and at the end of each.
+/// Sleeps through the warm-up and the samples, and reads the counters at the start and end of each sample.
 fn observe(
     plan: &Plan,
     clock: Clock,
@@ -254,7 +267,7 @@ fn read(
         Usage::of(pid).with_context(|| format!("cannot read what process {pid} has used"))
     });
     if let Some(Err(_)) = usage {
-        // Its own story is the better one.
+        // If the backend has ended, its own error says more.
         backend.check()?;
     }
     let load_cpu_ns = match backend.is_here() {

@@ -1,67 +1,37 @@
-//! Four guests beside the measured disks, on the same backend: polite ones, or ones that try to take
-//! all of it.
+//! Four more guests on the backend of the measured disks: polite ones, or ones that try to take all of the
+//! backend's time.
 //!
-//! Each is a domain with a disk, and asks for the same again and again ([`Habit`]). None has a thread:
-//! the first measured ring's own thread, which polls, does a little for one of them in each pass
-//! ([`Crowd`]). So they take nothing from the measured load but that little, however few cores there
-//! are, while their rings stay as full as they like.
+//! Each is a domain with a disk and repeats the same requests ([`Habit`]). None has a thread of its own: the
+//! first measured ring's thread, which polls, does a little for one of them in each pass
+//! ([`crate::load::crowd`]). So they take no more than that from the measured load, even if there are few
+//! cores, and still keep their rings full.
 
-pub mod crowd;
 pub mod storage;
 
-use clap::ValueEnum;
 use polldisk::units::{Bytes, DomId};
-use serde::Serialize;
 
-use crate::options::{Mode, Options, Plan};
+use crate::options::{Mode, NEIGHBOUR_DOMAINS, NeighbourKind, Options, Plan};
 use crate::queue::Operation;
 use crate::toolstack::{self, Place};
 use storage::{Holds, Storage};
 
-pub use crowd::{Count, Crowd, Guest, Progress};
+/// Number of neighbours.
+pub const NEIGHBOURS: usize = NEIGHBOUR_DOMAINS as usize;
 
-/// How many there are, each a domain.
-pub const DOMAINS: u32 = 4;
-
-/// The same, for lists of them.
-pub const NEIGHBOURS: usize = DOMAINS as usize;
-
-/// What they do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// 4 KiB reads, 8 in flight, of nothing or of a file as the measured disks hold
-    Polite,
-    /// 1 MiB reads that are copied, 32 in flight
-    Copies,
-    /// 512 indirect requests of one segment in flight, on a file
-    Indirect,
-    /// 512 flushes in flight, on a file
-    Flushes,
-    /// 512 discards in flight, on a file
-    Discards,
-    /// Notifications without end, and no request
-    Storm,
-    /// 512 requests of all kinds in flight to storage that never answers (needs root)
-    Hung,
-    /// Each does the worst of another kind; without root none has storage that never answers
-    Worst,
-}
-
-/// What one of them does.
+/// What a neighbour does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Habit {
-    /// In a word or two.
+    /// A short name for what it does.
     pub name: &'static str,
     /// What holds its disk.
     holds: Holds,
-    /// Requests in flight, each made for one of these; none: it keeps its ring empty.
+    /// What its requests do, in turn. Empty if it sends no requests.
     operations: &'static [Operation],
     block_bytes: u64,
     depth: usize,
     ring_order: u32,
     persistent: bool,
-    /// It notifies the backend all the time.
+    /// Whether it notifies the backend all the time.
     pub storms: bool,
 }
 
@@ -112,29 +82,27 @@ const FLUSHES_AND_DISCARDS: Habit = Habit {
 
 const INDIRECT_AND_STORM: Habit = Habit { name: "indirect and storm", storms: true, ..INDIRECT };
 
-impl Kind {
-    /// Of each guest, beside disks that hold `target`.
-    fn habits(self, target: &str) -> [Habit; NEIGHBOURS] {
-        match self {
-            Kind::Polite if target.starts_with("null") => [POLITE; _],
-            Kind::Polite => [Habit { holds: Holds::File, ..POLITE }; _],
-            Kind::Copies => [COPIES; _],
-            Kind::Indirect => [INDIRECT; _],
-            Kind::Flushes => [FLUSHES; _],
-            Kind::Discards => [DISCARDS; _],
-            Kind::Storm => [STORM; _],
-            Kind::Hung => [HUNG; _],
-            Kind::Worst => [COPIES, INDIRECT_AND_STORM, FLUSHES_AND_DISCARDS, HUNG],
-        }
+/// What each guest does, beside disks that hold `target`.
+fn habits(kind: NeighbourKind, target: &str) -> [Habit; NEIGHBOURS] {
+    match kind {
+        NeighbourKind::Polite if target.starts_with("null") => [POLITE; _],
+        NeighbourKind::Polite => [Habit { holds: Holds::File, ..POLITE }; _],
+        NeighbourKind::Copies => [COPIES; _],
+        NeighbourKind::Indirect => [INDIRECT; _],
+        NeighbourKind::Flushes => [FLUSHES; _],
+        NeighbourKind::Discards => [DISCARDS; _],
+        NeighbourKind::Storm => [STORM; _],
+        NeighbourKind::Hung => [HUNG; _],
+        NeighbourKind::Worst => [COPIES, INDIRECT_AND_STORM, FLUSHES_AND_DISCARDS, HUNG],
     }
 }
 
-/// A guest beside the measured disks, and its disk.
+/// A neighbour and its disk.
 #[derive(Clone, Debug)]
 pub struct Neighbour {
     /// What it does.
     pub habit: Habit,
-    /// What its frontend wants to be.
+    /// The plan of its frontend.
     pub plan: Plan,
     /// Its disk.
     pub place: Place,
@@ -143,22 +111,22 @@ pub struct Neighbour {
 /// The neighbours that a plan asks for, and what holds their disks.
 #[derive(Debug, Default)]
 pub struct Neighbours {
-    /// None where it asks for none.
+    /// The guests; empty if the plan has none.
     pub guests: Vec<Neighbour>,
     /// What holds their disks.
     pub storage: Storage,
 }
 
 impl Neighbours {
-    /// Makes the storage. Their domains are numbered behind the measured ones.
+    /// Makes the storage. The neighbours' domains are numbered after the measured ones.
     pub fn of(plan: &Plan) -> anyhow::Result<Neighbours> {
         let Some(kind) = plan.options.neighbours else { return Ok(Neighbours::default()) };
         let target = plan.options.target.as_deref().unwrap_or_default();
-        let mut habits = kind.habits(target);
+        let mut habits = habits(kind, target);
         let hung = habits.iter().filter(|habit| habit.holds == Holds::Hung).count();
         let mut storage = Storage::make(plan.options.scratch.as_deref())?;
         if let Err(error) = storage.hang(hung) {
-            if kind != Kind::Worst {
+            if kind != NeighbourKind::Worst {
                 return Err(error.context("--neighbours hung: cannot make storage that hangs"));
             }
             polldisk::output::say(format_args!("no neighbour has storage that hangs: {error:#}"));
@@ -180,7 +148,7 @@ impl Neighbours {
 }
 
 impl Habit {
-    /// Of the guest with this number, from 0, behind those of `measured`.
+    /// The plan of the guest with this number, from 0. Its domain comes after those of `measured`.
     fn plan(&self, measured: &Plan, number: u32, target: String) -> anyhow::Result<Plan> {
         let measured = &measured.options;
         let domid = u32::from(measured.domid.raw()) + measured.domains + number;
@@ -239,7 +207,7 @@ mod test {
     }
 
     #[test]
-    fn files_are_of_each_guest_alone_and_go_with_the_run() {
+    fn each_guest_has_its_own_file_which_goes_with_the_run() {
         let scratch = tempfile::tempdir().unwrap();
         let line = format!(
             "--target null:8G --wait busy --neighbours discards --scratch {}",
@@ -270,7 +238,7 @@ mod test {
 
     #[test]
     fn the_worst_are_of_different_kinds() {
-        let habits = Kind::Worst.habits("null:8G");
+        let habits = habits(NeighbourKind::Worst, "null:8G");
         for (at, habit) in habits.iter().enumerate() {
             assert!(!habits[..at].contains(habit), "{habit:?}");
         }

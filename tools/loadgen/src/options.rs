@@ -17,49 +17,49 @@ use polldisk::sim::blkfront::xenbus::Wanted;
 use polldisk::units::{Bytes, DomId};
 use polldisk::xen::shm::PAGE_BYTES;
 use polldisk::xen::vdev::Vdev;
+use serde::Serialize;
 
 use crate::load::Wait;
-use crate::neighbours;
 use crate::queue::Operation;
 
-/// clap takes a plain `{n}` for a line break. An escape that sets no style, which clap leaves out where
-/// there is no terminal, keeps it apart.
-const TARGET_HELP: &str = "What holds a disk, as the backend's toolstack writes it to params; \
+/// clap turns a plain `{n}` into a line break. An escape that sets no style breaks it up; clap strips the
+/// escape if the output is not a terminal.
+const TARGET_HELP: &str = "What holds a disk, as a toolstack writes it to params for this backend; \
                            {\u{1b}[0mn} is the disk's number from 1";
 
 /// Measure a Xen block backend: its throughput, its latency and its CPU time
 ///
-/// blkload is the frontend. On a stand-in for Xen of its own it makes domains with disks, starts
-/// the backend as a child, and ends it afterwards; {folder} in the command is the stand-in's
-/// folder, which is also in POLLDISK_STAND_IN, and XENSTORED_PATH names its xenstore. Without a
-/// command it waits for whoever serves the disks. With --xen it is a frontend of this very domain
-/// on real Xen.
+/// blkload is the frontend. It starts its own stand-in for Xen, makes domains with disks, starts the
+/// backend as a child, and ends it afterwards. {folder} in the command is the stand-in's folder, which
+/// is also in POLLDISK_STAND_IN; XENSTORED_PATH names its xenstore. Without a command, blkload waits
+/// for another process to serve the disks. With --xen it is a frontend of the domain it runs in, on
+/// real Xen.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "blkload", version, after_help = EXAMPLES)]
 pub struct Options {
     /// Reads among 100 requests; the others are writes
     #[arg(long, value_name = "PERCENT", default_value_t = 100, help_heading = "Load")]
     pub read: u64,
-    /// Block after block instead of random blocks
+    /// Sequential instead of random blocks
     #[arg(long, help_heading = "Load")]
     pub sequential: bool,
     /// Bytes of each request
     #[arg(long, value_name = "SIZE", default_value = "4K", help_heading = "Load")]
     pub block_size: Bytes,
-    /// Requests in flight on each ring, at most
+    /// Most requests in flight on each ring
     #[arg(long, value_name = "N", default_value_t = 32, help_heading = "Load")]
     pub depth: usize,
-    /// Requests a second from all rings together, at fixed times; latencies count from when a
+    /// Requests per second from all rings together, at fixed times; latencies count from when a
     /// request was due [default: as many as the backend answers]
     #[arg(long, value_name = "IOPS", help_heading = "Load")]
     pub rate: Option<u64>,
-    /// No requests: what the disks cost by being there
+    /// Send no requests, to see what idle disks cost
     #[arg(long, conflicts_with = "rate", help_heading = "Load")]
     pub idle: bool,
     /// How a ring's thread waits for responses
     #[arg(long, value_enum, default_value_t = WaitKind::Block, help_heading = "Load")]
     pub wait: WaitKind,
-    /// Microseconds that --wait block looks for responses before it sleeps
+    /// Microseconds that --wait block polls for responses before it sleeps
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Load")]
     pub spin_us: u64,
     /// Cores for the rings' threads, such as 2-5,8, in turn [default: unpinned]
@@ -75,7 +75,7 @@ pub struct Options {
     /// Size of each ring, as the log2 of its 4 KiB pages
     #[arg(long, value_name = "N", default_value_t = 0, help_heading = "Frontend")]
     pub ring_order: u32,
-    /// Most 4 KiB segments of a request: 0 (no indirect requests), or 12 to 1024 [default: as many
+    /// Most 4 KiB segments of a request: 12 to 1024, or 0 for no indirect requests [default: as many
     /// as a block needs]
     #[arg(long, value_name = "N", help_heading = "Frontend")]
     pub indirect: Option<u16>,
@@ -98,8 +98,7 @@ pub struct Options {
     /// As [`TARGET_HELP`] says.
     #[arg(long, value_name = "TEXT", help = TARGET_HELP, help_heading = "Disks")]
     pub target: Option<String>,
-    /// Leave it to the backend to make the disks' areas in xenstore, as QEMU does for its -device
-    /// xen-disk
+    /// Let the backend make the disks' areas in xenstore, as QEMU does for its -device xen-disk
     #[arg(long, conflicts_with_all = ["target", "nodes", "echo", "xen"], help_heading = "Disks")]
     pub no_toolstack: bool,
     /// Kind of the backend's areas in xenstore: vbd, qdisk, ...
@@ -112,13 +111,13 @@ pub struct Options {
     #[arg(long = "node", value_name = "KEY=VALUE", help_heading = "Disks")]
     pub nodes: Vec<String>,
 
-    /// Four more guests, each with a disk, beside the measured ones: what they do. Their requests
-    /// are in no figure but their own, and may fail. Targets and files are as polldisk takes them
+    /// Add four more guests, each with a disk, that do this. Their requests count only in their own
+    /// figures, and may fail. Their targets are in polldisk's syntax
     #[arg(long, value_enum, value_name = "KIND",
           conflicts_with_all = ["idle", "echo", "xen", "no_toolstack"],
           help_heading = "Neighbours")]
-    pub neighbours: Option<neighbours::Kind>,
-    /// Folder for the neighbours' files, which are removed [default: the system's temporary one]
+    pub neighbours: Option<NeighbourKind>,
+    /// Folder for the neighbours' temporary files [default: the system's]
     #[arg(long, value_name = "DIR", requires = "neighbours", help_heading = "Neighbours")]
     pub scratch: Option<PathBuf>,
 
@@ -131,10 +130,10 @@ pub struct Options {
     /// Samples that the time is split into, to show how much the figures vary
     #[arg(long, value_name = "N", default_value_t = 5, help_heading = "Measurement")]
     pub samples: usize,
-    /// Writes everything as JSON to a file, or to standard output (-) instead of the table
+    /// Write everything as JSON to a file, or to standard output (-) instead of the table
     #[arg(long, value_name = "FILE", help_heading = "Measurement")]
     pub json: Option<PathBuf>,
-    /// Seconds that the disks may take to connect
+    /// Longest time for the disks to connect, in seconds
     #[arg(long, value_name = "S", default_value_t = 30.0, help_heading = "Measurement")]
     pub patience: f64,
 
@@ -147,7 +146,7 @@ pub struct Options {
     /// Show what the backend prints
     #[arg(short, long, help_heading = "Backend")]
     pub verbose: bool,
-    /// Measure blkload itself: each ring is served by a thread that answers and does nothing
+    /// Measure blkload itself: a thread for each ring answers requests without doing them
     #[arg(long, conflicts_with_all = ["xen", "pid", "folder", "command"], help_heading = "Backend")]
     pub echo: bool,
     /// Be a frontend of this domain on real Xen, through /dev/xen/gntalloc
@@ -162,7 +161,10 @@ pub struct Options {
     pub command: Vec<String>,
 }
 
-/// Samples of a run: each costs every ring's thread half a megabyte.
+/// Guests of --neighbours, each a domain of its own.
+pub const NEIGHBOUR_DOMAINS: u32 = 4;
+
+/// Most samples of a run. Each takes half a megabyte for every ring's thread.
 const SAMPLES_MAX: usize = 100;
 
 const EXAMPLES: &str = "Examples:
@@ -182,10 +184,10 @@ pub enum WaitKind {
 /// Layout of ring entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Layout {
-    /// That of 64-bit guests
+    /// The layout of 64-bit guests
     #[value(name = "x86_64")]
     X86_64,
-    /// That of 32-bit guests
+    /// The layout of 32-bit guests
     #[value(name = "x86_32")]
     X86_32,
 }
@@ -199,34 +201,56 @@ pub enum Mode {
     W,
 }
 
+/// What the guests of --neighbours do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NeighbourKind {
+    /// 4 KiB reads, 8 in flight, of nothing or of a file as the measured disks hold
+    Polite,
+    /// 1 MiB reads that are copied, 32 in flight
+    Copies,
+    /// 512 indirect requests of one segment in flight, on a file
+    Indirect,
+    /// 512 flushes in flight, on a file
+    Flushes,
+    /// 512 discards in flight, on a file
+    Discards,
+    /// Endless notifications, and no request
+    Storm,
+    /// 512 requests of all kinds in flight to storage that never answers (needs root)
+    Hung,
+    /// Each does the worst of a different kind; without root none has storage that never answers
+    Worst,
+}
+
 /// What is measured, and how: the options, checked.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// What the frontends would like to be.
+    /// The features that the frontends ask for.
     pub wanted: Wanted,
     /// Bytes of each request.
     pub block_bytes: usize,
-    /// What each ring's requests are made for, in turn; none: it stays empty. That of a measured
-    /// request is chosen when it starts.
+    /// The operations that each ring's requests are made for, in turn; empty if it sends none. A measured
+    /// request gets its operation only when it starts.
     pub operations: Vec<Operation>,
     /// How rings wait.
     pub wait: Wait,
-    /// Cores for the rings' threads; empty: unpinned.
+    /// Cores for the rings' threads; empty if they are not pinned.
     pub cores: Vec<usize>,
-    /// Before the first sample.
+    /// Time before the first sample.
     pub warmup: Duration,
-    /// Of each sample.
+    /// Length of each sample.
     pub sample: Duration,
-    /// Until all disks must be connected.
+    /// Longest time for all disks to connect.
     pub patience: Duration,
     /// Extra nodes of each backend area.
     pub nodes: Vec<(String, String)>,
-    /// As they were given.
+    /// The options as they were given.
     pub options: Options,
 }
 
 impl Options {
-    /// Checks everything.
+    /// Checks the options; `available` are the cores of this machine.
     pub fn check(self, available: &[usize]) -> anyhow::Result<Plan> {
         if self.read > 100 {
             bail!("--read {}: give 0 to 100", self.read);
@@ -235,7 +259,7 @@ impl Options {
             bail!("--read {}: --mode r makes disks that refuse writes; give 100", self.read);
         }
         if self.rate == Some(0) {
-            bail!("--rate 0: give 1 or more requests a second, or leave it out");
+            bail!("--rate 0: give 1 or more requests per second, or leave it out");
         }
         if self.samples == 0 || self.samples > SAMPLES_MAX {
             bail!("--samples {}: give 1 to {SAMPLES_MAX}", self.samples);
@@ -282,7 +306,7 @@ impl Options {
             bail!("--target: say what the disks hold, such as null:8G or raw:/srv/{{n}}.img");
         }
         if self.xen && (self.disks, self.domains) != (1, 1) {
-            bail!("--disks, --domains: with --xen there is one disk, that of --vdev");
+            bail!("--disks, --domains: with --xen there is one disk, the one of --vdev");
         }
         if self.domains == 0 || self.disks < self.domains || self.disks > 1000 {
             bail!(
@@ -291,7 +315,7 @@ impl Options {
                 self.domains
             );
         }
-        let neighbours = self.neighbours.map_or(0, |_| neighbours::DOMAINS);
+        let neighbours = self.neighbours.map_or(0, |_| NEIGHBOUR_DOMAINS);
         let domains = self.domains + neighbours;
         let last = u32::from(self.domid.raw()) + domains - 1;
         if self.domid == DomId::DOM0 || DomId::try_from(last).is_err() {
@@ -305,7 +329,7 @@ impl Options {
         let cores = parse_cores(list)?;
         match cores.iter().find(|core| !available.contains(core)) {
             Some(core) => {
-                bail!("--cores {list}: core {core} is not there; choose from {available:?}")
+                bail!("--cores {list}: there is no core {core}; choose from {available:?}")
             }
             None => Ok(cores),
         }
@@ -345,7 +369,7 @@ impl Options {
         let pages = wanted.pages() * self.disks.div_ceil(self.domains) as usize;
         if pages >= SIM_GRANT_ENTRIES as usize / 2 {
             bail!(
-                "--depth {}: its {pages} pages are more than a domain can grant; give fewer \
+                "--depth {}: it needs {pages} pages, more than a domain can grant; give fewer \
                  requests, smaller blocks, fewer queues or more --domains",
                 self.depth
             );
@@ -395,7 +419,7 @@ mod test {
     }
 
     #[test]
-    fn help_says_what_was_written() {
+    fn help_shows_every_text_in_full() {
         use clap::CommandFactory;
         let mut command = Options::command();
         let words = |text: String| text.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -432,7 +456,7 @@ mod test {
     }
 
     #[test]
-    fn what_cannot_be_is_named_with_what_could() {
+    fn an_impossible_option_is_named_with_the_possible_values() {
         for (line, error) in [
             ("", "--target: say what the disks hold, such as null:8G or raw:/srv/{n}.img"),
             ("--echo --depth 33", "--depth 33: give 1 to 32, what a ring of --ring-order 0 holds"),
@@ -442,7 +466,7 @@ mod test {
                 "--echo --read 0 --mode r",
                 "--read 0: --mode r makes disks that refuse writes; give 100",
             ),
-            ("--echo --rate 0", "--rate 0: give 1 or more requests a second, or leave it out"),
+            ("--echo --rate 0", "--rate 0: give 1 or more requests per second, or leave it out"),
             ("--echo --block-size 4000", "--block-size 4000 B: give a multiple of 512"),
             (
                 "--echo --block-size 8M",
@@ -455,7 +479,7 @@ mod test {
             ("--echo --indirect 11", "--indirect 11: give 12 to 1024, or 0"),
             ("--echo --queues 0", "--queues 0: give 1 to 256"),
             ("--echo --ring-order 6", "--ring-order 6: give 0 to 5"),
-            ("--echo --cores 0,3", "--cores 0,3: core 3 is not there; choose from [0, 1, 2]"),
+            ("--echo --cores 0,3", "--cores 0,3: there is no core 3; choose from [0, 1, 2]"),
             ("--echo --samples 0", "--samples 0: give 1 to 100"),
             ("--echo --seconds=-1", "--seconds -0.2: give a number of seconds"),
             ("--echo --seconds 0", "--seconds 0: give at least a millisecond for each sample"),
@@ -479,7 +503,7 @@ mod test {
             ),
             (
                 "--xen --vdev xvdz --disks 2",
-                "--disks, --domains: with --xen there is one disk, that of --vdev",
+                "--disks, --domains: with --xen there is one disk, the one of --vdev",
             ),
         ] {
             let found = plan(line).unwrap_err().to_string();

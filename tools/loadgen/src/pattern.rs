@@ -1,4 +1,4 @@
-//! Where requests go and what they do.
+//! The operations and sectors of requests.
 
 use std::ops::Range;
 
@@ -24,22 +24,22 @@ enum Order {
     Sequential(u64),
 }
 
-/// What a queue's pattern is made from.
+/// The parameters of a queue's pattern.
 #[derive(Clone, Debug)]
 pub struct Shape {
     /// Sectors of 512 bytes of the disk that may be used.
     pub sectors: Range<u64>,
-    /// Bytes of each request, whole sectors.
+    /// Bytes of each request, a multiple of the sector.
     pub block_bytes: usize,
-    /// Block after block, else anywhere.
+    /// Whether blocks are sequential; otherwise random.
     pub sequential: bool,
     /// Reads among 100 requests.
     pub read_percent: u64,
 }
 
 impl Shape {
-    /// The pattern of one of a disk's queues. Sequential ones each go through a part of their own.
-    /// `None` where there is no room for a block.
+    /// The pattern of one of a disk's queues. Sequential patterns each go through their own part of the
+    /// disk. `None` if there is no room for a block.
     pub fn pattern(&self, queue: usize, queues: usize, seed: u64) -> Option<Pattern> {
         let block_sectors = self.block_bytes as u64 / SECTOR_BYTES;
         let all = (self.sectors.end.checked_sub(self.sectors.start)?) / block_sectors;
@@ -97,7 +97,7 @@ mod test {
 
     #[test]
     fn random_blocks_are_whole_inside_and_everywhere() {
-        // The last 3 sectors are no block.
+        // The last 3 sectors are less than a block.
         let mut pattern = shape(16..16 + 8 * 10 + 3, false, 100).pattern(1, 2, 7).unwrap();
         let mut seen = [0; 10];
         for _ in 0..10_000 {

@@ -1,9 +1,9 @@
-//! One ring with its event channel and a prepared request for each place in flight.
+//! One ring with its event channel, and one prepared request for each slot.
 //!
-//! A request's segments never change: its pages are granted once and hold the same data for ever.
-//! So starting one means to set its operation and sector and to copy it onto the ring. A frontend
-//! without persistent grants only does not announce them: what granting for each request costs is
-//! the guest's affair, and the backend does the same either way.
+//! A request's segments never change: its pages are granted once and always hold the same data. So
+//! starting a request only sets its operation and sector and copies it onto the ring. A frontend without
+//! persistent grants grants its pages in the same way and just does not announce the feature: granting
+//! them anew for each request would only cost the guest time, and make no difference to the backend.
 
 use polldisk::blkif::codec::{
     RawDirect, RawDiscard, RawIndirect, RawRequest, RawResponse, RawSegment, SEGMENT_BYTES,
@@ -36,22 +36,22 @@ pub struct Queue<E> {
 /// What a request is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// Reads a block, by an indirect request where a direct one has no room for it.
+    /// Reads a block, by an indirect request if the block is too large for a direct one.
     Read,
-    /// Writes a block, likewise.
+    /// Writes a block, in the same way.
     Write,
-    /// Reads a block by an indirect request, however small it is.
+    /// Reads a block by an indirect request, even if the block is small.
     ReadIndirect,
-    /// Writes a block, likewise.
+    /// Writes a block by an indirect request, even if the block is small.
     WriteIndirect,
-    /// Makes durable what was written.
+    /// Makes earlier writes durable.
     Flush,
     /// Gives a block back to storage.
     Discard,
 }
 
 impl Operation {
-    /// Whether its request for a block is an indirect one.
+    /// Whether the operation needs an indirect request for a block.
     pub fn is_indirect(self, block_bytes: usize) -> bool {
         match self {
             Operation::Read | Operation::Write => block_bytes > SEGMENTS_PER_REQUEST * PAGE_BYTES,
@@ -64,23 +64,23 @@ impl Operation {
 #[derive(Debug)]
 struct Slot {
     request: RawRequest,
-    /// `None`: not in flight.
+    /// `None` if it is not in flight.
     started: Option<Started>,
 }
 
-/// What is remembered of a request in flight.
+/// What the queue remembers of a request in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Started {
-    /// When it started, or should have.
+    /// When it started, or was due.
     pub at_ns: u64,
-    /// A read, else a write.
+    /// Whether it is a read; otherwise a write.
     pub is_read: bool,
 }
 
 /// A request that came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answer {
-    /// What was remembered of it.
+    /// What the queue remembered of it.
     pub started: Started,
     /// `BLKIF_RSP_*`.
     pub status: i16,
@@ -88,10 +88,10 @@ pub struct Answer {
     pub sector: u64,
 }
 
-/// What only a broken backend does.
+/// A fault that only a broken backend has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BackendFault {
-    /// A response to nothing.
+    /// A response to a request that is not in flight.
     #[error("the backend answered a request with the id {0:#x}, which is not in flight")]
     UnknownId(u64),
     /// More responses than requests.
@@ -105,8 +105,8 @@ pub enum BackendFault {
 }
 
 impl<E: Events> Queue<E> {
-    /// Makes the ring, the channel and the granted pages of what was negotiated, for requests of
-    /// `block_bytes`, made for each of `operations` in turn.
+    /// Makes the ring, the event channel and the granted pages for the negotiated options. Requests are of
+    /// `block_bytes`, and made for each of `operations` in turn.
     pub fn new<K: Kernel<Events = E>>(
         kernel: &K,
         options: &Options,
@@ -141,7 +141,7 @@ impl<E: Events> Queue<E> {
         self.ring.in_flight()
     }
 
-    /// Responses that wait to be taken.
+    /// Number of responses that wait to be taken.
     #[inline]
     pub fn responses(&self) -> Result<u32, BackendFault> {
         let responses = self.ring.responses();
@@ -167,15 +167,15 @@ impl<E: Events> Queue<E> {
     /// Writes a read or a write of a block; [`Queue::publish`] makes it visible.
     ///
     /// # Panics
-    /// Where none is free.
+    /// If no request is free.
     #[inline]
     pub fn start(&mut self, at_ns: u64, operation: u8, sector: u64) {
         let started = Started { at_ns, is_read: operation == op::READ };
         self.put(started, Some(operation), sector);
     }
 
-    /// Writes a request that does what it was made for; else as [`Queue::start`]. Nobody asks how
-    /// long it takes.
+    /// Writes a request with the operation that it was made for; otherwise like [`Queue::start`]. Its
+    /// latency is not measured.
     #[inline]
     pub fn start_as_made(&mut self, sector: u64) {
         let started = Started { at_ns: 0, is_read: false };
@@ -191,7 +191,8 @@ impl<E: Events> Queue<E> {
         self.ring.put(&slot.request);
     }
 
-    /// Makes the requests written visible, and notifies the backend if it asked, which is `true`.
+    /// Makes the written requests visible, and notifies the backend if it asked for it. Returns whether it
+    /// did.
     #[inline]
     pub fn publish(&mut self) -> std::io::Result<bool> {
         if !self.ring.publish() {
@@ -200,13 +201,13 @@ impl<E: Events> Queue<E> {
         self.events.notify(self.port).map(|()| true)
     }
 
-    /// Notifies the backend, whether it asked or not.
+    /// Notifies the backend, even if it did not ask.
     #[inline]
     pub fn notify(&self) -> std::io::Result<()> {
         self.events.notify(self.port)
     }
 
-    /// Asks to be notified of the next response; `true`: one is there already.
+    /// Asks to be notified of the next response. Returns `true` if there is one already.
     pub fn arm(&mut self) -> bool {
         self.ring.arm(1)
     }
@@ -246,7 +247,7 @@ fn sector_of(request: &RawRequest) -> u64 {
     }
 }
 
-/// A request, with pages of its own where it moves data: what they hold does not compress.
+/// Makes a request. If it moves data, it gets its own pages, with data that does not compress.
 fn prepare<K: Kernel>(
     kernel: &K,
     options: &Options,
@@ -298,7 +299,7 @@ fn prepare<K: Kernel>(
     Ok(indirect.into())
 }
 
-/// The first `bytes` of these pages.
+/// Segments for the first `bytes` of these pages.
 fn segments(refs: &[GrantRef], bytes: usize) -> anyhow::Result<Vec<RawSegment>> {
     let lengths = (0..bytes).step_by(PAGE_BYTES).map(|at| (bytes - at).min(PAGE_BYTES));
     refs.iter()

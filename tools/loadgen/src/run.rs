@@ -1,4 +1,4 @@
-//! A whole run: the platform, the disks, the backend, the measurement, and the end of it all.
+//! A whole run: starts the platform, the disks and the backend, measures, and ends everything.
 
 use std::slice::{from_mut, from_ref};
 use std::sync::Arc;
@@ -19,19 +19,19 @@ use crate::child::Backend;
 use crate::disk::{Disk, Negotiated};
 use crate::echo::Echo;
 use crate::kernel::{Kernel, SimKernel, XenKernel};
-use crate::measure::{Measured, Watched, measure};
+use crate::measure::{Driven, Watched, measure};
 use crate::neighbours::{Neighbour, Neighbours};
 use crate::options::Plan;
 use crate::report::Report;
 use crate::toolstack::{self, Place};
 
-/// A disk, and the kernel whose frontend it is.
+/// A disk, and the kernel that it belongs to.
 type OfKernel<K> = (K, Disk<<K as Kernel>::Events>);
 
-/// How often disks that connect are looked at.
+/// How often connecting disks are checked.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// Does what the plan says. `interrupted` ends it early, with an error.
+/// Runs a plan. `interrupted` ends the run early, with an error.
 pub fn run(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> {
     match plan.options.xen {
         true => on_xen(plan, interrupted),
@@ -62,7 +62,7 @@ fn on_stand_in(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> 
     }
     let started = Instant::now();
     let mut server = Server::start(plan, &stand_in, &places)?;
-    // After an error it goes before the server, which does not end as long as storage hangs.
+    // Moved here so that it is dropped before the server, which does not end as long as storage hangs.
     let mut neighbours = neighbours;
     if plan.options.command.is_empty() && !plan.options.echo {
         announce(&stand_in);
@@ -81,7 +81,7 @@ fn on_stand_in(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> 
     let mapped: usize = kernels.iter().filter_map(Kernel::mapped).sum();
     if mapped > 0 {
         output::say(format_args!(
-            "the backend still has {mapped} pages mapped although its disks are closed"
+            "the backend still has {mapped} pages mapped, although its disks are closed"
         ));
     }
     let kind = server.kind();
@@ -89,7 +89,7 @@ fn on_stand_in(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> 
     Ok(Report::new(plan, kind, connect_time, &driven))
 }
 
-/// A disk of a domain, whose areas are made here unless the backend makes them.
+/// Makes a disk of a domain, and its areas in xenstore unless the backend makes them.
 fn make_disk(
     plan: &Plan,
     place: &Place,
@@ -102,7 +102,7 @@ fn make_disk(
     Ok((kernel.clone(), Disk::new(kernel, place.name(), place.vbd)?))
 }
 
-/// The domains, each with the memory that its disks' rings and buffers take.
+/// Makes the domains, each with enough memory for the rings and buffers of its disks.
 fn domains(plan: &Plan, stand_in: &StandIn) -> anyhow::Result<Vec<SimKernel>> {
     let options = &plan.options;
     let disks = options.disks.div_ceil(options.domains);
@@ -139,7 +139,7 @@ fn on_xen(plan: &Plan, interrupted: &AtomicBool) -> anyhow::Result<Report> {
     Ok(Report::new(plan, "xen", connect, &driven))
 }
 
-/// Goes on with all disks until they are connected.
+/// Connects all disks.
 fn connect<K: Kernel>(
     plan: &Plan,
     disks: &mut [OfKernel<K>],
@@ -188,22 +188,11 @@ fn add_backend_errors(
         .collect();
     match told.is_empty() {
         true => error,
-        false => error.context(format!("the backend says of disk {}", told.join("; "))),
+        false => error.context(format!("the backend reports for disk {}", told.join("; "))),
     }
 }
 
-/// Connected disks that were measured, and closed.
-#[derive(Debug)]
-pub struct Driven {
-    /// What that has shown.
-    pub measured: Measured,
-    /// What each disk's ends had agreed on.
-    pub disks: Vec<Negotiated>,
-    /// The same of each neighbour, and what it does.
-    pub neighbours: Vec<(&'static str, Negotiated)>,
-}
-
-/// Measures with connected disks, beside neighbours with theirs, and closes all of them.
+/// Measures on connected disks, beside neighbours on theirs, and closes all of them.
 fn drive<K: Kernel>(
     plan: &Plan,
     disks: &mut [OfKernel<K>],
@@ -232,10 +221,10 @@ fn drive<K: Kernel>(
     Ok(Driven { measured, disks: negotiated, neighbours: theirs })
 }
 
-/// Says where the backend offers less than was asked for.
+/// Reports each feature of which the backend offers less than was asked for.
 fn tell_differences(wanted: &RingOptions, queues: usize, agreed: &Negotiated) {
     let tell = |what: &str, wanted: &dyn std::fmt::Display, got: &dyn std::fmt::Display| {
-        output::say(format_args!("the backend does not offer {what} {wanted}: it is {got}"));
+        output::say(format_args!("the backend does not offer {what} {wanted}: {got} is used"));
     };
     if queues != agreed.queues {
         tell("--queues", &queues, &agreed.queues);
@@ -251,7 +240,7 @@ fn tell_differences(wanted: &RingOptions, queues: usize, agreed: &Negotiated) {
     }
 }
 
-/// Who serves the disks.
+/// The backend that serves the disks.
 enum Server {
     Child { backend: Backend, pid: u32 },
     Echo(Echo),
@@ -263,7 +252,7 @@ impl Server {
         let options = &plan.options;
         if options.echo {
             let rings = places.len() * usize::from(options.queues);
-            // The load has the first cores; the echo those behind them.
+            // The load has the first cores, the echo has the next ones.
             let mut cores = plan.cores.clone();
             let taken = rings % cores.len().max(1);
             cores.rotate_left(taken);

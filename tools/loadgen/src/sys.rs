@@ -5,8 +5,8 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// CPU time that all threads of a process have used so far, those that ended included, in
-/// nanoseconds. An error: there is no such process.
+/// CPU time in nanoseconds that all threads of a process have used so far, including those that have ended.
+/// Fails if there is no such process.
 pub fn process_cpu_ns(pid: u32) -> io::Result<u64> {
     let pid = pid_of(pid)?;
     let mut clock = 0;
@@ -17,8 +17,8 @@ pub fn process_cpu_ns(pid: u32) -> io::Result<u64> {
     }
 }
 
-/// A number that can be a process (`PID_MAX_LIMIT` of Linux). Larger ones would not fit the number
-/// of its clock, 0 and below mean something else.
+/// Checks that a number can be a process (Linux's `PID_MAX_LIMIT`). Larger numbers do not fit the number of
+/// a process's clock; 0 and below have other meanings.
 fn pid_of(pid: u32) -> io::Result<libc::pid_t> {
     match libc::pid_t::try_from(pid) {
         Ok(pid @ 1..=0x40_0000) => Ok(pid),
@@ -39,11 +39,11 @@ fn clock_ns(clock: libc::clockid_t) -> io::Result<u64> {
 
 /// Lets the calling thread wake from a sleep as exactly as the kernel can, instead of 50 us late.
 pub fn sleep_exactly() {
-    // SAFETY: no pointers. Where it fails, sleeps are less exact.
+    // SAFETY: no pointers. If it fails, sleeps are less exact.
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1_u64) };
 }
 
-/// Lets a child end when the thread that starts it ends, however that comes about.
+/// Makes a child end when the thread that starts it ends, for any reason.
 pub fn die_with_parent(command: &mut Command) {
     let prepare = || {
         // SAFETY: no pointers.

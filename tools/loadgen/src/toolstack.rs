@@ -1,4 +1,4 @@
-//! Disks as a toolstack makes them in xenstore, for whatever backend.
+//! Makes disks in xenstore as a toolstack does, for any backend.
 
 use anyhow::Context;
 use polldisk::units::{DomId, VbdId};
@@ -13,15 +13,15 @@ use crate::options::{Mode, Plan};
 /// A disk that a plan asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// Which of all disks, from 1.
+    /// The disk's number among all disks, from 1.
     pub number: u32,
-    /// Which of the domains, from 0.
+    /// The domain's index among all domains, from 0.
     pub domain: usize,
     /// The domain's number.
     pub domid: DomId,
-    /// Its name there: xvda, ...
+    /// The disk's name in the domain, such as xvda.
     pub vdev: String,
-    /// The same as a number.
+    /// The disk's number in the domain.
     pub vbd: VbdId,
 }
 
@@ -32,7 +32,7 @@ impl Place {
     }
 }
 
-/// The disks of a plan, each domain's in a row.
+/// The disks of a plan, spread over the domains in turn.
 pub fn places(plan: &Plan) -> anyhow::Result<Vec<Place>> {
     let options = &plan.options;
     (0..options.disks)
@@ -89,7 +89,7 @@ pub fn make(dom0: &StoreClient, plan: &Plan, place: &Place) -> anyhow::Result<()
     .with_context(|| format!("cannot make the areas of disk {}", place.name()))
 }
 
-/// What the toolstack tells the backend, but for `state`.
+/// The toolstack's nodes in the backend's area, except `state`.
 fn backend_nodes(plan: &Plan, place: &Place, frontend: &str) -> Vec<(String, String)> {
     let options = &plan.options;
     let target = options.target.as_deref().unwrap_or_default();
@@ -118,7 +118,7 @@ fn backend_nodes(plan: &Plan, place: &Place, frontend: &str) -> Vec<(String, Str
     nodes.into_iter().chain(plan.nodes.iter().cloned()).collect()
 }
 
-/// One end owns its area, the other may read it, nobody else anything.
+/// Permissions of an area: one end owns it, the other may read it, and no other domain has access.
 fn owned_and_read(owner: DomId, reader: DomId) -> [Permission; 2] {
     [
         Permission { domid: owner, access: NodeAccess::None },

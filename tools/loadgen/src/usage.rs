@@ -1,4 +1,4 @@
-//! What a process has used so far.
+//! CPU time, context switches and memory of a process.
 
 use std::io;
 use std::ops::Sub;
@@ -7,28 +7,28 @@ use serde::Serialize;
 
 use crate::sys;
 
-/// CPU time, context switches and memory of a process.
+/// What a process has used so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Usage {
-    /// CPU time of all threads, those that ended included, in nanoseconds.
+    /// CPU time of all threads, including those that have ended, in nanoseconds.
     pub cpu_ns: u64,
-    /// The same in user mode and in the kernel as far as the kernel tells them apart: in ticks of
-    /// 10 ms, so that only their proportion over some time means anything.
+    /// CPU time in user mode. The kernel counts it, and that in the kernel, in ticks of 10 ms, so only their
+    /// proportion over a longer time means anything.
     pub user_ticks: u64,
-    /// See `user_ticks`.
+    /// CPU time in the kernel; see `user_ticks`.
     pub system_ticks: u64,
-    /// Context switches of the threads that are there, because they slept.
+    /// Context switches of the current threads because they slept.
     pub voluntary_switches: u64,
-    /// Context switches because others wanted the core.
+    /// Context switches of the current threads because others wanted the core.
     pub involuntary_switches: u64,
-    /// Memory in use at the moment, guests' mapped pages included, in bytes.
+    /// Memory in use now, including guests' mapped pages, in bytes.
     pub rss_bytes: u64,
     /// The part of it that belongs to the process alone.
     pub rss_anonymous_bytes: u64,
 }
 
 impl Usage {
-    /// Asks the kernel. An error: there is no such process any more.
+    /// Asks the kernel. Fails if the process is gone.
     pub fn of(pid: u32) -> io::Result<Usage> {
         let mut usage = Usage { cpu_ns: sys::process_cpu_ns(pid)?, ..Usage::default() };
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
@@ -37,7 +37,7 @@ impl Usage {
         usage.rss_bytes = number(&status, "VmRSS:") * 1024;
         usage.rss_anonymous_bytes = number(&status, "RssAnon:") * 1024;
         for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-            // A thread may end while it is looked at.
+            // A thread may end while this reads its file.
             let status = std::fs::read_to_string(task?.path().join("status")).unwrap_or_default();
             usage.voluntary_switches += number(&status, "voluntary_ctxt_switches:");
             usage.involuntary_switches += number(&status, "nonvoluntary_ctxt_switches:");
@@ -46,8 +46,8 @@ impl Usage {
     }
 }
 
-/// What was used between two moments, and the memory at the later one. The switches of a thread
-/// that ended in between are lost.
+/// What was used between two moments, and the memory at the later one. Switches of threads that ended in
+/// between are lost.
 impl Sub for Usage {
     type Output = Usage;
 
@@ -64,14 +64,14 @@ impl Sub for Usage {
     }
 }
 
-/// utime and stime of `/proc/PID/stat`: fields 14 and 15, counted behind the name, which may hold
+/// utime and stime of `/proc/PID/stat`: fields 14 and 15. Counted from behind the name, which may hold
 /// anything.
 fn ticks(stat: &str) -> Option<(u64, u64)> {
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
     Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
 }
 
-/// The number behind a name at the start of a line; 0 where it is missing, as in kernel threads.
+/// The number after a name at the start of a line; 0 if the name is missing, as for kernel threads.
 fn number(status: &str, name: &str) -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix(name));
     line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
@@ -82,7 +82,7 @@ mod test {
     use super::*;
 
     #[test]
-    fn a_process_named_to_confuse_is_read_right() {
+    fn a_confusing_process_name_is_read_correctly() {
         let stat = "12 (a) S 9 (x y) R 1 2 3 4 5 6 7 8 9 10 111 222 13 14";
         assert_eq!(ticks(stat), Some((111, 222)));
         let status = "Name:\ta\nVmRSS:\t    2048 kB\nvoluntary_ctxt_switches:\t7\n";

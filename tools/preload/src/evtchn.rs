@@ -16,16 +16,16 @@ use crate::settings::{Settings, Toll};
 
 const PORT_BYTES: usize = size_of::<u32>();
 
-/// Ports in one read or write: the kernel moves a page of them.
+/// Most ports in one read or write: the kernel moves a page of them.
 const PORTS_MAX: usize = PORTS_PER_UNMASK;
 
-/// An open device. The program's descriptor is that of its event channels.
+/// An open device. The program's descriptor is the one of the event channels.
 #[derive(Debug)]
 pub struct Evtchn {
     events: SimEvents,
-    /// `O_NONBLOCK` as the program has it. The descriptor itself never blocks.
+    /// `O_NONBLOCK` as the program has set it. The descriptor itself never blocks.
     is_nonblocking: bool,
-    /// The only domain to bind to, where the program has said so.
+    /// The only domain that the device may bind to, if the program has restricted it.
     partner: Option<DomId>,
     toll: Toll,
     ports: Vec<Port>,
@@ -34,14 +34,14 @@ pub struct Evtchn {
 /// What a read found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Taken {
-    /// So many bytes of port numbers.
+    /// This many bytes of port numbers.
     Bytes(usize),
-    /// Nothing; the program wants to wait for it.
+    /// No port is pending, and the program wants to wait.
     Wait,
 }
 
 impl Evtchn {
-    /// Opens one that acts for dom0.
+    /// Opens a device that acts for dom0.
     pub fn open(settings: &Settings, flags: c_int) -> io::Result<Evtchn> {
         Ok(Evtchn {
             events: SimEvents::open(&Endpoint::at(&settings.folder), DomId::DOM0)?,
@@ -52,7 +52,7 @@ impl Evtchn {
         })
     }
 
-    /// Readable while a port is pending and unmasked.
+    /// The descriptor, which is readable while a port is pending and unmasked.
     pub fn fd(&self) -> c_int {
         self.events.as_fd().as_raw_fd()
     }
@@ -62,13 +62,13 @@ impl Evtchn {
         libc::O_RDWR | if self.is_nonblocking { libc::O_NONBLOCK } else { 0 }
     }
 
-    /// Sets them; only `O_NONBLOCK` means something here.
+    /// Sets the file status flags. Only `O_NONBLOCK` has an effect.
     pub fn set_flags(&mut self, flags: c_int) {
         self.is_nonblocking = flags & libc::O_NONBLOCK != 0;
     }
 
-    /// Takes pending ports. EINTR where the program was woken for nothing, which happens where
-    /// events cross: a program that polls and then reads must not be made to wait.
+    /// Takes pending ports. If the program was woken without one, which may happen when events cross, the
+    /// error is EINTR: a program that polls and then reads must not be made to wait.
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<Taken> {
         let (places, _) = buffer.as_chunks_mut::<PORT_BYTES>();
         let wanted = places.len().min(PORTS_MAX);
@@ -87,7 +87,7 @@ impl Evtchn {
         }
     }
 
-    /// Unmasks ports; numbers that are none of ours do nothing, as in the kernel.
+    /// Unmasks ports. Unknown port numbers are ignored, as in the kernel.
     pub fn write(&mut self, buffer: &[u8]) -> usize {
         self.toll.pay();
         let (numbers, _) = buffer.as_chunks::<PORT_BYTES>();
@@ -118,7 +118,7 @@ impl Evtchn {
                 self.events.notify(port).map(|()| 0)
             }
             Call::Reset => {
-                // What is taken stays masked, as what the kernel forgets does.
+                // Ports that are taken stay masked, like ports that the kernel forgets.
                 while self.events.take_pending(&mut self.ports).0 > 0 {}
                 Ok(0)
             }
@@ -132,7 +132,7 @@ impl Evtchn {
         }
     }
 
-    /// The domain, where the device may still bind to it.
+    /// The domain, if the device may bind to it.
     fn permitted(&self, remote: u32) -> io::Result<DomId> {
         let remote = known(remote)?;
         match self.partner {
@@ -154,12 +154,12 @@ enum Call {
 }
 
 impl Call {
-    /// `None`: none that the stand-in has; it has no virtual interrupts (`BIND_VIRQ`).
+    /// Reads an ioctl. `None` if the stand-in lacks it: it has no virtual interrupts (`BIND_VIRQ`).
     ///
     /// # Safety
     /// `argument` must be what the ioctl `number` takes.
     unsafe fn read(number: c_ulong, argument: *mut c_void) -> Option<Call> {
-        // SAFETY: the caller's promise, for whichever structure the number asks.
+        // SAFETY: the caller promises the structure that the number asks for.
         unsafe {
             Some(match number {
                 abi::IOCTL_EVTCHN_BIND_INTERDOMAIN => {
@@ -191,7 +191,7 @@ unsafe fn port(argument: *mut c_void) -> Port {
     Port(unsafe { argument.cast::<EvtchnPort>().read_unaligned() }.port)
 }
 
-/// A domain that there can be; Xen says ESRCH of others.
+/// A valid domain number. For others Xen returns ESRCH.
 fn known(domid: u32) -> io::Result<DomId> {
     DomId::try_from(domid).map_err(|_| errno(libc::ESRCH))
 }

@@ -19,14 +19,14 @@ use crate::handles::lock;
 use crate::mappings::{self, Mapping};
 use crate::settings::{Settings, Toll};
 
-/// Segments of a copy that are handed on at a time, on the stack.
+/// Segments of a copy that are passed to the stand-in at a time. They are on the stack.
 const SEGMENTS_PER_STEP: usize = 16;
 
 /// An open device.
 #[derive(Debug)]
 pub struct Gntdev {
     grants: SimGrants,
-    /// By offset for mmap. Offsets are not used again.
+    /// By offset for mmap. Offsets are never reused.
     rooms: BTreeMap<u64, Room>,
     next_index: u64,
     toll: Toll,
@@ -41,7 +41,7 @@ struct Room {
 }
 
 impl Gntdev {
-    /// Opens one that acts for dom0.
+    /// Opens a device that acts for dom0.
     pub fn open(settings: &Settings) -> io::Result<Gntdev> {
         let grants = SimGrants::open(&Endpoint::at(&settings.folder), DomId::DOM0)?;
         Ok(Gntdev { grants, rooms: BTreeMap::new(), next_index: 0, toll: settings.toll })
@@ -50,7 +50,7 @@ impl Gntdev {
     /// # Safety
     /// `argument` must be what the ioctl `number` takes.
     pub unsafe fn ioctl(&mut self, number: c_ulong, argument: *mut c_void) -> io::Result<()> {
-        // SAFETY: the caller's promise, for whichever structure the number asks.
+        // SAFETY: the caller promises the structure that the number asks for.
         unsafe {
             match number {
                 abi::IOCTL_GNTDEV_MAP_GRANT_REF => self.reserve(argument.cast()),
@@ -78,8 +78,8 @@ impl Gntdev {
     /// # Safety
     /// `request` must be a `struct ioctl_gntdev_map_grant_ref` with as many references as it says.
     unsafe fn reserve(&mut self, request: *mut abi::GntdevMapGrantRef) -> io::Result<()> {
-        // SAFETY: the structure's fixed part is there, and after it the references. The array is
-        // reached by its address, since it may be shorter than the type's.
+        // SAFETY: the structure's fixed part is there, followed by the references. The array is accessed
+        // by its address, since it may be shorter than in the type.
         let refs = unsafe {
             let count = (&raw const (*request).count).read() as usize;
             if count == 0 || count > GRANTS_PER_MAP_BATCH {
@@ -107,7 +107,7 @@ impl Gntdev {
         Ok(index)
     }
 
-    /// Gives room back. What is mapped of it stays mapped until munmap.
+    /// Gives room back. Pages that are mapped stay mapped until munmap.
     fn give_back(&mut self, index: u64, count: u32) -> io::Result<()> {
         match self.rooms.get(&index) {
             Some(room) if room.refs.len() == count as usize => {
@@ -139,12 +139,12 @@ impl Gntdev {
         if let Some(room) = self.rooms.get_mut(&mapping.index) {
             room.is_mapped = false;
         }
-        // SAFETY: it was taken apart by `map`, and only its owner ends it, once.
+        // SAFETY: the parts are from `mmap`, and only the mapping's owner ends it, once.
         let pages = unsafe { GuestPages::from_raw(base, mapping.count, mapping.cookie) };
         self.grants.unmap(pages)
     }
 
-    /// Copies segments. An error (one is malformed) leaves those before it copied, as in the
+    /// Copies segments. If one is malformed, that is an error, and those before it are copied, as in the
     /// kernel.
     ///
     /// # Safety
@@ -189,7 +189,7 @@ pub struct MapRequest {
     pub index: u64,
 }
 
-/// mmap of the device: the address.
+/// mmap of the device; returns the address.
 pub fn mmap(device: &Arc<Mutex<Gntdev>>, request: &MapRequest) -> io::Result<*mut c_void> {
     let pages = lock(device).map(request)?;
     let base = pages.base().as_ptr();
@@ -203,7 +203,7 @@ pub fn mmap(device: &Arc<Mutex<Gntdev>>, request: &MapRequest) -> io::Result<*mu
     Ok(base.cast())
 }
 
-/// munmap: `false` where the range holds no granted pages.
+/// munmap; `false` if the range holds no granted pages.
 pub fn munmap(place: *mut c_void, len: usize) -> io::Result<bool> {
     let Some(mapping) = mappings::remove(place.addr(), len)? else { return Ok(false) };
     let base = NonNull::new(place.cast()).ok_or_else(|| errno(libc::EINVAL))?;
@@ -227,15 +227,15 @@ const UNUSED: GrantCopy = GrantCopy {
     status: abi::GNTST_OKAY,
 };
 
-/// The granted side; where neither is, whatever the source holds.
+/// The granted side. If neither side is granted, this is what the source holds.
 fn foreign(segment: &GntdevCopySegment) -> abi::GntdevForeign {
     let side =
         if segment.flags & abi::GNTCOPY_DEST_GREF != 0 { segment.dest } else { segment.source };
-    // SAFETY: any eight bytes are one.
+    // SAFETY: any eight bytes are a valid value.
     unsafe { side.foreign }
 }
 
-/// The kernel refuses a segment without a granted side; the stand-in also one with two.
+/// Refuses a segment without a granted side, as the kernel does, and also one with two granted sides.
 fn to_stand_in(segment: &GntdevCopySegment) -> io::Result<GrantCopy> {
     let (local, direction) = match segment.flags {
         abi::GNTCOPY_SOURCE_GREF => (segment.dest, CopyDirection::FromGuest),

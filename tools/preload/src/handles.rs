@@ -1,7 +1,7 @@
-//! Which of the program's descriptors are devices of ours.
+//! The program's descriptors that are intercepted devices.
 //!
-//! A table by descriptor: asking it about any other descriptor is one load, and that is all that
-//! the program's other reads and writes pay.
+//! They are in a table by descriptor. A lookup is a single load, which is all that reads and writes of
+//! other descriptors cost.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
@@ -15,21 +15,21 @@ use crate::evtchn::Evtchn;
 use crate::gntdev::Gntdev;
 use crate::mappings;
 
-/// Descriptors that can be devices: 1.5 MiB of address space, of which the system backs what is
-/// used.
+/// Number of descriptors that can be devices. The table takes 1.5 MiB of address space, but the system backs
+/// only the used part with memory.
 const DESCRIPTORS: usize = 1 << 16;
 
 /// An open device.
 #[derive(Debug)]
 pub enum Device {
-    /// `/dev/xen/gntdev`. Mappings outlive the descriptor, so that they share the device.
+    /// `/dev/xen/gntdev`. Mappings outlive the descriptor, so they share the device.
     Gntdev {
-        /// What the program polls and closes.
+        /// The program's descriptor.
         fd: OwnedFd,
         /// The device.
         device: Arc<Mutex<Gntdev>>,
     },
-    /// `/dev/xen/evtchn`, which has the descriptor itself.
+    /// `/dev/xen/evtchn`, which holds the descriptor itself.
     Evtchn(Box<Evtchn>),
 }
 
@@ -54,41 +54,40 @@ fn slot(fd: c_int) -> Option<&'static Slot> {
     SLOTS.get(usize::try_from(fd).ok()?)
 }
 
-/// Whether a descriptor is a device of ours.
+/// Whether a descriptor is an intercepted device.
 #[inline]
 pub fn is_device(fd: c_int) -> bool {
     slot(fd).is_some_and(|slot| slot.is_open.load(Ordering::Acquire))
 }
 
-/// Uses a device; `None` where the descriptor is none. Must not wait: it keeps the device's other
-/// users waiting.
+/// Uses a device; `None` if the descriptor is not one. `body` must not wait, since the device is locked.
 pub fn with<T>(fd: c_int, body: impl FnOnce(&mut Device) -> T) -> Option<T> {
     lock(&slot(fd)?.device).as_mut().map(body)
 }
 
-/// Takes a device in and returns its descriptor.
+/// Adds a device and returns its descriptor.
 pub fn insert(device: Device) -> io::Result<c_int> {
     forget_in_children();
     let fd = device.fd();
     let slot = slot(fd).ok_or_else(|| io::Error::from_raw_os_error(libc::EMFILE))?;
     let stale = lock(&slot.device).replace(device);
-    // The descriptor was closed behind our back, or belongs to the process that we are a fork of:
-    // either way it is not ours to close.
+    // The old descriptor was closed by other means, or belongs to the parent process. In neither case may it
+    // be closed here.
     std::mem::forget(stale);
     slot.is_open.store(true, Ordering::Release);
     Ok(fd)
 }
 
-/// Takes a device out. Its descriptor closes when it is dropped, and not before, so that no
-/// other thread gets the number while the slot is still full.
+/// Removes a device. Its descriptor closes only when the device is dropped, so that no other thread gets
+/// the number while the slot is still full.
 pub fn remove(fd: c_int) -> Option<Device> {
     let slot = slot(fd)?;
     slot.is_open.store(false, Ordering::Release);
     lock(&slot.device).take()
 }
 
-/// Devices belong to the process that opened them, as granted pages do on Linux: in a child after
-/// fork the descriptors are empty shells.
+/// Forgets the devices in a child after fork: they belong to the process that opened them, as granted pages
+/// do on Linux.
 fn forget_in_children() {
     extern "C" fn in_child() {
         SLOTS.iter().for_each(|slot| {
@@ -105,7 +104,7 @@ fn forget_in_children() {
     });
 }
 
-/// What the locks guard is whole even where a thread panicked while it held one.
+/// Locks a mutex, even if a thread panicked while it held the lock, since the data stays valid.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -114,14 +113,14 @@ thread_local! {
     static IS_INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// While it lives, what this thread calls of the C library goes straight there.
+/// While this value lives, the thread's calls go straight to the C library.
 #[derive(Debug)]
 pub struct Inside(());
 
 impl Inside {
-    /// `None` where the thread is inside already.
+    /// `None` if the thread already has such a value.
     pub fn enter() -> Option<Inside> {
-        // Not `then_some`: the value that it drops would end the state that it found.
+        // Not `then_some`: if the thread is inside already, it would drop the value, which ends that state.
         IS_INSIDE.with(|inside| (!inside.replace(true)).then(|| Inside(())))
     }
 }
@@ -159,17 +158,17 @@ mod test {
     }
 
     #[test]
-    fn other_descriptors_are_none() {
+    fn other_descriptors_are_not_devices() {
         for fd in [c_int::MIN, -1, 0, 1 << 16, c_int::MAX] {
             assert!(!is_device(fd) && with(fd, |_| ()).is_none() && remove(fd).is_none());
         }
     }
 
     #[test]
-    fn who_is_inside_stays_so_however_often_it_asks() {
+    fn entering_again_does_not_end_the_first_entry() {
         let inside = Inside::enter().unwrap();
         assert!(Inside::enter().is_none());
-        assert!(Inside::enter().is_none(), "the first question changed nothing");
+        assert!(Inside::enter().is_none(), "the first refusal changed nothing");
         drop(inside);
         assert!(Inside::enter().is_some());
     }

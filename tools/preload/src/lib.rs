@@ -1,22 +1,21 @@
-//! Xen's devices for programs that were built for them, played by the stand-in.
+//! Xen's devices on the stand-in, for programs that were built for real Xen.
 //!
-//! Put in front of the C library by `LD_PRELOAD`, this library answers for `/dev/xen/gntdev` and
-//! `/dev/xen/evtchn` at the level of open, ioctl, mmap, munmap, read, write and close, and passes
-//! everything else on. It is a client of the stand-in like any other (`polldisk::sim`), in the
-//! place of dom0.
+//! Loaded before the C library by `LD_PRELOAD`, this library handles open, ioctl, mmap, munmap, read,
+//! write and close on `/dev/xen/gntdev` and `/dev/xen/evtchn`, and passes all other calls on. It is an
+//! ordinary client of the stand-in (`polldisk::sim`) that acts as dom0.
 //!
 //! | module | what it does |
 //! |---|---|
-//! | `symbols` | the C library's functions as programs see them |
-//! | `next` | the same functions as the C library has them |
-//! | `handles` | which descriptors are devices of ours |
+//! | `symbols` | the functions that programs call instead of the C library's |
+//! | `next` | the C library's own functions |
+//! | `handles` | which descriptors are intercepted devices |
 //! | `evtchn`, `gntdev` | the devices |
 //! | `mappings` | granted pages in the program's memory |
-//! | `hypercalls` | what the linker wants |
-//! | `settings` | what the environment says |
+//! | `hypercalls` | a symbol that the linker needs |
+//! | `settings` | settings from the environment |
 //!
-//! A function of the C library that a device of ours calls while it serves the program comes back
-//! here, since programs and libraries share one name space; `handles::Inside` lets it through.
+//! While this library serves a call, its own calls of the C library also reach its functions, since
+//! programs and libraries share one name space. `handles::Inside` makes them pass through.
 
 mod evtchn;
 mod gntdev;

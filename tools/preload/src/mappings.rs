@@ -1,4 +1,4 @@
-//! Granted pages in the program's memory, by address: munmap says no more than that.
+//! Granted pages in the program's memory, by address, since munmap gives nothing else.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,13 +13,13 @@ use crate::handles::lock;
 /// A range of granted pages.
 #[derive(Clone, Debug)]
 pub struct Mapping {
-    /// Pages.
+    /// Number of pages.
     pub count: usize,
     /// The offset of the device at which it was mapped.
     pub index: u64,
-    /// What the stand-in calls it.
+    /// The stand-in's handle for it.
     pub cookie: u64,
-    /// Whose it is.
+    /// The device that it was mapped from.
     pub device: Arc<Mutex<Gntdev>>,
 }
 
@@ -29,26 +29,26 @@ impl Mapping {
     }
 }
 
-/// By first address. They do not overlap.
+/// All mappings, by first address. They do not overlap.
 static MAPPINGS: Mutex<BTreeMap<usize, Mapping>> = Mutex::new(BTreeMap::new());
 
-/// How many there are, so that a program without any pays one load.
+/// The number of mappings. A program without any pays only this load for each munmap.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 
-/// Takes a mapping in.
+/// Adds a mapping.
 pub fn insert(address: usize, mapping: Mapping) {
     lock(&MAPPINGS).insert(address, mapping);
     COUNT.fetch_add(1, Ordering::Release);
 }
 
-/// Whether there are any.
+/// Whether there are any mappings.
 #[inline]
 pub fn exist() -> bool {
     COUNT.load(Ordering::Acquire) != 0
 }
 
-/// Takes out the mapping that is exactly this range; `None` where the range touches none. A part
-/// of one, or more than one, is refused with EINVAL.
+/// Removes the mapping that is exactly this range; `None` if the range touches no mapping. A part of a
+/// mapping, or more than one mapping, is refused with EINVAL.
 pub fn remove(address: usize, len: usize) -> io::Result<Option<Mapping>> {
     let len = len.next_multiple_of(PAGE_BYTES);
     let mut mappings = lock(&MAPPINGS);
@@ -60,14 +60,14 @@ pub fn remove(address: usize, len: usize) -> io::Result<Option<Mapping>> {
     Ok(mappings.remove(&last))
 }
 
-/// The mapping that holds an address: where it begins, and itself.
+/// The mapping that contains an address, after its first address.
 pub fn find(address: usize) -> Option<(usize, Mapping)> {
     let mappings = lock(&MAPPINGS);
     let first = touched(&mappings, address, 1)?;
     Some((first, mappings.get(&first)?.clone()))
 }
 
-/// In a child of fork: they are the parent's.
+/// Forgets all mappings in a child after fork, since they are the parent's.
 pub fn forget_all() {
     COUNT.store(0, Ordering::Relaxed);
 }
@@ -88,7 +88,7 @@ mod test {
     const PAGE: usize = PAGE_BYTES;
 
     #[test]
-    fn only_a_whole_mapping_is_taken_out() {
+    fn only_a_whole_mapping_is_removed() {
         let stand_in = StandIn::start_temporary().unwrap();
         let settings = Settings { folder: stand_in.folder().to_owned(), toll: Toll::None };
         let device = Arc::new(Mutex::new(Gntdev::open(&settings).unwrap()));

@@ -1,4 +1,4 @@
-//! The C library's own functions, which stand behind ours.
+//! The C library's own functions, which this library's functions hide.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_char, c_int, c_ulong, c_void};
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 
 use libc::{mode_t, off_t, size_t, ssize_t};
 
-/// Finds a function behind ours and remembers it.
+/// Finds a function of the C library and remembers it.
 fn find(known: &AtomicPtr<c_void>, name: &CStr) -> *mut c_void {
     let address = known.load(Ordering::Relaxed);
     if !address.is_null() {
@@ -15,7 +15,7 @@ fn find(known: &AtomicPtr<c_void>, name: &CStr) -> *mut c_void {
     // SAFETY: `name` is a C string.
     let found = unsafe { libc::dlsym(libc::RTLD_NEXT, name.as_ptr()) };
     if found.is_null() {
-        // Only where the C library lacks what the program has called.
+        // Happens only if the C library lacks the function that the program has called.
         std::process::abort();
     }
     known.store(found, Ordering::Relaxed);
@@ -25,7 +25,7 @@ fn find(known: &AtomicPtr<c_void>, name: &CStr) -> *mut c_void {
 macro_rules! next {
     ($($name:ident($($argument:ident: $type:ty),*) -> $result:ty;)*) => { $(
         /// # Safety
-        /// As the C library's.
+        /// The same as for the C library's function.
         #[inline]
         pub unsafe fn $name($($argument: $type),*) -> $result {
             static KNOWN: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
@@ -36,8 +36,8 @@ macro_rules! next {
                 };
             let address = find(&KNOWN, NAME);
             type Function = unsafe extern "C" fn($($type),*) -> $result;
-            // SAFETY: the C library's function of this name takes these arguments. Those that are
-            // variadic there (open, ioctl, fcntl) take theirs in the same registers.
+            // SAFETY: the C library's function of this name takes these arguments. Variadic ones (open,
+            // ioctl, fcntl) take them in the same registers.
             let function = unsafe { std::mem::transmute::<*mut c_void, Function>(address) };
             // SAFETY: the caller's promise.
             unsafe { function($($argument),*) }

@@ -1,26 +1,26 @@
-//! What the environment says, read when the first device is opened.
+//! Settings from the environment, read when the first device is opened.
 #![allow(unsafe_code)]
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-/// The stand-in's run folder; without it nothing is intercepted.
+/// The variable with the stand-in's run folder. If it is not set, nothing is intercepted.
 const FOLDER: &str = "POLLDISK_STAND_IN";
 
-/// `1`: what is a system call on Xen costs one here, too.
+/// The variable that is `1` if operations that are a system call on Xen should cost one, too.
 const SYSTEM_CALLS: &str = "POLLDISK_STAND_IN_SYSTEM_CALLS";
 
-/// How to play the devices.
+/// How the devices behave.
 #[derive(Debug)]
 pub struct Settings {
     /// The stand-in's run folder.
     pub folder: PathBuf,
-    /// The price of grant copy, notify and unmask.
+    /// What grant copy, notify and unmask cost.
     pub toll: Toll,
 }
 
 impl Settings {
-    /// `None` where the environment names no stand-in.
+    /// The settings; `None` if the environment names no stand-in.
     pub fn get() -> Option<&'static Settings> {
         static SETTINGS: OnceLock<Option<Settings>> = OnceLock::new();
         let read = || {
@@ -35,12 +35,12 @@ impl Settings {
     }
 }
 
-/// What an operation costs beside its work.
+/// What an operation costs in addition to its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Toll {
     /// Nothing.
     None,
-    /// A system call that does next to nothing.
+    /// A system call that does almost nothing.
     SystemCall,
 }
 
@@ -49,7 +49,7 @@ impl Toll {
     #[inline]
     pub fn pay(self) {
         if self == Toll::SystemCall {
-            // SAFETY: no arguments, no effect. Through `syscall`, so that it is one for certain.
+            // SAFETY: no arguments, no effect. `syscall` makes sure that it is a system call.
             unsafe { libc::syscall(libc::SYS_getppid) };
         }
     }

@@ -1,8 +1,8 @@
-//! The C library's functions as programs see them.
+//! The functions that programs call instead of the C library's.
 //!
-//! Each looks whether it is about a device of ours, and else passes the call on. `open`, `ioctl`
-//! and `fcntl` are variadic in C; with fixed arguments they take the same registers in the calling
-//! convention of x86_64 Linux, and an argument that was not passed is only passed on.
+//! Each handles calls on intercepted devices and passes all others on. `open`, `ioctl` and `fcntl` are
+//! variadic in C. With fixed arguments they use the same registers in the calling convention of x86_64
+//! Linux; an argument that the program did not pass is passed on but never used.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_char, c_int, c_ulong, c_void};
@@ -20,11 +20,11 @@ use crate::{mappings, next};
 
 const DEVICES: &[u8] = b"/dev/xen/";
 
-/// What a program opens.
+/// What to open instead of a file of the program.
 enum Opened {
-    /// A device, or why not.
+    /// An intercepted device, or the error of opening it.
     Device(io::Result<c_int>),
-    /// This file, which answers every ioctl with ENOTTY.
+    /// This file instead. It answers every ioctl with ENOTTY.
     Instead(&'static CStr),
     Other,
 }
@@ -43,7 +43,7 @@ unsafe fn open_device(path: *const c_char, flags: c_int) -> Opened {
     match name {
         b"gntdev" => Opened::Device(open_gntdev(settings)),
         b"evtchn" => Opened::Device(open_evtchn(settings, flags)),
-        // Hypercalls: libxenctrl, libxenforeignmemory and libxendevicemodel open it in advance.
+        // For hypercalls. libxenctrl, libxenforeignmemory and libxendevicemodel open it at their start.
         b"privcmd" => Opened::Instead(c"/dev/null"),
         _ => Opened::Other,
     }
@@ -62,7 +62,7 @@ fn open_evtchn(settings: &Settings, flags: c_int) -> io::Result<c_int> {
 macro_rules! open {
     ($($name:ident($($folder:ident)?; $($mode:ident)?);)*) => { $(
         /// # Safety
-        /// As the C library's.
+        /// The same as for the C library's function.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name(
             $($folder: c_int,)?
@@ -94,7 +94,7 @@ open! {
 }
 
 /// # Safety
-/// As the C library's.
+/// The same as for the C library's function.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn close(fd: c_int) -> c_int {
     if let Some(_inside) = enter(fd) {
@@ -106,7 +106,7 @@ pub unsafe extern "C" fn close(fd: c_int) -> c_int {
 }
 
 /// # Safety
-/// As the C library's.
+/// The same as for the C library's function.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn read(fd: c_int, buffer: *mut c_void, len: size_t) -> ssize_t {
     // SAFETY: passed on as it came.
@@ -121,7 +121,7 @@ pub unsafe extern "C" fn read(fd: c_int, buffer: *mut c_void, len: size_t) -> ss
 /// `read` in programs built with `_FORTIFY_SOURCE`.
 ///
 /// # Safety
-/// As the C library's.
+/// The same as for the C library's function.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn __read_chk(
     fd: c_int,
@@ -129,7 +129,7 @@ pub unsafe extern "C" fn __read_chk(
     len: size_t,
     room: size_t,
 ) -> ssize_t {
-    // SAFETY: passed on as it came; the C library judges a `len` beyond `room`.
+    // SAFETY: passed on as it came; the C library checks that `len` is at most `room`.
     unsafe {
         match read_device(fd, buffer, len.min(room)) {
             Some(read) => bytes(read),
@@ -138,7 +138,7 @@ pub unsafe extern "C" fn __read_chk(
     }
 }
 
-/// `None` where the descriptor is no event channel device.
+/// Reads from an event channel device; `None` if the descriptor is not one.
 ///
 /// # Safety
 /// `buffer` must be valid for `len` bytes.
@@ -163,7 +163,7 @@ unsafe fn read_device(fd: c_int, buffer: *mut c_void, len: size_t) -> Option<io:
     }
 }
 
-/// A signal ends the wait with EINTR, as it ends a read.
+/// Waits until a descriptor is readable. A signal ends the wait with EINTR, as it ends a read.
 fn wait_readable(fd: c_int) -> io::Result<()> {
     let mut polled = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
     // SAFETY: one entry, which outlives the call.
@@ -174,7 +174,7 @@ fn wait_readable(fd: c_int) -> io::Result<()> {
 }
 
 /// # Safety
-/// As the C library's.
+/// The same as for the C library's function.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn write(fd: c_int, buffer: *const c_void, len: size_t) -> ssize_t {
     if let Some(_inside) = enter(fd) {
@@ -194,7 +194,7 @@ pub unsafe extern "C" fn write(fd: c_int, buffer: *const c_void, len: size_t) ->
 }
 
 /// # Safety
-/// As the C library's.
+/// The same as for the C library's function.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ioctl(fd: c_int, number: c_ulong, argument: *mut c_void) -> c_int {
     if let Some(_inside) = enter(fd) {
@@ -215,8 +215,9 @@ pub unsafe extern "C" fn ioctl(fd: c_int, number: c_ulong, argument: *mut c_void
     unsafe { next::ioctl(fd, number, argument) }
 }
 
-/// The descriptor of event channels is shared with whoever signals them and must stay
-/// non-blocking: the program's wish is kept beside it. `None` where the call is not about that.
+/// Handles fcntl's F_GETFL and F_SETFL for an event channel device; `None` for anything else. The descriptor
+/// must stay non-blocking, since it is shared with the processes that signal it, so the program's flags are
+/// kept separately.
 fn status_flags(fd: c_int, command: c_int, argument: *mut c_void) -> Option<c_int> {
     if command != libc::F_GETFL && command != libc::F_SETFL {
         return None;
@@ -225,7 +226,7 @@ fn status_flags(fd: c_int, command: c_int, argument: *mut c_void) -> Option<c_in
     handles::with(fd, |device| match device {
         Device::Evtchn(evtchn) if command == libc::F_GETFL => Some(evtchn.flags()),
         Device::Evtchn(evtchn) => {
-            // An int in the place of the argument.
+            // The argument is an int.
             evtchn.set_flags(c_int::try_from(argument.addr()).unwrap_or(0));
             Some(0)
         }
@@ -234,7 +235,7 @@ fn status_flags(fd: c_int, command: c_int, argument: *mut c_void) -> Option<c_in
 }
 
 /// # Safety
-/// As the C library's.
+/// The same as for the C library's function.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fcntl(fd: c_int, command: c_int, argument: *mut c_void) -> c_int {
     match status_flags(fd, command, argument) {
@@ -245,7 +246,7 @@ pub unsafe extern "C" fn fcntl(fd: c_int, command: c_int, argument: *mut c_void)
 }
 
 /// # Safety
-/// As the C library's.
+/// The same as for the C library's function.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn fcntl64(fd: c_int, command: c_int, argument: *mut c_void) -> c_int {
     match status_flags(fd, command, argument) {
@@ -258,7 +259,7 @@ pub unsafe extern "C" fn fcntl64(fd: c_int, command: c_int, argument: *mut c_voi
 macro_rules! mmap {
     ($($name:ident)*) => { $(
         /// # Safety
-        /// As the C library's.
+        /// The same as for the C library's function.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name(
             place: *mut c_void,
@@ -284,7 +285,7 @@ macro_rules! mmap {
 
 mmap! { mmap mmap64 }
 
-/// `None` where the descriptor is no grant device.
+/// Maps granted pages; `None` if the descriptor is not a grant device.
 fn map_device(fd: c_int, request: impl FnOnce() -> MapRequest) -> Option<io::Result<*mut c_void>> {
     let _inside = enter(fd)?;
     let device = handles::with(fd, |device| match device {
@@ -295,7 +296,7 @@ fn map_device(fd: c_int, request: impl FnOnce() -> MapRequest) -> Option<io::Res
 }
 
 /// # Safety
-/// As the C library's.
+/// The same as for the C library's function.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn munmap(place: *mut c_void, len: size_t) -> c_int {
     if mappings::exist()
@@ -311,7 +312,7 @@ pub unsafe extern "C" fn munmap(place: *mut c_void, len: size_t) -> c_int {
     unsafe { next::munmap(place, len) }
 }
 
-/// `Some` where a descriptor is a device of ours and the program calls, not we ourselves.
+/// `Some` if the descriptor is an intercepted device and the call is the program's, not this library's.
 #[inline]
 fn enter(fd: c_int) -> Option<Inside> {
     if handles::is_device(fd) { Inside::enter() } else { None }
@@ -331,7 +332,7 @@ fn bytes(done: io::Result<usize>) -> ssize_t {
     }
 }
 
-/// Leaves an error in errno.
+/// Sets errno and returns -1.
 fn failed(error: &io::Error) -> c_int {
     let errno = error.raw_os_error().unwrap_or(match error.kind() {
         io::ErrorKind::InvalidInput => libc::EINVAL,

@@ -1,4 +1,4 @@
-//! Whole backends as deployed, each on the stand-in, each with a guest that verifies every byte.
+//! Whole backends as they are deployed, on the stand-in, with a guest that verifies every byte.
 
 mod rig;
 
@@ -45,7 +45,7 @@ impl Bench {
         self.folder.path().join("disk.img")
     }
 
-    /// Connects, writes and reads at random, reads everything back and disconnects.
+    /// Connects, reads and writes random blocks, reads everything back and disconnects.
     fn verify(&self, persistent: bool) {
         let xenbus = Xenbus::open(&self.guest, VBD).unwrap();
         let options = Options { persistent, ..Options::default() };
@@ -79,7 +79,7 @@ impl Bench {
         assert_eq!(self.guest.mapped_grants(), 0);
     }
 
-    /// The nodes that libxl writes for a disk of QEMU's.
+    /// Writes the nodes that libxl writes for QEMU's disks.
     fn write_toolstack_nodes(&self, params: &str) {
         let backend = format!("/local/domain/0/backend/qdisk/{GUEST}/{VBD}");
         let frontend = format!("/local/domain/{GUEST}/device/vbd/{VBD}");
@@ -121,7 +121,7 @@ impl Bench {
     }
 }
 
-/// A backend in a process of its own, ended with this.
+/// A backend's process. Dropping this ends it.
 struct Backend(Child);
 
 impl Backend {
@@ -133,7 +133,7 @@ impl Backend {
 
 impl Drop for Backend {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // The process may have ended already.
         let _ = self.0.kill();
         let _ = self.0.wait();
         let mut said = String::new();
@@ -162,11 +162,11 @@ fn polldisk_serves_a_guest_through_its_real_device_code() {
 }
 
 #[test]
-fn polldisk_copies_where_the_guest_keeps_no_grants() {
+fn polldisk_copies_if_the_guest_keeps_no_grants() {
     polldisk_serves(false, true);
 }
 
-/// QEMU, to be run; `None` where it is missing and need not be there.
+/// QEMU's command; `None` if QEMU is missing but not required.
 fn qemu(bench: &Bench, system_calls: bool) -> Option<Command> {
     const PROGRAM: &str = "/usr/libexec/xen-qemu-system-i386";
     if !Path::new(PROGRAM).exists() {

@@ -1,7 +1,7 @@
-/* What a program may expect of /dev/xen/evtchn and /dev/xen/gntdev, by system calls alone:
+/* Checks what a program may expect of /dev/xen/evtchn and /dev/xen/gntdev, with system calls only:
  *     devices DOMID PORT GREF GREF
- * The domain has allocated PORT for dom0, answers a notification with one, and grants two pages:
- * the first, read-only, says "from the guest", the second may be written. */
+ * The domain has allocated PORT for dom0, answers each notification with one, and grants two pages:
+ * the first is read-only and holds "from the guest", the second may be written. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -133,7 +133,7 @@ static void maps(uint32_t domid, uint32_t first, uint32_t second)
     offset.vaddr = (uintptr_t)&offset;
     FAILS(ioctl(fd, GET_OFFSET, &offset), EINVAL);
 
-    /* Both orders of giving back; and a mapping outlives its device. */
+    /* Giving back works in both orders, and a mapping outlives its device. */
     CHECK(munmap(pages, 2 * page) == 0);
     struct unmap unmap = { .index = map.index, .count = 2 };
     CHECK(ioctl(fd, UNMAP_GRANT_REF, &unmap) == 0);
@@ -150,7 +150,7 @@ static void maps(uint32_t domid, uint32_t first, uint32_t second)
     CHECK(close(fd) == 0);
     memcpy(pages, "mapped", 6);
 
-    /* A child has neither device nor pages, and closing them is nothing to the parent. */
+    /* A child has neither device nor pages, and closing them does not affect the parent. */
     fd = open("/dev/xen/gntdev", O_RDWR);
     map.refs[0].ref = first;
     pid_t child = fork();

@@ -1,4 +1,4 @@
-//! The devices as a program in C sees them: `devices.c`, compiled here, has the expectations.
+//! The devices as a C program sees them: `devices.c`, which these tests compile, checks what it gets.
 
 mod rig;
 
@@ -18,7 +18,7 @@ fn compile(folder: &tempfile::TempDir) -> PathBuf {
     let program = folder.path().join("devices");
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/devices.c");
     let compiler = std::env::var_os("CC").unwrap_or_else(|| "cc".into());
-    // With optimization and fortification, as distributions build.
+    // With optimization and fortification, as in distributions.
     let status = Command::new(compiler)
         .args(["-O2", "-U_FORTIFY_SOURCE", "-D_FORTIFY_SOURCE=2", "-Wall", "-Werror", "-o"])
         .args([program.as_os_str(), source.as_ref()])
@@ -33,7 +33,7 @@ fn granted(guest: &Domain, content: &[u8], access: PageAccess) -> (Gfn, GrantRef
     (page, guest.grant(page, DomId::DOM0, access).unwrap())
 }
 
-/// Answers two notifications, each with one.
+/// Answers each of two notifications with another one.
 fn answer(mut events: SimEvents, port: Port) -> JoinHandle<()> {
     std::thread::spawn(move || {
         for _ in 0..2 {
@@ -72,7 +72,7 @@ fn a_program_finds_the_devices_as_on_linux() {
         let mut written = [0; 12];
         guest.page(page).part(100, 12).unwrap().copy_to(&mut written);
         assert_eq!(&written, b"to the guest");
-        rig::until("what it had mapped goes with it", || guest.mapped_grants() == 0);
+        rig::until("its mappings are gone", || guest.mapped_grants() == 0);
     }
 }
 

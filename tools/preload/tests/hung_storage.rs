@@ -1,5 +1,5 @@
-//! Storage that never answers: the daemon ends all the same, and says what was left; nor does a check
-//! of a target hang.
+//! Storage that never answers: the daemon still ends, and names the requests that are left. A check of a
+//! target does not hang either.
 
 #[path = "../../../tests/host/mod.rs"]
 mod host;
@@ -22,9 +22,9 @@ use polldisk::units::VbdId;
 const GUEST: u32 = 5;
 const VBD: VbdId = VbdId(51712);
 
-/// A block device whose writes never end once it is frozen: its file lies on a filesystem of its own.
+/// A block device whose writes never end once it is frozen. Its file is on a filesystem of its own.
 struct HungDevice {
-    // In this order: thawed, taken down, unmounted, removed.
+    // Dropped in this order: thawed, detached, unmounted, removed.
     frozen: Option<Frozen>,
     device: LoopDevice,
     filesystem: Filesystem,
@@ -32,7 +32,7 @@ struct HungDevice {
 }
 
 impl HungDevice {
-    /// `None`, loudly, on a machine that can't have one; a failure where all tools have to be here.
+    /// Makes one; `None`, with a message, if the machine can't. That is a failure if all tools are required.
     fn new() -> Option<HungDevice> {
         let hung = HungDevice::make();
         assert!(hung.is_some() || !host::is_required(), "no storage can be made to hang");
@@ -80,7 +80,7 @@ fn a_daemon_beside_hung_storage_ends_and_names_the_requests_that_were_left() {
         let text = std::fs::read_to_string(&written).unwrap();
         text.split_whitespace().nth(1).is_some_and(|writes| writes != "0")
     });
-    // Once to end, and once more not to wait for as long as that may take.
+    // The first signal ends the daemon, the second one keeps it from waiting for storage.
     rig::signal(&daemon, "-TERM");
     rig::until("control has seen the first signal", || request(&admin, &Request::List).is_ok());
     rig::signal(&daemon, "-TERM");
@@ -95,7 +95,7 @@ fn a_daemon_beside_hung_storage_ends_and_names_the_requests_that_were_left() {
         "a write of 4096 bytes at byte 8192".to_owned(),
         "storage did not answer all requests".to_owned(),
     ] {
-        assert!(said.contains(&part), "it does not say {part}:\n{said}");
+        assert!(said.contains(&part), "no {part} in its output:\n{said}");
     }
 }
 
@@ -117,8 +117,8 @@ fn a_check_of_a_target_on_hung_storage_ends_with_a_reason() {
         let mut said = String::new();
         stderr.read_to_string(&mut said).map(|_| said)
     });
-    // What a script reads ends, too: nothing that still hangs keeps it open.
-    rig::until("it has said all", || said.is_finished());
+    // A script that reads the output does not hang: its end of the pipe closes, too.
+    rig::until("its output has ended", || said.is_finished());
     let status = rig::ended(&mut check);
     let said = said.join().unwrap().unwrap();
     assert!(!status.success(), "{said}");

@@ -10,13 +10,13 @@ use rig::Running;
 
 const STAND_IN: &str = env!("CARGO_BIN_EXE_stand-in");
 
-/// A stand-in that serves.
+/// Starts a stand-in.
 fn serve(folder: &Path) -> Running {
     let child = Command::new(STAND_IN).arg("serve").arg(folder).stdout(Stdio::null()).spawn();
     Running(child.unwrap())
 }
 
-/// What a command says that has to fail.
+/// The error text of a command that has to fail.
 fn refusal(output: &Output) -> String {
     assert!(!output.status.success());
     String::from_utf8(output.stderr.clone()).unwrap()
@@ -45,5 +45,5 @@ fn a_program_without_a_stand_in_is_refused_with_what_to_do() {
     let folder = tempfile::tempdir().unwrap();
     let run = Command::new(STAND_IN).arg("run").arg(folder.path()).args(["--", "true"]).output();
     let text = refusal(&run.unwrap());
-    assert!(text.contains("no stand-in serves") && text.contains("stand-in serve"), "{text}");
+    assert!(text.contains("no stand-in runs") && text.contains("stand-in serve"), "{text}");
 }

@@ -1,4 +1,4 @@
-//! polldisk with a standard error that takes nothing: it serves on, and ends when it is told to.
+//! polldisk with a standard error that cannot be written to: it still serves, and ends at a signal.
 
 mod rig;
 
@@ -18,7 +18,7 @@ use rig::Running;
 const GUEST: u32 = 5;
 const VBD: VbdId = VbdId(51712);
 
-/// What a pipe holds that nobody reads: Linux's default.
+/// Capacity of a pipe: Linux's default.
 const PIPE_BYTES: usize = 64 * 1024;
 
 fn serve_with(stderr: Stdio) -> ExitStatus {
@@ -28,12 +28,12 @@ fn serve_with(stderr: Stdio) -> ExitStatus {
     })
 }
 
-/// A guest that comes and goes, which makes log lines, then SIGTERM. How polldisk ended.
+/// Lets a guest come and go, which makes log lines, then sends SIGTERM. Returns polldisk's exit status.
 fn serve(set_up: impl FnOnce(Command) -> Command) -> ExitStatus {
     serve_through(set_up, |_| ())
 }
 
-/// The same with something that happens before the guest comes.
+/// [`serve`] with something that happens before the guest comes.
 fn serve_through(
     set_up: impl FnOnce(Command) -> Command,
     happens: impl FnOnce(&Running),
@@ -72,26 +72,26 @@ fn connect_and_close(guest: &Arc<Domain>) {
     xenbus.close(device).unwrap();
 }
 
-/// It has not ended by itself.
+/// Asserts that the daemon has not ended by itself.
 fn assert_running(daemon: &mut Running) {
     assert_eq!(daemon.0.try_wait().unwrap(), None, "it has ended");
 }
 
 #[test]
-fn polldisk_serves_on_where_its_log_lies_on_a_full_filesystem() {
+fn polldisk_serves_on_if_its_log_is_on_a_full_filesystem() {
     let full = File::options().write(true).open("/dev/full").unwrap();
     assert!(serve_with(full.into()).success());
 }
 
 #[test]
-fn polldisk_serves_on_where_the_reader_of_its_log_has_ended() {
+fn polldisk_serves_on_if_the_reader_of_its_log_has_ended() {
     let (reader, writer) = io::pipe().unwrap();
     drop(reader);
     assert!(serve_with(writer.into()).success());
 }
 
 #[test]
-fn polldisk_serves_on_where_its_terminal_goes_away() {
+fn polldisk_serves_on_if_its_terminal_goes_away() {
     let (reader, writer) = io::pipe().unwrap();
     let with_terminal = |mut command: Command| {
         command.stderr(writer);
@@ -116,7 +116,7 @@ fn polldisk_serves_on_without_a_standard_error() {
 }
 
 #[test]
-fn polldisk_serves_on_where_nobody_reads_its_log() {
+fn polldisk_serves_on_if_nobody_reads_its_log() {
     let (_reader, mut writer) = io::pipe().unwrap();
     writer.write_all(&[b'x'; PIPE_BYTES]).unwrap();
     assert!(serve_with(writer.into()).success());
@@ -134,6 +134,6 @@ fn polldisk_logs_from_its_start_to_its_end() {
     let lines: Vec<&str> = log.lines().collect();
     assert!(lines.first().is_some_and(|line| line.contains("starting")), "{log}");
     assert!(lines.last().is_some_and(|line| line.contains("ended")), "{log}");
-    // Rust's own form of its structures is for nobody who reads a log.
+    // No structures in Rust's debug format.
     assert!(!log.contains(['{', '[']), "{log}");
 }

@@ -12,8 +12,7 @@ use clap::Args;
 #[derive(Debug, Args)]
 pub struct Arguments {}
 
-/// Runs the command. Through cargo, so that xtask need not be built anew with each change of
-/// polldisk.
+/// Runs the command, through cargo, so that xtask need not be rebuilt whenever polldisk changes.
 pub fn run(_arguments: &Arguments) -> Result<()> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)

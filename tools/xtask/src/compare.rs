@@ -11,12 +11,12 @@ use clap::Args;
 #[derive(Debug, Args)]
 #[command(disable_help_flag = true)]
 pub struct Arguments {
-    /// As `cargo xtask compare --help` tells
+    /// See `cargo xtask compare --help`
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<OsString>,
 }
 
-/// Builds everything that is run, as it is deployed, and runs the comparison.
+/// Builds all programs in release mode, as they are deployed, and runs the comparison.
 pub fn run(arguments: &Arguments) -> Result<()> {
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let packages = ["polldisk", "preload", "loadgen", "compare"];
@@ -33,7 +33,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         .current_dir(crate::lab::workspace())
         .status()
         .with_context(|| format!("cannot run {}", program.display()))?;
-    // It has said what is wrong.
+    // The program has printed the error.
     if !status.success() {
         bail!("compare failed");
     }

@@ -14,7 +14,7 @@ use clap::{Args, Subcommand};
 use lab::backend::Backend;
 use lab::compare;
 use lab::image::{self, Kernel};
-use lab::lab::{Lab, Options};
+use lab::lab::Options;
 use lab::machine::Binary;
 use lab::scenario::{self, SCENARIOS, Scenario};
 use polldisk::output;
@@ -37,11 +37,11 @@ pub struct Arguments {
     #[arg(long)]
     list: bool,
 
-    /// Boot dom0 with its console on this terminal instead
+    /// Run no scenario, but boot dom0 with its console on this terminal
     #[arg(long, conflicts_with = "scenarios")]
     shell: bool,
 
-    /// Who serves the disks
+    /// The backend that serves the disks
     #[arg(long, default_value = "polldisk", value_parser = backend_names())]
     backend: String,
 
@@ -57,12 +57,12 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
     jobs: u8,
 
-    /// Keep all logs and the report in this folder, also when a scenario passes
+    /// Keep all logs and the report in this folder, even if a scenario passes
     #[arg(long, value_name = "DIR")]
     keep_logs: Option<PathBuf>,
 }
 
-/// What else the lab does.
+/// What the lab does besides running scenarios.
 #[derive(Debug, Subcommand)]
 enum Mode {
     Compare(CompareArguments),
@@ -71,8 +71,8 @@ enum Mode {
 /// Measures what a request costs on polldisk, qdisk and blkback, in instructions of the whole
 /// machine.
 ///
-/// One boot of real Xen in an emulator that counts instructions, some ten minutes. The
-/// status is 0 when polldisk's targets are met.
+/// Boots real Xen once, in an emulator that counts instructions, and takes some ten minutes. The exit
+/// status is 0 if polldisk's targets are met.
 #[derive(Debug, Args)]
 struct CompareArguments {
     /// Turns of each backend under each job
@@ -95,7 +95,7 @@ struct CompareArguments {
     #[arg(long, value_name = "PATH")]
     binary: Option<PathBuf>,
 
-    /// Keep all logs in this folder, also when nothing fails
+    /// Keep all logs in this folder, even if nothing fails
     #[arg(long, value_name = "DIR")]
     keep_logs: Option<PathBuf>,
 }
@@ -133,9 +133,9 @@ pub fn run(arguments: Arguments) -> Result<()> {
         keep_logs: arguments.keep_logs.is_some(),
         logs: arguments.keep_logs.unwrap_or_else(|| target_folder().join("lab")),
     };
-    // Before the first machine, for otherwise each of the first would build them.
+    // Done before the first machine, since otherwise each of the first machines would build them.
     image::ensure_built(options.kernel)?;
-    run_all(&scenarios, arguments.jobs, |scenario| Lab::run(scenario, &options).map(drop))
+    run_all(&scenarios, arguments.jobs, |scenario| scenario::run(scenario, &options).map(drop))
 }
 
 fn compare(arguments: CompareArguments) -> Result<()> {
@@ -160,12 +160,12 @@ fn compare(arguments: CompareArguments) -> Result<()> {
     let comparison = compare::run(&options)?;
     comparison.write(&out)?;
     output::print(format_args!("\n{}\n{}", comparison.table(), comparison.verdicts()))?;
-    output::print(format_args!("{} has all of it", out.join("report.md").display()))?;
+    output::print(format_args!("the full report is {}", out.join("report.md").display()))?;
     ensure!(comparison.is_met(), "not every target is met");
     Ok(())
 }
 
-/// The checkout's commit, with `-dirty` where files differ from it.
+/// The checkout's commit, with `-dirty` if files differ from it.
 fn commit() -> String {
     let git = Command::new("git")
         .args(["describe", "--always", "--dirty"])
@@ -175,7 +175,7 @@ fn commit() -> String {
     String::from_utf8_lossy(&output).lines().next().unwrap_or("unknown").to_owned()
 }
 
-/// Runs all scenarios, at most `jobs` at a time; a failure of one does not stop the others.
+/// Runs all scenarios, at most `jobs` at a time. If one fails, the others still run.
 fn run_all(
     scenarios: &[Scenario],
     jobs: u8,
@@ -214,7 +214,7 @@ fn choose(names: &[String]) -> Result<Vec<Scenario>> {
     if names == ["all"] {
         return Ok(SCENARIOS.to_vec());
     }
-    // Each has one folder of logs.
+    // A scenario has only one folder for its logs.
     let distinct: BTreeSet<&String> = names.iter().collect();
     ensure!(distinct.len() == names.len(), "a scenario is named twice");
     names
@@ -242,12 +242,12 @@ fn build(package: &str, program: &str) -> Result<PathBuf> {
     Ok(target_folder().join("release").join(program))
 }
 
-/// Where the workspace's manifest is.
+/// The folder of the workspace's manifest.
 pub fn workspace() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
-/// Where cargo builds.
+/// The folder in which cargo builds.
 pub fn target_folder() -> PathBuf {
     env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
 }

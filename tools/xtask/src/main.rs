@@ -1,4 +1,4 @@
-//! The one developer entry point: `cargo xtask <command>`.
+//! The developers' single entry point: `cargo xtask <command>`.
 
 mod abi_check;
 mod compare;
@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use polldisk::output;
 
-/// What developers and CI run in this repository.
+/// Commands for developers and CI.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 enum Command {

@@ -1,4 +1,4 @@
-//! The guest's jobs: fio on one disk after another.
+//! The guest's jobs: fio on one disk after the other.
 
 use std::time::Duration;
 
@@ -7,14 +7,14 @@ use serde::Deserialize;
 
 use crate::agent::Agent;
 
-/// What each turn does before it counts, in milliseconds of the machine's time: the backend maps its
-/// persistent grants.
+/// Warm-up of each turn, in milliseconds of the machine's time: the backend maps its persistent grants.
 pub(super) const WARMUP_MS: u32 = 100;
 
-/// What counts of each turn. Some thousands of requests; the host works for seconds on them.
+/// Measured time of each turn, in milliseconds of the machine's time: some thousands of requests, which
+/// take seconds on the host.
 pub(super) const TURN_MS: u32 = 500;
 
-/// In the machine's time.
+/// Longest time for a job, in the machine's time.
 const LIMIT: Duration = Duration::from_secs(60);
 
 const NS_PER_S: f64 = 1e9;
@@ -33,7 +33,7 @@ pub(super) enum Operation {
     Write,
 }
 
-/// All of them, the judged one first.
+/// All jobs. Targets are judged by the first.
 pub(super) const JOBS: [Job; 4] = [
     Job { operation: Operation::Read, depth: 32 },
     Job { operation: Operation::Read, depth: 1 },
@@ -42,7 +42,7 @@ pub(super) const JOBS: [Job; 4] = [
 ];
 
 impl Job {
-    /// As the report calls it.
+    /// The job's name in the report.
     pub(super) fn name(self) -> String {
         let operation = match self.operation {
             Operation::Read => "read",
@@ -52,7 +52,7 @@ impl Job {
     }
 }
 
-/// Runs the job on one disk after another; instructions for each request, in the disks' order.
+/// Runs the job on one disk after the other. Returns instructions per request, in the disks' order.
 pub(super) fn run(guest: &mut Agent, job: Job, disks: &[&str]) -> Result<Vec<f64>> {
     let output = guest.ask_within(&command(job, disks), LIMIT)?;
     parse(&output, job, disks).with_context(|| format!("fio: {output}"))
@@ -89,13 +89,13 @@ struct Turn {
 
 #[derive(Deserialize)]
 struct Direction {
-    /// Per second of the machine's time.
+    /// I/Os per second of the machine's time.
     iops: f64,
 }
 
 fn parse(text: &str, job: Job, disks: &[&str]) -> Result<Vec<f64>> {
-    // Notes may stand before the report.
-    let start = text.find('{').context("no report")?;
+    // fio may write notes before the report.
+    let start = text.find('{').context("there is no report")?;
     let report: Report = serde_json::from_str(&text[start..])?;
     let names: Vec<&str> = report.jobs.iter().map(|turn| turn.jobname.as_str()).collect();
     ensure!(names == disks, "turns of {names:?}");
@@ -128,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn iops_of_the_machines_time_are_instructions_for_each_request() {
+    fn iops_in_the_machines_time_give_instructions_per_request() {
         let turns = parse(&report(0), READ, &["xvda", "xvdb"]).expect("good");
         assert_eq!(turns, [50_000.0, 125_000.0]);
     }

@@ -1,21 +1,19 @@
-//! What a request costs on each backend: instructions of the whole machine, guest, dom0 and Xen.
+//! The cost of a request on each backend, in instructions of the whole machine: guest, dom0 and Xen.
 //!
 //! While a processor of the emulated machine works, the machine's time is the number of executed
-//! instructions, a nanosecond each. So the guest's IOPS are instructions for each request, and how
-//! busy the host is changes nothing. Seconds on real hardware do not follow from them: there an
-//! instruction may wait for memory, and a hypercall or an interrupt costs more than its instructions.
+//! instructions, a nanosecond each. So the guest's IOPS give the instructions per request, and the host's
+//! load changes nothing. Seconds on real hardware do not follow from them: there an instruction may wait
+//! for memory, and a hypercall or an interrupt costs more than its instructions.
 //!
-//! All backends serve one guest in one boot, each a disk of its own with nothing behind it, and take
+//! All backends serve one guest in one boot. Each has a disk without storage behind it, and they take
 //! turns under the same job.
 
 mod fio;
 mod report;
 
-use std::fs;
-
 use anyhow::{Context, Result, ensure};
 
-pub use self::report::{Case, Comparison, Setting, Verdict};
+pub use self::report::{Case, Comparison, Setting};
 use crate::backend::{Backend, Daemon, Storage};
 use crate::lab::{self, Lab};
 use crate::machine::Equipment;
@@ -26,13 +24,13 @@ use crate::xen::Guest;
 /// How the comparison is run.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The polldisk to bring in and the logs' folder, as for scenarios.
+    /// The kernel, the polldisk to measure and the folder for logs, as for scenarios.
     pub lab: lab::Options,
-    /// Which polldisk that is, for the report.
+    /// What the report calls that polldisk.
     pub origin: String,
     /// Turns of each backend under each job.
     pub rounds: u32,
-    /// More options of `polldisk serve`.
+    /// Extra options for `polldisk serve`.
     pub serve: String,
 }
 
@@ -44,26 +42,22 @@ struct Contender {
     device: &'static str,
 }
 
-/// In the order of their turns.
+/// All contenders, in the order of their turns.
 const CONTENDERS: [Contender; 3] = [
     Contender { backend: Backend::Polldisk, vdev: "xvda", device: "/dev/nullb0" },
     Contender { backend: Backend::Qdisk, vdev: "xvdb", device: "/dev/nullb1" },
     Contender { backend: Backend::Blkback, vdev: "xvdc", device: "/dev/nullb2" },
 ];
 
-/// Devices that answer at once and keep nothing: what is measured is the backend and the guest.
+/// Devices that answer at once and store nothing, so that only the backend and the guest are measured.
 const DEVICES: &str = "modprobe null_blk nr_devices=3 queue_mode=2 irqmode=0 gb=4";
 const DISK_BYTES: u64 = 4 << 30;
 
-/// Not `vbd`, which belongs to the kernel's backend in this boot.
+/// polldisk's type of backend. Not `vbd`, which the kernel's backend serves in this boot.
 const POLLDISKS_TYPE: &str = "polldisk";
 
 /// Runs the comparison on a machine of its own.
 pub fn run(options: &Options) -> Result<Comparison> {
-    let logs = options.lab.logs.join("compare");
-    drop(fs::remove_dir_all(&logs));
-    fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
-    let logs = fs::canonicalize(&logs)?;
     let equipment = Equipment {
         kernel: options.lab.kernel,
         binaries: &options.lab.binaries,
@@ -71,11 +65,7 @@ pub fn run(options: &Options) -> Result<Comparison> {
         idle: Idle::IsSkipped,
     };
     let work = |lab: &mut Lab| compare(lab, options);
-    let (_, comparison) = lab::on_machine("compare", equipment, &options.lab, &logs, work)
-        .with_context(|| format!("compare: failed, logs in {}", logs.display()))?;
-    if !options.lab.keep_logs {
-        fs::remove_dir_all(&logs)?;
-    }
+    let (_, comparison) = lab::on_machine("compare", equipment, &options.lab, work)?;
     Ok(comparison)
 }
 
@@ -91,7 +81,7 @@ fn compare(lab: &mut Lab, options: &Options) -> Result<Comparison> {
                     let backend = contender.backend.name();
                     lab.figure(backend, instructions.round());
                     let case = cases.iter_mut().find(|case| case.is(&job.name(), backend));
-                    case.context("a case for each turn")?.instructions.push(instructions);
+                    case.context("no case for this turn")?.instructions.push(instructions);
                 }
                 Ok(())
             })?;
@@ -101,14 +91,14 @@ fn compare(lab: &mut Lab, options: &Options) -> Result<Comparison> {
     Ok(Comparison::new(setting, cases))
 }
 
-/// Each job with each backend, in the report's order.
+/// An empty case for each job and backend, in the report's order.
 fn no_cases() -> Vec<Case> {
     let backends = CONTENDERS.map(|one| one.backend.name());
     let of_job = |job: fio::Job| backends.map(|backend| Case::new(job.name(), backend));
     fio::JOBS.into_iter().flat_map(of_job).collect()
 }
 
-/// A guest with a connected disk of each contender.
+/// Creates a guest with a connected disk of each contender.
 fn connect(lab: &mut Lab, options: &Options) -> Result<(Daemon, Guest)> {
     lab.step("null_blk devices as storage", |lab| lab.dom0.ask(DEVICES))?;
     let daemon = lab.step("polldisk and blkback start", |lab| {
@@ -139,7 +129,7 @@ fn connect(lab: &mut Lab, options: &Options) -> Result<(Daemon, Guest)> {
     Ok((daemon, guest))
 }
 
-/// What the report says of the machine. Nothing of the host but its emulator matters.
+/// What the report says about the machine. Of the host, only its emulator matters.
 fn setting(lab: &mut Lab, guest: &mut Guest, options: &Options) -> Result<Setting> {
     let dom0 = lab.dom0.ask(
         "xl info xen_version

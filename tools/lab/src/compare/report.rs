@@ -1,20 +1,20 @@
-//! What was measured, whether the targets are met, and both as Markdown and JSON.
+//! The comparison's figures and judged targets, as Markdown and JSON.
 
-use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use figures::{Interval, Table, Verdict, figure, or_dash, within_rounds};
 use serde::Serialize;
 
 use super::fio::JOBS;
 
-/// Everything that is known of a comparison.
+/// Everything that is known about a comparison.
 #[derive(Clone, Debug, Serialize)]
 pub struct Comparison {
     /// What it ran on and how.
     pub setting: Setting,
-    /// Each job on each backend, by job.
+    /// Each job on each backend, in the order of the jobs.
     pub cases: Vec<Case>,
     /// The targets, judged.
     pub judged: Vec<Judged>,
@@ -23,45 +23,45 @@ pub struct Comparison {
 /// What a comparison ran on and how.
 #[derive(Clone, Debug, Serialize)]
 pub struct Setting {
-    /// Which polldisk.
+    /// Which polldisk was measured.
     pub polldisk: String,
-    /// What `polldisk serve` was told beyond its defaults.
+    /// Extra options of `polldisk serve`.
     pub serve: String,
     /// The emulator's version.
     pub emulator: String,
-    /// In dom0.
+    /// What dom0 runs.
     pub dom0: Dom0,
-    /// In the guest.
+    /// What the guest runs.
     pub guest: InGuest,
     /// Turns of each backend under each job.
     pub rounds: u32,
-    /// Of each turn before it counts, in milliseconds of the machine's time.
+    /// Warm-up of each turn, in milliseconds of the machine's time.
     pub warmup_ms: u32,
-    /// What counts of each turn, in the same.
+    /// Measured time of each turn, in milliseconds of the machine's time.
     pub turn_ms: u32,
 }
 
-/// What dom0 says of itself.
+/// Versions and processors of dom0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Dom0 {
     /// The hypervisor's version.
     pub xen: String,
-    /// The release of its Linux, in which blkback is.
+    /// The release of its Linux, which contains blkback.
     pub kernel: String,
     /// Virtual processors.
     pub vcpus: u32,
-    /// The first line of the version of the QEMU that is qdisk.
+    /// The first line of the version of QEMU, which is qdisk.
     pub qemu: String,
 }
 
-/// What the guest says of itself.
+/// Versions and processors of the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct InGuest {
-    /// The release of its Linux, in which its frontend is.
+    /// The release of its Linux, which contains the frontend.
     pub kernel: String,
     /// Virtual processors.
     pub vcpus: u32,
-    /// The load's version.
+    /// fio's version.
     pub fio: String,
 }
 
@@ -72,75 +72,36 @@ pub struct Case {
     pub job: String,
     /// The backend's name.
     pub backend: &'static str,
-    /// Instructions of the whole machine for each request, by round.
+    /// Instructions of the whole machine per request, by round.
     pub instructions: Vec<f64>,
 }
 
-/// What polldisk must reach under the first of the jobs.
+/// A bound for polldisk's instructions under the first job.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Target {
-    /// Whose instructions polldisk's are divided by.
+    /// The backend by whose instructions polldisk's are divided.
     pub backend: &'static str,
     /// The quotient must be below this.
     pub below: f64,
 }
 
-/// Those of 4 KiB reads: less than the kernel's own backend needs, and six tenths of what QEMU does.
+/// The targets: fewer instructions than the kernel's backend, and below six tenths of QEMU's.
 pub const TARGETS: [Target; 2] =
     [Target { backend: "blkback", below: 1.0 }, Target { backend: "qdisk", below: 0.6 }];
 
-/// A target and what became of it.
+/// A target, judged.
 #[derive(Clone, Debug, Serialize)]
 pub struct Judged {
     /// The target.
     pub target: Target,
     /// polldisk's instructions divided by the other's, within each round.
-    pub ratio: Option<Range>,
-    /// What follows.
+    pub ratio: Option<Interval>,
+    /// Whether the target is met.
     pub verdict: Verdict,
 }
 
-/// Whether a target is met.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Verdict {
-    /// In every round.
-    Met,
-    /// In no round.
-    Missed,
-    /// In some rounds.
-    Noisy,
-    /// Nothing was measured.
-    NotMeasured,
-}
-
-/// What rounds gave.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Range {
-    /// Of the rounds.
-    pub median: f64,
-    /// The least of them.
-    pub low: f64,
-    /// The greatest.
-    pub high: f64,
-}
-
-impl Range {
-    fn of(figures: &[f64]) -> Option<Self> {
-        let mut sorted = figures.to_vec();
-        sorted.sort_by(f64::total_cmp);
-        let (low, high) = (*sorted.first()?, *sorted.last()?);
-        let middle = sorted.len() / 2;
-        let median = match sorted.len() % 2 {
-            0 => f64::midpoint(sorted[middle - 1], sorted[middle]),
-            _ => sorted[middle],
-        };
-        Some(Self { median, low, high })
-    }
-}
-
 impl Case {
-    /// One without rounds.
+    /// A case without rounds.
     pub(super) fn new(job: String, backend: &'static str) -> Self {
         Self { job, backend, instructions: Vec::new() }
     }
@@ -151,7 +112,7 @@ impl Case {
 }
 
 impl Dom0 {
-    /// Four lines.
+    /// Parses dom0's four lines.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let mut lines = text.lines().map(|line| line.trim().to_owned());
         Some(Self {
@@ -164,7 +125,7 @@ impl Dom0 {
 }
 
 impl InGuest {
-    /// Three lines.
+    /// Parses the guest's three lines.
     pub(super) fn parse(text: &str) -> Option<Self> {
         let mut lines = text.lines().map(|line| line.trim().to_owned());
         Some(Self { kernel: lines.next()?, vcpus: lines.next()?.parse().ok()?, fio: lines.next()? })
@@ -196,54 +157,44 @@ impl Comparison {
     }
 
     /// The targets as a table.
-    pub fn verdicts(&self) -> String {
-        let mut text = String::from(
-            "| target | measured | verdict |\n\
-             |---|---|---|\n",
-        );
+    pub fn verdicts(&self) -> Table {
+        let mut table = Table::new(["target", "measured", "verdict"]);
         for Judged { target: Target { backend, below }, ratio, verdict } in &self.judged {
-            let ratio = ratio.map_or("-".to_owned(), |ratio| with_range(ratio, quotient));
-            let verdict = match verdict {
-                Verdict::Met => "met",
-                Verdict::Missed => "**missed**",
-                Verdict::Noisy => "**noisy**",
-                Verdict::NotMeasured => "**not measured**",
-            };
-            // Writing to a `String` cannot fail, here and below.
-            let _ = writeln!(
-                text,
-                "| below {below} of {backend}'s instructions | {ratio} | {verdict} |"
-            );
+            table.row([
+                format!("below {below} of {backend}'s instructions"),
+                or_dash(*ratio, |ratio| ratio.show(quotient)),
+                verdict.to_string(),
+            ]);
         }
-        text
+        table
     }
 
     /// All cases as a table.
-    pub fn table(&self) -> String {
-        let mut text = String::from(
-            "| job | backend | instructions for each request | of qdisk's | of blkback's |\n\
-             |---|---|---|---|---|\n",
-        );
+    pub fn table(&self) -> Table {
+        let mut table = Table::new([
+            "job",
+            "backend",
+            "instructions for each request",
+            "of qdisk's",
+            "of blkback's",
+        ]);
         for case in &self.cases {
             let of = |backend| {
-                ratio(&self.cases, &case.job, case.backend, backend)
-                    .map_or("-".to_owned(), |ratio| quotient(ratio.median))
+                let ratio = ratio(&self.cases, &case.job, case.backend, backend);
+                or_dash(ratio, |ratio| quotient(ratio.median))
             };
-            let figure = Range::of(&case.instructions);
-            let _ = writeln!(
-                text,
-                "| {} | {} | {} | {} | {} |",
-                case.job,
-                case.backend,
-                figure.map_or("-".to_owned(), |range| with_range(range, thousands)),
+            table.row([
+                case.job.clone(),
+                case.backend.to_owned(),
+                or_dash(Interval::of_all(&case.instructions), |range| range.show(figure)),
                 of("qdisk"),
-                of("blkback")
-            );
+                of("blkback"),
+            ]);
         }
-        text
+        table
     }
 
-    /// All of it, for somebody who knows nothing of the run.
+    /// The whole report, for readers who know nothing about the run.
     pub fn markdown(&self) -> String {
         format!(
             "# polldisk beside qdisk and blkback under real Xen: instructions for each request\n\n\
@@ -264,23 +215,23 @@ impl Comparison {
             serve => format!("with `{serve}`"),
         };
         format!(
-            "What a 4 KiB request of a guest costs on each backend: the instructions that the whole \
-             machine\nexecutes for it, the guest with its load, dom0 and Xen together. They are \
-             counted by the emulator, whose\ntime is that count, so no figure depends on the host. \
-             They are not seconds: what waits for memory,\nhypercalls and interrupts cost more on \
-             hardware than their instructions.\n\n\
+            "What a guest's 4 KiB request costs on each backend: the instructions that the whole machine \
+             executes\nfor it, which is the guest with its load, dom0 and Xen. The emulator counts them, \
+             and its time is that\ncount, so no figure depends on the host. The figures are not seconds: \
+             on hardware, waiting for memory,\nhypercalls and interrupts cost more than their \
+             instructions.\n\n\
              - Xen {}, dom0 with {} vCPUs and Linux {}, one PV guest with {} vCPU and Linux {}.\n\
              - Emulator: {emulator}, one thread, `-icount shift=0,sleep=off`, two processors.\n\
              - polldisk {polldisk} {options}; qdisk is {}, started by libxl; blkback is dom0's.\n\
-             - All serve the guest in one boot, each a disk on a null_blk device of its own \
-             (`queue_mode=2 irqmode=0`),\n  which answers at once and keeps nothing.\n\
-             - The load is {} in the guest: libaio, direct. {rounds} rounds; in each every backend \
-             has a turn under every\n  job, {turn_ms} ms of the machine's time after {warmup_ms} ms \
-             of warm-up.\n\
-             - A figure is the median of the rounds, in brackets the least and the greatest. Ratios \
+             - All backends serve the guest in one boot, each with a disk on its own null_blk device \
+             (`queue_mode=2 irqmode=0`),\n  which answers at once and stores nothing.\n\
+             - The load is {} in the guest: libaio, direct. There are {rounds} rounds. In each, every \
+             backend has a turn under every\n  job: {turn_ms} ms of the machine's time after {warmup_ms} \
+             ms of warm-up.\n\
+             - A figure is the median of the rounds, with the least and the greatest in brackets. Ratios \
              are taken within a round.\n\
-             - qdisk goes through dom0's page cache, as libxl sets it up by default. Debian's does \
-             not know `direct-io-safe`.\n",
+             - qdisk uses dom0's page cache, as libxl sets it up by default. Debian's version does not \
+             know `direct-io-safe`.\n",
             dom0.xen, dom0.vcpus, dom0.kernel, guest.vcpus, guest.kernel, dom0.qemu, guest.fio
         )
     }
@@ -288,33 +239,20 @@ impl Comparison {
 
 fn judge(target: Target, cases: &[Case]) -> Judged {
     let ratio = ratio(cases, &JOBS[0].name(), "polldisk", target.backend);
-    let verdict = match ratio {
-        None => Verdict::NotMeasured,
-        Some(ratio) if ratio.high < target.below => Verdict::Met,
-        Some(ratio) if ratio.low >= target.below => Verdict::Missed,
-        Some(_) => Verdict::Noisy,
-    };
-    Judged { target, ratio, verdict }
+    Judged { target, ratio, verdict: Verdict::of(ratio, |ratio| ratio < target.below) }
 }
 
 /// One backend's instructions divided by another's, within each round.
-fn ratio(cases: &[Case], job: &str, of: &str, to: &str) -> Option<Range> {
-    let case = |backend| cases.iter().find(|case| case.is(job, backend));
-    let rounds = case(of)?.instructions.iter().zip(&case(to)?.instructions);
-    Range::of(&rounds.map(|(of, to)| of / to).collect::<Vec<_>>())
-}
-
-fn with_range(range: Range, show: impl Fn(f64) -> String) -> String {
-    let Range { median, low, high } = range;
-    format!("{} ({} to {})", show(median), show(low), show(high))
+fn ratio(cases: &[Case], job: &str, of: &str, to: &str) -> Option<Interval> {
+    let rounds = |backend| {
+        let case = cases.iter().find(|case| case.is(job, backend))?;
+        Some(&case.instructions)
+    };
+    Interval::of_all(&within_rounds(rounds(of)?, rounds(to)?, |of, to| of / to))
 }
 
 fn quotient(value: f64) -> String {
     format!("{value:.2}")
-}
-
-fn thousands(value: f64) -> String {
-    format!("{:.1}k", value / 1e3)
 }
 
 #[cfg(test)]
@@ -357,7 +295,7 @@ mod tests {
         assert_eq!(verdicts(&[]), [Verdict::NotMeasured, Verdict::NotMeasured]);
         assert!(comparison(&[50e3; 3]).is_met());
         assert!(!comparison(&[55e3; 3]).is_met());
-        assert!(!comparison(&[]).is_met(), "what was not measured is not met");
+        assert!(!comparison(&[]).is_met(), "a target that was not measured is not met");
     }
 
     #[test]
@@ -370,7 +308,7 @@ mod tests {
         let mut cases = comparison(&[50e3, 500e3, 5e3]).cases;
         cases[2].instructions = vec![100e3, 1000e3, 10e3];
         let judged = judge(TARGETS[0], &cases);
-        assert_eq!(judged.ratio, Some(Range { median: 0.5, low: 0.5, high: 0.5 }));
+        assert_eq!(judged.ratio, Some(Interval { median: 0.5, low: 0.5, high: 0.5 }));
     }
 
     #[test]
@@ -380,7 +318,7 @@ mod tests {
             "Xen 4.17.5, dom0 with 2 vCPUs and Linux 6.1.0,",
             "QEMU emulator version 7.2, one thread, `-icount shift=0,sleep=off`",
             "polldisk 0.1.0 with its default options",
-            "3 rounds",
+            "There are 3 rounds",
             "4 KiB random read, 32 in flight, polldisk's",
             "| below 0.6 of qdisk's instructions | 0.50 (0.49 to 0.51) | met |",
             "| 4 KiB random read, 32 in flight | polldisk | 45.0k (44.0k to 46.0k) | 0.50 | 0.75 |",
@@ -393,12 +331,5 @@ mod tests {
     fn versions_need_all_their_lines() {
         assert_eq!(Dom0::parse("4.17.5\n6.1.0\ntwo\nQEMU"), None);
         assert_eq!(InGuest::parse("6.1.0\n1"), None);
-    }
-
-    #[test]
-    fn an_even_count_has_its_median_between_two() {
-        let range = Range::of(&[4.0, 1.0, 2.0, 3.0]);
-        assert_eq!(range, Some(Range { median: 2.5, low: 1.0, high: 4.0 }));
-        assert_eq!(Range::of(&[]), None);
     }
 }

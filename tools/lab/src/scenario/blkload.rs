@@ -1,5 +1,5 @@
-//! dom0 as its own guest: `blkload` is a frontend through `/dev/xen/gntalloc`, on real grants and event
-//! channels. `perf/README.md` tells users these commands.
+//! dom0 as its own guest: `blkload` is a frontend through `/dev/xen/gntalloc`, with real grants and event
+//! channels. `perf/README.md` shows users the same commands.
 
 use std::time::Duration;
 
@@ -22,14 +22,14 @@ pub(super) const SCENARIO: Scenario = Scenario {
 const VDEV: &str = "xvdz";
 const FILE: &str = "/srv/test.img";
 
-/// As Debian's init script starts it for disks of dom0 itself.
+/// QEMU's command line for disks of dom0 itself, as Debian's init script has it.
 const QEMU: &str = "/usr/libexec/xen-qemu-system-i386 -xen-domid 0 -xen-attach -name dom0 -nographic \
                     -M xenpv -daemonize -monitor none -serial none -parallel none \
                     -pidfile /run/qemu-dom0.pid";
 
 const QEMU_LIMIT: Duration = Duration::from_secs(60);
 
-/// What blkload is told.
+/// A load, and the features that it needs.
 #[derive(Clone, Copy, Debug)]
 struct Load {
     about: &'static str,
@@ -46,7 +46,7 @@ const LOADS: [Load; 4] = [
         indirect: false,
     },
     Load {
-        about: "reads and writes, one that polls",
+        about: "reads and writes, a frontend that polls",
         options: "--wait busy --read 50 --cores 0",
         persistent: true,
         indirect: false,
@@ -66,7 +66,7 @@ const LOADS: [Load; 4] = [
 ];
 
 fn run(lab: &mut Lab) -> Result<()> {
-    // The file is written in full: a hole would make the first write an allocation.
+    // Written in full, since the first write to a hole would allocate blocks.
     lab.step("a file as storage", |lab| {
         lab.dom0.ask(&format!("dd if=/dev/zero of={FILE} bs=1M count=64 conv=fsync"))
     })?;
@@ -77,7 +77,7 @@ fn run(lab: &mut Lab) -> Result<()> {
     let idle = daemon.as_ref().map(|daemon| daemon.footprint(&mut lab.dom0)).transpose()?;
     lab.step("dom0 gets a disk", attach)?;
     for load in LOADS {
-        // QEMU 7.2 has neither.
+        // QEMU 7.2 has neither persistent grants nor indirect requests.
         let qdisk = lab.backend == Backend::Qdisk;
         if !(qdisk && load.indirect) {
             lab.step(load.about, |lab| measure(lab, load, load.persistent && !qdisk))?;
@@ -90,7 +90,7 @@ fn run(lab: &mut Lab) -> Result<()> {
 fn start(lab: &mut Lab) -> Result<Option<Daemon>> {
     if lab.backend == Backend::Qdisk {
         lab.dom0.ask(QEMU)?;
-        // libxl attaches no disk to a domain whose QEMU it does not know, and none before it runs.
+        // libxl attaches disks only if it knows the domain's QEMU and that QEMU is running.
         lab.dom0.ask(
             "xenstore-write /local/domain/0/image/device-model-pid $(cat /run/qemu-dom0.pid)",
         )?;
@@ -120,7 +120,7 @@ fn detach(lab: &mut Lab) -> Result<()> {
     lab.dom0.ask_within(&command, CREATE_LIMIT).map(drop)
 }
 
-/// What the lab reads of blkload's report.
+/// The part of blkload's report that the lab reads.
 #[derive(Debug, Deserialize)]
 struct Report {
     total: Figures,
@@ -138,7 +138,7 @@ struct Disk {
     indirect: bool,
 }
 
-/// A request that fails makes blkload fail.
+/// Measures a load and checks the features in use. If a request fails, blkload fails.
 fn measure(lab: &mut Lab, load: Load, persistent: bool) -> Result<()> {
     let pid = match lab.backend {
         Backend::Polldisk => "--pid $(pidof polldisk)",
@@ -151,7 +151,7 @@ fn measure(lab: &mut Lab, load: Load, persistent: bool) -> Result<()> {
     ))?;
     let report: Report =
         serde_json::from_str(&text).with_context(|| format!("blkload's report: {text}"))?;
-    let [disk] = &report.disks[..] else { anyhow::bail!("not one disk: {report:?}") };
+    let [disk] = &report.disks[..] else { anyhow::bail!("not exactly one disk: {report:?}") };
     ensure!((disk.persistent, disk.indirect) == (persistent, load.indirect), "{report:?}");
     ensure!(report.total.ios > 0, "{report:?}");
     lab.figure("requests", report.total.ios);

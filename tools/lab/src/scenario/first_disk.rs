@@ -1,4 +1,4 @@
-//! A guest's two disks from their creation to their end, twice.
+//! A guest's two disks from creation to shutdown, twice.
 
 use anyhow::{Context, Result, ensure};
 
@@ -26,7 +26,7 @@ const DISKS: [(&str, Storage); 2] =
 const BLOCK_SIZES: [(&str, u32); 4] = [("512", 48), ("4k", 64), ("64k", 32), ("256k", 16)];
 const FEW_BLOCKS: [(&str, u32); 1] = [("4k", 48)];
 
-/// Behind all that `verify` writes.
+/// Behind everything that `verify` writes.
 const PATTERN_MIB: u32 = 40;
 
 fn run(lab: &mut Lab) -> Result<()> {
@@ -77,7 +77,7 @@ fn run(lab: &mut Lab) -> Result<()> {
 }
 
 fn make_storage(lab: &mut Lab) -> Result<()> {
-    // The file is written in full: a hole would make the first write an allocation.
+    // The file is written in full, since the first write to a hole would allocate blocks.
     lab.dom0
         .ask(&format!(
             "set -e
@@ -135,8 +135,8 @@ fn expect_flush(lab: &mut Lab, daemon: &Daemon, guest: &mut Guest, vdev: &str) -
     Ok(())
 }
 
-/// Shuts the guest down. Its xenstore areas must go, and its domain, which a mapped grant would keep;
-/// polldisk must live and hold what it held before.
+/// Shuts the guest down. Its xenstore areas and its domain, which a mapped grant would keep, must go.
+/// polldisk must still run and hold what it held before.
 fn end_guest(lab: &mut Lab, guest: Guest, served: Option<(&Daemon, Footprint)>) -> Result<()> {
     let domid = guest.domid;
     let backend = format!("/local/domain/0/backend/{}/{domid}", lab.backend.xenstore_type());
@@ -146,7 +146,7 @@ fn end_guest(lab: &mut Lab, guest: Guest, served: Option<(&Daemon, Footprint)>) 
         ensure!(left.is_empty(), "xenstore still holds\n{left}");
     }
     let left = domains(&mut lab.dom0)? - 1;
-    ensure!(left == 0, "{left} domains beside dom0 are still there");
+    ensure!(left == 0, "{left} domains besides dom0 are still there");
     if let Some((daemon, idle)) = served {
         ensure!(daemon.is_alive(&mut lab.dom0), "polldisk has ended");
         daemon.expect_footprint(&mut lab.dom0, idle)?;

@@ -1,7 +1,7 @@
 //! A 32-bit boot loader uses the disks, then hands them on to a 64-bit kernel.
 //!
-//! The two have different layouts of a request: the backend goes by what each writes to xenstore. A
-//! disk that is handed over closes and connects again within one guest.
+//! The two have different layouts of a request, and the backend uses the one that the frontend writes to
+//! xenstore. When the boot loader hands a disk over, it closes and connects again within one guest.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ const BOOT_MIB: u64 = 48;
 const DISK: &str = "/srv/disk.img";
 const DISK_MIB: u64 = 16;
 
-/// The start of the raw disk that GRUB reads, in sectors of 512; the kernel writes behind it.
+/// Length of the part of the raw disk that GRUB reads, in sectors of 512. The kernel writes behind it.
 const GRUB_SECTORS: u32 = 2048;
 const PATTERN_MIB: u32 = 8;
 
@@ -52,22 +52,22 @@ fn run(lab: &mut Lab) -> Result<()> {
         expect_disk(&mut guest.agent, "xvdb", DISK_MIB << 20)?;
         expect_layout(lab, &guest, "x86_64-abi")
     })?;
-    lab.step("what the kernel writes, dom0 reads", |lab| {
+    lab.step("dom0 reads what the kernel writes", |lab| {
         let written = write_pattern(&mut guest.agent, "xvdb", PATTERN_MIB)?;
         let found = read_pattern(&mut lab.dom0, DISK, PATTERN_MIB)?;
         ensure!(written == found, "the guest wrote {written}, dom0 reads {found}");
         Ok(())
     })?;
     lab.step("the guest shuts down", |lab| guest.shut_down(&mut lab.dom0))?;
-    lab.step("GRUB had read what dom0 wrote, and has written so", |lab| {
+    lab.step("GRUB has written that it read what dom0 wrote", |lab| {
         lab.dom0.ask("mount -t ext4 -o ro /dev/ram0 /mnt")?;
         expect_verdict(&lab.dom0.ask("cat /mnt/boot/grub/grubenv; umount /mnt")?)
     })?;
     end_daemon(lab, daemon)
 }
 
-/// GRUB is to check a file on one disk and the start of the other, write its verdict into a file, and
-/// load the kernel.
+/// Makes the disks, with a GRUB script that checks a file on one disk and the start of the other, writes
+/// the result to a file, and loads the kernel.
 fn make_storage(lab: &mut Lab) -> Result<()> {
     lab.dom0
         .ask(&format!(
@@ -97,7 +97,7 @@ END
         .map(drop)
 }
 
-/// Waits for the layouts that the guest's first driver of each disk names.
+/// A command that waits until the guest's first driver of each disk has named its layout.
 fn first_layouts_command() -> String {
     let [first, second] = VBDS;
     format!(

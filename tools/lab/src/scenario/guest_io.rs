@@ -8,11 +8,11 @@ use serde::Deserialize;
 use crate::agent::Agent;
 use crate::xen::wait_for;
 
-/// The emulator does hundreds of requests a second; a busy host far fewer.
+/// The emulator does hundreds of requests per second, far fewer on a busy host.
 const IO_LIMIT: Duration = Duration::from_secs(300);
 const APPEAR_LIMIT: Duration = Duration::from_secs(60);
 
-/// Each block size has a region of its own, so that no job overwrites what another verifies.
+/// Length of a block size's own region, so that no job overwrites what another one verifies.
 const REGION_MIB: u32 = 8;
 
 /// Requests of one fio run.
@@ -27,7 +27,7 @@ pub struct Requests {
 /// Waits until the guest has a disk, and checks its size.
 pub fn expect_disk(guest: &mut Agent, vdev: &str, bytes: u64) -> Result<()> {
     wait_for(guest, &format!("[ -b /dev/{vdev} ]"), APPEAR_LIMIT)?;
-    // The device node stands before the capacity is set.
+    // The device node appears before the capacity is set.
     let size = format!("/sys/block/{vdev}/size");
     wait_for(guest, &format!("[ \"$(cat {size})\" != 0 ]"), APPEAR_LIMIT)?;
     let sectors: u64 = guest.ask(&format!("cat {size}"))?.parse()?;
@@ -46,16 +46,16 @@ pub fn verify(
     parse_fio(&output).with_context(|| format!("fio: {output}"))
 }
 
-/// [`verify`] from several processors at the same time, each in a region of its own: a driver with
-/// a queue for each processor then uses all of them.
+/// [`verify`] from several processors at the same time, each in a region of its own, so that a driver
+/// with a queue for each processor uses all queues.
 pub fn verify_on_cpus(guest: &mut Agent, vdev: &str, cpus: u32) -> Result<Requests> {
     let output = guest.ask_within(&cpus_command(vdev, cpus), IO_LIMIT)?;
     parse_fio(&output).with_context(|| format!("fio: {output}"))
 }
 
-/// Trims blocks, writes them again and trims some once more: what is written last reads back, what
-/// is trimmed last reads as zeroes. Then trims others, at random, which must read as zeroes, too.
-/// Returns how many trims that were. Uses 8 MiB from `mebibyte` on.
+/// Trims blocks, writes them again and trims some once more. Blocks that were written last must read
+/// back; blocks that were trimmed last must read as zeroes. Then trims others, at random, which must read
+/// as zeroes, too. Returns the number of trims. Uses 8 MiB from `mebibyte` on.
 pub fn verify_trims(guest: &mut Agent, vdev: &str, mebibyte: u32) -> Result<u32> {
     let output = guest.ask_within(&trims_command(vdev, mebibyte), IO_LIMIT)?;
     parse_trims(&output).with_context(|| format!("fio: {output}"))
@@ -93,14 +93,14 @@ pub fn write_pattern(guest: &mut Agent, vdev: &str, mebibyte: u32) -> Result<Str
     ))
 }
 
-/// The checksum of the same place in dom0.
+/// Returns the checksum of the same place, read in dom0.
 pub fn read_pattern(dom0: &mut Agent, path: &str, mebibyte: u32) -> Result<String> {
     dom0.ask(&format!(
         "dd if={path} bs=4k count=16 skip=$(({mebibyte} * 256)) iflag=direct 2>/dev/null | sha256sum"
     ))
 }
 
-/// What all fio runs share. Options that stand before the first `--name` are those of all jobs.
+/// The start of every fio command. Options before the first `--name` apply to all jobs.
 fn fio(vdev: &str) -> String {
     format!(
         "fio --output-format=json --filename=/dev/{vdev} --direct=1 --thread --ioengine=libaio \
@@ -132,11 +132,11 @@ fn cpus_command(vdev: &str, cpus: u32) -> String {
     command
 }
 
-/// The first job is fio's own verification of trims: of the blocks that it wrote it trims
-/// `--trim_percentage`, a batch after each `--trim_backlog`, and they must read as zeroes
-/// (`--trim_verify_zero`). fio before 3.40 fails an assertion (`fio_ro_check`) where such a job only
-/// writes, so this one is a `trimwrite`; before 3.41, `randtrimwrite` writes nothing at an `--offset`.
-/// It has one request in flight: fio does not look whether a write is over before it trims its block.
+/// The first job is fio's own verification of trims: fio trims `--trim_percentage` of the blocks that it
+/// wrote, in a batch after each `--trim_backlog`, and they must read as zeroes (`--trim_verify_zero`).
+/// Before 3.40 fio fails an assertion (`fio_ro_check`) if such a job only writes, so this one is a
+/// `trimwrite`; before 3.41, `randtrimwrite` writes nothing at an `--offset`. Only one request is in
+/// flight, because fio does not wait for the end of a write before it trims the block.
 fn trims_command(vdev: &str, mebibyte: u32) -> String {
     let (first, second) = (mebibyte, mebibyte + 4);
     let mut command = fio(vdev);
@@ -180,8 +180,8 @@ struct FioDirection {
 }
 
 fn parse_jobs(text: &str) -> Result<Vec<FioJob>> {
-    // Notes may stand before the report.
-    let start = text.find('{').context("no report")?;
+    // fio may write notes before the report.
+    let start = text.find('{').context("there is no report")?;
     let report: FioReport = serde_json::from_str(&text[start..])?;
     ensure!(report.jobs.iter().all(|job| job.error == 0), "a job failed");
     Ok(report.jobs)
@@ -195,7 +195,7 @@ fn parse_fio(text: &str) -> Result<Requests> {
     };
     ensure!(
         requests.writes > 0 && requests.reads >= requests.writes,
-        "not all was read back: {requests:?}"
+        "not everything was read back: {requests:?}"
     );
     Ok(requests)
 }
@@ -206,8 +206,11 @@ fn parse_trims(text: &str) -> Result<u32> {
         bail!("{} jobs instead of 4", jobs.len());
     };
     let (written, read_back) = (backlog.write.total_ios, backlog.read.total_ios);
-    ensure!(written > 0 && read_back >= written, "not all was read back");
-    ensure!(fill.write.total_ios == zeroes.read.total_ios, "not all was read after its trim");
+    ensure!(written > 0 && read_back >= written, "not everything was read back");
+    ensure!(
+        fill.write.total_ios == zeroes.read.total_ios,
+        "not everything was read after its trim"
+    );
     // Each block is trimmed before it is written.
     ensure!(backlog.trim.total_ios > written, "nothing was trimmed after it was written");
     ensure!(trim.trim.total_ios > 0, "nothing was trimmed at random");
@@ -247,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn trims_count_only_if_what_they_left_was_read() {
+    fn trims_count_only_if_their_blocks_were_read_afterwards() {
         let job = |reads, writes, trims| {
             format!(
                 "{{\"error\": 0, \"read\": {{\"total_ios\": {reads}}}, \

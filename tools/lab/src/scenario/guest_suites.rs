@@ -1,7 +1,7 @@
-//! Programs that nobody here wrote, on the backend's disks: each has its own way to find a fault.
+//! Other projects' programs on the backend's disks: each finds faults in its own way.
 //!
-//! The programs come with a root of their own, which the backend serves too, read only. The suites are
-//! the scripts in `suites/`; they run inside that root and end at the first thing that is not as it must be.
+//! The programs are in a root of their own, which the backend serves read-only. The suites are the scripts
+//! in `suites/`. They run inside that root and end at the first fault.
 
 use std::time::Duration;
 
@@ -23,10 +23,10 @@ pub(super) const SCENARIO: Scenario = Scenario {
     run,
 };
 
-/// Two processors make two queues. The root's writes stay in memory.
+/// Two processors, so that there are two queues. Writes to the root stay in memory.
 const GUEST: Size = Size { vcpus: 2, memory_mib: 1024 };
 
-/// The least that mkfs.xfs accepts is 300 MiB. Only what is written takes place.
+/// mkfs.xfs needs at least 300 MiB. Only written blocks take up space.
 const DISK_MIB: u64 = 384;
 
 const FILE: Disk = Disk { vdev: "xvda", storage: Storage::File(IMAGE) };
@@ -34,12 +34,12 @@ const DEVICE: Disk = Disk { vdev: "xvdb", storage: Storage::Device("/dev/nullb0"
 const PROGRAMS: Disk = Disk { vdev: "xvdc", storage: Storage::Device(PROGRAMS_DEVICE) };
 const IMAGE: &str = "/srv/suites.img";
 
-/// In the guest's own time, in which a suite takes seconds.
+/// Longest time for a suite, in the guest's own time. A suite takes seconds of it.
 const SUITE_LIMIT: Duration = Duration::from_secs(900);
 
 const PRELUDE: &str = include_str!("../../suites/prelude");
 
-/// Suites in two halves: `fill`, and `free` by which the disk's file must shrink.
+/// Suites in two halves: `fill`, and then `free`, which must make the disk's file shrink.
 const FREEING: [(&str, &str); 3] = [
     ("LVM thin: snapshot, trims passed down", include_str!("../../suites/lvm-thin")),
     ("blkdiscard frees and reads as zeroes", include_str!("../../suites/discard")),
@@ -142,7 +142,7 @@ fn make_storage(lab: &mut Lab) -> Result<()> {
         .map(drop)
 }
 
-/// A guest whose `/system` is the root with the programs; what is written there goes to memory.
+/// Creates a guest whose `/system` is the root with the programs. Writes to it go to memory.
 fn boot(lab: &mut Lab) -> Result<Guest> {
     let mut disks = vec![lab.read_only_disk(PROGRAMS.vdev, PROGRAMS.storage)?];
     for disk in [FILE, DEVICE] {
@@ -182,7 +182,7 @@ fn run_suite(lab: &mut Lab, guest: &mut Guest, suite: Suite) -> Result<()> {
     Ok(())
 }
 
-/// Runs a script among the programs; returns the figures that it printed.
+/// Runs a script in the root with the programs. Returns the figures that it printed.
 fn run_script(
     guest: &mut Agent,
     script: &str,
@@ -205,21 +205,23 @@ fn parse_figure(line: &str) -> Result<(String, f64)> {
     Ok((name.into(), value.parse().with_context(|| format!("figure {line}"))?))
 }
 
-/// Runs both halves of a script, which says how much of the file the second half gives back.
+/// Runs both halves of a script and checks that the second half frees as much of the file as it says.
 fn expect_freed(lab: &mut Lab, guest: &mut Guest, script: &str) -> Result<()> {
     run_script(&mut guest.agent, script, "fill", FILE)?;
     let before = allocated_kib(lab)?;
     let figures = run_script(&mut guest.agent, script, "free", FILE)?;
     let after = allocated_kib(lab)?;
-    let (_, expected) =
-        figures.iter().find(|(name, _)| name == "KiB").context("no figure of what is freed")?;
+    let (_, expected) = figures
+        .iter()
+        .find(|(name, _)| name == "KiB")
+        .context("the script printed no KiB figure")?;
     let freed = before - after;
     lab.figure("KiB freed", freed);
-    ensure!(freed >= *expected, "{before} KiB before, {after} after, instead of {expected} less");
+    ensure!(freed >= *expected, "{before} KiB before, {after} after; expected {expected} less");
     Ok(())
 }
 
-/// How much the disk's file takes on its filesystem.
+/// How much space the disk's file takes up on its filesystem.
 fn allocated_kib(lab: &mut Lab) -> Result<f64> {
     let blocks: u32 = lab.dom0.ask(&format!("sync {IMAGE} && stat -c %b {IMAGE}"))?.parse()?;
     Ok(f64::from(blocks) / 2.0)

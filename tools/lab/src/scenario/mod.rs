@@ -1,4 +1,4 @@
-//! What the lab can prove. Each scenario is a function on a fresh dom0.
+//! The scenarios. Each is a function that gets a fresh dom0.
 
 mod blkload;
 mod first_disk;
@@ -8,12 +8,18 @@ mod guest_suites;
 mod protocol;
 mod reconnect;
 
+use std::fs;
+use std::time::Instant;
+
 use anyhow::Result;
 
 use crate::backend::{Daemon, Footprint};
-use crate::lab::Lab;
+use crate::lab::{self, Lab, Options};
+use crate::machine::Equipment;
+use crate::qemu::Idle;
+use crate::report::Report;
 
-/// Something the lab can prove.
+/// Something that the lab can prove.
 #[derive(Clone, Copy, Debug)]
 pub struct Scenario {
     /// Its name on the command line.
@@ -28,7 +34,7 @@ pub struct Scenario {
     pub run: fn(&mut Lab) -> Result<()>,
 }
 
-/// All of them, in the order of `lab all`.
+/// All scenarios, in the order of `lab all`.
 pub const SCENARIOS: [Scenario; 6] = [
     first_disk::SCENARIO,
     reconnect::SCENARIO,
@@ -43,7 +49,32 @@ pub fn find(name: &str) -> Option<Scenario> {
     SCENARIOS.into_iter().find(|scenario| scenario.name == name)
 }
 
-/// For a script in dom0: `device NAME BLOCK_BYTES MIB` makes a block device of memory that knows
+/// Runs one scenario on a machine of its own.
+pub fn run(scenario: &Scenario, options: &Options) -> Result<Report> {
+    let start = Instant::now();
+    lab::tell(format_args!("{}: on {}", scenario.name, options.backend.name()));
+    let equipment = Equipment {
+        kernel: options.kernel,
+        binaries: &options.binaries,
+        programs: scenario.programs,
+        idle: Idle::Passes,
+    };
+    let (steps, ()) = lab::on_machine(scenario.name, equipment, options, scenario.run)?;
+    let report = Report {
+        scenario: scenario.name.into(),
+        backend: options.backend.name().into(),
+        steps,
+        seconds: start.elapsed().as_secs_f64(),
+    };
+    if options.keep_logs {
+        let file = options.logs.join(scenario.name).join("report.json");
+        fs::write(file, serde_json::to_string_pretty(&report)?)?;
+    }
+    lab::tell(report.summary());
+    Ok(report)
+}
+
+/// Shell code for dom0: `device NAME BLOCK_BYTES MIB` makes a block device in memory that supports
 /// discards. The kernel numbers such devices in the order in which they are switched on.
 const MEMORY_DEVICES: &str = "
     modprobe null_blk nr_devices=0
@@ -59,14 +90,14 @@ const MEMORY_DEVICES: &str = "
         [ $(blockdev --getss /dev/$1) = $2 ]
     }";
 
-/// The last step, where polldisk serves the disks.
+/// The last step if polldisk serves the disks.
 fn end_daemon(lab: &mut Lab, daemon: Option<Daemon>) -> Result<()> {
     daemon.map_or(Ok(()), |daemon| {
         lab.step("SIGTERM ends polldisk with status 0", |lab| daemon.stop(&mut lab.dom0))
     })
 }
 
-/// The same for a daemon that must hold no more now than when it was `idle`.
+/// [`end_daemon`] for a daemon that must hold no more now than when it was `idle`.
 fn end_idle_daemon(lab: &mut Lab, daemon: Option<Daemon>, idle: Option<Footprint>) -> Result<()> {
     daemon.zip(idle).map_or(Ok(()), |(daemon, idle)| {
         lab.step("polldisk holds what it held before, and ends", |lab| {

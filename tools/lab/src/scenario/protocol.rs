@@ -1,4 +1,4 @@
-//! Everything that Linux's driver can negotiate, on each kind of storage, and then without each part.
+//! Every feature that Linux's driver can negotiate, on each kind of storage, and then without each feature.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -30,7 +30,7 @@ const DISK_MIB: u64 = 64;
 const BLOCK_SIZES: [(&str, u32); 5] =
     [("4k", 64), ("16k", 32), ("64k", 32), ("256k", 16), ("1m", 8)];
 
-/// Behind all that `verify` writes: 8 MiB of trims, then 8 MiB of discard between two patterns.
+/// Behind everything that `verify` writes: 8 MiB of trims, then 8 MiB of discards between two patterns.
 const TRIM_MIB: u32 = 40;
 const HOLE_MIB: u32 = 50;
 const HOLE_LENGTH_MIB: u32 = 8;
@@ -94,7 +94,7 @@ const ALL: Features =
 const NONE: Features =
     Features { queues: 1, ring_page_order: 0, indirect_segments: 0, persistent: false };
 
-/// The driver without each, on a file of 512 or a device of 4096.
+/// The driver without each feature, on a file with sectors of 512 or a device with sectors of 4096.
 const WITHOUT: [(&str, Features, Disk); 5] = [
     ("several queues", Features { queues: 1, ..ALL }, DISKS[1]),
     ("rings of several pages", Features { ring_page_order: 0, ..ALL }, DISKS[2]),
@@ -132,7 +132,7 @@ fn run(lab: &mut Lab) -> Result<()> {
     end_idle_daemon(lab, daemon, idle)
 }
 
-/// Files are written in full, so that what a discard frees is known.
+/// Makes devices and files. Files are written in full, so that it is known how much a discard frees.
 fn make_storage(lab: &mut Lab) -> Result<()> {
     lab.dom0
         .ask(&format!(
@@ -152,11 +152,11 @@ fn make_storage(lab: &mut Lab) -> Result<()> {
         .map(drop)
 }
 
-/// Gives the driver these features at most. It has no disk then.
+/// Loads the driver with these features at most. No disk is attached meanwhile.
 fn load_driver(guest: &mut Guest, features: Features) -> Result<()> {
     let Features { queues, ring_page_order, indirect_segments, persistent } = features;
     let persistent = u32::from(persistent);
-    // The kernel may still hold on to the driver when its last disk is gone from sysfs.
+    // The kernel may still use the driver after the last disk is gone from sysfs.
     wait_for(&mut guest.agent, "rmmod xen_blkfront 2>/dev/null", UNLOAD_LIMIT)?;
     guest
         .agent
@@ -168,7 +168,7 @@ fn load_driver(guest: &mut Guest, features: Features) -> Result<()> {
         .map(drop)
 }
 
-/// A disk from its attachment to its end, with all features.
+/// Checks a disk with all features, from attaching to detaching it.
 fn prove_all(lab: &mut Lab, daemon: Option<&Daemon>, guest: &mut Guest, disk: Disk) -> Result<()> {
     let about = disk.about;
     lab.step(&format!("{about}: every feature is agreed on"), |lab| {
@@ -197,7 +197,7 @@ fn prove_all(lab: &mut Lab, daemon: Option<&Daemon>, guest: &mut Guest, disk: Di
     lab.step(&format!("{about}: the disk goes"), |lab| guest.detach(&mut lab.dom0, disk.vdev))
 }
 
-/// Attaches the disk and checks, at both ends, that they use just these features.
+/// Attaches the disk and checks that both ends use exactly these features.
 fn attach(
     lab: &mut Lab,
     daemon: Option<&Daemon>,
@@ -222,7 +222,7 @@ fn attach(
     Ok(())
 }
 
-/// What the backend's area offers, whatever the frontend makes of it.
+/// Checks what the backend offers in its area. The frontend need not use it.
 fn expect_offer(lab: &mut Lab, guest: &Guest, disk: Disk) -> Result<()> {
     let path = format!("/local/domain/0/backend/vbd/{}/{}", guest.domid, disk.number);
     let area = Area::read(lab, &path)?;
@@ -238,7 +238,7 @@ fn expect_offer(lab: &mut Lab, guest: &Guest, disk: Disk) -> Result<()> {
     Ok(())
 }
 
-/// What Linux writes: keys of features that it does not use are absent.
+/// Checks what Linux writes. It leaves out the keys of features that it does not use.
 fn expect_frontend_area(
     lab: &mut Lab,
     guest: &Guest,
@@ -265,8 +265,8 @@ fn expect_frontend_area(
     Ok(())
 }
 
-/// An area of xenstore, by the keys below it. It is read at once: each command costs the emulator a
-/// large part of a second.
+/// An area of xenstore, by the keys below it. It is read with a single command, since each command takes
+/// the emulator a large part of a second.
 #[derive(Debug)]
 struct Area(BTreeMap<String, String>);
 
@@ -290,7 +290,7 @@ impl Area {
     }
 }
 
-/// What the guest's kernel made of it.
+/// Checks what the guest's kernel reports for the disk.
 fn expect_driver(lab: &Lab, guest: &mut Guest, disk: Disk, features: Features) -> Result<()> {
     let vdev = disk.vdev;
     let (word, segments) = match features.indirect_segments {
@@ -307,7 +307,7 @@ fn expect_driver(lab: &Lab, guest: &mut Guest, disk: Disk, features: Features) -
          done
          dmesg | grep 'blkfront: {vdev}:' | tail -n 1"
     ))?;
-    // blkback has a file through a loop device, which has sectors of 512 bytes on any storage.
+    // blkback serves a file through a loop device, which has sectors of 512 bytes on any storage.
     let sector_bytes = match (lab.backend, disk.storage) {
         (Backend::Blkback, Storage::File(_)) => 512,
         _ => disk.sector_bytes,
@@ -334,7 +334,7 @@ fn note_verified(
     Ok(())
 }
 
-/// How many events each ring of the guest's only disk has had, on all processors.
+/// The number of events of each ring of the guest's only disk, on all processors.
 fn queue_events(guest: &mut Guest) -> Result<Vec<u64>> {
     let interrupts = guest.agent.ask("grep -w blkif /proc/interrupts")?;
     Ok(interrupts.lines().map(sum_events).collect())
@@ -344,7 +344,8 @@ fn sum_events(line: &str) -> u64 {
     line.split_whitespace().skip(1).map_while(|field| field.parse::<u64>().ok()).sum()
 }
 
-/// Discards a range between two patterns: it reads as zeroes, they stay, and a file grows holes.
+/// Discards a range between two patterns: the range must read as zeroes, the patterns must stay, and a
+/// file must get holes.
 fn expect_discard(lab: &mut Lab, guest: &mut Guest, disk: Disk) -> Result<()> {
     let vdev = disk.vdev;
     let fill = format!(
@@ -379,7 +380,7 @@ fn expect_discard(lab: &mut Lab, guest: &mut Guest, disk: Disk) -> Result<()> {
     Ok(())
 }
 
-/// How much a disk's file takes on its filesystem.
+/// How much space a disk's file takes up on its filesystem.
 fn file_bytes(lab: &mut Lab, disk: Disk) -> Result<Option<u64>> {
     let Storage::File(path) = disk.storage else {
         return Ok(None);

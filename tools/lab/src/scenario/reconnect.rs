@@ -48,7 +48,7 @@ fn run(lab: &mut Lab) -> Result<()> {
     }
     lab.step("no grant, fd or thread is left over", |lab| {
         let grants = mapped_grants(&mut lab.dom0, guest.domid)?;
-        ensure!(grants == unbound, "{grants} grants are mapped, {unbound} were at first");
+        ensure!(grants == unbound, "{grants} grants are mapped; {unbound} were at first");
         daemon
             .as_ref()
             .zip(idle)
@@ -58,11 +58,12 @@ fn run(lab: &mut Lab) -> Result<()> {
     end_daemon(lab, daemon)
 }
 
-/// The driver closes, the backend follows, and the guest's kernel forgets the device.
+/// Makes the driver close, waits for the backend to follow, and makes the guest's kernel forget the device.
 ///
-/// `bind` would not do: blkfront leaves the state of a device it has once closed at Closed. Only a
-/// device that the kernel has not seen before is Initialising, and one that it may no longer read is
-/// gone. The backend sees none of this: its next event is the frontend's change to Initialising.
+/// Without forgetting it, `bind` would not work: blkfront leaves the state of a device that it has closed at
+/// Closed. Only a device that is new to the kernel starts as Initialising. The kernel drops a device whose
+/// area it may no longer read. The backend sees none of this: its next event is the frontend's change to
+/// Initialising.
 fn unbind(lab: &mut Lab, guest: &mut Guest) -> Result<()> {
     guest.agent.ask(&format!("echo vbd-{VBD} >/sys/bus/xen/drivers/vbd/unbind"))?;
     wait_for_state(lab, guest, "6")?;
@@ -71,10 +72,11 @@ fn unbind(lab: &mut Lab, guest: &mut Guest) -> Result<()> {
     wait_for(&mut guest.agent, &format!("[ ! -e /sys/bus/xen/devices/vbd-{VBD} ]"), STATE_LIMIT)
 }
 
-/// The device is Initialising, the backend must offer the disk anew, and the driver binds to it.
+/// Makes the device Initialising, waits until the backend offers the disk again, and lets the driver bind.
 ///
-/// The guest may see its device only then: a driver that finds the backend still Closed closes too.
-/// Its kernel looks for a new device at each change, so what says that it is new comes last.
+/// The guest may see the device only after that, because a driver that finds the backend still Closed
+/// closes, too. The guest's kernel looks for a new device at each change, so the permission to read
+/// `state` comes last.
 fn bind(lab: &mut Lab, guest: &mut Guest) -> Result<()> {
     let frontend = frontend(guest);
     lab.dom0.ask(&format!("xenstore-write {frontend}/state 1"))?;

@@ -16,13 +16,13 @@ use polldisk::xen::{CopyDirection, GrantCopy, Grants, PageAccess, Platform};
 use super::*;
 use crate::arrivals::Schedule;
 use crate::kernel::SimKernel;
-use crate::neighbours::{Count, Guest, Progress};
+use crate::load::crowd::{Count, Guest, Progress};
 use crate::pattern::Shape;
 use crate::queue::Operation;
 
 const BLOCK_BYTES: usize = 4096;
 
-/// A queue and its backend's end, in one thread. The rings are valid as long as all of it.
+/// A queue and its backend's end, in one thread. The rings stay valid as long as this lives.
 pub(crate) struct Ends {
     pub(crate) queue: Queue<SimEvents>,
     pub(crate) back: BackRing,
@@ -56,7 +56,7 @@ fn with_depth(buffers: usize) -> Ends {
     ends(Options { buffers, ..Options::default() }, BLOCK_BYTES)
 }
 
-/// Answers everything that waits; the requests in their order.
+/// Answers all waiting requests and returns them in their order.
 pub(crate) fn answer(back: &mut BackRing, status: Status) -> Vec<RawRequest> {
     let requests: Vec<_> = (0..back.requests().unwrap()).map(|_| back.take()).collect();
     for request in &requests {
@@ -95,7 +95,7 @@ fn a_closed_loop_keeps_the_depth_in_flight_and_counts_only_samples() {
     let shared = shared();
     let mut load = load(&mut ends.queue, &shared, Arrivals::Closed, 50);
     assert!(load.pass(0).unwrap());
-    assert!(!load.pass(0).unwrap(), "all are in flight");
+    assert!(!load.pass(0).unwrap(), "all requests are in flight");
     let first = answer(&mut ends.back, Status::Okay);
     assert_eq!(first.len(), 4);
     assert!(load.pass(0).unwrap(), "the warm-up");
@@ -167,7 +167,7 @@ fn latencies_under_a_schedule_count_from_when_a_request_was_due() {
     let schedule = Schedule::new(start_ns, 1000, 0, 1);
     let mut load = load(&mut ends.queue, &shared, Arrivals::Open(schedule), 100);
     load.pass(0).unwrap();
-    // Ten more become due while the only place is taken.
+    // Ten more become due while the only request is in flight.
     shared.clock.sleep_until(start_ns + 10_500_000);
     for _ in 0..11 {
         assert_eq!(answer(&mut ends.back, Status::Okay).len(), 1);
@@ -175,9 +175,9 @@ fn latencies_under_a_schedule_count_from_when_a_request_was_due() {
     }
     let [sample] = &load.tally.samples[..] else { panic!() };
     assert_eq!(sample.reads.len(), 11);
-    // The one due first waited from 0 on, the last of them from 10 ms on.
+    // The first was due at 0, the last at 10 ms.
     assert!(sample.reads.max() >= 10_400_000 && sample.reads.min() >= 400_000);
-    assert!(sample.reads.mean() >= 5_000_000.0, "the wait of all of them counts");
+    assert!(sample.reads.mean() >= 5_000_000.0, "every request's wait counts");
     assert!(load.tally.late_max_ns >= 9_000_000);
 }
 
@@ -191,11 +191,11 @@ fn failed_requests_are_counted_and_the_first_is_kept() {
     load.pass(1).unwrap();
     assert_eq!(load.tally.errors, 2);
     assert_eq!(load.tally.first_error, Some(Failed { status: -1, is_read: true, sector: 0 }));
-    assert_eq!(load.tally.samples[0].reads.len(), 0, "its latency is none");
+    assert_eq!(load.tally.samples[0].reads.len(), 0, "its latency does not count");
 }
 
 #[test]
-fn a_load_drives_its_neighbours_even_where_it_has_nothing_to_do_itself() {
+fn an_idle_load_still_drives_its_neighbours() {
     let mut ends = with_depth(1);
     let mut neighbour = with_depth(20);
     let (shared, count) = (shared(), Count::default());
@@ -218,7 +218,8 @@ fn a_load_drives_its_neighbours_even_where_it_has_nothing_to_do_itself() {
             std::thread::yield_now();
         }
         shared.phase.stop();
-        // It may start one more before it sees that. The neighbour's requests are not waited for.
+        // The load may start one more request before it sees the stop. It does not wait for the neighbour's
+        // requests.
         while !thread.is_finished() {
             answer(&mut ends.back, Status::Okay);
             std::thread::yield_now();
@@ -229,7 +230,7 @@ fn a_load_drives_its_neighbours_even_where_it_has_nothing_to_do_itself() {
 }
 
 #[test]
-fn a_backend_that_answers_what_was_not_asked_is_found_out() {
+fn an_answer_to_no_request_is_an_error() {
     let mut ends = with_depth(2);
     let shared = shared();
     let mut load = load(&mut ends.queue, &shared, Arrivals::Closed, 100);
@@ -248,7 +249,7 @@ fn a_backend_that_answers_what_was_not_asked_is_found_out() {
 }
 
 #[test]
-fn the_end_waits_for_all_answers_unless_it_is_given_up() {
+fn the_end_waits_for_all_answers_unless_the_run_is_given_up() {
     let mut ends = with_depth(4);
     let shared = shared();
     let mut first = load(&mut ends.queue, &shared, Arrivals::Closed, 100);
@@ -263,8 +264,8 @@ fn the_end_waits_for_all_answers_unless_it_is_given_up() {
     assert!(matches!(second.run(), Err(LoadError::Abandoned(4))));
 }
 
-/// What a request costs both ends where each runs alone: `cargo test --release -p loadgen --lib
-/// -- --ignored --nocapture`. `blkload --echo` tells what they do on two cores.
+/// Measures what a request costs both ends in one thread: `cargo test --release -p loadgen --lib
+/// -- --ignored --nocapture`. `blkload --echo` measures them on two cores.
 #[test]
 #[ignore = "a measurement, for a quiet machine"]
 fn cost_of_a_request() {
@@ -288,5 +289,5 @@ fn cost_of_a_request() {
         }
         best = best.min(start.elapsed().as_secs_f64() * 1e9 / 32_000.0);
     }
-    println!("{best:.1} ns a request for the load and the echo together");
+    println!("{best:.1} ns per request for the load and the echo together");
 }

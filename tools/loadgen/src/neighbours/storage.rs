@@ -8,7 +8,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use anyhow::{Context, bail};
 use tempfile::TempDir;
 
-/// Bytes of a file. Floods need no more, and it is there at once.
+/// Bytes of a file. A flood of requests needs no more, and it is quickly made.
 const FILE_BYTES: usize = 4 << 20;
 
 /// What holds a disk.
@@ -20,21 +20,21 @@ pub enum Holds {
     Zeroes,
     /// A file full of data.
     File,
-    /// A block device that takes everything and answers nothing.
+    /// A block device that accepts all requests and never answers.
     Hung,
 }
 
 /// A folder with files, and hung block devices. Dropping it removes everything.
 #[derive(Debug, Default)]
 pub struct Storage {
-    // In the order of their end.
+    // In this order, since fields are dropped in order.
     hung: Option<Hung>,
     folder: Option<TempDir>,
     files: usize,
 }
 
 impl Storage {
-    /// A folder of its own in `scratch`, or among the system's temporary ones.
+    /// Makes a new folder in `scratch`, or in the system's folder for temporary files.
     pub fn make(scratch: Option<&Path>) -> anyhow::Result<Storage> {
         let make = || match scratch {
             None => tempfile::tempdir(),
@@ -55,7 +55,7 @@ impl Storage {
         Ok(())
     }
 
-    /// One more target, as polldisk is told.
+    /// Makes a target for another disk, in polldisk's syntax.
     pub fn target(&mut self, holds: Holds) -> anyhow::Result<String> {
         Ok(match holds {
             Holds::Nothing => "null:1G".to_owned(),
@@ -67,13 +67,13 @@ impl Storage {
                 format!("raw:{}", path.display())
             }
             Holds::Hung => {
-                let hung = self.hung.as_mut().context("no storage hangs")?;
-                format!("raw:{}", hung.devices.pop().context("too few block devices hang")?)
+                let hung = self.hung.as_mut().context("there is no hung storage")?;
+                format!("raw:{}", hung.devices.pop().context("there are too few hung devices")?)
             }
         })
     }
 
-    /// Lets what hangs answer, so that everything can end.
+    /// Lets hung storage answer, so that everything can end.
     pub fn thaw(&mut self) -> anyhow::Result<()> {
         self.hung.as_mut().map_or(Ok(()), Hung::thaw)
     }
@@ -83,16 +83,16 @@ impl Storage {
     }
 }
 
-/// Data in every block, so that all of the file is allocated.
+/// Writes data to every block, so that the whole file is allocated.
 fn fill(path: &Path) -> std::io::Result<()> {
     let mut file = File::create_new(path)?;
     file.write_all(&[0xa5; FILE_BYTES])?;
     file.sync_all()
 }
 
-/// Loop devices over files of a filesystem that is frozen: what is written to them waits.
+/// Loop devices over files of a frozen filesystem, so that writes to them wait.
 ///
-/// A shell keeps them, since it ends all of it however we end: when its input ends.
+/// A shell owns them. It undoes everything when its input ends, even if this process is killed.
 #[derive(Debug)]
 struct Hung {
     keeper: Child,
@@ -101,8 +101,8 @@ struct Hung {
     devices: Vec<String>,
 }
 
-/// Takes a folder and the number of devices. Says their names and `ready`; thaws at a line, and says
-/// so; undoes everything at the end of its input.
+/// The shell's script. Its arguments are a folder and the number of devices. It prints their names and
+/// `ready`, thaws the filesystem at a line of input, and undoes everything at the end of its input.
 const KEEPER: &str = r#"
 set -eu
 trap '' INT TERM HUP PIPE
@@ -112,7 +112,7 @@ devices=
 undo() {
     fsfreeze --unfreeze mnt || :
     for device in $devices; do losetup --detach "$device" || :; done
-    # Lazily where the backend still has a device open.
+    # Lazily if the backend still has a device open.
     umount mnt || umount --lazy mnt || :
 }
 truncate --size 64M filesystem.img
@@ -158,12 +158,12 @@ impl Hung {
     }
 
     fn thaw(&mut self) -> anyhow::Result<()> {
-        let input = self.input.as_mut().context("it has ended")?;
+        let input = self.input.as_mut().context("the shell has ended")?;
         input.write_all(b"thaw\n").context("cannot let frozen storage go on")?;
         self.line().map(|_| ())
     }
 
-    /// The next line that the keeper says. An error: it has ended, with what it said of that.
+    /// The shell's next line of output. If it has ended, the error is what it printed.
     fn line(&mut self) -> anyhow::Result<String> {
         let mut line = String::new();
         if self.output.read_line(&mut line)? > 0 {
@@ -180,7 +180,7 @@ impl Hung {
 impl Drop for Hung {
     fn drop(&mut self) {
         self.input = None;
-        // Its own end is all that is left to wait for.
+        // Wait until the shell has undone everything.
         let _ = self.keeper.wait();
     }
 }
@@ -190,7 +190,7 @@ mod test {
     use super::*;
 
     #[test]
-    fn what_keeps_storage_from_hanging_is_said() {
+    fn the_error_says_why_storage_cannot_hang() {
         let nowhere = tempfile::tempdir().unwrap().path().to_owned();
         let error = Hung::freeze(&nowhere, 1).unwrap_err().to_string();
         let named = error.contains(nowhere.to_str().unwrap());

@@ -1,5 +1,4 @@
-//! `blkload` against polldisk in a process of its own, on the stand-in, and against backends that
-//! fail.
+//! `blkload` with polldisk, in a process of its own on the stand-in, and with backends that fail.
 
 mod neighbours;
 
@@ -9,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 
 use serde_json::Value;
 
-/// An example, which `cargo test` builds beside blkload, and `cargo test --test` does not.
+/// The backend, which is an example: `cargo test` builds it, `cargo test --test` does not.
 fn backend() -> PathBuf {
     let examples = Path::new(env!("CARGO_BIN_EXE_blkload")).with_file_name("examples");
     examples.join("polldisk-on-stand-in")
@@ -19,7 +18,7 @@ fn blkload(options: &str, command: &[&str]) -> Output {
     blkload_after("--warmup 0.05", options, command)
 }
 
-/// Several loads at a time would only hold each other up.
+/// Loads that run at the same time would slow each other down.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn blkload_after(warmup: &str, options: &str, command: &[&str]) -> Output {
@@ -63,7 +62,7 @@ fn number(json: &Value, pointer: &str) -> f64 {
     value.unwrap_or_else(|| panic!("{pointer}: {json:#}"))
 }
 
-/// What holds of every good run.
+/// Asserts what is true of every successful run.
 fn assert_sound(json: &Value) {
     assert_eq!(number(json, "/errors"), 0.0);
     let ios = number(json, "/total/ios");
@@ -99,8 +98,8 @@ fn files_are_measured_on_two_disks_with_two_rings_each() {
         let file = std::fs::File::create(folder.path().join(format!("{n}.img"))).unwrap();
         file.set_len(16 << 20).unwrap();
     }
-    // A buffer whose first request is a read holds the file's zeroes from then on: enough of them make it
-    // certain that some write other data.
+    // A buffer whose first request is a read holds the file's zeroes from then on. With this many buffers,
+    // some are certain to write other data.
     let options = format!(
         "--target raw:{}/{{n}}.img --disks 2 --queues 2 --depth 32 --read 50 --sequential --size 8M",
         folder.path().display()
@@ -112,7 +111,7 @@ fn files_are_measured_on_two_disks_with_two_rings_each() {
         assert_eq!(number(&json, &format!("/disks/{disk}/sectors")), f64::from(16 << 11));
     }
     assert_eq!(json["disks"][1]["disk"], "1:xvdb");
-    // Both files were written, and nothing behind --size.
+    // Both files were written, but not behind --size.
     for n in 1..=2 {
         let data = std::fs::read(folder.path().join(format!("{n}.img"))).unwrap();
         assert!(data[..8 << 20].iter().any(|byte| *byte != 0));
@@ -145,7 +144,7 @@ fn a_schedule_is_kept_to_the_last_request() {
     for wait in ["busy", "block"] {
         let json = polldisk(&format!("--target null:1G --rate 1000 --depth 32 --wait {wait}"));
         assert_sound(&json);
-        // A machine held up by others may start some late, but none may be left out.
+        // On a busy machine some requests may start late, but none may be left out.
         let due = number(&json, "/schedule/seconds") * 1000.0;
         let (started, unsent) = ("/schedule/started", "/schedule/unsent");
         let accounted = number(&json, started) + number(&json, unsent);
@@ -165,7 +164,7 @@ fn the_load_measures_itself() {
 }
 
 #[test]
-fn what_a_backend_lacks_is_said_and_done_without() {
+fn features_that_a_backend_lacks_are_named_and_not_used() {
     let backend = backend();
     let command = [
         backend.to_str().unwrap(),
@@ -183,24 +182,24 @@ fn what_a_backend_lacks_is_said_and_done_without() {
     let json = json(&output);
     assert_eq!((number(&json, "/disks/0/depth"), number(&json, "/disks/0/queues")), (32.0, 1.0));
     for line in [
-        "does not offer --queues 2: it is 1",
-        "does not offer --ring-order 3: it is 0",
-        "does not offer --depth 200: it is 32",
+        "does not offer --queues 2: 1 is used",
+        "does not offer --ring-order 3: 0 is used",
+        "does not offer --depth 200: 32 is used",
         "does not offer persistent grants",
     ] {
         assert!(told.contains(line), "{line}: {told}");
     }
     let told = error(&blkload("--target null:1G --block-size 1M", &command));
-    assert!(told.contains("requests of at most 44K: --block-size"), "{told}");
+    assert!(told.contains("give --block-size 44K or less"), "{told}");
 }
 
 #[test]
-fn a_backend_that_refuses_or_ends_or_never_comes_is_named() {
+fn the_error_names_a_backend_that_refuses_or_ends_or_never_comes() {
     let backend = backend();
     let backend = backend.to_str().unwrap();
     let told = error(&blkload("--target raw:/no/such/file", &[backend]));
     assert!(
-        told.contains("the backend says of disk 1:xvda: 2 ") && told.contains("/no/such/file"),
+        told.contains("the backend reports for disk 1:xvda: 2 ") && told.contains("/no/such/file"),
         "{told}"
     );
     let told = error(&blkload("--target null:1G", &["sh", "-c", "echo my last words; exit 7"]));
@@ -211,11 +210,11 @@ fn a_backend_that_refuses_or_ends_or_never_comes_is_named() {
     let told = error(&blkload("--target null:1G --patience 0.1", &["sleep", "1000"]));
     assert!(told.contains("no connection within 0.1 s"), "{told}");
     assert!(
-        told.contains("disk 1:xvda: the backend is at Initialising; it wrote nothing"),
+        told.contains("disk 1:xvda: the backend is at Initialising; it printed nothing"),
         "{told}"
     );
     let told = error(&blkload("--no-toolstack --patience 0.1", &["sleep", "1000"]));
-    assert!(told.contains("disk 1:xvda: nobody has attached it to its domain"), "{told}");
+    assert!(told.contains("disk 1:xvda: it is not attached to its domain"), "{told}");
     let told = error(&blkload("--target null:1G", &["/no/such/backend"]));
     assert!(told.contains("cannot start the backend /no/such/backend"), "{told}");
 }
@@ -226,7 +225,7 @@ fn requests_that_fail_make_the_run_fail() {
     let path = folder.path().join("image");
     std::fs::File::create(&path).unwrap().set_len(4 << 20).unwrap();
     let backend = backend();
-    // The file loses its blocks once the disk is connected: reads beyond its end fail.
+    // The file is truncated once the disk is connected, so reads beyond its end fail.
     let script = format!(
         "(sleep 0.5; truncate -s 4096 {path}) & exec {backend} --workers 1 --log error",
         path = path.display(),
@@ -237,7 +236,7 @@ fn requests_that_fail_make_the_run_fail() {
     let told = error(&output);
     assert!(told.contains("requests failed; the first was a read of sector"), "{told}");
     let json: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert!(number(&json, "/errors") > 0.0, "the figures are there all the same");
+    assert!(number(&json, "/errors") > 0.0, "the report still has figures");
 }
 
 #[test]

@@ -4,7 +4,8 @@ use super::*;
 
 const NEIGHBOURS: usize = 4;
 
-/// A polling load of 8 requests beside four guests, with a word about each of them.
+/// Runs a polling load with 8 requests in flight beside four guests. Returns the report, and the part of it
+/// for each guest.
 fn beside(kind: &str, more: &[&str]) -> (Value, Vec<Value>) {
     let scratch = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let options = format!(
@@ -21,7 +22,7 @@ fn beside(kind: &str, more: &[&str]) -> (Value, Vec<Value>) {
     (json, guests)
 }
 
-/// Their requests answered a second, in all.
+/// Requests of all guests answered per second, as the report must say, too.
 fn answered(json: &Value, guests: &[Value]) -> f64 {
     let sum: f64 = guests.iter().map(|guest| number(guest, "/iops")).sum();
     assert!((number(json, "/neighbours/iops") - sum).abs() < 1.0, "{json:#}");
@@ -36,11 +37,11 @@ fn polite_neighbours_all_have_their_requests_answered() {
         assert!(number(guest, "/iops") > 0.0 && number(guest, "/errors") == 0.0, "{json:#}");
         assert_eq!((&guest["disk"]["persistent"], &guest["in_flight"]), (&true.into(), &8.into()));
     }
-    // They ask for as much each, and the load's thread holds none of them up.
+    // Each of them asks for as much as the load, and the load's thread delays none of them.
     assert!(answered(&json, &guests) > number(&json, "/total/iops"), "{json:#}");
 }
 
-/// Who is answered first is the backend's affair; but each asks for all that it can.
+/// The backend may answer any request first, but each guest must keep its ring full.
 #[test]
 fn hostile_neighbours_press_at_full_depth() {
     for (kind, in_flight, indirect) in [
@@ -72,12 +73,12 @@ fn a_storm_of_notifications_has_no_request() {
 }
 
 #[test]
-fn neighbours_may_fail_where_the_measured_load_may_not() {
+fn neighbours_may_fail_although_the_measured_load_may_not() {
     let (json, guests) = beside("indirect", &["--max-indirect-segments", "0"]);
     assert!(guests.iter().any(|guest| number(guest, "/errors") > 0.0), "{json:#}");
 }
 
-/// The worst are four different ones, with or without storage that hangs.
+/// The worst neighbours are of four different kinds, with or without hung storage.
 #[test]
 fn the_worst_neighbours_each_do_something_else() {
     let (json, guests) = beside("worst", &[]);
@@ -87,7 +88,7 @@ fn the_worst_neighbours_each_do_something_else() {
     assert_eq!(deeds.len(), NEIGHBOURS, "{json:#}");
 }
 
-/// Loop devices and mounts of files below a folder.
+/// Loop devices and mounts that are left of files below a folder.
 fn left_below(folder: &Path) -> Vec<String> {
     let folder = folder.to_str().unwrap();
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
@@ -99,7 +100,7 @@ fn left_below(folder: &Path) -> Vec<String> {
     mounts.chain(devices).collect()
 }
 
-/// Whether this machine can make storage that hangs; said loudly where it can't.
+/// Whether this machine can make storage that hangs. Prints a message if it can't.
 fn hangs(output: &Output, test: &str) -> bool {
     let told = String::from_utf8_lossy(&output.stderr);
     let can = !told.contains("cannot make storage that hangs");
@@ -130,7 +131,7 @@ fn storage_that_never_answers_is_undone_at_the_end() {
 }
 
 #[test]
-fn storage_that_never_answers_is_undone_however_the_run_ends() {
+fn storage_that_never_answers_is_undone_even_if_the_run_is_killed() {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     for signal in ["TERM", "INT", "KILL"] {
         let scratch = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
@@ -147,18 +148,18 @@ fn storage_that_never_answers_is_undone_however_the_run_ends() {
         while !up.exists() && blkload.try_wait().unwrap().is_none() {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
-        // So that the guests' requests are on their way to it.
+        // Gives the guests time to send requests to it.
         std::thread::sleep(std::time::Duration::from_millis(300));
         let made = left_below(scratch.path());
         let kill = format!("kill -{signal} {}", blkload.id());
         let _ = Command::new("sh").args(["-c", &kill]).stderr(Stdio::null()).status().unwrap();
         let output = blkload.wait_with_output().unwrap();
         assert!(!output.status.success());
-        if !hangs(&output, "storage_that_never_answers_is_undone_however_the_run_ends") {
+        if !hangs(&output, "storage_that_never_answers_is_undone_even_if_the_run_is_killed") {
             return;
         }
         assert!(made.len() > NEIGHBOURS, "a mount and a device for each: {made:?}");
-        // After SIGKILL the shell that keeps it still has to do that.
+        // After SIGKILL the shell still has to undo it.
         let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
         while !left_below(scratch.path()).is_empty() {
             assert!(std::time::Instant::now() < end, "{signal}: {:?}", left_below(scratch.path()));

@@ -1,4 +1,4 @@
-//! The stand-in for Xen as a process of its own, and programs on it.
+//! Runs the stand-in for Xen as a process of its own, and programs on it.
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -21,19 +21,19 @@ enum Arguments {
 /// Serve hypervisor and xenstore on sockets in a folder until SIGTERM or SIGINT
 #[derive(Args, Debug)]
 struct Serve {
-    /// The run folder; made where it is missing
+    /// The run folder; created if it is missing
     folder: PathBuf,
 }
 
 /// Run a program as if in dom0: /dev/xen/gntdev, /dev/xen/evtchn and xenstore are the stand-in's
 #[derive(Args, Debug)]
 struct Run {
-    /// The run folder of a stand-in that serves
+    /// The run folder of a running stand-in
     folder: PathBuf,
     /// Make grant copy, notify and unmask cost a system call each, as on Xen
     #[arg(long)]
     system_calls: bool,
-    /// The program with its arguments
+    /// The program and its arguments
     #[arg(last = true, required = true)]
     command: Vec<String>,
 }
@@ -55,7 +55,7 @@ fn main() -> ExitCode {
 impl Serve {
     fn run(&self) -> Result<()> {
         let folder = self.folder.display();
-        std::fs::create_dir_all(&self.folder).with_context(|| format!("cannot make {folder}"))?;
+        std::fs::create_dir_all(&self.folder).with_context(|| format!("cannot create {folder}"))?;
         let mut signals = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
         let _stand_in = StandIn::start(&self.folder).with_context(|| {
             format!("cannot serve in {folder}: a stand-in may be running there already")
@@ -67,12 +67,12 @@ impl Serve {
 }
 
 impl Run {
-    /// Becomes the program.
+    /// Replaces this process with the program.
     fn run(&self) -> Result<()> {
         let folder = self.folder.canonicalize().unwrap_or_else(|_| self.folder.clone());
         let store = folder.join(XENSTORE_SOCKET);
         if !store.exists() {
-            bail!("no stand-in serves in {}: start one with `stand-in serve`", folder.display());
+            bail!("no stand-in runs in {}: start one with `stand-in serve`", folder.display());
         }
         let [program, arguments @ ..] = self.command.as_slice() else { bail!("no program") };
         let error = Command::new(program)
@@ -86,7 +86,7 @@ impl Run {
     }
 }
 
-/// The library is built beside this program.
+/// The preload library, which is built in the same folder as this program.
 fn library() -> Result<PathBuf> {
     let program = std::env::current_exe()?;
     let folder = program.parent().unwrap_or(Path::new("/"));

@@ -10,15 +10,15 @@ use std::time::{Duration, Instant};
 use polldisk::sim::StandIn;
 use polldisk::units::DomId;
 
-/// Long enough that only a hang gets there.
+/// Longer than anything but a hang takes.
 pub const HANG: Duration = Duration::from_secs(60);
 
 pub fn domid(raw: u32) -> DomId {
     DomId::try_from(raw).unwrap()
 }
 
-/// Where the programs of this build are, with polldisk and the library among them: tests of one
-/// package are not handed those of another, nor a shared library of their own.
+/// The folder of this build's programs, with polldisk and the library in it: cargo does not tell tests where
+/// programs of other packages are, nor their own package's shared library.
 fn programs() -> &'static Path {
     static PROGRAMS: OnceLock<PathBuf> = OnceLock::new();
     PROGRAMS.get_or_init(|| {
@@ -42,7 +42,7 @@ pub fn library() -> PathBuf {
     programs().join("libpolldisk_preload.so")
 }
 
-/// A program in dom0 of a stand-in.
+/// The command for a program in a stand-in's dom0.
 pub fn on(stand_in: &StandIn, system_calls: bool, program: &OsStr) -> Command {
     let mut command = Command::new(programs().join("stand-in"));
     command.arg("run").arg(stand_in.folder());
@@ -53,24 +53,24 @@ pub fn on(stand_in: &StandIn, system_calls: bool, program: &OsStr) -> Command {
     command
 }
 
-/// A process that is ended with this.
+/// A process. Dropping this ends it.
 pub struct Running(pub Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // The process may have ended already.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
 
-/// Sends a signal, which is named as for kill: `-TERM`.
+/// Sends a signal, named as for kill: `-TERM`.
 pub fn signal(process: &Child, signal: &str) {
     let sent = Command::new("kill").args([signal, &process.id().to_string()]).status();
     assert!(sent.unwrap().success());
 }
 
-/// Waits for a process to end; how it did.
+/// Waits for a process to end; returns its status.
 pub fn ended(process: &mut Child) -> ExitStatus {
     let mut status = None;
     until("the process has ended", || {
@@ -80,7 +80,7 @@ pub fn ended(process: &mut Child) -> ExitStatus {
     status.unwrap()
 }
 
-/// Waits until it is so.
+/// Waits until a condition holds.
 pub fn until(what: &str, mut so: impl FnMut() -> bool) {
     let start = Instant::now();
     while !so() {

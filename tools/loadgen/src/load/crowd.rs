@@ -1,14 +1,14 @@
-//! The neighbours' requests, a few at a time.
+//! The requests of [`crate::neighbours`]: a measured ring's thread handles a few at a time.
 
 use polldisk::metrics::Counter;
 use polldisk::xen::Events;
 
-use crate::load::LoadError;
+use super::LoadError;
 use crate::pattern::Pattern;
 use crate::queue::Queue;
 
-/// Answers taken and requests started for one guest in a step, at most: it takes a microsecond, in which
-/// the measured ring is not looked at.
+/// Most answers taken, and most requests started, for one guest in a step. A step takes a microsecond, in
+/// which the measured ring has to wait.
 const REQUESTS_PER_STEP: u32 = 8;
 
 /// Notifications in a step of a guest that does nothing else.
@@ -31,36 +31,36 @@ pub struct Progress {
     pub started: u64,
     /// Requests answered.
     pub completed: u64,
-    /// Of these with an error.
+    /// Requests answered with an error.
     pub errors: u64,
     /// Notifications to the backend.
     pub notified: u64,
 }
 
 impl Count {
-    /// What it says now.
+    /// The current values.
     pub fn read(&self) -> Progress {
-        // Started last: never less than completed.
+        // `started` is read last, so that it is never less than `completed`.
         let completed = self.completed.get();
         let (errors, notified) = (self.errors.get(), self.notified.get());
         Progress { started: self.started.get(), completed, errors, notified }
     }
 }
 
-/// One of them, connected.
+/// A neighbour with a connected disk.
 #[derive(Debug)]
 pub struct Guest<'a, E> {
     /// Its only ring.
     pub queue: &'a mut Queue<E>,
     /// Where its requests go.
     pub pattern: Pattern,
-    /// It notifies the backend all the time.
+    /// Whether it notifies the backend all the time.
     pub storms: bool,
-    /// What it has done.
+    /// Counts what it does.
     pub count: &'a Count,
 }
 
-/// All of them, in one thread.
+/// All neighbours, in one thread.
 #[derive(Debug)]
 pub struct Crowd<'a, E> {
     guests: Vec<Guest<'a, E>>,
@@ -68,12 +68,12 @@ pub struct Crowd<'a, E> {
 }
 
 impl<'a, E: Events> Crowd<'a, E> {
-    /// With nothing in flight.
+    /// A crowd with nothing in flight.
     pub fn new(guests: Vec<Guest<'a, E>>) -> Crowd<'a, E> {
         Crowd { guests, next: 0 }
     }
 
-    /// Does a little for one of them, for each in turn.
+    /// Does a little for the next neighbour in turn.
     #[inline]
     pub fn step(&mut self) -> Result<(), LoadError> {
         if self.next == self.guests.len() {
@@ -188,13 +188,13 @@ mod test {
         assert_eq!(sectors, [0, 8, 16, 24, 32]);
         guest(&mut ends, &count, false).step().unwrap();
         let Progress { started, completed, errors, .. } = count.read();
-        assert_eq!((started, completed, errors), (10, 5, 5), "an error is no end");
+        assert_eq!((started, completed, errors), (10, 5, 5), "it goes on after an error");
     }
 
     #[test]
     fn a_storm_notifies_without_a_request() {
         let (mut ends, count) = (ends(8, &[]), Count::default());
-        // Binding notifies, too.
+        // Binding also notifies.
         let mut ports = [Port(0); 1];
         assert_eq!(ends.events.pending(&mut ports).unwrap(), 1);
         ends.events.unmask(&ports).unwrap();
