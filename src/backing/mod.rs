@@ -18,13 +18,15 @@ mod request_queue;
 mod sharing;
 mod spec;
 mod storage;
+mod targets;
 
 pub use blocks::{BlockLock, BlockLocks};
 pub use mapped::MappedFile;
 pub use null::NullImage;
-pub use raw::{DeviceHandle, RawImage, Tail};
+pub use raw::{DeviceHandle, RawImage, RawTarget};
 pub use request_queue::RequestQueue;
 pub use spec::{Contents, DataPath, Direct, DiskOptions, Spec};
+pub use targets::{EmulationTarget, MemoryFile, MemoryTarget, OpenFile, Tail};
 
 use std::sync::Arc;
 
@@ -121,7 +123,7 @@ impl Image {
     /// Whether a worker moves its data itself, as a part of submitting.
     pub fn is_moved_by_worker(&self) -> bool {
         match self {
-            Image::Raw(image) => image.is_in_memory(),
+            Image::Raw(image) => image.target().file.is_some(),
             Image::Null(image) => image.read_zeroes(),
             Image::Empty => false,
         }
@@ -130,7 +132,7 @@ impl Image {
     /// Whether a thread of the kernel moves its data, because each operation waits for another process.
     pub fn is_moved_by_thread(&self) -> bool {
         match self {
-            Image::Raw(image) => image.always_waits(),
+            Image::Raw(image) => image.target().below.below.always_waits,
             Image::Null(_) | Image::Empty => false,
         }
     }

@@ -2,7 +2,7 @@
 
 use std::fs::{File, FileType, Metadata, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -14,29 +14,28 @@ use super::claims::{Claim, Usage};
 use super::device::DiscardPieces;
 use super::sharing::{self, SharingError};
 use super::storage::Located;
+use super::targets::{EmulationTarget, MemoryFile, MemoryTarget, OpenFile, Tail};
 use super::{
     Access, BackingError, BlockLocks, Direct, Discard, DiskOptions, Geometry, MappedFile,
     RequestQueue, device, hint,
 };
 use crate::units::{Bytes, SECTOR_BYTES};
 
+/// What an engine's layers do I/O on: a file in memory, or emulated sectors over a file or device.
+pub type RawTarget = MemoryTarget<EmulationTarget<OpenFile>>;
+
 /// An open raw image. What is open of it is closed in the order of the fields, the claim last.
 #[derive(Debug)]
 pub struct RawImage {
-    mapping: Option<MappedFile>,
-    tail: Option<Tail>,
+    target: RawTarget,
+    /// Open for the target's tail.
+    _tail_file: Option<File>,
     file: Arc<DeviceHandle>,
-    /// Of `file`: each request needs it.
-    raw_fd: RawFd,
-    is_device: bool,
-    is_in_memory: bool,
-    always_waits: bool,
     request_queue: Option<RequestQueue>,
     geometry: Geometry,
     memory_alignment: u16,
     read_only: bool,
     discard: Option<Discard>,
-    emulation: Option<Arc<BlockLocks>>,
     warnings: Vec<String>,
 }
 
@@ -52,27 +51,6 @@ pub struct DeviceHandle {
     file: Arc<File>,
     discard_pieces: DiscardPieces,
     claim: Claim,
-}
-
-/// The end of a file that fills no block of its storage, where sectors are emulated. O_DIRECT would
-/// write the whole block and make the file longer; so this goes through the page cache, whose page
-/// is touched in no other way.
-#[derive(Debug)]
-pub struct Tail {
-    start: u64,
-    file: File,
-}
-
-impl Tail {
-    /// The file's byte from which on it is read and written by [`Tail::raw_fd`].
-    pub fn start(&self) -> u64 {
-        self.start
-    }
-
-    /// The file, opened without O_DIRECT.
-    pub fn raw_fd(&self) -> RawFd {
-        self.file.as_raw_fd()
-    }
 }
 
 impl RawImage {
@@ -91,14 +69,10 @@ impl RawImage {
         Opening { path, options, usage, warnings: Vec::new() }.open(&access.user)
     }
 
-    /// The storage's blocks, where its guest sees smaller sectors.
-    pub fn emulation(&self) -> Option<&Arc<BlockLocks>> {
-        self.emulation.as_ref()
-    }
-
-    /// Its end, where that is read and written by another descriptor.
-    pub fn tail(&self) -> Option<&Tail> {
-        self.tail.as_ref()
+    /// What an engine's layers do I/O on.
+    #[inline]
+    pub fn target(&self) -> &RawTarget {
+        &self.target
     }
 
     /// Its shape.
@@ -121,43 +95,9 @@ impl RawImage {
         self.discard
     }
 
-    /// Whether it is a file of tmpfs, which is read and written without any device. Blocks that are
-    /// emulated are not counted in.
-    pub fn is_in_memory(&self) -> bool {
-        self.is_in_memory && self.emulation.is_none()
-    }
-
-    /// Whether each operation waits for another process: a file of FUSE.
-    #[inline]
-    pub fn always_waits(&self) -> bool {
-        self.always_waits
-    }
-
     /// The request queue of the device that it lies on, if whoever submits to it sleeps while that is full.
     pub fn request_queue(&self) -> Option<RequestQueue> {
         self.request_queue
-    }
-
-    /// Its mapping, where it is in memory and could be mapped.
-    #[inline]
-    pub fn mapping(&self) -> Option<&MappedFile> {
-        self.mapping.as_ref()
-    }
-
-    /// Whether it is a block device.
-    pub fn is_device(&self) -> bool {
-        self.is_device
-    }
-
-    /// The open device, for a thread that discards.
-    pub fn device_handle(&self) -> Arc<DeviceHandle> {
-        Arc::clone(&self.file)
-    }
-
-    /// The descriptor, for the engine.
-    #[inline]
-    pub fn raw_fd(&self) -> RawFd {
-        self.raw_fd
     }
 
     /// What its admin should know.
@@ -207,22 +147,32 @@ impl Opening<'_> {
         let is_device = shape.is_device;
         let lies_on = if is_device { None } else { filesystem(&file) };
         let is_in_memory = lies_on == Some(libc::TMPFS_MAGIC);
-        let is_mapped = is_in_memory && emulation.is_none();
         // A block device is asked by io_uring not to have its submitter sleep, and so is the page cache.
         let sleeps_for_tags = !is_device && !is_in_memory && is_direct(&file);
-        let tail = match shape.sector_bytes {
-            block if geometry.size.0.is_multiple_of(block.into()) => None,
-            _ => Some(self.tail(&located, geometry.size)?),
-        };
+        let has_tail = !geometry.size.0.is_multiple_of(shape.sector_bytes.into());
+        let tail_file = has_tail.then(|| self.open_tail(&located)).transpose()?;
         self.advise(&file, &geometry);
         let discard_pieces = DiscardPieces::of(located.metadata.rdev());
         claim.opened();
-        Ok(RawImage {
-            mapping: is_mapped.then(|| map(&file, shape.size, self.path, read_only)).flatten(),
-            tail,
-            is_device,
-            is_in_memory,
+        let raw_fd = file.as_raw_fd();
+        let memory_file = (is_in_memory && emulation.is_none())
+            .then(|| MemoryFile { raw_fd, mapping: map(&file, shape.size, self.path, read_only) });
+        let handle = Arc::new(DeviceHandle { file, discard_pieces, claim });
+        let open_file = OpenFile {
+            raw_fd,
+            device: is_device.then(|| Arc::clone(&handle)),
             always_waits: lies_on == Some(libc::FUSE_SUPER_MAGIC),
+        };
+        let tail = tail_file.as_ref().map(|file| Tail {
+            start: geometry.size.0 / u64::from(PAGE_BYTES) * u64::from(PAGE_BYTES),
+            below: OpenFile { raw_fd: file.as_raw_fd(), ..open_file.clone() },
+        });
+        let is_emulated = emulation.is_some();
+        let blocks = EmulationTarget { locks: emulation, tail, below: open_file };
+        Ok(RawImage {
+            target: MemoryTarget { file: memory_file, below: blocks },
+            _tail_file: tail_file,
+            file: handle,
             request_queue: sleeps_for_tags
                 .then(|| RequestQueue::of(located.metadata.dev()))
                 .flatten(),
@@ -236,14 +186,10 @@ impl Opening<'_> {
                 .unwrap_or(4096),
             read_only,
             // The parts of blocks at the ends of a discard stay, which for a secure one is wrong.
-            discard: shape.discard.map(|discard| Discard {
-                secure: discard.secure && emulation.is_none(),
-                ..discard
-            }),
-            emulation,
+            discard: shape
+                .discard
+                .map(|discard| Discard { secure: discard.secure && !is_emulated, ..discard }),
             warnings: self.warnings,
-            raw_fd: file.as_raw_fd(),
-            file: Arc::new(DeviceHandle { file, discard_pieces, claim }),
         })
     }
 
@@ -387,12 +333,13 @@ impl Opening<'_> {
         })
     }
 
-    fn tail(&self, located: &Located, size: Bytes) -> Result<Tail, BackingError> {
+    /// Opens a file once more for its tail, without O_DIRECT.
+    fn open_tail(&self, located: &Located) -> Result<File, BackingError> {
         let file = self.open_file(located, 0).map_err(|error| self.cannot_open(error))?;
-        // Without reading ahead, which would put blocks into the page cache that are written directly.
-        // A filesystem that takes no advice is served all the same.
+        // Reading ahead would put blocks into the page cache that are written around it. If the
+        // filesystem ignores the advice, it is served anyway.
         let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
-        Ok(Tail { start: size.0 / u64::from(PAGE_BYTES) * u64::from(PAGE_BYTES), file })
+        Ok(file)
     }
 
     /// Warns of what looks like a mistake.
@@ -622,7 +569,7 @@ mod test {
     fn reads_are_direct_and_leave_the_access_time() {
         let image = image_of(4096, true);
         let wanted = OFlags::DIRECT | OFlags::NOATIME;
-        let flags = rustix::fs::fcntl_getfl(&*image.device_handle().file).unwrap();
+        let flags = rustix::fs::fcntl_getfl(&*image.file.file).unwrap();
         assert_eq!(flags & wanted, wanted);
     }
 

@@ -9,7 +9,8 @@ use std::os::fd::RawFd;
 
 use rustc_hash::{FxBuildHasher, FxHashMap};
 
-use super::{Completion, IoOp, Job, Submitted, Ticket};
+use super::layer::Layer;
+use super::{By, Completion, IoOp, Job, Submitted, Ticket};
 
 /// Files that a worker flushes at a time, and flushes of one, that need no further memory.
 const USUAL: usize = 16;
@@ -56,14 +57,14 @@ impl Flushes {
         &mut self,
         file: RawFd,
         ticket: Ticket,
-        below: impl FnOnce(&IoOp<'_>, Ticket) -> Submitted,
+        below: &mut impl Layer<Target = RawFd>,
     ) -> Submitted {
         if let Some(flushed) = self.files.get_mut(&file) {
             flushed.waiting.push(ticket);
             self.tickets += 1;
             return Submitted::Parked;
         }
-        let started = below(&IoOp::Flush, job(file, &ticket));
+        let started = below.submit(&file, &IoOp::Flush, job(file, &ticket), By::Worker);
         if let Submitted::Full(_) = started {
             return Submitted::Full(ticket);
         }
@@ -81,7 +82,7 @@ impl Flushes {
         file: RawFd,
         result: i32,
         done: &mut Vec<Completion>,
-        below: impl FnOnce(&IoOp<'_>, Ticket) -> Submitted,
+        below: &mut impl Layer<Target = RawFd>,
     ) {
         let Some(flushed) = self.files.get_mut(&file) else { return };
         self.tickets -= flushed.running.len();
@@ -95,20 +96,21 @@ impl Flushes {
     }
 
     /// Has `below` start the flush that the running tickets of a file wait for.
-    fn start(&mut self, file: RawFd, below: impl FnOnce(&IoOp<'_>, Ticket) -> Submitted) {
+    fn start(&mut self, file: RawFd, below: &mut impl Layer<Target = RawFd>) {
         let Some(first) = self.files.get(&file).and_then(|flushed| flushed.running.first()) else {
             return;
         };
-        if let Submitted::Full(_) = below(&IoOp::Flush, job(file, first)) {
+        let ticket = job(file, first);
+        if let Submitted::Full(_) = below.submit(&file, &IoOp::Flush, ticket, By::Worker) {
             self.owed.push(file);
         }
     }
 
     /// Tries again what found no room below.
-    pub fn retry(&mut self, mut below: impl FnMut(RawFd, &IoOp<'_>, Ticket) -> Submitted) {
+    pub fn retry(&mut self, below: &mut impl Layer<Target = RawFd>) {
         for _ in 0..self.owed.len() {
             let file = self.owed.remove(0);
-            self.start(file, |operation, ticket| below(file, operation, ticket));
+            self.start(file, below);
         }
     }
 
@@ -138,15 +140,15 @@ fn job(file: RawFd, first: &Ticket) -> Ticket {
 #[cfg(test)]
 mod test {
     use super::*;
+    use crate::engine::layer::test::Below;
 
-    /// What storage was asked for, by file.
-    fn asked(flushes: &mut Vec<RawFd>) -> impl FnMut(&IoOp<'_>, Ticket) -> Submitted {
-        |operation, ticket| {
-            assert!(matches!(operation, IoOp::Flush));
-            let Some(Job::Flush(file)) = ticket.job() else { panic!("{ticket:?}") };
-            flushes.push(file.cast_signed());
-            Submitted::Started
+    /// The files that storage was asked to flush, in order.
+    fn flushed(below: &Below<RawFd>) -> Vec<RawFd> {
+        for taken in &below.taken {
+            assert_eq!(taken.text, "flush");
+            assert_eq!(taken.ticket.job(), Some(Job::Flush(taken.target.unsigned_abs())));
         }
+        below.taken.iter().map(|taken| taken.target).collect()
     }
 
     fn slots(done: &mut Vec<Completion>) -> Vec<(u32, i32)> {
@@ -155,43 +157,46 @@ mod test {
 
     #[test]
     fn flushes_that_come_while_one_runs_are_all_answered_by_the_next() {
-        let (mut flushes, mut started, mut done) = (Flushes::new(), Vec::new(), Vec::new());
+        let (mut flushes, mut below, mut done) = (Flushes::new(), Below::new(), Vec::new());
         for slot in 0..4 {
-            let submitted = flushes.submit(7, Ticket::new(1, slot), asked(&mut started));
+            let submitted = flushes.submit(7, Ticket::new(1, slot), &mut below);
             assert_eq!(submitted == Submitted::Started, slot == 0);
         }
-        assert_eq!(flushes.submit(8, Ticket::new(2, 9), asked(&mut started)), Submitted::Started);
-        assert_eq!((&started[..], flushes.tickets(), flushes.running()), (&[7, 8][..], 5, 2));
-        flushes.finish(7, 0, &mut done, asked(&mut started));
+        assert_eq!(flushes.submit(8, Ticket::new(2, 9), &mut below), Submitted::Started);
+        assert_eq!((flushed(&below), flushes.tickets(), flushes.running()), (vec![7, 8], 5, 2));
+        flushes.finish(7, 0, &mut done, &mut below);
         assert_eq!(slots(&mut done), [(0, 0)], "what ran covers only what was there before it");
-        assert_eq!(started, [7, 8, 7]);
-        assert_eq!(flushes.submit(7, Ticket::new(1, 4), asked(&mut started)), Submitted::Parked);
-        flushes.finish(7, -libc::EIO, &mut done, asked(&mut started));
+        assert_eq!(flushed(&below), [7, 8, 7]);
+        assert_eq!(flushes.submit(7, Ticket::new(1, 4), &mut below), Submitted::Parked);
+        flushes.finish(7, -libc::EIO, &mut done, &mut below);
         assert_eq!(slots(&mut done), [1, 2, 3].map(|slot| (slot, -libc::EIO)));
-        flushes.finish(7, 0, &mut done, asked(&mut started));
-        flushes.finish(8, 0, &mut done, asked(&mut started));
+        flushes.finish(7, 0, &mut done, &mut below);
+        flushes.finish(8, 0, &mut done, &mut below);
         assert_eq!(slots(&mut done), [(4, 0), (9, 0)]);
-        assert_eq!((&started[..], flushes.tickets(), flushes.running()), (&[7, 8, 7, 7][..], 0, 0));
+        assert_eq!(flushed(&below), [7, 8, 7, 7]);
+        assert_eq!((flushes.tickets(), flushes.running()), (0, 0));
     }
 
     #[test]
     fn a_flush_that_finds_no_room_is_given_back_and_one_that_is_owed_is_tried_again() {
-        let (mut flushes, mut started, mut done) = (Flushes::new(), Vec::new(), Vec::new());
-        let full = flushes.submit(7, Ticket::new(1, 0), |_, ticket| Submitted::Full(ticket));
+        let (mut flushes, mut below, mut done) = (Flushes::new(), Below::new(), Vec::new());
+        below.is_full = true;
+        let full = flushes.submit(7, Ticket::new(1, 0), &mut below);
         assert_eq!((full, flushes.tickets()), (Submitted::Full(Ticket::new(1, 0)), 0));
+        below.is_full = false;
         for slot in 0..2 {
-            let _ = flushes.submit(7, Ticket::new(1, slot), asked(&mut started));
+            let _ = flushes.submit(7, Ticket::new(1, slot), &mut below);
         }
-        flushes.finish(7, 0, &mut done, |_, ticket| Submitted::Full(ticket));
+        below.is_full = true;
+        flushes.finish(7, 0, &mut done, &mut below);
         assert!(flushes.has_owed() && flushes.running() == 0);
-        flushes.retry(|_, _, ticket| Submitted::Full(ticket));
+        flushes.retry(&mut below);
         assert!(flushes.has_owed());
-        flushes.retry(|file, operation, ticket| {
-            assert_eq!(file, 7);
-            asked(&mut started)(operation, ticket)
-        });
+        below.is_full = false;
+        flushes.retry(&mut below);
+        assert_eq!(flushed(&below), [7, 7]);
         assert!(!flushes.has_owed() && flushes.running() == 1);
-        flushes.finish(7, 0, &mut done, asked(&mut started));
+        flushes.finish(7, 0, &mut done, &mut below);
         assert_eq!(slots(&mut done), [(0, 0), (1, 0)]);
     }
 }

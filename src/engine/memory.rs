@@ -11,9 +11,10 @@ use std::io;
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
 
+use super::layer::Layer;
 use super::vectors::append;
-use super::{IoOp, bytes, guarded};
-use crate::backing::MappedFile;
+use super::{By, Completion, IoOp, Submitted, Ticket, bytes, guarded};
+use crate::backing::{MappedFile, MemoryFile, MemoryTarget};
 use crate::xen::shm::{GuestBuf, PAGE_LEN};
 
 /// Pages that go by system calls, after the kernel did not say which pages are there, before it
@@ -22,38 +23,73 @@ use crate::xen::shm::{GuestBuf, PAGE_LEN};
 /// about 64 pages.
 const PAGES_UNTIL_ASKED: u32 = 32;
 
-/// Does the I/O of files in memory at once.
+/// A layer that does the I/O of files in memory at once, over one for everything else.
 #[derive(Debug)]
-pub struct MemoryFiles {
+pub struct MemoryFiles<B> {
+    /// Takes what does not read or write a file in memory.
+    pub below: B,
     /// Reused for the vectors of one operation.
     vectors: Vec<libc::iovec>,
-    /// Copies survive faults, so that mappings can be used.
+    /// Copies survive faults, so mappings can be used.
     is_guarded: bool,
-    /// Pages not known to be there that still go by system calls unasked.
+    /// Pages of unknown presence that still go by system calls before the kernel is asked again.
     unasked_pages: u32,
 }
 
-impl MemoryFiles {
-    /// For the files of one worker.
-    pub fn new() -> MemoryFiles {
-        let is_guarded = guarded::install();
-        MemoryFiles { vectors: Vec::new(), is_guarded, unasked_pages: 0 }
+impl<B: Layer> Layer for MemoryFiles<B> {
+    type Target = MemoryTarget<B::Target>;
+
+    #[inline]
+    fn submit(
+        &mut self,
+        target: &MemoryTarget<B::Target>,
+        operation: &IoOp<'_>,
+        ticket: Ticket,
+        by: By,
+    ) -> Submitted {
+        if let Some(file) = &target.file
+            && let Some(result) = self.run(file, operation)
+        {
+            return Submitted::Done(Completion { ticket, result });
+        }
+        self.below.submit(&target.below, operation, ticket, by)
     }
 
-    /// The result of an operation that is done now; `None` for one that this is not for. `mapping`
-    /// is that of the file, if it has one.
     #[inline]
-    pub fn run(
-        &mut self,
-        file: RawFd,
-        mapping: Option<&MappedFile>,
-        operation: &IoOp<'_>,
-    ) -> Option<i32> {
-        let mapping = mapping.filter(|_| self.is_guarded);
+    fn kick(&mut self) -> io::Result<()> {
+        self.below.kick()
+    }
+
+    #[inline]
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        self.below.reap(done);
+    }
+
+    fn in_flight(&self) -> usize {
+        self.below.in_flight()
+    }
+
+    fn arm(&mut self) -> io::Result<bool> {
+        self.below.arm()
+    }
+}
+
+impl<B> MemoryFiles<B> {
+    /// For the files of one worker.
+    pub fn new(below: B) -> MemoryFiles<B> {
+        let is_guarded = guarded::install();
+        MemoryFiles { below, vectors: Vec::new(), is_guarded, unasked_pages: 0 }
+    }
+
+    /// The result of an operation that is done now; `None` if the layer below has to do it.
+    #[inline]
+    fn run(&mut self, file: &MemoryFile, operation: &IoOp<'_>) -> Option<i32> {
+        let mapping = file.mapping.as_ref().filter(|_| self.is_guarded);
+        let file = file.raw_fd;
         match *operation {
             IoOp::Read { offset, buffers } => Some(self.read(file, mapping, offset, buffers)),
             IoOp::Write { offset, buffers } => Some(self.write(file, mapping, offset, buffers)),
-            // It is as durable as it will ever be.
+            // Memory is as durable as it will ever be.
             IoOp::Flush => Some(0),
             IoOp::Discard { offset, len, .. } => {
                 if let Some(mapping) = mapping {

@@ -13,6 +13,7 @@ mod emulate;
 mod flush;
 mod guarded;
 pub mod host;
+mod layer;
 mod memory;
 mod offload;
 mod tail;

@@ -7,8 +7,9 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use io_uring::{IoUring, opcode, squeue, types};
 
+use super::layer::Layer;
 use super::vectors::{append, vector};
-use super::{Completion, IoOp, Submitted, Ticket};
+use super::{By, Completion, IoOp, Submitted, Ticket};
 use crate::limits;
 use crate::park::Doorbell;
 use crate::xen::shm::{GuestBuf, Registration, full_fence};
@@ -120,27 +121,13 @@ impl Uring {
         unsafe { self.ring.submitter().register_buffers_update(place, &[vector], None) }.map(drop)
     }
 
-    /// Takes one operation on an open file.
+    /// The same as [`Layer::submit`] for a file whose operations always wait: a thread of the kernel
+    /// begins with it at once.
     ///
-    /// Where nothing is in flight storage waits, and may begin before the pass has ended: the first
-    /// [`HEAD_START`] operations go to the kernel at once, and [`HEAD_START_GROWTH`] times as many in
-    /// each step after that.
-    #[inline]
-    pub fn submit(&mut self, file: RawFd, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
-        self.submit_as(file, operation, ticket, squeue::Flags::empty())
-    }
-
-    /// The same for a file whose operations always wait: a thread of the kernel begins with it at once.
-    ///
-    /// For files of FUSE the kernel would else try over and over, for it takes them for something that
-    /// can be polled; and where many are under way some never come back (seen with Linux 6.18).
+    /// The kernel believes that files of FUSE can be polled, and would try again and again; if many
+    /// operations are under way, some never complete (seen with Linux 6.18).
     #[cold]
-    pub fn submit_to_wait(
-        &mut self,
-        file: RawFd,
-        operation: &IoOp<'_>,
-        ticket: Ticket,
-    ) -> Submitted {
+    fn submit_to_wait(&mut self, file: RawFd, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
         self.submit_as(file, operation, ticket, squeue::Flags::ASYNC)
     }
 
@@ -193,12 +180,6 @@ impl Uring {
         Some(submission.len())
     }
 
-    /// Submits what was taken, and lets the kernel finish completions that wait for this thread.
-    pub fn kick(&mut self) -> io::Result<()> {
-        self.head_start = NONE;
-        self.enter()
-    }
-
     fn enter(&mut self) -> io::Result<()> {
         // More completions than the ring has room for are kept by the kernel until it is entered.
         let (waiting, has_more) = {
@@ -232,37 +213,9 @@ impl Uring {
         }
     }
 
-    /// Appends what has completed.
-    pub fn reap(&mut self, done: &mut Vec<Completion>) {
-        if self.in_flight == 0 {
-            return;
-        }
-        let before = done.len();
-        done.extend(self.ring.completion().map(|entry| Completion {
-            ticket: Ticket::from_user_data(entry.user_data()),
-            result: entry.result(),
-        }));
-        self.in_flight -= done.len() - before;
-    }
-
     /// The bell that rings for a completion; others may ring it for theirs.
     pub fn bell(&self) -> &Doorbell {
         &self.completed
-    }
-
-    /// Operations taken and not yet reaped.
-    pub fn in_flight(&self) -> usize {
-        self.in_flight
-    }
-
-    /// Makes the next completion visible to a sleeper, then looks again. `true`: something has
-    /// completed already, or the kernel has not taken all submissions yet.
-    pub fn arm(&mut self) -> io::Result<bool> {
-        self.ring.completion().enable_eventfd();
-        full_fence();
-        self.kick()?;
-        let waiting = !self.ring.submission().is_empty();
-        Ok(waiting || !self.ring.completion().is_empty())
     }
 
     /// Ends the time of sleep; `signalled`: the descriptor was readable.
@@ -276,6 +229,52 @@ impl Uring {
     /// Readable when something has completed since [`Uring::arm`].
     pub fn completion_fd(&self) -> BorrowedFd<'_> {
         self.completed.as_fd()
+    }
+}
+
+impl Layer for Uring {
+    /// An open file or device.
+    type Target = RawFd;
+
+    /// Storage with nothing in flight is waiting, and may begin before the pass has ended: the first
+    /// [`HEAD_START`] operations go to the kernel at once, and [`HEAD_START_GROWTH`] times as many in
+    /// each step after that.
+    #[inline(always)]
+    fn submit(&mut self, file: &RawFd, operation: &IoOp<'_>, ticket: Ticket, by: By) -> Submitted {
+        match by {
+            By::Worker => self.submit_as(*file, operation, ticket, squeue::Flags::empty()),
+            By::Thread => self.submit_to_wait(*file, operation, ticket),
+        }
+    }
+
+    /// Submits what was taken, and lets the kernel finish completions that wait for this thread.
+    fn kick(&mut self) -> io::Result<()> {
+        self.head_start = NONE;
+        self.enter()
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        if self.in_flight == 0 {
+            return;
+        }
+        let before = done.len();
+        done.extend(self.ring.completion().map(|entry| Completion {
+            ticket: Ticket::from_user_data(entry.user_data()),
+            result: entry.result(),
+        }));
+        self.in_flight -= done.len() - before;
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    fn arm(&mut self) -> io::Result<bool> {
+        self.ring.completion().enable_eventfd();
+        full_fence();
+        self.kick()?;
+        let waiting = !self.ring.submission().is_empty();
+        Ok(waiting || !self.ring.completion().is_empty())
     }
 }
 

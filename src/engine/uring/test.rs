@@ -22,7 +22,7 @@ fn finish(uring: &mut Uring) -> Vec<(u32, i32)> {
 }
 
 fn start(uring: &mut Uring, file: &File, operation: &IoOp<'_>, slot: u32) {
-    let submitted = uring.submit(file.as_raw_fd(), operation, Ticket::new(0, slot));
+    let submitted = uring.submit(&file.as_raw_fd(), operation, Ticket::new(0, slot), By::Worker);
     assert_eq!(submitted, Submitted::Started);
 }
 
@@ -68,7 +68,8 @@ fn an_error_comes_back_as_its_errno() {
     let misaligned = [pages.page(0).part(1, 512).unwrap()];
     let read = IoOp::Read { offset: 1, buffers: &misaligned };
     start(&mut uring, &file, &read, 0);
-    assert_eq!(uring.submit(-1, &IoOp::Flush, Ticket::new(0, 1)), Submitted::Started);
+    let flush = uring.submit(&-1, &IoOp::Flush, Ticket::new(0, 1), By::Worker);
+    assert_eq!(flush, Submitted::Started);
     assert_eq!(finish(&mut uring), [(0, -libc::EINVAL), (1, -libc::EBADF)]);
 }
 
