@@ -1,4 +1,4 @@
-//! Few discards of files at a time: the kernel gives each a thread of its own until it is done.
+//! A few discards of files at a time, because each occupies a thread of the kernel until it is done.
 
 use std::os::fd::RawFd;
 
@@ -13,9 +13,9 @@ use crate::pool::{Lanes, Pool};
 #[derive(Debug)]
 pub struct FileDiscards {
     lanes: Lanes<Discard>,
-    /// Begun: whose they are.
+    /// Tickets of those that storage has.
     begun: Slab<Ticket>,
-    /// The next one found no room below.
+    /// One whose turn came found no room below.
     owed: bool,
 }
 
@@ -34,7 +34,7 @@ impl FileDiscards {
         FileDiscards { lanes, begun: Slab::new(), owed: false }
     }
 
-    /// Takes a discard of bytes of a file; `below` starts one.
+    /// Takes a discard of a range of a file.
     pub fn submit(
         &mut self,
         file: RawFd,
@@ -54,7 +54,7 @@ impl FileDiscards {
         }
     }
 
-    /// Has `below` start a discard that a place was taken for.
+    /// Submits a discard after a place was taken for it.
     fn begin(
         &mut self,
         queue: usize,
@@ -73,7 +73,7 @@ impl FileDiscards {
         Ok(())
     }
 
-    /// Takes the result of one that was begun, and has `below` start what waited for its place.
+    /// Takes the result of one that was begun, and starts the next ones in its place.
     pub fn finish(
         &mut self,
         index: u32,
@@ -96,7 +96,7 @@ impl FileDiscards {
         }
     }
 
-    /// Tries again what found no room below.
+    /// Tries again to start those that found no room below.
     pub fn retry(&mut self, below: &mut impl Layer<Target = RawFd>) {
         self.owed = false;
         for queue in self.lanes.waiting() {
@@ -104,7 +104,7 @@ impl FileDiscards {
         }
     }
 
-    /// Whether something is to be tried again.
+    /// Whether some have to be tried again.
     pub fn has_owed(&self) -> bool {
         self.owed
     }

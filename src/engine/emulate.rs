@@ -395,9 +395,10 @@ where
         let (job, operation) = (&self.jobs[index], operation(&self.parts));
         match self.below.submit(&job.target, &operation, job.ticket_below(number), job.by) {
             Submitted::Full(_) => Submitted::Full(self.end(number)),
-            Submitted::Done(Completion { result, .. }) => {
-                unreachable!("storage does nothing at once, and did {result}")
-            }
+            Submitted::Done(completion) => match self.advance(number, completion.result) {
+                Some(result) => Submitted::Done(self.finish(number, result)),
+                None => Submitted::Started,
+            },
             submitted => submitted,
         }
     }
@@ -413,6 +414,11 @@ where
         ticket
     }
 
+    /// Ends a job with its result.
+    fn finish(&mut self, number: u32, result: i32) -> Completion {
+        Completion { ticket: self.end(number), result }
+    }
+
     /// Turns the results from below, in `done` from `first` on, into results for above, and goes on with
     /// what waits.
     fn complete(&mut self, done: &mut Vec<Completion>, first: usize) {
@@ -424,7 +430,7 @@ where
                 continue;
             };
             if let Some(result) = self.advance(number, result) {
-                done.push(Completion { ticket: self.end(number), result });
+                done.push(self.finish(number, result));
             }
         }
         self.raw = raw;
@@ -453,22 +459,25 @@ where
             Work::Modify => {
                 piece.fill();
                 job.work = Work::Write;
-                self.write_back(number);
-                None
+                self.write_back(number)
             }
         }
     }
 
-    /// Writes a changed block, now or when there is room below.
-    fn write_back(&mut self, number: u32) {
+    /// Writes a changed block, now or when there is room below. Returns the result of the job if the
+    /// block was written at once.
+    fn write_back(&mut self, number: u32) -> Option<i32> {
         let job = &self.jobs[number as usize];
-        let Some(piece) = &job.piece else { return };
+        let piece = job.piece.as_ref()?;
         piece.list(&mut self.parts);
         let write = IoOp::Write { offset: piece.start, buffers: &self.parts };
         let ticket = job.ticket_below(number);
-        if let Submitted::Full(_) = self.below.submit(&job.target, &write, ticket, job.by) {
-            self.owed.push(number);
+        match self.below.submit(&job.target, &write, ticket, job.by) {
+            Submitted::Done(completion) => return self.advance(number, completion.result),
+            Submitted::Full(_) => self.owed.push(number),
+            Submitted::Started | Submitted::Parked => {}
         }
+        None
     }
 
     /// Tries again what found no room below, and begins operations that waited for memory or a block.
@@ -478,7 +487,9 @@ where
         self.retry = false;
         for _ in 0..self.owed.len() {
             let number = self.owed.remove(0);
-            self.write_back(number);
+            if let Some(result) = self.write_back(number) {
+                done.push(self.finish(number, result));
+            }
         }
         for queue in self.lanes.waiting() {
             while let Some(parked) = self.lanes.next_of(queue) {

@@ -1,9 +1,9 @@
-//! One flush of a file at a time, for all who wait for one.
+//! One flush of a file at a time, for all requests that wait for one.
 //!
-//! A flush makes durable what was written before it was asked for, so it may not join one that is
-//! running: that one may have looked already at where the newest write is. What is asked for meanwhile
-//! is all answered by the one that starts after it. So however many flushes a guest asks for, storage
-//! has one at a time, and none waits for more than two.
+//! A flush makes durable what was written before it was requested. So a request can't join a flush that
+//! is running, which may have missed the newest writes. All requests that come meanwhile are answered by
+//! one flush that starts afterwards. However many flushes a guest requests, storage has one at a time,
+//! and no request waits for more than two.
 
 use std::os::fd::RawFd;
 
@@ -12,26 +12,26 @@ use rustc_hash::{FxBuildHasher, FxHashMap};
 use super::layer::Layer;
 use super::{By, Completion, IoOp, Job, Submitted, Ticket};
 
-/// Files that a worker flushes at a time, and flushes of one, that need no further memory.
+/// How many files a worker can flush at a time, and requests one flush can answer, without allocating.
 const USUAL: usize = 16;
 
 /// Flushes of a worker's files.
 #[derive(Debug)]
 pub struct Flushes {
-    /// Files with a flush running. Their queues keep them open meanwhile.
+    /// Files with a flush running or owed. Their queues keep them open meanwhile.
     files: FxHashMap<RawFd, File>,
-    /// Of files that have none any more, to be used again.
+    /// Empty lists to be used again.
     spare: Vec<File>,
-    /// Files whose next flush found no room.
+    /// Files whose next flush found no room below.
     owed: Vec<RawFd>,
     tickets: usize,
 }
 
 #[derive(Debug)]
 struct File {
-    /// Answered by the one that runs.
+    /// Answered by the flush that runs.
     running: Vec<Ticket>,
-    /// Answered by the next one.
+    /// Answered by the next flush.
     waiting: Vec<Ticket>,
 }
 
@@ -52,7 +52,7 @@ impl Flushes {
         }
     }
 
-    /// Takes a flush; `below` starts one.
+    /// Takes a flush, and starts it unless one is running.
     pub fn submit(
         &mut self,
         file: RawFd,
@@ -75,8 +75,7 @@ impl Flushes {
         Submitted::Started
     }
 
-    /// Gives the result of the flush that ran to all that it was for, and has `below` start the next
-    /// one if any wait.
+    /// Answers all requests of the flush that ran, and starts the next one if any wait.
     pub fn finish(
         &mut self,
         file: RawFd,
@@ -95,7 +94,7 @@ impl Flushes {
         }
     }
 
-    /// Has `below` start the flush that the running tickets of a file wait for.
+    /// Starts the flush that answers the running tickets of a file.
     fn start(&mut self, file: RawFd, below: &mut impl Layer<Target = RawFd>) {
         let Some(first) = self.files.get(&file).and_then(|flushed| flushed.running.first()) else {
             return;
@@ -106,7 +105,7 @@ impl Flushes {
         }
     }
 
-    /// Tries again what found no room below.
+    /// Tries again to start those that found no room below.
     pub fn retry(&mut self, below: &mut impl Layer<Target = RawFd>) {
         for _ in 0..self.owed.len() {
             let file = self.owed.remove(0);
@@ -114,25 +113,25 @@ impl Flushes {
         }
     }
 
-    /// Whether something is to be tried again.
+    /// Whether some have to be tried again.
     pub fn has_owed(&self) -> bool {
         !self.owed.is_empty()
     }
 
-    /// Flushes taken and not yet answered, whatever number storage has of them.
+    /// Flushes taken and not yet answered.
     #[inline]
     pub fn tickets(&self) -> usize {
         self.tickets
     }
 
-    /// Of these, how many storage has.
+    /// Flushes that storage has.
     #[inline]
     pub fn running(&self) -> usize {
         self.files.len() - self.owed.len()
     }
 }
 
-/// The ticket of the flush of a file, on behalf of the queue that is first.
+/// The ticket of the flush of a file, on behalf of the queue that asked first.
 fn job(file: RawFd, first: &Ticket) -> Ticket {
     Ticket::of_job(first.queue(), Job::Flush(file.unsigned_abs()))
 }
@@ -165,7 +164,7 @@ mod test {
         assert_eq!(flushes.submit(8, Ticket::new(2, 9), &mut below), Submitted::Started);
         assert_eq!((flushed(&below), flushes.tickets(), flushes.running()), (vec![7, 8], 5, 2));
         flushes.finish(7, 0, &mut done, &mut below);
-        assert_eq!(slots(&mut done), [(0, 0)], "what ran covers only what was there before it");
+        assert_eq!(slots(&mut done), [(0, 0)], "a flush covers only requests that came before it");
         assert_eq!(flushed(&below), [7, 8, 7]);
         assert_eq!(flushes.submit(7, Ticket::new(1, 4), &mut below), Submitted::Parked);
         flushes.finish(7, -libc::EIO, &mut done, &mut below);

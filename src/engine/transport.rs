@@ -45,8 +45,8 @@ impl Transport {
         self.discards.retry(&mut self.uring);
     }
 
-    /// Makes of the results of jobs, which stand in `done` from `first` on, those of the operations
-    /// that they were for.
+    /// Replaces the results of jobs, in `done` from `first` on, by the results of the operations that
+    /// they were for.
     fn finish_jobs(&mut self, done: &mut Vec<Completion>, first: usize) {
         let Transport { uring, flushes, discards, .. } = self;
         let mut at = first;
@@ -60,7 +60,7 @@ impl Transport {
                     let result = done.swap_remove(at).result;
                     done.push(discards.finish(index, result, uring));
                 }
-                // What is pushed at the end is such, too.
+                // Results that were pushed at the end come here, too.
                 Some(Job::Emulated(_)) | None => at += 1,
             }
         }

@@ -11,13 +11,13 @@ use crate::xen::shm::LocalPages;
 
 const PAGE: u64 = 4096;
 const BYTES: u64 = 1 << 20;
-/// The same, as the length of a buffer.
+/// [`BYTES`] as the length of a buffer.
 const LEN: usize = 1 << 20;
 
-/// No file: what succeeds has made no system call for its data.
+/// Not a file: an operation that succeeds on it made no system call.
 const NO_FILE: RawFd = -1;
 
-/// A file of tmpfs, served by its mapping.
+/// A file of tmpfs, served through its mapping.
 struct Rig {
     file: File,
     target: MemoryTarget<()>,
@@ -27,7 +27,7 @@ struct Rig {
 }
 
 impl Rig {
-    /// A file without any page, on the tmpfs that every Linux has there.
+    /// A file without any pages, on a tmpfs that every Linux has.
     fn sparse() -> Rig {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let rig = Rig::of(&folder_file(folder.path(), BYTES));
@@ -43,7 +43,7 @@ impl Rig {
         Rig { file, target, memory, pages, _folder: None }
     }
 
-    /// All pages filled by somebody else.
+    /// A file whose pages were all written by another program.
     fn filled() -> Rig {
         let rig = Rig::sparse();
         rig.file.write_all_at(&vec![0x5a; LEN], 0).unwrap();
@@ -82,14 +82,14 @@ impl Rig {
         self.write_by(self.file.as_raw_fd(), offset, byte)
     }
 
-    /// Whether the page last read is of one byte only.
+    /// Whether the page that was read last holds only this byte.
     fn was_read(&self, byte: u8) -> bool {
         let mut found = [0; 4096];
         self.pages.page(0).copy_to(&mut found);
         found == [byte; 4096]
     }
 
-    /// Gives pages back as the guest.
+    /// Discards pages, as the guest does.
     fn discard(&mut self, offset: u64, len: u64) {
         let discard = IoOp::Discard { offset, len, secure: false };
         let submitted = submit(&mut self.memory, &self.target, &discard);
@@ -98,7 +98,7 @@ impl Rig {
         self.punch(offset, len);
     }
 
-    /// Gives pages back as another program.
+    /// Gives pages back, as another program may.
     fn punch(&self, offset: u64, len: u64) {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let [offset, len] = [offset, len].map(u64::cast_signed);
@@ -267,7 +267,7 @@ fn reading_holes_gives_the_file_no_memory() {
 fn discarded_pages_read_as_zeroes_and_take_no_memory() {
     let mut rig = Rig::filled();
     rig.learn_all();
-    // Half of its last page stays, and with it the page.
+    // Half of the last page stays in use, so the file keeps that page.
     rig.discard(4 * PAGE, 100 * PAGE + 2048);
     let kept = BYTES - 100 * PAGE;
     for _ in 0..2 {
@@ -343,7 +343,7 @@ fn writes_by_the_mapping_leave_their_time_when_it_ends() {
     assert!(rig.file.metadata().unwrap().mtime() > 0);
 }
 
-/// The folder of a full tmpfs, for the process that has one.
+/// Names the folder of a full tmpfs to the child process that has it.
 const FULL: &str = "POLLDISK_TEST_FULL_TMPFS";
 
 #[test]
@@ -356,7 +356,7 @@ fn a_full_filesystem_is_an_error_of_the_write() {
             assert_eq!(rig.write(page * PAGE, 1), 4096);
         }
         rig.punch(0, PAGE);
-        // Somebody else takes what became free.
+        // Another program takes the page that became free.
         std::fs::write(Path::new(&folder).join("other"), [0; 4096]).unwrap();
         assert_eq!(rig.write(0, 2), -libc::ENOSPC);
         assert_eq!(rig.read(0), 4096);
