@@ -23,7 +23,7 @@ mod targets;
 pub use blocks::{BlockLock, BlockLocks};
 pub use mapped::MappedFile;
 pub use null::NullImage;
-pub use raw::{DeviceHandle, RawImage, RawTarget};
+pub use raw::{DeviceHandle, OpenedRaw, RawImage, RawTarget};
 pub use request_queue::RequestQueue;
 pub use spec::{Contents, DataPath, Direct, DiskOptions, Spec};
 pub use targets::{EmulationTarget, MemoryFile, MemoryTarget, OpenFile, Tail};
@@ -50,17 +50,16 @@ pub struct Access {
 #[derive(Debug)]
 pub struct Backing {
     image: Arc<Image>,
+    discard: Option<Discard>,
+    warnings: Vec<String>,
     options: DiskOptions,
 }
 
 impl Backing {
-    fn of(image: Image, options: DiskOptions) -> Backing {
-        Backing { image: Arc::new(image), options }
-    }
-
     /// A drive without a medium.
     pub fn empty() -> Backing {
-        Backing::of(Image::Empty, DiskOptions::default())
+        let options = DiskOptions::default();
+        Backing { image: Arc::new(Image::Empty), discard: None, warnings: Vec::new(), options }
     }
 
     /// What workers do I/O on.
@@ -75,10 +74,12 @@ impl Backing {
 
     /// What its admin should know, though it is served: each one sentence about "it".
     pub fn warnings(&self) -> &[String] {
-        match &*self.image {
-            Image::Raw(image) => image.warnings(),
-            Image::Null(_) | Image::Empty => &[],
-        }
+        &self.warnings
+    }
+
+    /// What its guest may discard; `None` if nothing can be discarded, or it is read-only.
+    pub fn discard(&self) -> Option<Discard> {
+        self.discard
     }
 
     /// It is about to be closed: another disk that wants the same storage waits for that from now
@@ -151,23 +152,6 @@ impl Image {
             // Nothing can be read of a drive without a medium.
             Image::Raw(_) | Image::Empty => true,
             Image::Null(image) => image.read_zeroes(),
-        }
-    }
-
-    /// What its guest may discard.
-    pub fn discard(&self) -> Option<Discard> {
-        match self {
-            Image::Raw(image) => image.discard(),
-            Image::Null(image) => Some(image.discard()),
-            Image::Empty => None,
-        }
-    }
-
-    /// Whether it was opened without write access.
-    pub fn is_read_only(&self) -> bool {
-        match self {
-            Image::Raw(image) => image.is_read_only(),
-            Image::Null(_) | Image::Empty => false,
         }
     }
 }

@@ -29,8 +29,7 @@ impl NullImage {
         Geometry { size: self.size, sector_bytes: 512, physical_sector_bytes: 512 }
     }
 
-    /// Everything of it can be discarded.
-    pub fn discard(&self) -> Discard {
-        Discard { granularity_bytes: 512, alignment_bytes: 0, secure: false }
-    }
+    /// What can be discarded of such a disk: everything.
+    pub const DISCARD: Discard =
+        Discard { granularity_bytes: 512, alignment_bytes: 0, secure: false };
 }

@@ -34,9 +34,17 @@ pub struct RawImage {
     request_queue: Option<RequestQueue>,
     geometry: Geometry,
     memory_alignment: u16,
-    read_only: bool,
-    discard: Option<Discard>,
-    warnings: Vec<String>,
+}
+
+/// An opened raw image, and what only control needs to know of it.
+#[derive(Debug)]
+pub struct OpenedRaw {
+    /// What workers do I/O on.
+    pub image: RawImage,
+    /// What its guest may discard; `None` if nothing can be discarded, or it is read-only.
+    pub discard: Option<Discard>,
+    /// What its admin should know.
+    pub warnings: Vec<String>,
 }
 
 /// Largest block whose sectors are emulated: a page, which is what the guest's data comes in.
@@ -60,7 +68,7 @@ impl RawImage {
         path: &Path,
         options: DiskOptions,
         access: &Access,
-    ) -> Result<RawImage, BackingError> {
+    ) -> Result<OpenedRaw, BackingError> {
         let usage = Usage {
             writes: !access.read_only,
             shareable: access.shareable || options.shareable,
@@ -85,24 +93,9 @@ impl RawImage {
         self.memory_alignment
     }
 
-    /// Whether it was opened without write access.
-    pub fn is_read_only(&self) -> bool {
-        self.read_only
-    }
-
-    /// What its guest may discard; `None` where nothing can be, or it is read-only.
-    pub fn discard(&self) -> Option<Discard> {
-        self.discard
-    }
-
     /// The request queue of the device that it lies on, if whoever submits to it sleeps while that is full.
     pub fn request_queue(&self) -> Option<RequestQueue> {
         self.request_queue
-    }
-
-    /// What its admin should know.
-    pub fn warnings(&self) -> &[String] {
-        &self.warnings
     }
 
     /// It is about to be closed: others who want the storage wait for that.
@@ -133,7 +126,7 @@ struct Opening<'a> {
 }
 
 impl Opening<'_> {
-    fn open(mut self, user: &str) -> Result<RawImage, BackingError> {
+    fn open(mut self, user: &str) -> Result<OpenedRaw, BackingError> {
         let located = self.find()?;
         let claim = sharing::claim(&located, self.usage, user).map_err(|why| self.shared(why))?;
         let (file, shape) = self.open_storage(&located)?;
@@ -163,13 +156,13 @@ impl Opening<'_> {
             device: is_device.then(|| Arc::clone(&handle)),
             always_waits: lies_on == Some(libc::FUSE_SUPER_MAGIC),
         };
-        let tail = tail_file.as_ref().map(|file| Tail {
-            start: geometry.size.0 / u64::from(PAGE_BYTES) * u64::from(PAGE_BYTES),
-            below: OpenFile { raw_fd: file.as_raw_fd(), ..open_file.clone() },
-        });
-        let is_emulated = emulation.is_some();
+        let tail = tail_file.as_ref().map(|file| tail(file, geometry.size, &open_file));
+        // The parts of blocks at the ends of a discard stay, which for a secure one is wrong.
+        let discard = shape
+            .discard
+            .map(|discard| Discard { secure: discard.secure && emulation.is_none(), ..discard });
         let blocks = EmulationTarget { locks: emulation, tail, below: open_file };
-        Ok(RawImage {
+        let image = RawImage {
             target: MemoryTarget { file: memory_file, below: blocks },
             _tail_file: tail_file,
             file: handle,
@@ -184,13 +177,8 @@ impl Opening<'_> {
                 .next_power_of_two()
                 .try_into()
                 .unwrap_or(4096),
-            read_only,
-            // The parts of blocks at the ends of a discard stay, which for a secure one is wrong.
-            discard: shape
-                .discard
-                .map(|discard| Discard { secure: discard.secure && !is_emulated, ..discard }),
-            warnings: self.warnings,
-        })
+        };
+        Ok(OpenedRaw { image, discard, warnings: self.warnings })
     }
 
     fn fail(&self, what: &str, mend: &str, source: Option<io::Error>) -> BackingError {
@@ -362,6 +350,12 @@ impl Opening<'_> {
             );
         }
     }
+}
+
+/// The tail of a file of this size, through a descriptor without O_DIRECT.
+fn tail(file: &File, size: Bytes, whole: &OpenFile) -> Tail<OpenFile> {
+    let start = size.0 / u64::from(PAGE_BYTES) * u64::from(PAGE_BYTES);
+    Tail { start, below: OpenFile { raw_fd: file.as_raw_fd(), ..whole.clone() } }
 }
 
 /// What is no storage, in words.
@@ -541,7 +535,7 @@ mod test {
     use super::*;
     use std::error::Error;
 
-    fn open(path: &Path, read_only: bool) -> Result<RawImage, BackingError> {
+    fn open(path: &Path, read_only: bool) -> Result<OpenedRaw, BackingError> {
         let access = Access { read_only, ..Access::default() };
         RawImage::open(path, DiskOptions::default(), &access)
     }
@@ -551,7 +545,7 @@ mod test {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = folder.path().join("disk.img");
         File::create(&path).unwrap().set_len(len).unwrap();
-        open(&path, read_only).unwrap()
+        open(&path, read_only).unwrap().image
     }
 
     #[test]
