@@ -1,15 +1,16 @@
 //! 512-byte sectors on storage with larger blocks.
 //!
-//! Storage takes whole blocks, and only from memory in which each block is in one piece. Transfers that
-//! fit go straight to it. Others go through memory of our own, one piece after the other: a piece that
-//! is done is a short transfer, and the queue asks for the rest. A read reads the blocks around it. A
-//! write of whole blocks from scattered buffers copies them together. A write of a part of a block reads
-//! the block, changes it and writes it back, and nothing else uses that block meanwhile
-//! ([`BlockLocks`]). It writes one block at a time, so a crash leaves each block as it was before or
-//! after, as on a drive that emulates sectors itself.
+//! Storage takes whole blocks, and only if each block is contiguous in memory. Transfers that fit go
+//! straight to it. Others go through memory of our own, in pieces: a transfer ends short after one piece,
+//! and the queue asks for the rest. A read reads the blocks around it. A write of whole blocks from
+//! scattered buffers copies them together. A write of a part of a block reads the block, changes it and
+//! writes it back, and no other write uses that block meanwhile ([`BlockLocks`]). It writes one block at
+//! a time, so a crash leaves each block as it was before or after, as on a drive that emulates sectors
+//! itself.
 //!
-//! A worker's memory for this has a part guaranteed to each queue. An operation that finds none free, or
-//! finds its block locked, is parked until memory is given back, or the block, perhaps by another worker.
+//! The memory belongs to a worker, and each queue is guaranteed a part of it. An operation that finds no
+//! free memory or a locked block is parked until memory or the block is given back, the block perhaps by
+//! another worker.
 
 use std::io;
 use std::sync::Arc;
@@ -611,7 +612,7 @@ pub fn cut(buffers: &[GuestBuf], len: u32, parts: &mut Vec<GuestBuf>) {
     }));
 }
 
-/// How many bytes at the start of `buffers` storage can take as they are: each block in one piece of
+/// How many bytes at the start of `buffers` storage can take as they are: each block is contiguous in
 /// memory.
 fn straight_bytes(buffers: &[GuestBuf], block: u32) -> u32 {
     let end_of = |buffer: &GuestBuf| buffer.address().as_ptr().addr() + buffer.len() as usize;

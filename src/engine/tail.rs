@@ -1,5 +1,5 @@
-//! The end of a file that does not fill a block of its storage, if sectors are emulated: it takes any
-//! sectors, through a descriptor of its own ([`crate::backing::Tail`]).
+//! The tail of a file with emulated sectors: its end, which does not fill a block of its storage. It takes
+//! any sectors, through a descriptor of its own ([`crate::backing::Tail`]).
 
 use super::emulate::cut;
 use super::{IoOp, bytes};

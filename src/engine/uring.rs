@@ -17,8 +17,8 @@ use crate::xen::shm::{GuestBuf, Registration, full_fence};
 /// `IORING_ENTER_GETEVENTS`: run the deferred work of completions (`linux/io_uring.h`).
 const ENTER_GETEVENTS: u32 = 1;
 
-/// How many operations go at once to storage that has none. With fewer, a device finishes them before the
-/// next ones come and goes back to sleep; in a virtual machine, waking it again costs an exit to the host.
+/// How many operations idle storage gets at once. With fewer, a device finishes them before the next ones
+/// come and goes back to sleep; in a virtual machine, waking it again costs an exit to the host.
 /// With more than two, the kernel sends none before it has prepared them all (`need_plug`,
 /// `io_uring/io_uring.c`).
 const HEAD_START: usize = 2;
