@@ -4,9 +4,9 @@
 //! straight to it. Others go through memory of our own, in pieces: a transfer ends short after one piece,
 //! and the queue asks for the rest. A read reads the blocks around it. A write of whole blocks from
 //! scattered buffers copies them together. A write of a part of a block reads the block, changes it and
-//! writes it back, and no other write uses that block meanwhile ([`BlockLocks`]). It writes one block at
-//! a time, so a crash leaves each block as it was before or after, as on a drive that emulates sectors
-//! itself.
+//! writes it back, and no other write or discard uses that block meanwhile ([`BlockLocks`]). It writes
+//! one block at a time, so a crash leaves each block as it was before or after, as on a drive that
+//! emulates sectors itself.
 //!
 //! The memory belongs to a worker, and each queue is guaranteed a part of it. An operation that finds no
 //! free memory or a locked block is parked until memory or the block is given back, the block perhaps by
