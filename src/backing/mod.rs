@@ -18,13 +18,15 @@ mod request_queue;
 mod sharing;
 mod spec;
 mod storage;
+mod targets;
 
 pub use blocks::{BlockLock, BlockLocks};
 pub use mapped::MappedFile;
 pub use null::NullImage;
-pub use raw::{DeviceHandle, RawImage, Tail};
+pub use raw::{DeviceHandle, OpenedRaw, RawImage, RawTarget};
 pub use request_queue::RequestQueue;
 pub use spec::{Contents, DataPath, Direct, DiskOptions, Spec};
+pub use targets::{EmulationTarget, MemoryFile, MemoryTarget, OpenFile, Tail};
 
 use std::sync::Arc;
 
@@ -47,17 +49,16 @@ pub struct Access {
 #[derive(Debug)]
 pub struct Backing {
     image: Arc<Image>,
+    discard: Option<Discard>,
+    warnings: Vec<String>,
     options: DiskOptions,
 }
 
 impl Backing {
-    fn of(image: Image, options: DiskOptions) -> Backing {
-        Backing { image: Arc::new(image), options }
-    }
-
     /// A drive without a medium.
     pub fn empty() -> Backing {
-        Backing::of(Image::Empty, DiskOptions::default())
+        let options = DiskOptions::default();
+        Backing { image: Arc::new(Image::Empty), discard: None, warnings: Vec::new(), options }
     }
 
     /// What workers do I/O on.
@@ -72,10 +73,12 @@ impl Backing {
 
     /// What the admin should know although it is served: sentences whose subject is "it".
     pub fn warnings(&self) -> &[String] {
-        match &*self.image {
-            Image::Raw(image) => image.warnings(),
-            Image::Null(_) | Image::Empty => &[],
-        }
+        &self.warnings
+    }
+
+    /// What its guest may discard; `None` if nothing can be discarded, or it is read-only.
+    pub fn discard(&self) -> Option<Discard> {
+        self.discard
     }
 
     /// Tells that it is about to be closed: from now on another disk that wants the same storage waits for
@@ -120,7 +123,7 @@ impl Image {
     /// Whether the worker itself moves its data while it submits.
     pub fn is_moved_by_worker(&self) -> bool {
         match self {
-            Image::Raw(image) => image.is_in_memory(),
+            Image::Raw(image) => image.target().file.is_some(),
             Image::Null(image) => image.read_zeroes(),
             Image::Empty => false,
         }
@@ -129,7 +132,7 @@ impl Image {
     /// Whether a kernel thread moves its data, because each operation waits for another process.
     pub fn is_moved_by_thread(&self) -> bool {
         match self {
-            Image::Raw(image) => image.always_waits(),
+            Image::Raw(image) => image.target().below.below.always_waits,
             Image::Null(_) | Image::Empty => false,
         }
     }
@@ -148,23 +151,6 @@ impl Image {
             // A drive without a medium can't be read at all.
             Image::Raw(_) | Image::Empty => true,
             Image::Null(image) => image.read_zeroes(),
-        }
-    }
-
-    /// What its guest may discard.
-    pub fn discard(&self) -> Option<Discard> {
-        match self {
-            Image::Raw(image) => image.discard(),
-            Image::Null(image) => Some(image.discard()),
-            Image::Empty => None,
-        }
-    }
-
-    /// Whether it was opened without write access.
-    pub fn is_read_only(&self) -> bool {
-        match self {
-            Image::Raw(image) => image.is_read_only(),
-            Image::Null(_) | Image::Empty => false,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{File, FileType, Metadata, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -14,30 +14,37 @@ use super::claims::{Claim, Usage};
 use super::device::DiscardPieces;
 use super::sharing::{self, SharingError};
 use super::storage::Located;
+use super::targets::{EmulationTarget, MemoryFile, MemoryTarget, OpenFile, Tail};
 use super::{
     Access, BackingError, BlockLocks, Direct, Discard, DiskOptions, Geometry, MappedFile,
     RequestQueue, device, hint,
 };
 use crate::units::{Bytes, SECTOR_BYTES};
 
+/// What an engine's layers do I/O on: a file in memory, or emulated sectors over a file or device.
+pub type RawTarget = MemoryTarget<EmulationTarget<OpenFile>>;
+
 /// An open raw image. Its fields are closed in their order, so that the claim goes last.
 #[derive(Debug)]
 pub struct RawImage {
-    mapping: Option<MappedFile>,
-    tail: Option<Tail>,
+    target: RawTarget,
+    /// Open for the target's tail.
+    _tail_file: Option<File>,
     file: Arc<DeviceHandle>,
-    /// The descriptor of `file`, which each request needs.
-    raw_fd: RawFd,
-    is_device: bool,
-    is_in_memory: bool,
-    always_waits: bool,
     request_queue: Option<RequestQueue>,
     geometry: Geometry,
     memory_alignment: u16,
-    read_only: bool,
-    discard: Option<Discard>,
-    emulation: Option<Arc<BlockLocks>>,
-    warnings: Vec<String>,
+}
+
+/// An opened raw image, and what only control needs to know of it.
+#[derive(Debug)]
+pub struct OpenedRaw {
+    /// What workers do I/O on.
+    pub image: RawImage,
+    /// What its guest may discard; `None` if nothing can be discarded, or it is read-only.
+    pub discard: Option<Discard>,
+    /// What its admin should know.
+    pub warnings: Vec<String>,
 }
 
 /// Largest block whose sectors are emulated: a page, because the guest's data comes in pages.
@@ -54,27 +61,6 @@ pub struct DeviceHandle {
     claim: Claim,
 }
 
-/// The end of a file that does not fill a block of its storage, if sectors are emulated. O_DIRECT would
-/// write the whole block and make the file longer. So the last page of the file always goes through the
-/// page cache.
-#[derive(Debug)]
-pub struct Tail {
-    start: u64,
-    file: File,
-}
-
-impl Tail {
-    /// The offset in the file from which it is read and written through [`Tail::raw_fd`].
-    pub fn start(&self) -> u64 {
-        self.start
-    }
-
-    /// The file, opened without O_DIRECT.
-    pub fn raw_fd(&self) -> RawFd {
-        self.file.as_raw_fd()
-    }
-}
-
 impl RawImage {
     /// Opens the file or device at `path`, unless somebody else uses it in a way that conflicts with
     /// `access`. May take any time, as storage may hang.
@@ -82,7 +68,7 @@ impl RawImage {
         path: &Path,
         options: DiskOptions,
         access: &Access,
-    ) -> Result<RawImage, BackingError> {
+    ) -> Result<OpenedRaw, BackingError> {
         let usage = Usage {
             writes: !access.read_only,
             shareable: access.shareable || options.shareable,
@@ -91,14 +77,10 @@ impl RawImage {
         Opening { path, options, usage, warnings: Vec::new() }.open(&access.user)
     }
 
-    /// The storage's blocks, if its guest sees smaller sectors.
-    pub fn emulation(&self) -> Option<&Arc<BlockLocks>> {
-        self.emulation.as_ref()
-    }
-
-    /// Its end, if that is read and written through another descriptor.
-    pub fn tail(&self) -> Option<&Tail> {
-        self.tail.as_ref()
+    /// What an engine's layers do I/O on.
+    #[inline]
+    pub fn target(&self) -> &RawTarget {
+        &self.target
     }
 
     /// Its size and sector sizes.
@@ -111,59 +93,10 @@ impl RawImage {
         self.memory_alignment
     }
 
-    /// Whether it was opened without write access.
-    pub fn is_read_only(&self) -> bool {
-        self.read_only
-    }
-
-    /// What its guest may discard; `None` if nothing can be discarded or it is read-only.
-    pub fn discard(&self) -> Option<Discard> {
-        self.discard
-    }
-
-    /// Whether it is a file on tmpfs, which is read and written without any device. Never true if its
-    /// sectors are emulated.
-    pub fn is_in_memory(&self) -> bool {
-        self.is_in_memory && self.emulation.is_none()
-    }
-
-    /// Whether each operation waits for another process, as on FUSE.
-    #[inline]
-    pub fn always_waits(&self) -> bool {
-        self.always_waits
-    }
-
     /// The request queue of the device that it lies on, if a thread that submits sleeps while that queue is
     /// full.
     pub fn request_queue(&self) -> Option<RequestQueue> {
         self.request_queue
-    }
-
-    /// Its mapping, if it is in memory and could be mapped.
-    #[inline]
-    pub fn mapping(&self) -> Option<&MappedFile> {
-        self.mapping.as_ref()
-    }
-
-    /// Whether it is a block device.
-    pub fn is_device(&self) -> bool {
-        self.is_device
-    }
-
-    /// The open device, for a thread that discards.
-    pub fn device_handle(&self) -> Arc<DeviceHandle> {
-        Arc::clone(&self.file)
-    }
-
-    /// The descriptor, for the engine.
-    #[inline]
-    pub fn raw_fd(&self) -> RawFd {
-        self.raw_fd
-    }
-
-    /// What the admin should know about it.
-    pub fn warnings(&self) -> &[String] {
-        &self.warnings
     }
 
     /// Tells that it is about to be closed: others that want the storage wait for that.
@@ -194,7 +127,7 @@ struct Opening<'a> {
 }
 
 impl Opening<'_> {
-    fn open(mut self, user: &str) -> Result<RawImage, BackingError> {
+    fn open(mut self, user: &str) -> Result<OpenedRaw, BackingError> {
         let located = self.find()?;
         let claim = sharing::claim(&located, self.usage, user).map_err(|why| self.shared(why))?;
         let (file, shape) = self.open_storage(&located)?;
@@ -208,22 +141,32 @@ impl Opening<'_> {
         let is_device = shape.is_device;
         let lies_on = if is_device { None } else { filesystem(&file) };
         let is_in_memory = lies_on == Some(libc::TMPFS_MAGIC);
-        let is_mapped = is_in_memory && emulation.is_none();
         // For block devices and the page cache, io_uring asks that the submitter does not sleep.
         let sleeps_for_tags = !is_device && !is_in_memory && is_direct(&file);
-        let tail = match shape.sector_bytes {
-            block if geometry.size.0.is_multiple_of(block.into()) => None,
-            _ => Some(self.tail(&located, geometry.size)?),
-        };
+        let has_tail = !geometry.size.0.is_multiple_of(shape.sector_bytes.into());
+        let tail_file = has_tail.then(|| self.open_tail(&located)).transpose()?;
         self.advise(&file, &geometry);
         let discard_pieces = DiscardPieces::of(located.metadata.rdev());
         claim.opened();
-        Ok(RawImage {
-            mapping: is_mapped.then(|| map(&file, shape.size, self.path, read_only)).flatten(),
-            tail,
-            is_device,
-            is_in_memory,
+        let raw_fd = file.as_raw_fd();
+        let memory_file = (is_in_memory && emulation.is_none())
+            .then(|| MemoryFile { raw_fd, mapping: map(&file, shape.size, self.path, read_only) });
+        let handle = Arc::new(DeviceHandle { file, discard_pieces, claim });
+        let open_file = OpenFile {
+            raw_fd,
+            device: is_device.then(|| Arc::clone(&handle)),
             always_waits: lies_on == Some(libc::FUSE_SUPER_MAGIC),
+        };
+        let tail = tail_file.as_ref().map(|file| tail(file, geometry.size, &open_file));
+        // Parts of blocks at the ends of a discard keep their data, which a secure one must not do.
+        let discard = shape
+            .discard
+            .map(|discard| Discard { secure: discard.secure && emulation.is_none(), ..discard });
+        let blocks = EmulationTarget { locks: emulation, tail, below: open_file };
+        let image = RawImage {
+            target: MemoryTarget { file: memory_file, below: blocks },
+            _tail_file: tail_file,
+            file: handle,
             request_queue: sleeps_for_tags
                 .then(|| RequestQueue::of(located.metadata.dev()))
                 .flatten(),
@@ -235,17 +178,8 @@ impl Opening<'_> {
                 .next_power_of_two()
                 .try_into()
                 .unwrap_or(4096),
-            read_only,
-            // Parts of blocks at the ends of a discard keep their data, which a secure one must not do.
-            discard: shape.discard.map(|discard| Discard {
-                secure: discard.secure && emulation.is_none(),
-                ..discard
-            }),
-            emulation,
-            warnings: self.warnings,
-            raw_fd: file.as_raw_fd(),
-            file: Arc::new(DeviceHandle { file, discard_pieces, claim }),
-        })
+        };
+        Ok(OpenedRaw { image, discard, warnings: self.warnings })
     }
 
     fn fail(&self, what: &str, mend: &str, source: Option<io::Error>) -> BackingError {
@@ -388,12 +322,13 @@ impl Opening<'_> {
         })
     }
 
-    fn tail(&self, located: &Located, size: Bytes) -> Result<Tail, BackingError> {
+    /// Opens a file once more for its tail, without O_DIRECT.
+    fn open_tail(&self, located: &Located) -> Result<File, BackingError> {
         let file = self.open_file(located, 0).map_err(|error| self.cannot_open(error))?;
         // Reading ahead would put blocks into the page cache that are written with O_DIRECT. A filesystem
         // that does not accept the advice is served anyway.
         let _ = rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random);
-        Ok(Tail { start: size.0 / u64::from(PAGE_BYTES) * u64::from(PAGE_BYTES), file })
+        Ok(file)
     }
 
     /// Warns about likely mistakes.
@@ -416,6 +351,12 @@ impl Opening<'_> {
             );
         }
     }
+}
+
+/// The tail of a file of this size, through a descriptor without O_DIRECT.
+fn tail(file: &File, size: Bytes, whole: &OpenFile) -> Tail<OpenFile> {
+    let start = size.0 / u64::from(PAGE_BYTES) * u64::from(PAGE_BYTES);
+    Tail { start, below: OpenFile { raw_fd: file.as_raw_fd(), ..whole.clone() } }
 }
 
 /// The kind of a file that is not storage, in words.
@@ -595,7 +536,7 @@ mod test {
     use super::*;
     use std::error::Error;
 
-    fn open(path: &Path, read_only: bool) -> Result<RawImage, BackingError> {
+    fn open(path: &Path, read_only: bool) -> Result<OpenedRaw, BackingError> {
         let access = Access { read_only, ..Access::default() };
         RawImage::open(path, DiskOptions::default(), &access)
     }
@@ -605,7 +546,7 @@ mod test {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = folder.path().join("disk.img");
         File::create(&path).unwrap().set_len(len).unwrap();
-        open(&path, read_only).unwrap()
+        open(&path, read_only).unwrap().image
     }
 
     #[test]
@@ -623,7 +564,7 @@ mod test {
     fn reads_are_direct_and_leave_the_access_time() {
         let image = image_of(4096, true);
         let wanted = OFlags::DIRECT | OFlags::NOATIME;
-        let flags = rustix::fs::fcntl_getfl(&*image.device_handle().file).unwrap();
+        let flags = rustix::fs::fcntl_getfl(&*image.file.file).unwrap();
         assert_eq!(flags & wanted, wanted);
     }
 

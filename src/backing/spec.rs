@@ -4,6 +4,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use super::{Access, Backing, BackingError, Image, NullImage, RawImage};
 use crate::units::{Bytes, SECTOR_BYTES};
@@ -70,13 +71,17 @@ pub enum DataPath {
 impl Spec {
     /// Opens the contents. May take any time, as storage may hang.
     pub fn open(&self, access: &Access) -> Result<Backing, BackingError> {
-        let image = match &self.contents {
-            Contents::Raw(path) => Image::Raw(RawImage::open(path, self.options, access)?),
+        let (image, discard, warnings) = match &self.contents {
+            Contents::Raw(path) => {
+                let opened = RawImage::open(path, self.options, access)?;
+                (Image::Raw(opened.image), opened.discard, opened.warnings)
+            }
             Contents::Null { size, read_zeroes } => {
-                Image::Null(NullImage::new(*size, *read_zeroes))
+                let image = Image::Null(NullImage::new(*size, *read_zeroes));
+                (image, Some(NullImage::DISCARD), Vec::new())
             }
         };
-        Ok(Backing::of(image, self.options))
+        Ok(Backing { image: Arc::new(image), discard, warnings, options: self.options })
     }
 }
 

@@ -7,7 +7,7 @@ use xenstore_rs::Xs;
 
 use super::ahead::ReadAhead;
 use super::key::DiskKey;
-use crate::backing::{Discard, Geometry, Image};
+use crate::backing::{Backing, Discard, Geometry};
 use crate::blkif::features::{self, DiskOffer};
 use crate::limits;
 use crate::text::{causes, excerpt, printable, with_causes};
@@ -143,9 +143,9 @@ impl Description {
         self.cdrom || self.removable
     }
 
-    /// What the guest may discard of `image`.
-    pub fn discard(&self, image: &Image) -> Option<Discard> {
-        image.discard().filter(|_| self.discard_enable && !self.read_only)
+    /// What the guest may discard of `backing`.
+    pub fn discard(&self, backing: &Backing) -> Option<Discard> {
+        backing.discard().filter(|_| self.discard_enable && !self.read_only)
     }
 
     /// How the toolstack's hotplug script and polldisk share the work.

@@ -394,7 +394,7 @@ impl Disk {
         let (Some(backing), Some(description)) = (self.backing(), &self.description) else {
             return Vec::new();
         };
-        let discard = description.discard(backing.image());
+        let discard = description.discard(backing);
         let geometry = self.shown(backing.image());
         let disk = DiskOffer { general: self.offer(around), geometry, discard };
         area::features(&disk, description.hotplug())
@@ -467,15 +467,16 @@ impl Disk {
 
     fn connect<S: Store>(&mut self, around: &mut Surroundings<'_, S>) -> Option<Input> {
         let published = frontend::read(around.store, &self.frontend_area, &self.offer(around));
-        let (published, image) = match (published, self.backing()) {
-            (Ok(published), Some(backing)) => (published, backing.image().clone()),
+        let (published, backing) = match (published, self.backing.as_deref()) {
+            (Ok(published), Some(backing)) => (published, backing),
             (Err(fault), _) => {
                 return Some(self.fail(Input::ConnectionFailed, Failure::of(&fault), around));
             }
             (Ok(_), None) => unreachable!("a disk is ready only with its storage open"),
         };
+        let image = backing.image().clone();
         self.told_sector_bytes = Some(image.geometry().sector_bytes);
-        let rules = self.rules(&image, around.offer);
+        let rules = self.rules(backing, around.offer);
         let (connection, news) =
             Connection::open(&self.key, published, &image, rules, around.workers, around.now);
         self.connection = Some(connection);
@@ -490,10 +491,10 @@ impl Disk {
     }
 
     /// What the guest may do, as offered to it.
-    fn rules(&self, image: &Image, offer: &Offer) -> DiskRules {
-        let discard = self.description.as_ref().and_then(|it| it.discard(image));
+    fn rules(&self, backing: &Backing, offer: &Offer) -> DiskRules {
+        let discard = self.description.as_ref().and_then(|it| it.discard(backing));
         DiskRules {
-            geometry: self.shown(image),
+            geometry: self.shown(backing.image()),
             read_only: self.is_read_only(),
             indirect_segments: offer.indirect_segments,
             discard: discard.is_some(),

@@ -1,10 +1,11 @@
-//! Few discards of files at a time: the kernel gives each a thread of its own until it is done.
+//! A few discards of files at a time, because each occupies a thread of the kernel until it is done.
 
 use std::os::fd::RawFd;
 
 use slab::Slab;
 
-use super::{Completion, IoOp, Job, Submitted, Ticket};
+use super::layer::Layer;
+use super::{By, Completion, IoOp, Job, Submitted, Ticket};
 use crate::limits::FILE_DISCARDS_PER_QUEUE;
 use crate::pool::{Lanes, Pool};
 
@@ -12,9 +13,9 @@ use crate::pool::{Lanes, Pool};
 #[derive(Debug)]
 pub struct FileDiscards {
     lanes: Lanes<Discard>,
-    /// Begun: whose they are.
+    /// Tickets of those that storage has.
     begun: Slab<Ticket>,
-    /// The next one found no room below.
+    /// One whose turn came found no room below.
     owed: bool,
 }
 
@@ -33,13 +34,13 @@ impl FileDiscards {
         FileDiscards { lanes, begun: Slab::new(), owed: false }
     }
 
-    /// Takes a discard of bytes of a file; `below` starts one.
+    /// Takes a discard of a range of a file.
     pub fn submit(
         &mut self,
         file: RawFd,
         (offset, len): (u64, u64),
         ticket: Ticket,
-        below: impl FnOnce(RawFd, &IoOp<'_>, Ticket) -> Submitted,
+        below: &mut impl Layer<Target = RawFd>,
     ) -> Submitted {
         let queue = ticket.queue();
         let discard = Discard { file, offset, len, ticket };
@@ -53,30 +54,31 @@ impl FileDiscards {
         }
     }
 
-    /// Has `below` start a discard that a place was taken for.
+    /// Submits a discard after a place was taken for it.
     fn begin(
         &mut self,
         queue: usize,
         discard: Discard,
-        below: impl FnOnce(RawFd, &IoOp<'_>, Ticket) -> Submitted,
+        below: &mut impl Layer<Target = RawFd>,
     ) -> Result<(), Discard> {
         let Discard { file, offset, len, ticket } = discard;
         let index = self.begun.insert(ticket);
         let job = Job::Discard(u32::try_from(index).expect("bounded by the requests in flight"));
         let operation = IoOp::Discard { offset, len, secure: false };
-        if let Submitted::Full(_) = below(file, &operation, Ticket::of_job(queue, job)) {
+        let ticket_below = Ticket::of_job(queue, job);
+        if let Submitted::Full(_) = below.submit(&file, &operation, ticket_below, By::Worker) {
             self.lanes.give_back(queue);
             return Err(Discard { file, offset, len, ticket: self.begun.remove(index) });
         }
         Ok(())
     }
 
-    /// Takes the result of one that was begun, and has `below` start what waited for its place.
+    /// Takes the result of one that was begun, and starts the next ones in its place.
     pub fn finish(
         &mut self,
         index: u32,
         result: i32,
-        below: impl FnMut(RawFd, &IoOp<'_>, Ticket) -> Submitted,
+        below: &mut impl Layer<Target = RawFd>,
     ) -> Completion {
         let ticket = self.begun.remove(index as usize);
         let queue = ticket.queue();
@@ -85,28 +87,24 @@ impl FileDiscards {
         Completion { ticket, result }
     }
 
-    fn start_next(
-        &mut self,
-        queue: usize,
-        mut below: impl FnMut(RawFd, &IoOp<'_>, Ticket) -> Submitted,
-    ) {
+    fn start_next(&mut self, queue: usize, below: &mut impl Layer<Target = RawFd>) {
         while let Some(discard) = self.lanes.admit(queue) {
-            if let Err(refused) = self.begin(queue, discard, &mut below) {
+            if let Err(refused) = self.begin(queue, discard, below) {
                 self.owed = true;
                 return self.lanes.put_back(queue, refused);
             }
         }
     }
 
-    /// Tries again what found no room below.
-    pub fn retry(&mut self, mut below: impl FnMut(RawFd, &IoOp<'_>, Ticket) -> Submitted) {
+    /// Tries again to start those that found no room below.
+    pub fn retry(&mut self, below: &mut impl Layer<Target = RawFd>) {
         self.owed = false;
         for queue in self.lanes.waiting() {
-            self.start_next(queue, &mut below);
+            self.start_next(queue, below);
         }
     }
 
-    /// Whether something is to be tried again.
+    /// Whether some have to be tried again.
     pub fn has_owed(&self) -> bool {
         self.owed
     }
@@ -127,34 +125,34 @@ impl FileDiscards {
 #[cfg(test)]
 mod test {
     use super::*;
+    use crate::engine::layer::test::Below;
 
     #[test]
     fn few_of_a_queue_are_begun_at_a_time_and_the_others_follow_in_order() {
         const FEW: usize = FILE_DISCARDS_PER_QUEUE;
-        let (mut discards, mut begun) = (FileDiscards::new(), Vec::new());
-        let mut start = |_: RawFd, operation: &IoOp<'_>, ticket: Ticket| {
-            let IoOp::Discard { offset, .. } = operation else { panic!("{operation:?}") };
-            let Some(Job::Discard(index)) = ticket.job() else { panic!("{ticket:?}") };
-            begun.push((*offset, index));
-            Submitted::Started
-        };
+        let (mut discards, mut below) = (FileDiscards::new(), Below::new());
         for number in 0..FEW as u64 + 3 {
             let ticket = Ticket::new(1, u32::try_from(number).unwrap());
-            let submitted = discards.submit(5, (number, 1), ticket, &mut start);
+            let submitted = discards.submit(5, (number, 1), ticket, &mut below);
             assert_eq!(submitted == Submitted::Started, number < FEW as u64);
         }
-        let other = discards.submit(6, (1000, 1), Ticket::new(2, 0), &mut start);
+        let other = discards.submit(6, (1000, 1), Ticket::new(2, 0), &mut below);
         assert_eq!(other, Submitted::Started, "another queue has its own part");
         assert_eq!((discards.begun(), discards.parked()), (FEW + 1, 3));
-        let completion = discards.finish(0, -5, &mut start);
+        let completion = discards.finish(0, -5, &mut below);
         assert_eq!(completion, Completion { ticket: Ticket::new(1, 0), result: -5 });
-        let completion = discards.finish(1, 0, |_, _, ticket| Submitted::Full(ticket));
+        below.is_full = true;
+        let completion = discards.finish(1, 0, &mut below);
         assert_eq!(completion.ticket, Ticket::new(1, 1));
         assert!(discards.has_owed() && discards.parked() == 2);
-        discards.retry(&mut start);
+        below.is_full = false;
+        discards.retry(&mut below);
         assert!(!discards.has_owed() && discards.parked() == 1);
-        let order: Vec<u64> = begun.iter().map(|(offset, _)| *offset).collect();
-        let first: Vec<u64> = (0..FEW as u64).chain([1000, FEW as u64, FEW as u64 + 1]).collect();
-        assert_eq!(order, first);
+        let offsets = (0..FEW as u64).chain([1000, FEW as u64, FEW as u64 + 1]);
+        let expected: Vec<String> = offsets.map(|offset| format!("discard {offset}+1")).collect();
+        assert_eq!(below.texts(), expected);
+        assert!(
+            below.taken.iter().all(|taken| matches!(taken.ticket.job(), Some(Job::Discard(_))))
+        );
     }
 }

@@ -1,14 +1,14 @@
-//! A copy that survives memory that is not there.
+//! A copy that survives missing memory.
 //!
-//! A file that is mapped can be made shorter by anyone who may write to it, and a page of it can fail
-//! to be allocated, read back from swap, or be found broken; a touch of it then raises SIGBUS. The
-//! copy is one instruction at a known place. Where that is interrupted so, the handler has it go on
-//! behind the instruction, which knows how much is left. All other such signals go where they went
-//! before.
+//! Anyone who may write to a mapped file can make it shorter, and the kernel may fail to allocate one of
+//! its pages, to read it back from swap, or find it broken. Touching such a page raises SIGBUS. The copy
+//! is one instruction at a known address. If the signal interrupts it there, the handler skips the
+//! instruction, whose registers say how much is left. Signals from anywhere else go to the handler that
+//! was there before.
 //!
-//! SIGSEGV is handled alike, for the other side of a copy, a guest's page. Granted pages stay mapped
-//! for as long as a request holds them whatever the guest does, so this is only for what nobody has
-//! thought of: the copy by a system call that follows answers it with EFAULT.
+//! SIGSEGV is handled in the same way, for a guest's page on the other side of the copy. Granted pages
+//! stay mapped as long as a request holds them, whatever the guest does, so this is only a safety net:
+//! the copy by a system call that follows fails with EFAULT.
 #![allow(unsafe_code)]
 
 pub use arch::{copy, install, prefetch};
@@ -25,11 +25,11 @@ mod arch {
 
     const SIGNALS: [c_int; 2] = [libc::SIGBUS, libc::SIGSEGV];
 
-    /// What was done with [`SIGNALS`] before; `None` where that can't be changed.
+    /// What was done with [`SIGNALS`] before; `None` if it could not be read.
     static BEFORE: OnceLock<Option<[libc::sigaction; 2]>> = OnceLock::new();
 
-    // Leaves in rax how many bytes are left. The string instruction keeps its state in registers
-    // when it faults; of words of eight bytes it is fast on all processors.
+    // Returns in rax how many bytes are left. When the string instruction faults its state is in
+    // registers; with words of eight bytes it is fast on all processors.
     std::arch::global_asm!(
         ".pushsection .text.polldisk_guarded_copy,\"ax\",@progbits",
         ".p2align 4",
@@ -56,35 +56,35 @@ mod arch {
         fn polldisk_guarded_copy_ends();
     }
 
-    /// Copies `len` bytes, a multiple of 8; returns how many at the end were not, because memory of
-    /// either side can't be touched.
+    /// Copies `len` bytes, a multiple of 8. Returns how many bytes at the end were not copied, because
+    /// memory on one side can't be touched.
     ///
     /// # Safety
-    /// Both ranges must belong to mappings (whether pages are behind them or not), `to` to one whose
-    /// bytes nobody sees as Rust values; [`install`] must have said that copies are guarded.
+    /// Both ranges must belong to mappings, with or without pages behind them. Nobody may see the bytes
+    /// of `to` as Rust values. [`install`] must have returned true.
     #[inline]
     pub unsafe fn copy(to: *mut u8, from: *const u8, len: usize) -> usize {
         if !len.is_multiple_of(8) {
             return len;
         }
-        // SAFETY: the caller keeps the contract; a touch that fails ends in `on_fault`.
+        // SAFETY: the caller keeps the contract; if memory can't be touched, `on_fault` is called.
         unsafe { polldisk_guarded_copy(to, from, len) }
     }
 
-    /// Has the processor fetch the cache lines that will be copied to, all at once: a copy alone waits
-    /// for a few at a time, which on a page that is in no cache takes a quarter longer.
+    /// Fetches the cache lines that will be copied to, all at once. A copy alone waits for a few at a
+    /// time, and takes a quarter longer on a page that is in no cache.
     #[inline]
     pub fn prefetch(to: NonNull<u8>, len: usize) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         for line in (0..len).step_by(CACHE_LINE_BYTES) {
-            // SAFETY: a hint, which touches nothing and never faults.
+            // SAFETY: only a hint, which never faults.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(to.as_ptr().wrapping_add(line).cast()) };
         }
     }
 
-    /// Has the process catch what interrupts [`copy`], from its first call on; whether that is so.
+    /// Installs the signal handler that guards [`copy`], once. Returns whether it is there.
     pub fn install() -> bool {
-        // Before the handler is there, so that it finds them.
+        // Stored before the handler is installed, which reads them.
         let before = BEFORE.get_or_init(|| {
             let [Some(bus), Some(segv)] = SIGNALS.map(action_of) else { return None };
             Some([bus, segv])
@@ -95,7 +95,7 @@ mod arch {
 
     fn action_of(signal: c_int) -> Option<libc::sigaction> {
         let mut action = MaybeUninit::uninit();
-        // SAFETY: asks only; fills `action` where it succeeds.
+        // SAFETY: changes nothing; fills `action` if it succeeds.
         unsafe {
             let asked = libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr());
             (asked == 0).then(|| action.assume_init())
@@ -103,23 +103,23 @@ mod arch {
     }
 
     fn catch(signal: c_int) -> bool {
-        // SAFETY: plain numbers and an empty set, for which zeroes are valid.
+        // SAFETY: zeroes are valid for plain numbers and an empty set.
         let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
         action.sa_sigaction = on_fault as *const () as usize;
-        // Rust's own handler, which this one may call, knows stack overflows and needs a stack.
+        // Rust's own handler, which this one may call, detects stack overflows and needs its own stack.
         action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-        // SAFETY: the handler keeps to what a signal's handler may do: it changes a register of the
-        // interrupted thread, or calls the handler that was there before, or sigaction and raise.
+        // SAFETY: the handler does only what a signal handler may do: it changes a register of the
+        // interrupted thread, calls the handler that was there before, or calls signal and raise.
         unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) == 0 }
     }
 
     extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
-        // SAFETY: the kernel passes both, for this call only (SA_SIGINFO).
+        // SAFETY: the kernel passes both, valid during this call (SA_SIGINFO).
         let (code, registers) = unsafe {
             ((*info).si_code, &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs)
         };
         let next = &mut registers[libc::REG_RIP as usize];
-        // Codes above 0 are of the kernel's own signals, and not of kill(2).
+        // Codes above 0 mean that the kernel raised the signal, not kill(2).
         if code > 0 && *next == polldisk_guarded_copy_faults as *const () as i64 {
             *next = polldisk_guarded_copy_ends as *const () as i64;
         } else {
@@ -127,12 +127,12 @@ mod arch {
         }
     }
 
-    /// Does what would have been done without us.
+    /// Does what would have happened without our handler.
     fn pass_on(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
         let which = usize::from(signal != SIGNALS[0]);
         let before = BEFORE.get().and_then(Option::as_ref).map(|before| &before[which]);
         match before {
-            // SAFETY: so the kernel would have called that handler.
+            // SAFETY: the kernel would have called that handler in the same way.
             Some(before) if ![libc::SIG_DFL, libc::SIG_IGN].contains(&before.sa_sigaction) => unsafe {
                 if before.sa_flags & libc::SA_SIGINFO != 0 {
                     type Handler = extern "C" fn(c_int, *mut libc::siginfo_t, *mut c_void);
@@ -144,9 +144,9 @@ mod arch {
                     std::mem::transmute::<usize, Handler>(before.sa_sigaction)(signal);
                 }
             },
-            // Nobody can ignore a fault: the process ends by this signal.
+            // A fault can't be ignored: the signal ends the process.
             _ => {
-                // SAFETY: no handler any more; the signal is blocked until this one returns.
+                // SAFETY: removes the handler; the signal is blocked until this handler returns.
                 unsafe {
                     libc::signal(signal, libc::SIG_DFL);
                     libc::raise(signal);
@@ -156,7 +156,7 @@ mod arch {
     }
 }
 
-/// Where the instruction is not known, nothing is guarded, and nothing may be copied.
+/// On other processors copies are not guarded, so nothing is copied.
 #[cfg(not(target_arch = "x86_64"))]
 mod arch {
     /// Copies nothing.
@@ -206,7 +206,7 @@ mod test {
         assert!(install() && install());
         let (_file, base) = cut_short();
         let mut ours = vec![7u8; BYTES];
-        // SAFETY: both are mapped, and nobody looks at them meanwhile.
+        // SAFETY: both are mapped, and nobody reads them meanwhile.
         let mut copy = |to_file, start, len| unsafe {
             let (file, ours) = (base.add(start), ours.as_mut_ptr());
             if to_file { copy(file, ours, len) } else { copy(ours, file, len) }
@@ -217,7 +217,7 @@ mod test {
         assert_eq!(copy(false, 4096, 512), 512);
         assert_eq!(copy(false, 0, 4096), 0);
         assert_eq!(copy(false, 0, 13), 13, "only multiples of eight");
-        // SAFETY: it is the mapping of `cut_short`.
+        // SAFETY: the mapping of `cut_short`.
         assert_eq!(unsafe { libc::mprotect(base.cast(), BYTES, libc::PROT_NONE) }, 0);
         assert_eq!(copy(true, 0, 4096), 4096);
         assert_eq!(copy(false, 0, 4096), 4096);
@@ -232,14 +232,14 @@ mod test {
         if let Some(signal) = std::env::var_os(CHILD) {
             assert!(install());
             let (_file, base) = cut_short();
-            // SAFETY: mapped, and not touched without failing.
+            // SAFETY: mapped; touching it raises the signal.
             unsafe {
                 if signal == "SIGSEGV" {
                     libc::mprotect(base.cast(), BYTES, libc::PROT_NONE);
                 }
                 base.add(4096).read_volatile();
             }
-            unreachable!("it can be touched");
+            unreachable!("touching it did not fail");
         }
         for (name, signal) in [("SIGBUS", libc::SIGBUS), ("SIGSEGV", libc::SIGSEGV)] {
             let mut child = Command::new(std::env::current_exe().unwrap());

@@ -1,33 +1,43 @@
-//! The daemon's engine: one match per operation sends it to io_uring or completes it at once.
+//! The daemon's engine: one match per operation sends it to io_uring, completes it at once, or hands
+//! it to the layers.
 
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use super::emulate::Emulation;
+use super::emulate::Emulated;
+use super::layer::Layer;
 use super::memory::MemoryFiles;
-use super::tail::{self, Side};
-use super::transport::{Target, Transport};
+use super::transport::Transport;
 use super::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket, bytes};
 use crate::backing::{Image, NullImage, RawImage};
 use crate::xen::shm::{GuestBuf, Registration};
 
+/// All layers of the engine, from the top to the bottom.
+type Layers = MemoryFiles<Emulated<Transport>>;
+
 /// Serves every kind of [`Image`].
 #[derive(Debug)]
 pub struct HostEngine {
-    transport: Transport,
-    emulation: Emulation,
-    memory_files: MemoryFiles,
-    /// Reused for the buffers of one operation.
-    parts: Vec<GuestBuf>,
+    layers: Layers,
 }
 
 impl HostEngine {
     /// Sets up an io_uring for the calling thread, which must be the one that uses it.
     pub fn new() -> io::Result<HostEngine> {
         let transport = Transport::new()?;
-        let emulation = Emulation::new(transport.uring.bell().clone());
-        let (memory_files, parts) = (MemoryFiles::new(), Vec::new());
-        Ok(HostEngine { transport, emulation, memory_files, parts })
+        let bell = transport.uring.bell().clone();
+        Ok(HostEngine { layers: MemoryFiles::new(Emulated::new(transport, bell)) })
+    }
+
+    /// The lowest layer, which waits for the kernel.
+    #[inline]
+    fn transport(&self) -> &Transport {
+        &self.layers.below.below
+    }
+
+    #[inline]
+    fn transport_mut(&mut self) -> &mut Transport {
+        &mut self.layers.below.below
     }
 
     #[inline(always)]
@@ -38,24 +48,23 @@ impl HostEngine {
         ticket: Ticket,
         by: By,
     ) -> Submitted {
-        if image.is_in_memory()
-            && let Some(result) = self.memory_files.run(image.raw_fd(), image.mapping(), operation)
-        {
-            return Submitted::Done(Completion { ticket, result });
+        let target = image.target();
+        if target.file.is_some() {
+            return self.layers.submit(target, operation, ticket, by);
         }
-        match (image.emulation(), operation) {
+        let (blocks, file) = (&target.below, &target.below.below);
+        match (&blocks.locks, operation) {
             (None, IoOp::Read { .. } | IoOp::Write { .. })
-                if by == By::Worker && !image.always_waits() =>
+                if by == By::Worker && !file.always_waits =>
             {
-                self.transport.uring.submit(image.raw_fd(), operation, ticket)
+                self.transport_mut().uring.submit(&file.raw_fd, operation, ticket, By::Worker)
             }
-            (_, IoOp::Flush) => self.transport.flush(image.raw_fd(), ticket),
             _ => self.submit_specially(image, operation, ticket, by),
         }
     }
 
-    /// Discards, reads and writes of guests that see smaller blocks than the storage has, and what
-    /// io_uring can't do well.
+    /// Takes what io_uring can't do at once and as it is: discards, flushes, emulated sectors, and what a
+    /// thread of the kernel has to do.
     #[cold]
     fn submit_specially(
         &mut self,
@@ -64,26 +73,17 @@ impl HostEngine {
         ticket: Ticket,
         by: By,
     ) -> Submitted {
-        let (transport, target) = (&mut self.transport, Target::of(image, by));
-        let mut below =
-            |to: &Target, operation: &IoOp<'_>, ticket| transport.submit(to, operation, ticket);
-        match image.emulation() {
-            None => below(&target, operation, ticket),
-            Some(locks) => match tail::side(operation, image.tail(), &mut self.parts) {
-                Side::Blocks(part) => self.emulation.submit(locks, &target, &part, ticket, below),
-                Side::Tail(file) => below(&target.through(file), operation, ticket),
-            },
-        }
+        self.layers.below.submit(&image.target().below, operation, ticket, by)
     }
 }
 
 impl RegisterBuffers for HostEngine {
     fn register(&mut self, memory: GuestBuf) -> io::Result<Registration> {
-        self.transport.uring.register(memory)
+        self.transport_mut().uring.register(memory)
     }
 
     fn unregister(&mut self, registration: Registration) {
-        self.transport.uring.unregister(registration);
+        self.transport_mut().uring.unregister(registration);
     }
 }
 
@@ -111,35 +111,28 @@ impl Engine for HostEngine {
 
     #[inline]
     fn kick(&mut self) -> io::Result<()> {
-        self.transport.kick()
+        self.layers.kick()
     }
 
     #[inline]
     fn reap(&mut self, done: &mut Vec<Completion>) {
-        let first = done.len();
-        self.transport.reap(done);
-        if !self.emulation.is_idle() {
-            let transport = &mut self.transport;
-            self.emulation.complete(done, first, |to, operation, ticket| {
-                transport.submit(to, operation, ticket)
-            });
-        }
+        self.layers.reap(done);
     }
 
     fn in_flight(&self) -> usize {
-        self.transport.in_flight() + self.emulation.held_back()
+        self.layers.in_flight()
     }
 
     fn arm(&mut self) -> io::Result<bool> {
-        Ok(self.transport.arm()? || self.emulation.is_ready())
+        self.layers.arm()
     }
 
     fn disarm(&mut self, signalled: bool) {
-        self.transport.disarm(signalled);
+        self.transport_mut().disarm(signalled);
     }
 
     fn completion_fd(&self) -> BorrowedFd<'_> {
-        self.transport.completion_fd()
+        self.transport().completion_fd()
     }
 }
 

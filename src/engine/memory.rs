@@ -1,59 +1,94 @@
-//! Files that lie in memory (tmpfs): the worker moves the data itself.
+//! Files in memory (tmpfs): the worker moves the data itself.
 //!
-//! io_uring hands each operation on such a file to a kernel thread, for the filesystem can't promise
-//! not to wait, and that costs more than the copy. In truth it waits only for pages that were
-//! swapped out. Where the file's pages are known to be there, the worker copies between them and the
-//! guest's without the kernel, which takes half the time of a system call's look-up, lock and copy;
-//! where that fails, or nothing is known, by one system call, whose result is the answer.
+//! io_uring hands each operation on such a file to a kernel thread, because the filesystem can't promise
+//! not to wait; that costs more than the copy. In fact the filesystem waits only for pages that were
+//! swapped out. If the file's pages are known to be there, the worker copies between them and the guest's
+//! pages without the kernel, in half the time that a system call needs for its look-up, lock and copy. If
+//! that fails, or they are not known to be there, it makes one system call, whose result is the answer.
 #![allow(unsafe_code)]
 
 use std::io;
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
 
+use super::layer::Layer;
 use super::vectors::append;
-use super::{IoOp, bytes, guarded};
-use crate::backing::MappedFile;
+use super::{By, Completion, IoOp, Submitted, Ticket, bytes, guarded};
+use crate::backing::{MappedFile, MemoryFile, MemoryTarget};
 use crate::xen::shm::{GuestBuf, PAGE_LEN};
 
-/// Pages that go by system calls, after the kernel did not say which pages are there, before it
-/// is asked again. It takes a microsecond to say that there are holes, five times as long as to read
-/// one: so guests that read holes lose little. In a file full of data it is asked at once, each time
-/// about 64 pages.
+/// How many pages go by system calls after the kernel reported that pages are missing, before it is asked
+/// again. It takes a microsecond to report holes, five times as long as to read one, so guests that read
+/// holes lose little. In a file full of data the kernel is asked at once, about 64 pages each time.
 const PAGES_UNTIL_ASKED: u32 = 32;
 
-/// Does the I/O of files in memory at once.
+/// A layer that does the I/O of files in memory at once, over one for everything else.
 #[derive(Debug)]
-pub struct MemoryFiles {
+pub struct MemoryFiles<B> {
+    /// Takes what does not read or write a file in memory.
+    pub below: B,
     /// Reused for the vectors of one operation.
     vectors: Vec<libc::iovec>,
-    /// Copies survive faults, so that mappings can be used.
+    /// Copies survive faults, so mappings can be used.
     is_guarded: bool,
-    /// Pages not known to be there that still go by system calls unasked.
+    /// Pages of unknown presence that still go by system calls before the kernel is asked again.
     unasked_pages: u32,
 }
 
-impl MemoryFiles {
-    /// For the files of one worker.
-    pub fn new() -> MemoryFiles {
-        let is_guarded = guarded::install();
-        MemoryFiles { vectors: Vec::new(), is_guarded, unasked_pages: 0 }
+impl<B: Layer> Layer for MemoryFiles<B> {
+    type Target = MemoryTarget<B::Target>;
+
+    #[inline]
+    fn submit(
+        &mut self,
+        target: &MemoryTarget<B::Target>,
+        operation: &IoOp<'_>,
+        ticket: Ticket,
+        by: By,
+    ) -> Submitted {
+        if let Some(file) = &target.file
+            && let Some(result) = self.run(file, operation)
+        {
+            return Submitted::Done(Completion { ticket, result });
+        }
+        self.below.submit(&target.below, operation, ticket, by)
     }
 
-    /// The result of an operation that is done now; `None` for one that this is not for. `mapping`
-    /// is that of the file, if it has one.
     #[inline]
-    pub fn run(
-        &mut self,
-        file: RawFd,
-        mapping: Option<&MappedFile>,
-        operation: &IoOp<'_>,
-    ) -> Option<i32> {
-        let mapping = mapping.filter(|_| self.is_guarded);
+    fn kick(&mut self) -> io::Result<()> {
+        self.below.kick()
+    }
+
+    #[inline]
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        self.below.reap(done);
+    }
+
+    fn in_flight(&self) -> usize {
+        self.below.in_flight()
+    }
+
+    fn arm(&mut self) -> io::Result<bool> {
+        self.below.arm()
+    }
+}
+
+impl<B> MemoryFiles<B> {
+    /// For the files of one worker.
+    pub fn new(below: B) -> MemoryFiles<B> {
+        let is_guarded = guarded::install();
+        MemoryFiles { below, vectors: Vec::new(), is_guarded, unasked_pages: 0 }
+    }
+
+    /// The result of an operation that is done now; `None` if the layer below has to do it.
+    #[inline]
+    fn run(&mut self, file: &MemoryFile, operation: &IoOp<'_>) -> Option<i32> {
+        let mapping = file.mapping.as_ref().filter(|_| self.is_guarded);
+        let file = file.raw_fd;
         match *operation {
             IoOp::Read { offset, buffers } => Some(self.read(file, mapping, offset, buffers)),
             IoOp::Write { offset, buffers } => Some(self.write(file, mapping, offset, buffers)),
-            // It is as durable as it will ever be.
+            // Memory is as durable as it will ever be.
             IoOp::Flush => Some(0),
             IoOp::Discard { offset, len, .. } => {
                 if let Some(mapping) = mapping {
@@ -95,8 +130,8 @@ impl MemoryFiles {
         result
     }
 
-    /// Moves the data by the mapping: bytes moved, or `None` where it has to go by a system call,
-    /// even if some was moved before a fault.
+    /// Moves the data by the mapping. Returns the bytes moved, or `None` if all of it has to go by a
+    /// system call, even if some was moved before a fault.
     #[inline]
     fn copy(
         &mut self,
@@ -119,9 +154,9 @@ impl MemoryFiles {
             if let Way::ToFile = way {
                 guarded::prefetch(to, len);
             }
-            // SAFETY: buffers are mapped (GuestBuf's contract), and the buffers together are as long
-            // as what `place` leads to, in a mapping that the caller's image holds. Neither is seen
-            // as Rust values by anyone. There is a mapping only where copies are guarded (`run`).
+            // SAFETY: buffers are mapped (GuestBuf's contract). All of them together are as long as
+            // the range at `place`, which lies in a mapping that the caller's image holds. Nobody sees
+            // either as Rust values. A mapping is used only if copies are guarded (`run`).
             let left = unsafe { guarded::copy(to.as_ptr(), from.as_ptr(), len) };
             if left > 0 {
                 mapping.forget(offset, bytes(buffers).into());
@@ -133,7 +168,7 @@ impl MemoryFiles {
         i32::try_from(len).ok()
     }
 
-    /// [`Way::place`] after the kernel was asked, unless that led to nothing lately.
+    /// Asks the kernel which pages are there, unless it found none lately, then tries [`Way::place`].
     #[cold]
     fn ask(
         &mut self,
@@ -158,7 +193,7 @@ impl MemoryFiles {
         append(&mut self.vectors, buffers);
         loop {
             // SAFETY: each vector is a buffer that stays mapped and writable (GuestBuf's contract);
-            // the file is open, for the caller holds its image.
+            // the file is open because the caller holds its image.
             let moved = unsafe {
                 match self.vectors[..] {
                     [one] => libc::syscall(calls.one, file, one.iov_base, one.iov_len, offset),
@@ -177,7 +212,7 @@ impl MemoryFiles {
     }
 }
 
-/// Where data goes.
+/// The direction of a copy.
 #[derive(Clone, Copy)]
 enum Way {
     FromFile,
@@ -185,7 +220,7 @@ enum Way {
 }
 
 impl Way {
-    /// Where the file's bytes are, if they are known to be there.
+    /// The address of the file's bytes, if their pages are known to be there.
     #[inline]
     fn place(self, mapping: &MappedFile, offset: u64, len: u32) -> Option<NonNull<u8>> {
         match self {
@@ -195,8 +230,8 @@ impl Way {
     }
 }
 
-/// The system calls of one direction, for one vector and for several. The C library's functions of
-/// these names are points where a thread may be cancelled, which costs them some twenty nanoseconds.
+/// The system calls of one direction, for one vector and for several. They are called directly, because
+/// the C library's functions are cancellation points, which costs them about twenty nanoseconds.
 #[derive(Clone, Copy)]
 struct Transfer {
     one: libc::c_long,

@@ -4,15 +4,37 @@
 //! result, once. The engine knows neither rings nor grants; its buffers are [`GuestBuf`]s, which
 //! the queue keeps mapped until the ticket is back.
 //!
-//! The host's engine has layers: emulated sectors ([`emulate`]) over what can't be done at once in any
-//! number ([`transport`]: flushes, discards) over io_uring. What a layer keeps until its turn comes is
+//! # Layers
+//!
+//! The host's engine ([`host`]) is a stack of layers with one interface ([`layer::Layer`]). From the top:
+//!
+//! - [`memory`]: files in memory, which the worker reads and writes itself;
+//! - [`emulate`]: 512-byte sectors on storage with larger blocks;
+//! - [`transport`]: files and devices, by io_uring or a thread.
+//!
+//! The target of a layer holds what it needs to know of an image, and the target of the layer below
+//! ([`crate::backing::RawTarget`]). Reads and writes that no upper layer has to change skip all of them
+//! and go from [`host`] straight to io_uring. An operation that a layer keeps until its turn comes is
 //! *parked*: the queue does not submit it again, and goes on with its other requests meanwhile.
+//!
+//! A *format* (qcow2) will be a layer between emulation and transport. It submits several operations for
+//! one: reads of metadata, writes to allocate a cluster, then the data. They run as a job under a new kind
+//! of [`Job`], and the operation from above is answered when the last one is done, or with a short
+//! transfer at the end of a cluster. The tables that all workers of an image share belong to its
+//! target; a worker that finds one locked parks the operation and is woken as by
+//! [`crate::backing::BlockLocks`].
+//!
+//! *Network storage* (NBD, RBD) will be a second lowest layer. A layer that owns both transports, with an
+//! enum of their targets as its own target, takes the place of [`transport`] in the stack. A worker
+//! sleeps on one descriptor only, so a new transport submits to the same io_uring, or rings its bell for
+//! each completion as [`offload`] does.
 
 mod discard;
 mod emulate;
 mod flush;
 mod guarded;
 pub mod host;
+mod layer;
 mod memory;
 mod offload;
 mod tail;
@@ -26,13 +48,14 @@ use std::os::fd::BorrowedFd;
 use crate::limits::QUEUES_PER_WORKER;
 use crate::xen::shm::{GuestBuf, Registration};
 
-/// Can prepare for memory that buffers will often be in.
+/// Can prepare for memory that buffers will often lie in.
 pub trait RegisterBuffers {
-    /// Prepares for a range of memory. Buffers in it say so ([`GuestBuf::registered`]) until
-    /// [`RegisterBuffers::unregister`]. An error costs only what that saves.
+    /// Prepares for a range of memory. Buffers in it carry the registration
+    /// ([`GuestBuf::registered`]) until [`RegisterBuffers::unregister`]. After an error everything works
+    /// without it, only slower.
     fn register(&mut self, memory: GuestBuf) -> io::Result<Registration>;
 
-    /// Forgets the range; no operation may be under way with a buffer that names it.
+    /// Forgets the range. No operation may be under way with a buffer that carries the registration.
     fn unregister(&mut self, registration: Registration);
 }
 
@@ -41,9 +64,9 @@ pub trait Engine: RegisterBuffers {
     /// What operations go to.
     type Target;
 
-    /// Takes one operation, or does it at once, or has no room for it now. Its buffers stay mapped and
-    /// its target open until the ticket is back. What it starts is under way at the latest after the
-    /// next [`Engine::kick`].
+    /// Takes one operation, does it at once, or has no room for it now. Its buffers stay mapped and its
+    /// target stays open until the ticket is back. The operation may not start before the next
+    /// [`Engine::kick`].
     fn submit(
         &mut self,
         target: &Self::Target,
@@ -52,8 +75,8 @@ pub trait Engine: RegisterBuffers {
         by: By,
     ) -> Submitted;
 
-    /// Starts everything taken that is not under way: at most one system call. An error means that
-    /// nothing was lost and the next call tries again.
+    /// Starts everything taken that is not under way, with at most one system call. After an error
+    /// nothing is lost, and the next call tries again.
     fn kick(&mut self) -> io::Result<()>;
 
     /// Appends what has completed; never waits.
@@ -62,63 +85,63 @@ pub trait Engine: RegisterBuffers {
     /// Operations taken and not yet reaped.
     fn in_flight(&self) -> usize;
 
-    /// Before a sleep: makes the next completion visible on [`Engine::completion_fd`], then looks
-    /// again. `true`: something has completed, don't sleep.
+    /// Gets ready for a sleep: makes the next completion visible on [`Engine::completion_fd`], then
+    /// looks once more. `true`: don't sleep, because there is something to do.
     fn arm(&mut self) -> io::Result<bool>;
 
-    /// After a sleep; `signalled`: [`Engine::completion_fd`] was readable.
+    /// Ends a sleep. `signalled`: [`Engine::completion_fd`] was readable.
     fn disarm(&mut self, signalled: bool);
 
     /// Readable when something has completed since [`Engine::arm`].
     fn completion_fd(&self) -> BorrowedFd<'_>;
 }
 
-/// Who goes into the kernel with an operation.
+/// Who enters the kernel with an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum By {
-    /// The worker itself, as is cheapest.
+    /// The worker itself, which is cheapest.
     Worker,
-    /// A thread of the kernel, because whoever does may have to sleep there.
+    /// A thread of the kernel, because it may have to sleep there.
     Thread,
 }
 
-/// One operation. Buffers together are as long as the operation.
+/// One operation. Its buffers together are as long as the transfer.
 #[derive(Clone, Copy, Debug)]
 pub enum IoOp<'a> {
     /// Storage to buffers.
     Read {
         /// Byte on the target.
         offset: u64,
-        /// Where to.
+        /// Where the data goes.
         buffers: &'a [GuestBuf],
     },
     /// Buffers to storage.
     Write {
         /// Byte on the target.
         offset: u64,
-        /// Where from.
+        /// Where the data comes from.
         buffers: &'a [GuestBuf],
     },
     /// Make all completed writes durable.
     Flush,
-    /// Forget what is stored there; what it reads as afterwards is the target's affair.
+    /// Give back the storage of a range. What it reads as afterwards depends on the target.
     Discard {
         /// Byte on the target.
         offset: u64,
         /// Bytes.
         len: u64,
-        /// Beyond recovery.
+        /// Make the data unrecoverable.
         secure: bool,
     },
 }
 
-/// Bytes of buffers together: those of a request are far below 4 GiB.
+/// The total length of buffers in bytes. A request's are far below 4 GiB.
 #[inline]
 fn bytes(buffers: &[GuestBuf]) -> u32 {
     buffers.iter().map(|buffer| buffer.len()).sum()
 }
 
-/// The right, and the duty, to answer for one operation: where its result belongs.
+/// Says which request the result of an operation belongs to, and that it is still to be answered.
 ///
 /// Not `Clone`: it goes into the engine once and comes back once. Its 8 bytes are io_uring's
 /// `user_data`.
@@ -126,20 +149,20 @@ fn bytes(buffers: &[GuestBuf]) -> u32 {
 #[must_use = "the operation would never be answered"]
 pub struct Ticket(u64);
 
-/// Set in tickets of an engine's own jobs, above the queue's number, which has 16 bits.
+/// Set in tickets of an engine's own jobs. The queue's number, which has 16 bits, is below it.
 const JOB: u64 = 1 << 63;
-/// Where the kind of a job stands.
+/// First bit of the kind of a job.
 const KIND: u32 = 56;
 const _: () = assert!(QUEUES_PER_WORKER <= 1 << 16);
 
-/// What an engine does on behalf of operations that were submitted to it.
+/// An operation that a layer submits below on behalf of one from above.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Job {
-    /// Of the emulation: one step of an operation on parts of blocks.
+    /// One step of an operation on parts of blocks, by its number in [`emulate`].
     Emulated(u32),
-    /// A flush, for all that waited for it.
+    /// A flush of a file, by its descriptor, for all operations that waited for it.
     Flush(u32),
-    /// A discard of a file's blocks.
+    /// A discard of a file's blocks, by its number in [`discard`].
     Discard(u32),
 }
 
@@ -163,7 +186,7 @@ impl Ticket {
         self.0 as u32
     }
 
-    /// The ticket of a job that an engine does for itself, on behalf of a queue.
+    /// The ticket of a job that a layer submits, on behalf of a queue.
     fn of_job(queue: usize, job: Job) -> Ticket {
         let (kind, number) = match job {
             Job::Emulated(number) => (0, number),
@@ -173,7 +196,7 @@ impl Ticket {
         Ticket(JOB | kind << KIND | (queue as u64) << 32 | u64::from(number))
     }
 
-    /// Which job, for a ticket of [`Ticket::of_job`].
+    /// The job, if it is a ticket of [`Ticket::of_job`].
     #[inline]
     fn job(&self) -> Option<Job> {
         if self.0 & JOB == 0 {
@@ -187,13 +210,13 @@ impl Ticket {
         })
     }
 
-    /// As `user_data`; [`Ticket::from_user_data`] leads back.
+    /// As `user_data`, which [`Ticket::from_user_data`] turns back into a ticket.
     #[inline]
     pub(crate) fn into_user_data(self) -> u64 {
         self.0
     }
 
-    /// From `user_data` that the kernel gives back with the completion.
+    /// From `user_data` that the kernel returns with the completion.
     #[inline]
     pub(crate) fn from_user_data(user_data: u64) -> Ticket {
         Ticket(user_data)
@@ -204,21 +227,21 @@ impl Ticket {
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "the ticket may be inside"]
 pub enum Submitted {
-    /// It is under way: [`Engine::reap`] will tell its result.
+    /// It was taken: [`Engine::reap`] will return its result.
     Started,
     /// It is done already.
     Done(Completion),
-    /// There is no room for it now. Come again when something was reaped: there is something in flight.
+    /// There is no room for it now. Submit it again after something was reaped: something is in flight.
     Full(Ticket),
-    /// The engine keeps it and starts it by itself once what it waits for is there; then
-    /// [`Engine::reap`] will tell its result.
+    /// The engine keeps it, and starts it by itself when whatever it waits for is there. Then
+    /// [`Engine::reap`] returns its result.
     Parked,
 }
 
 /// A completed operation.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Completion {
-    /// Whose.
+    /// The ticket that it was submitted with.
     pub ticket: Ticket,
     /// Bytes moved (0 for a flush), or the negative errno.
     pub result: i32,

@@ -1,8 +1,8 @@
-//! Operations that the kernel has no asynchronous form of, done by threads beside the worker.
+//! Threads beside the worker, for operations that have no asynchronous form in the kernel.
 //!
 //! Discards of block devices are `ioctl`s that may take long, or never return. Each queue has one at a
-//! time, in a thread that has nothing else to do meanwhile, so a device that hangs holds up nobody
-//! else's. Threads start on demand, and end when they have had nothing to do for a while.
+//! time, in a thread that does nothing else meanwhile, so a device that hangs delays no other device.
+//! Threads start on demand, and end after a while without work.
 
 use std::collections::VecDeque;
 use std::io;
@@ -17,7 +17,7 @@ use crate::limits::{DEVICE_DISCARDS_PER_QUEUE, DISCARD_THREAD_IDLE_SECONDS};
 use crate::park::Doorbell;
 use crate::pool::{Lanes, Pool};
 
-/// A discard of a device, to be done by any thread.
+/// A discard of a device, which any thread can do.
 pub type Job = Box<dyn FnOnce() -> io::Result<()> + Send>;
 
 /// The worker's end.
@@ -26,17 +26,17 @@ pub struct Offload {
     lanes: Lanes<Task>,
     shared: Arc<Shared>,
     results: Receiver<Completion>,
-    /// Handed to threads and not yet reaped.
+    /// Tasks handed to threads and not yet reaped.
     begun: usize,
 }
 
-/// A job and where its result goes.
+/// A job and the ticket of its result.
 struct Task {
     job: Job,
     ticket: Ticket,
 }
 
-/// What the worker and the threads share. It is locked for moments only, and only for discards.
+/// What the worker and the threads share. It is locked only briefly, and only for discards.
 #[derive(Debug)]
 struct Shared {
     hand_over: Mutex<HandOver>,
@@ -45,7 +45,7 @@ struct Shared {
     bell: Doorbell,
 }
 
-/// Tasks on their way to threads: bounded by the queues, of which each has one at a time.
+/// Tasks on their way to threads: at most one for each queue.
 #[derive(Debug, Default)]
 struct HandOver {
     tasks: VecDeque<Task>,
@@ -92,7 +92,7 @@ impl Offload {
         Submitted::Started
     }
 
-    /// Hands over a task that a place was taken for.
+    /// Hands over a task after a place was taken for it.
     fn begin(&mut self, task: Task) {
         self.begun += 1;
         let mut hand_over = self.shared.lock();
@@ -105,7 +105,7 @@ impl Offload {
         let thread = std::thread::Builder::new().name("discard".to_owned());
         match thread.spawn(move || shared.work()) {
             Ok(_) => hand_over.threads += 1,
-            // Some thread will come to it.
+            // One of the threads will do it.
             Err(_) if hand_over.threads > 0 => {}
             Err(error) => {
                 let tasks = std::mem::take(&mut hand_over.tasks);
@@ -117,7 +117,7 @@ impl Offload {
         }
     }
 
-    /// Appends what has completed, and begins what waited for it.
+    /// Appends what has completed, and begins the tasks that waited for it.
     #[inline]
     pub fn reap(&mut self, done: &mut Vec<Completion>) {
         if self.begun > 0 {
@@ -138,7 +138,7 @@ impl Offload {
         }
     }
 
-    /// Whether something waits to be reaped.
+    /// Whether there is something to reap.
     pub fn has_completed(&self) -> bool {
         !self.results.is_empty()
     }
@@ -149,7 +149,7 @@ impl Offload {
     }
 }
 
-/// Threads end with what they do, one that hangs with the process.
+/// Each thread ends after its task. One that hangs ends with the process.
 impl Drop for Offload {
     fn drop(&mut self) {
         self.shared.lock().closed = true;
@@ -158,7 +158,7 @@ impl Drop for Offload {
 }
 
 impl Shared {
-    /// Does tasks until there were none for a while.
+    /// Does tasks until there have been none for a while.
     fn work(&self) {
         while let Some(Task { job, ticket }) = self.next() {
             self.finish(ticket, job());
@@ -180,7 +180,7 @@ impl Shared {
                 self.has_task.wait_timeout(hand_over, wait).unwrap_or_else(PoisonError::into_inner);
             hand_over = woken;
             hand_over.idle -= 1;
-            // What came at the last moment is still taken.
+            // A task that came at the last moment is still taken.
             if waited.timed_out() && hand_over.tasks.is_empty() {
                 hand_over.threads -= 1;
                 return None;
@@ -193,12 +193,12 @@ impl Shared {
             Ok(()) => 0,
             Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
         };
-        // Once the worker has ended nobody waits for it.
+        // If the worker has ended, nobody waits for the result.
         let _ = self.results.send(Completion { ticket, result });
         self.bell.ring();
     }
 
-    /// What is in it is whole whatever happened to who locked it last.
+    /// A thread that panicked left it valid, so a poisoned lock is no error.
     fn lock(&self) -> MutexGuard<'_, HandOver> {
         self.hand_over.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -222,7 +222,7 @@ mod test {
     fn reap(offload: &mut Offload, count: usize) -> Vec<(usize, u32, i32)> {
         let mut done = Vec::new();
         while done.len() < count {
-            assert!(park::sleep(&[offload.shared.bell.clone().as_fd()], Some(HANG))[0], "a hang");
+            assert!(park::sleep(&[offload.shared.bell.clone().as_fd()], Some(HANG))[0], "it hangs");
             offload.shared.bell.silence();
             offload.reap(&mut done);
         }
@@ -238,7 +238,7 @@ mod test {
         assert_eq!(offload.submit(Box::new(hang), Ticket::new(0, 0)), Submitted::Started);
         for slot in 1..4 {
             let submitted = offload.submit(Box::new(|| Ok(())), Ticket::new(0, slot));
-            assert_eq!(submitted, Submitted::Parked, "one of a queue at a time");
+            assert_eq!(submitted, Submitted::Parked, "one at a time for each queue");
         }
         for queue in 1..20 {
             let enospc = || Err(io::Error::from_raw_os_error(libc::ENOSPC));
@@ -248,7 +248,7 @@ mod test {
             assert_eq!(reap(&mut offload, 1), expected);
         }
         let threads = offload.shared.lock().threads;
-        assert!(threads < 20, "a thread does one discard after the other: {threads}");
+        assert!(threads < 20, "threads are used again: {threads}");
         assert_eq!(offload.in_flight(), 4);
         release.send(()).unwrap();
         assert_eq!(reap(&mut offload, 4), [0, 1, 2, 3].map(|slot| (0, slot, 0)));

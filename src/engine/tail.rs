@@ -1,7 +1,5 @@
-//! The end of a file that fills no block of its storage, where sectors are emulated: its bytes go by
-//! a descriptor of their own, in any sectors ([`crate::backing::Tail`]).
-
-use std::os::fd::RawFd;
+//! The tail of a file with emulated sectors: its end, which does not fill a block of its storage. It takes
+//! any sectors, through a descriptor of its own ([`crate::backing::Tail`]).
 
 use super::emulate::cut;
 use super::{IoOp, bytes};
@@ -10,29 +8,28 @@ use crate::xen::shm::GuestBuf;
 
 /// Where an operation goes.
 #[derive(Debug)]
-pub enum Side<'a> {
-    /// To the whole blocks; of a transfer that goes on in the tail only its beginning, for the queue asks
+pub enum Side<'a, T> {
+    /// To the whole blocks. A transfer that reaches into the tail ends before it, and the queue asks
     /// for the rest.
     Blocks(IoOp<'a>),
-    /// To the tail, by this descriptor.
-    Tail(RawFd),
+    /// To the tail.
+    Tail(&'a T),
 }
 
-/// Which side an operation is for, of a file that may have a tail; `parts` has room for a list of
-/// buffers.
-pub fn side<'a>(
+/// Where an operation goes on a file that may have a tail; `parts` is reused for a list of buffers.
+pub fn side<'a, T>(
     operation: &IoOp<'a>,
-    tail: Option<&Tail>,
+    tail: Option<&'a Tail<T>>,
     parts: &'a mut Vec<GuestBuf>,
-) -> Side<'a> {
+) -> Side<'a, T> {
     let Some(tail) = tail else { return Side::Blocks(*operation) };
     let (IoOp::Read { offset, buffers } | IoOp::Write { offset, buffers }) = *operation else {
-        // A flush is of the file, and a discard leaves parts of blocks alone.
+        // A flush is of the whole file, and a discard leaves parts of blocks as they are.
         return Side::Blocks(*operation);
     };
-    let room = tail.start().saturating_sub(offset);
+    let room = tail.start.saturating_sub(offset);
     if room == 0 {
-        return Side::Tail(tail.raw_fd());
+        return Side::Tail(&tail.below);
     }
     if room >= u64::from(bytes(buffers)) {
         return Side::Blocks(*operation);

@@ -1,52 +1,29 @@
-//! Where operations on whole blocks go: to io_uring, or to a thread if the kernel has no asynchronous form.
+//! The lowest layer: operations on whole blocks go to io_uring, or to a thread if the kernel has no
+//! asynchronous form of them.
 //!
-//! Reads and writes go to the kernel as they come. Flushes and discards take a kernel's thread each
-//! for as long as they last, so there are few of them at a time; the others are parked.
+//! Reads and writes go to the kernel as they come. A flush or discard occupies a thread of the kernel
+//! until it is done, so only a few of them are under way at a time; the others are parked.
 
 use std::io;
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::discard::FileDiscards;
 use super::flush::Flushes;
+use super::layer::Layer;
 use super::offload::Offload;
 use super::uring::Uring;
 use super::{By, Completion, IoOp, Job, Submitted, Ticket};
-use crate::backing::{DeviceHandle, RawImage};
+use crate::backing::OpenFile;
 
-/// One worker's ways to storage.
+/// One worker's way to files and devices.
 #[derive(Debug)]
 pub struct Transport {
-    /// For reads and writes of those who know that there is no more to it.
+    /// For reads and writes that need nothing else.
     pub uring: Uring,
     flushes: Flushes,
     discards: FileDiscards,
     offload: Offload,
-}
-
-/// An open file or device. The queue of each ticket keeps it open until that is back.
-#[derive(Clone, Debug)]
-pub struct Target {
-    /// For io_uring.
-    pub file: RawFd,
-    /// For a thread, if it is a device.
-    pub device: Option<Arc<DeviceHandle>>,
-    /// Who transfers its data.
-    pub by: By,
-}
-
-impl Target {
-    /// That of an image. A file of which the kernel can't begin with a transfer and go on later takes a thread.
-    pub fn of(image: &RawImage, by: By) -> Target {
-        let device = image.is_device().then(|| image.device_handle());
-        let by = if image.always_waits() { By::Thread } else { by };
-        Target { file: image.raw_fd(), device, by }
-    }
-
-    /// The same by another descriptor.
-    pub fn through(&self, file: RawFd) -> Target {
-        Target { file, ..self.clone() }
-    }
 }
 
 impl Transport {
@@ -58,58 +35,83 @@ impl Transport {
         Ok(Transport { uring, flushes, discards, offload })
     }
 
-    /// Takes one operation.
-    pub fn submit(&mut self, to: &Target, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
-        let uring = &mut self.uring;
-        match *operation {
-            IoOp::Read { .. } | IoOp::Write { .. } if to.by == By::Thread => {
-                uring.submit_to_wait(to.file, operation, ticket)
-            }
-            IoOp::Read { .. } | IoOp::Write { .. } => uring.submit(to.file, operation, ticket),
-            IoOp::Flush => self.flush(to.file, ticket),
-            IoOp::Discard { offset, len, secure } => match &to.device {
-                Some(device) => {
-                    self.offload.discard(Arc::clone(device), (offset, len), secure, ticket)
-                }
-                None => {
-                    let below =
-                        |file, operation: &IoOp<'_>, ticket| uring.submit(file, operation, ticket);
-                    self.discards.submit(to.file, (offset, len), ticket, below)
-                }
-            },
-        }
-    }
-
-    /// Takes a flush of a file.
-    pub fn flush(&mut self, file: RawFd, ticket: Ticket) -> Submitted {
-        let uring = &mut self.uring;
-        self.flushes.submit(file, ticket, |operation, ticket| uring.submit(file, operation, ticket))
-    }
-
-    /// Starts everything taken that is not under way and need not wait.
-    #[inline]
-    pub fn kick(&mut self) -> io::Result<()> {
-        if self.has_owed() {
-            self.retry();
-        }
-        self.uring.kick()
-    }
-
     fn has_owed(&self) -> bool {
         self.flushes.has_owed() || self.discards.has_owed()
     }
 
     #[cold]
     fn retry(&mut self) {
-        let mut below =
-            |file, operation: &IoOp<'_>, ticket| self.uring.submit(file, operation, ticket);
-        self.flushes.retry(&mut below);
-        self.discards.retry(&mut below);
+        self.flushes.retry(&mut self.uring);
+        self.discards.retry(&mut self.uring);
     }
 
-    /// Appends what has completed.
+    /// Replaces the results of jobs, in `done` from `first` on, by the results of the operations that
+    /// they were for.
+    fn finish_jobs(&mut self, done: &mut Vec<Completion>, first: usize) {
+        let Transport { uring, flushes, discards, .. } = self;
+        let mut at = first;
+        while let Some(job) = done.get(at).map(|completion| completion.ticket.job()) {
+            match job {
+                Some(Job::Flush(file)) => {
+                    let (file, result) = (file.cast_signed(), done.swap_remove(at).result);
+                    flushes.finish(file, result, done, uring);
+                }
+                Some(Job::Discard(index)) => {
+                    let result = done.swap_remove(at).result;
+                    done.push(discards.finish(index, result, uring));
+                }
+                // Results that were pushed at the end come here, too.
+                Some(Job::Emulated(_)) | None => at += 1,
+            }
+        }
+    }
+
+    /// Like [`super::Engine::disarm`].
+    pub fn disarm(&mut self, signalled: bool) {
+        self.uring.disarm(signalled);
+    }
+
+    /// Like [`super::Engine::completion_fd`].
+    pub fn completion_fd(&self) -> BorrowedFd<'_> {
+        self.uring.completion_fd()
+    }
+}
+
+impl Layer for Transport {
+    type Target = OpenFile;
+
+    fn submit(
+        &mut self,
+        target: &OpenFile,
+        operation: &IoOp<'_>,
+        ticket: Ticket,
+        by: By,
+    ) -> Submitted {
+        match *operation {
+            IoOp::Read { .. } | IoOp::Write { .. } => {
+                let by = if target.always_waits { By::Thread } else { by };
+                self.uring.submit(&target.raw_fd, operation, ticket, by)
+            }
+            IoOp::Flush => self.flushes.submit(target.raw_fd, ticket, &mut self.uring),
+            IoOp::Discard { offset, len, secure } => match &target.device {
+                Some(device) => {
+                    self.offload.discard(Arc::clone(device), (offset, len), secure, ticket)
+                }
+                None => self.discards.submit(target.raw_fd, (offset, len), ticket, &mut self.uring),
+            },
+        }
+    }
+
     #[inline]
-    pub fn reap(&mut self, done: &mut Vec<Completion>) {
+    fn kick(&mut self) -> io::Result<()> {
+        if self.has_owed() {
+            self.retry();
+        }
+        self.uring.kick()
+    }
+
+    #[inline]
+    fn reap(&mut self, done: &mut Vec<Completion>) {
         let first = done.len();
         self.uring.reap(done);
         if done.len() > first && self.flushes.tickets() + self.discards.begun() > 0 {
@@ -118,49 +120,12 @@ impl Transport {
         self.offload.reap(done);
     }
 
-    /// Makes of the results of jobs, which stand in `done` from `first` on, those of the operations
-    /// that they were for.
-    fn finish_jobs(&mut self, done: &mut Vec<Completion>, first: usize) {
-        let Transport { uring, flushes, discards, .. } = self;
-        let mut at = first;
-        while let Some(job) = done.get(at).map(|completion| completion.ticket.job()) {
-            match job {
-                Some(Job::Flush(file)) => {
-                    let (file, result) = (file.cast_signed(), done.swap_remove(at).result);
-                    flushes.finish(file, result, done, |operation, ticket| {
-                        uring.submit(file, operation, ticket)
-                    });
-                }
-                Some(Job::Discard(index)) => {
-                    let result = done.swap_remove(at).result;
-                    done.push(discards.finish(index, result, |file, operation, ticket| {
-                        uring.submit(file, operation, ticket)
-                    }));
-                }
-                // What is pushed at the end is such, too.
-                Some(Job::Emulated(_)) | None => at += 1,
-            }
-        }
-    }
-
-    /// Operations taken and not yet reaped.
-    pub fn in_flight(&self) -> usize {
+    fn in_flight(&self) -> usize {
         let joined = self.flushes.tickets() - self.flushes.running();
         self.uring.in_flight() + joined + self.discards.parked() + self.offload.in_flight()
     }
 
-    /// As [`super::Engine::arm`].
-    pub fn arm(&mut self) -> io::Result<bool> {
+    fn arm(&mut self) -> io::Result<bool> {
         Ok(self.uring.arm()? || self.offload.has_completed() || self.has_owed())
-    }
-
-    /// As [`super::Engine::disarm`].
-    pub fn disarm(&mut self, signalled: bool) {
-        self.uring.disarm(signalled);
-    }
-
-    /// As [`super::Engine::completion_fd`].
-    pub fn completion_fd(&self) -> BorrowedFd<'_> {
-        self.uring.completion_fd()
     }
 }

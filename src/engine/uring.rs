@@ -7,43 +7,44 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use io_uring::{IoUring, opcode, squeue, types};
 
+use super::layer::Layer;
 use super::vectors::{append, vector};
-use super::{Completion, IoOp, Submitted, Ticket};
+use super::{By, Completion, IoOp, Submitted, Ticket};
 use crate::limits;
 use crate::park::Doorbell;
 use crate::xen::shm::{GuestBuf, Registration, full_fence};
 
-/// `IORING_ENTER_GETEVENTS`: run the completions' deferred work (`linux/io_uring.h`).
+/// `IORING_ENTER_GETEVENTS`: run the deferred work of completions (`linux/io_uring.h`).
 const ENTER_GETEVENTS: u32 = 1;
 
-/// Operations that go to storage at once where it has none. A device that has finished these before the
-/// next ones come goes back to sleep, and waking it again costs an exit to the host in a virtual machine;
-/// more than two the kernel keeps from the device until it has prepared them all (`need_plug`,
+/// How many operations idle storage gets at once. With fewer, a device finishes them before the next ones
+/// come and goes back to sleep; in a virtual machine, waking it again costs an exit to the host.
+/// With more than two, the kernel sends none before it has prepared them all (`need_plug`,
 /// `io_uring/io_uring.c`).
 const HEAD_START: usize = 2;
 
-/// How many times the last ones' number follow them together: what storage has to do lasts until those
-/// are there, for it takes longer for an operation than the kernel to submit it.
+/// How many times larger each step is than the one before. Storage takes longer for an operation than the
+/// kernel takes to submit one, so it stays busy until the next step comes.
 const HEAD_START_GROWTH: usize = 2;
 
-/// No operation goes to the kernel before the pass ends.
+/// A head start that is never reached: nothing goes to the kernel before the pass ends.
 const NONE: usize = usize::MAX;
 
 /// One thread's ring.
 ///
-/// Its own descriptor does not become readable while completions wait for this thread (deferred
-/// task work), so an eventfd tells of them; it is switched on only for the time of a sleep.
+/// Its own descriptor does not become readable while completions wait for this thread to run them
+/// (deferred task work), so an eventfd signals them. It is enabled only during a sleep.
 pub struct Uring {
     ring: IoUring,
     completed: Doorbell,
     in_flight: usize,
-    /// So many operations that wait for the kernel go to it before the pass has ended.
+    /// When this number of operations wait, they go to the kernel although the pass has not ended.
     head_start: usize,
-    /// Vectors of the operations not yet kicked; the kernel copies them as it takes the
-    /// submissions (`IORING_FEAT_SUBMIT_STABLE`), so one pass's worth is enough. Never grows past
-    /// its capacity, so that the addresses given to the kernel stay good.
+    /// Vectors of the operations not yet kicked. The kernel copies them when it takes the submissions
+    /// (`IORING_FEAT_SUBMIT_STABLE`), so there are never more than those of one pass. Never grows beyond
+    /// its capacity, so that the addresses given to the kernel stay valid.
     vectors: Vec<libc::iovec>,
-    /// Registrations that can be had: the kernel's table of buffers has one more of them.
+    /// Unused registrations, which are places in the kernel's table of buffers, counted from 1.
     free: Vec<Registration>,
 }
 
@@ -74,8 +75,8 @@ impl Uring {
         Ok(uring)
     }
 
-    /// The kernel is told as much as it understands: that one thread submits and that completions
-    /// may wait until that thread looks (Linux 6.1), which saves interrupts of it.
+    /// Asks for what newer kernels (Linux 6.1) offer: only one thread submits, and completions wait until
+    /// this thread looks for them instead of interrupting it. Older kernels get a plain ring.
     fn build() -> io::Result<IoUring> {
         let newest = IoUring::builder()
             .setup_single_issuer()
@@ -91,12 +92,11 @@ impl Uring {
         }
     }
 
-    /// Has the kernel look up and pin the pages of `memory` now, once, instead of for every
-    /// operation in it.
+    /// Makes the kernel look up and pin the pages of `memory` once, instead of for every operation.
     ///
-    /// Where dom0 is a PV domain its page tables make looking up dear: a third of what a read of one
-    /// page costs the kernel. Pages that gntdev maps can be registered since Linux 6.5, before that
-    /// EOPNOTSUPP says that they can't.
+    /// If dom0 is a PV domain, looking up a page is expensive: a third of what a read of one page costs
+    /// the kernel. Pages that gntdev maps can be registered since Linux 6.5; older kernels answer
+    /// EOPNOTSUPP.
     pub fn register(&mut self, memory: GuestBuf) -> io::Result<Registration> {
         let registration = self.free.pop().ok_or(io::ErrorKind::QuotaExceeded)?;
         self.set_buffer(registration, vector(&memory))
@@ -104,43 +104,28 @@ impl Uring {
         Ok(registration)
     }
 
-    /// Has the kernel let go of the pages once no operation is in them.
+    /// Lets the kernel release the pages once no operation uses them.
     pub fn unregister(&mut self, registration: Registration) {
         let nothing = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
         match self.set_buffer(registration, nothing) {
             Ok(()) => self.free.push(registration),
-            // Its place in the table is lost, its pages stay pinned until the ring is closed.
-            Err(error) => tracing::warn!(%error, "io_uring does not let go of a buffer"),
+            // Its place in the table is lost, and its pages stay pinned until the ring is closed.
+            Err(error) => tracing::warn!(%error, "io_uring does not release a buffer"),
         }
     }
 
     fn set_buffer(&self, registration: Registration, vector: libc::iovec) -> io::Result<()> {
         let place = u32::from(registration.0.get()) - 1;
-        // SAFETY: the memory is valid now, and the kernel itself keeps its pages after that.
+        // SAFETY: the memory is valid now, and afterwards the kernel itself holds its pages.
         unsafe { self.ring.submitter().register_buffers_update(place, &[vector], None) }.map(drop)
     }
 
-    /// Takes one operation on an open file.
+    /// Makes a thread of the kernel begin with an operation at once, because it would wait anyway.
     ///
-    /// Where nothing is in flight storage waits, and may begin before the pass has ended: the first
-    /// [`HEAD_START`] operations go to the kernel at once, and [`HEAD_START_GROWTH`] times as many in
-    /// each step after that.
-    #[inline]
-    pub fn submit(&mut self, file: RawFd, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
-        self.submit_as(file, operation, ticket, squeue::Flags::empty())
-    }
-
-    /// The same for a file whose operations always wait: a thread of the kernel begins with it at once.
-    ///
-    /// For files of FUSE the kernel would else try over and over, for it takes them for something that
-    /// can be polled; and where many are under way some never come back (seen with Linux 6.18).
+    /// Otherwise the kernel takes a file of FUSE for one that can be polled, and tries again and again.
+    /// If many operations are under way, some never complete (seen with Linux 6.18).
     #[cold]
-    pub fn submit_to_wait(
-        &mut self,
-        file: RawFd,
-        operation: &IoOp<'_>,
-        ticket: Ticket,
-    ) -> Submitted {
+    fn submit_to_wait(&mut self, file: RawFd, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
         self.submit_as(file, operation, ticket, squeue::Flags::ASYNC)
     }
 
@@ -166,14 +151,15 @@ impl Uring {
         self.in_flight += 1;
         if waiting == self.head_start {
             self.head_start = self.head_start.saturating_mul(HEAD_START_GROWTH);
-            // What the kernel refuses now, it is asked again at the pass's end, where errors count.
+            // Whatever the kernel refuses now is submitted again at the end of the pass, which reports
+            // errors.
             let _ = self.enter();
         }
         Submitted::Started
     }
 
-    /// Puts an operation where the kernel takes it; returns how many wait there. `None`: there is no room
-    /// before the kernel has taken what is there.
+    /// Puts an operation into the submission ring, and returns how many wait there. `None`: there is no
+    /// room until the kernel has taken some.
     #[inline(always)]
     fn push(
         &mut self,
@@ -187,20 +173,14 @@ impl Uring {
             return None;
         }
         let entry = entry(&mut self.vectors, types::Fd(file), operation)?;
-        // SAFETY: the buffers stay mapped until the ticket is back (GuestBuf's contract); the
-        // vectors stay in place until kick; the file is open until then (the queue holds it).
+        // SAFETY: the buffers stay mapped until the ticket is back (GuestBuf's contract), the vectors
+        // stay in place until the kernel has taken them, and the queue keeps the file open.
         unsafe { submission.push(&entry.user_data(user_data).flags(flags)) }.ok()?;
         Some(submission.len())
     }
 
-    /// Submits what was taken, and lets the kernel finish completions that wait for this thread.
-    pub fn kick(&mut self) -> io::Result<()> {
-        self.head_start = NONE;
-        self.enter()
-    }
-
     fn enter(&mut self) -> io::Result<()> {
-        // More completions than the ring has room for are kept by the kernel until it is entered.
+        // The kernel keeps completions that the ring has no room for until it is entered.
         let (waiting, has_more) = {
             let submission = self.ring.submission();
             (submission.len(), submission.taskrun() || submission.cq_overflow())
@@ -209,7 +189,7 @@ impl Uring {
             return Ok(());
         }
         let to_submit = u32::try_from(waiting).expect("at most the ring's entries");
-        // SAFETY: no argument is passed; the entries were pushed as `submit` demands.
+        // SAFETY: no argument is passed; `push` made all entries valid.
         let entered = unsafe {
             self.ring.submitter().enter::<libc::sigset_t>(to_submit, 0, ENTER_GETEVENTS, None)
         };
@@ -218,7 +198,7 @@ impl Uring {
                 self.vectors.clear();
                 Ok(())
             }
-            // The rest stays queued, vectors and all, for the next kick.
+            // The rest stays queued with its vectors until the next kick.
             Ok(_) => Ok(()),
             Err(error)
                 if matches!(
@@ -232,8 +212,47 @@ impl Uring {
         }
     }
 
-    /// Appends what has completed.
-    pub fn reap(&mut self, done: &mut Vec<Completion>) {
+    /// The bell that rings for a completion. Others may ring it for their own.
+    pub fn bell(&self) -> &Doorbell {
+        &self.completed
+    }
+
+    /// Ends a sleep. `signalled`: the descriptor was readable.
+    pub fn disarm(&mut self, signalled: bool) {
+        self.ring.completion().disable_eventfd();
+        if signalled {
+            self.completed.silence();
+        }
+    }
+
+    /// Readable when something has completed since [`Layer::arm`].
+    pub fn completion_fd(&self) -> BorrowedFd<'_> {
+        self.completed.as_fd()
+    }
+}
+
+impl Layer for Uring {
+    /// An open file or device.
+    type Target = RawFd;
+
+    /// If nothing is in flight storage is idle, so it does not have to wait for the end of the pass: the
+    /// first [`HEAD_START`] operations go to the kernel at once, and each step after that has
+    /// [`HEAD_START_GROWTH`] times as many. An operation is never done or parked when this returns.
+    #[inline(always)]
+    fn submit(&mut self, file: &RawFd, operation: &IoOp<'_>, ticket: Ticket, by: By) -> Submitted {
+        match by {
+            By::Worker => self.submit_as(*file, operation, ticket, squeue::Flags::empty()),
+            By::Thread => self.submit_to_wait(*file, operation, ticket),
+        }
+    }
+
+    /// Submits everything taken, and runs completions that wait for this thread.
+    fn kick(&mut self) -> io::Result<()> {
+        self.head_start = NONE;
+        self.enter()
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
         if self.in_flight == 0 {
             return;
         }
@@ -245,56 +264,35 @@ impl Uring {
         self.in_flight -= done.len() - before;
     }
 
-    /// The bell that rings for a completion; others may ring it for theirs.
-    pub fn bell(&self) -> &Doorbell {
-        &self.completed
-    }
-
-    /// Operations taken and not yet reaped.
-    pub fn in_flight(&self) -> usize {
+    fn in_flight(&self) -> usize {
         self.in_flight
     }
 
-    /// Makes the next completion visible to a sleeper, then looks again. `true`: something has
-    /// completed already, or the kernel has not taken all submissions yet.
-    pub fn arm(&mut self) -> io::Result<bool> {
+    fn arm(&mut self) -> io::Result<bool> {
         self.ring.completion().enable_eventfd();
         full_fence();
         self.kick()?;
         let waiting = !self.ring.submission().is_empty();
         Ok(waiting || !self.ring.completion().is_empty())
     }
-
-    /// Ends the time of sleep; `signalled`: the descriptor was readable.
-    pub fn disarm(&mut self, signalled: bool) {
-        self.ring.completion().disable_eventfd();
-        if signalled {
-            self.completed.silence();
-        }
-    }
-
-    /// Readable when something has completed since [`Uring::arm`].
-    pub fn completion_fd(&self) -> BorrowedFd<'_> {
-        self.completed.as_fd()
-    }
 }
 
-/// Lets the kernel start a thread for each operation that has to wait in one: writes to a frozen or hung
-/// filesystem do, flushes and discards always, and of its own accord it has only four a core for all.
+/// Allows the kernel one thread for each operation that waits in one: flushes and discards always do, and
+/// writes to a frozen or hung filesystem. By default it has only four per core.
 fn allow_kernel_threads(ring: &IoUring) {
-    // The second number is for files that never end, such as sockets; 0 leaves it as it is.
+    // The second number is for endless files such as sockets; 0 leaves it unchanged.
     let mut threads = [limits::URING_COMPLETIONS, 0];
     if let Err(error) = ring.submitter().register_iowq_max_workers(&mut threads) {
         tracing::info!(
             %error,
-            "io_uring has few threads here (Linux 5.15 lets their number be set): beside storage that \
-             hangs, flushes and discards of other disks may have to wait"
+            "io_uring has few threads here (Linux 5.15 or later allows more): while storage hangs, \
+             flushes and discards of other disks may have to wait"
         );
     }
 }
 
-/// Makes the kernel's table of buffers, and the names of its places, the first one last. A kernel that
-/// can't have an empty one (before 5.19) gets none.
+/// Creates the kernel's table of buffers, and returns its places, the first one last. Kernels before 5.19
+/// can't have an empty table, and get none.
 fn table(ring: &IoUring) -> Vec<Registration> {
     match ring.submitter().register_buffers_sparse(limits::REGISTERED_BUFFERS.into()) {
         Ok(()) => {
@@ -302,14 +300,14 @@ fn table(ring: &IoUring) -> Vec<Registration> {
             places.filter_map(NonZeroU16::new).map(Registration).collect()
         }
         Err(error) => {
-            tracing::info!(%error, "io_uring registers no buffers here, which costs some CPU");
+            tracing::info!(%error, "io_uring can't register buffers here, which costs some CPU time");
             Vec::new()
         }
     }
 }
 
-/// The kernel's form of an operation, with its vectors behind those that are there. `None`: there is no
-/// room for them, because after a kick that submitted only some, those of all are still there.
+/// The kernel's form of an operation; appends its vectors. `None`: there is no room for them, because the
+/// last kick submitted only some operations, and the vectors of all are still there.
 #[inline]
 fn entry(
     vectors: &mut Vec<libc::iovec>,
@@ -344,7 +342,7 @@ fn entry(
             }
         },
         IoOp::Flush => opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC).build(),
-        // Of a file: its blocks become a hole, which reads as zeroes.
+        // The blocks of the file become a hole, which reads as zeroes.
         IoOp::Discard { offset, len, .. } => opcode::Fallocate::new(file, len)
             .offset(offset)
             .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
@@ -352,7 +350,7 @@ fn entry(
     })
 }
 
-/// Where the data of one operation is.
+/// The memory of one operation.
 enum Place {
     /// Within one buffer of the kernel's table.
     Registered(libc::iovec, u16),
@@ -394,7 +392,7 @@ impl Place {
     }
 }
 
-/// What an engine knows all of these buffers as.
+/// The registration that all of these buffers share.
 fn common_registration(buffers: &[GuestBuf]) -> Option<Registration> {
     let (first, others) = buffers.split_first()?;
     let registration = first.registration()?;

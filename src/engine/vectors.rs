@@ -2,7 +2,7 @@
 
 use crate::xen::shm::GuestBuf;
 
-/// Appends the vectors of one operation; neighbours in memory become one.
+/// Appends the vectors of one operation. Adjacent buffers share one.
 #[inline]
 pub fn append(vectors: &mut Vec<libc::iovec>, buffers: &[GuestBuf]) {
     let first = vectors.len();

@@ -52,7 +52,7 @@ pub fn opened(path: &Path) -> Image {
 
 /// The same with options.
 pub fn opened_with(path: &Path, options: DiskOptions) -> Image {
-    Image::Raw(RawImage::open(path, options, &Access::default()).unwrap())
+    Image::Raw(RawImage::open(path, options, &Access::default()).unwrap().image)
 }
 
 impl Rig {
@@ -83,8 +83,8 @@ impl Rig {
     /// Connects the queues to the workers in turn, with the file as their disk.
     pub fn connect(&mut self, combination: &Combination) -> Vec<Device> {
         let access = Access { read_only: combination.read_only, ..Access::default() };
-        let image = RawImage::open(&self.path, DiskOptions::default(), &access).unwrap();
-        self.connect_to(Image::Raw(image), combination)
+        let opened = RawImage::open(&self.path, DiskOptions::default(), &access).unwrap();
+        self.connect_to(Image::Raw(opened.image), combination)
     }
 
     /// The same with another disk.

@@ -189,7 +189,7 @@ impl Disk {
             target => tracing::info!(disk = %self.key, medium = target, "inserting"),
         }
         let image = medium.image().clone();
-        let rules = self.rules(&image, around.offer);
+        let rules = self.rules(&medium, around.offer);
         self.drive.begin_move(target, medium);
         let input = match &mut self.connection {
             None => {

@@ -104,7 +104,7 @@ fn what_is_dropped_is_closed_by_a_helper() {
     rig.open(&path);
     let backing = rig.answer().result.unwrap();
     let Image::Raw(image) = &**backing.image() else { unreachable!() };
-    let fd: RawFd = image.raw_fd();
+    let fd: RawFd = image.target().below.below.raw_fd;
     let link = format!("/proc/self/fd/{fd}");
     assert_eq!(fs::read_link(&link).unwrap(), path);
     drop(backing);

@@ -1,10 +1,13 @@
+use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::os::fd::AsFd;
+use std::rc::Rc;
 
 use proptest::prelude::*;
 
-use std::os::fd::AsFd;
-
 use super::*;
+use crate::backing::Tail;
+use crate::engine::layer::test::Below;
 use crate::park;
 
 const BLOCK: usize = 4096;
@@ -12,6 +15,7 @@ const SECTOR: usize = 512;
 const SECTORS: usize = 400;
 
 /// xorshift64.
+#[derive(Debug)]
 struct Random(u64);
 
 impl Random {
@@ -27,13 +31,52 @@ impl Random {
     }
 }
 
-/// Storage of whole blocks. What an operation does happens when it completes, in any order.
+/// Storage of whole blocks. It does some operations at once, and the others in any order as it completes
+/// them.
+#[derive(Debug)]
 struct Storage {
+    random: Random,
     data: Vec<u8>,
     taken: Vec<Taken>,
+    /// By worker.
+    completed: [Vec<Completion>; 2],
     refuses: usize,
 }
 
+/// A worker's way to the storage.
+#[derive(Debug)]
+struct Way {
+    worker: usize,
+    storage: Rc<RefCell<Storage>>,
+}
+
+impl Layer for Way {
+    type Target = ();
+
+    fn submit(&mut self, (): &(), operation: &IoOp<'_>, ticket: Ticket, _: By) -> Submitted {
+        self.storage.borrow_mut().take(self.worker, operation, ticket)
+    }
+
+    fn kick(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        done.append(&mut self.storage.borrow_mut().completed[self.worker]);
+    }
+
+    fn in_flight(&self) -> usize {
+        let storage = self.storage.borrow();
+        let taken = storage.taken.iter().filter(|taken| taken.worker == self.worker).count();
+        taken + storage.completed[self.worker].len()
+    }
+
+    fn arm(&mut self) -> io::Result<bool> {
+        Ok(!self.storage.borrow().completed[self.worker].is_empty())
+    }
+}
+
+#[derive(Debug)]
 struct Taken {
     worker: usize,
     ticket: Ticket,
@@ -43,7 +86,7 @@ struct Taken {
     buffers: Vec<GuestBuf>,
 }
 
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Kind {
     Read,
     Write,
@@ -52,14 +95,8 @@ enum Kind {
 }
 
 impl Storage {
-    fn take(
-        &mut self,
-        random: &mut Random,
-        worker: usize,
-        operation: &IoOp<'_>,
-        ticket: Ticket,
-    ) -> Submitted {
-        if random.one_in(8) {
+    fn take(&mut self, worker: usize, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
+        if self.random.one_in(8) {
             self.refuses += 1;
             return Submitted::Full(ticket);
         }
@@ -77,19 +114,30 @@ impl Storage {
         if !buffers.is_empty() {
             assert_eq!(straight_bytes(buffers, 4096) as usize, len, "odd stretches of memory");
         }
-        self.taken.push(Taken { worker, ticket, kind, offset, len, buffers: buffers.to_vec() });
+        let taken = Taken { worker, ticket, kind, offset, len, buffers: buffers.to_vec() };
+        if self.random.one_in(8) {
+            return Submitted::Done(self.execute(taken));
+        }
+        self.taken.push(taken);
         Submitted::Started
     }
 
-    /// Completes any one of what was taken, perhaps only its first blocks.
-    fn complete_one(&mut self, random: &mut Random) -> Option<(usize, Completion)> {
+    /// Completes any one of what was taken.
+    fn complete_one(&mut self) {
         if self.taken.is_empty() {
-            return None;
+            return;
         }
-        let Taken { worker, ticket, kind, offset, mut len, buffers } =
-            self.taken.swap_remove(random.below(self.taken.len()));
-        if kind != Kind::Discard && len > BLOCK && random.one_in(4) {
-            len = BLOCK * (1 + random.below(len / BLOCK - 1));
+        let taken = self.taken.swap_remove(self.random.below(self.taken.len()));
+        let worker = taken.worker;
+        let completion = self.execute(taken);
+        self.completed[worker].push(completion);
+    }
+
+    /// Does an operation, perhaps only on its first blocks.
+    fn execute(&mut self, taken: Taken) -> Completion {
+        let Taken { ticket, kind, offset, mut len, buffers, .. } = taken;
+        if kind != Kind::Discard && len > BLOCK && self.random.one_in(4) {
+            len = BLOCK * (1 + self.random.below(len / BLOCK - 1));
         }
         let data = &mut self.data[offset..offset + len];
         let mut at = 0;
@@ -108,11 +156,11 @@ impl Storage {
             }
             _ => i32::try_from(len).unwrap(),
         };
-        Some((worker, Completion { ticket, result: moved }))
+        Completion { ticket, result: moved }
     }
 }
 
-/// A request of a guest, as a queue carries it.
+/// A request of a guest, as a queue executes it.
 struct Request {
     worker: usize,
     kind: Kind,
@@ -181,13 +229,12 @@ impl Request {
     }
 }
 
-/// Two workers on one image, and what it must hold.
+/// Two workers on one image, and a model of its contents.
 struct World {
     random: Random,
-    locks: Arc<BlockLocks>,
-    target: Target,
-    workers: [Emulation; 2],
-    storage: Storage,
+    target: EmulationTarget<()>,
+    workers: [Emulated<Way>; 2],
+    storage: Rc<RefCell<Storage>>,
     model: Vec<u8>,
     busy: Vec<bool>,
     requests: Slab<Request>,
@@ -199,20 +246,26 @@ impl World {
         let mut random = Random(seed | 1);
         let data: Vec<u8> =
             (0..SECTORS * SECTOR).map(|_| u8::try_from(random.below(256)).unwrap()).collect();
+        let storage = Rc::new(RefCell::new(Storage {
+            random: Random(seed.rotate_left(32) | 1),
+            data: data.clone(),
+            taken: Vec::new(),
+            completed: Default::default(),
+            refuses: 0,
+        }));
         World {
             random,
-            locks: BlockLocks::new(4096),
-            target: Target { file: 0, device: None, by: crate::engine::By::Worker },
-            workers: [emulation(), emulation()],
-            model: data.clone(),
-            storage: Storage { data, taken: Vec::new(), refuses: 0 },
+            target: blocks(),
+            workers: [0, 1].map(|worker| emulated(Way { worker, storage: Rc::clone(&storage) })),
+            model: data,
+            storage,
             busy: vec![false; SECTORS],
             requests: Slab::new(),
             refused: VecDeque::new(),
         }
     }
 
-    /// Begins a request for sectors that no other one is for; their blocks may be others', too.
+    /// Begins a request for sectors that no other request uses, though others may use their blocks.
     fn begin(&mut self, number: u8) {
         let longest = if self.random.one_in(10) { 300 } else { 20 };
         let count = 1 + self.random.below(longest);
@@ -236,13 +289,8 @@ impl World {
             Kind::Write => IoOp::Write { offset, buffers: &buffers },
             _ => IoOp::Discard { offset, len: (request.count * SECTOR) as u64, secure: false },
         };
-        let (storage, random) = (&mut self.storage, &mut self.random);
         let ticket = Ticket::new(3, u32::try_from(index).unwrap());
-        let below = |_: &Target, operation: &IoOp<'_>, ticket| {
-            storage.take(random, worker, operation, ticket)
-        };
-        let emulation = &mut self.workers[worker];
-        match emulation.submit(&self.locks, &self.target, &operation, ticket, below) {
+        match self.workers[worker].submit(&self.target, &operation, ticket, By::Worker) {
             Submitted::Started | Submitted::Parked => {}
             Submitted::Done(completion) => self.finish(&completion),
             Submitted::Full(ticket) => {
@@ -260,21 +308,12 @@ impl World {
             }
         }
         let mut done = Vec::new();
-        let (storage, random) = (&mut self.storage, &mut self.random);
-        let mut completed = storage.complete_one(random);
-        for (number, worker) in self.workers.iter_mut().enumerate() {
-            let mut own = Vec::new();
-            if let Some((_, completion)) = completed.take_if(|(owner, _)| *owner == number) {
-                own.push(completion);
+        self.storage.borrow_mut().complete_one();
+        for worker in &mut self.workers {
+            // A worker sleeps unless something has completed or can be done at once.
+            if worker.arm().unwrap() {
+                worker.reap(&mut done);
             }
-            // A worker without events sleeps unless something is to be done at once.
-            if own.is_empty() && !worker.is_ready() {
-                continue;
-            }
-            worker.complete(&mut own, 0, |_, operation, ticket| {
-                storage.take(random, number, operation, ticket)
-            });
-            done.append(&mut own);
         }
         done.into_iter().for_each(|completion| self.finish(&completion));
     }
@@ -315,19 +354,19 @@ impl World {
         }
         assert!(self.requests.is_empty(), "requests that never end");
         for worker in &self.workers {
-            assert!(worker.is_idle() && !worker.is_ready() && worker.held_back() == 0);
+            assert!(worker.is_idle() && !worker.is_ready() && worker.in_flight() == 0);
         }
-        let noone = Waker::noop();
-        assert!(self.locks.try_share(0..u64::MAX, noone).is_some(), "a block that stays locked");
-        assert!((0..100).all(|block| self.locks.try_own(block, noone).is_some()));
+        let (locks, noone) = (self.target.locks.as_ref().unwrap(), Waker::noop());
+        assert!(locks.try_share(0..u64::MAX, noone).is_some(), "a block that stays locked");
+        assert!((0..100).all(|block| locks.try_own(block, noone).is_some()));
     }
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, cases: 100, ..ProptestConfig::default() })]
 
-    /// Two workers, requests whose blocks overlap though their sectors do not, storage that
-    /// completes in any order, in part, and often has no room.
+    /// Two workers, requests that share blocks but no sectors, and storage that completes at once or
+    /// in any order, perhaps in part, and often has no room.
     #[test]
     fn every_sector_holds_what_was_written_to_it(seed in any::<u64>()) {
         let mut world = World::new(seed);
@@ -338,37 +377,29 @@ proptest! {
             }
         }
         world.settle();
-        prop_assert!(world.storage.data == world.model);
-        prop_assert!(world.storage.refuses > 0);
+        let storage = world.storage.borrow();
+        prop_assert!(storage.data == world.model);
+        prop_assert!(storage.refuses > 0);
     }
 }
 
-fn emulation() -> Emulation {
-    Emulation::new(Doorbell::new().unwrap())
+fn emulated<B: Layer<Target: Clone>>(below: B) -> Emulated<B> {
+    Emulated::new(below, Doorbell::new().unwrap())
 }
 
-const FILE: Target = Target { file: 0, device: None, by: crate::engine::By::Worker };
+fn blocks() -> EmulationTarget<()> {
+    EmulationTarget { locks: Some(BlockLocks::new(4096)), tail: None, below: () }
+}
 
-/// Operations below, all taken.
-fn all_taken(
-    taken: &mut Vec<(String, Ticket)>,
-) -> impl FnMut(&Target, &IoOp<'_>, Ticket) -> Submitted {
-    |_, operation, ticket| {
-        let text = match operation {
-            IoOp::Read { offset, buffers } => format!("read {offset}+{}", bytes(buffers)),
-            IoOp::Write { offset, buffers } => format!("write {offset}+{}", bytes(buffers)),
-            IoOp::Discard { offset, len, .. } => format!("discard {offset}+{len}"),
-            IoOp::Flush => "flush".to_owned(),
-        };
-        taken.push((text, ticket));
-        Submitted::Started
-    }
+fn reap<B: Layer<Target: Clone>>(emulated: &mut Emulated<B>) -> Vec<Completion> {
+    let mut done = Vec::new();
+    emulated.reap(&mut done);
+    done
 }
 
 #[test]
 fn whole_blocks_go_straight_and_parts_go_through_memory() {
-    let locks = BlockLocks::new(4096);
-    let pages = LocalPages::new(8);
+    let (blocks, pages) = (blocks(), LocalPages::new(8));
     let page = |index: usize, start, len| pages.page(index).part(start, len).unwrap();
     let two_pages = [page(0, 0, 4096), page(1, 0, 4096)];
     let odd = [page(0, 512, 512), page(3, 0, 3584)];
@@ -384,132 +415,154 @@ fn whole_blocks_go_straight_and_parts_go_through_memory() {
         (IoOp::Discard { offset: 512, len: 8192, secure: false }, "discard 4096+4096"),
         (IoOp::Flush, "flush"),
     ] {
-        let (mut emulation, mut taken) = (emulation(), Vec::new());
-        let ticket = Ticket::new(1, 2);
-        let submitted = emulation.submit(&locks, &FILE, &operation, ticket, all_taken(&mut taken));
+        let mut emulated = emulated(Below::new());
+        let submitted = emulated.submit(&blocks, &operation, Ticket::new(1, 2), By::Worker);
         assert_eq!(submitted, Submitted::Started);
-        let texts: Vec<_> = taken.iter().map(|(text, _)| text.as_str()).collect();
-        assert_eq!(texts, [below], "{operation:?}");
+        assert_eq!(emulated.below.texts(), [below], "{operation:?}");
+    }
+}
+
+#[test]
+fn sectors_that_are_whole_blocks_are_passed_on_as_they_are() {
+    let target = EmulationTarget { locks: None, ..blocks() };
+    let (mut emulated, pages) = (emulated(Below::new()), LocalPages::new(1));
+    let write = IoOp::Write { offset: 512, buffers: &[pages.page(0).part(0, 512).unwrap()] };
+    let discard = IoOp::Discard { offset: 512, len: 512, secure: false };
+    for operation in [write, discard] {
+        let submitted = emulated.submit(&target, &operation, Ticket::new(1, 2), By::Thread);
+        assert_eq!(submitted, Submitted::Started);
+        let taken = emulated.below.taken.last().unwrap();
+        assert_eq!((&taken.ticket, taken.by), (&Ticket::new(1, 2), By::Thread));
+    }
+    assert_eq!(emulated.below.texts(), ["write 512+512", "discard 512+512"]);
+}
+
+#[test]
+fn a_transfer_ends_before_the_tail_which_takes_any_sectors() {
+    let tail = Some(Tail { start: 8192, below: "tail" });
+    let target = EmulationTarget { locks: blocks().locks, tail, below: "blocks" };
+    let pages = LocalPages::new(2);
+    let into = [pages.page(0), pages.page(1)];
+    for (offset, len, expected) in [
+        (0, 8192, ("blocks", "write 0+8192")),
+        (4096, 8192, ("blocks", "write 4096+4096")),
+        (7168, 4096, ("blocks", "read 4096+4096")),
+        (8192, 512, ("tail", "write 8192+512")),
+        (8704, 1024, ("tail", "write 8704+1024")),
+    ] {
+        let mut emulated = emulated(Below::new());
+        let mut buffers = Vec::new();
+        cut(&into, len, &mut buffers);
+        let write = IoOp::Write { offset, buffers: &buffers };
+        let submitted = emulated.submit(&target, &write, Ticket::new(1, 2), By::Worker);
+        assert_eq!(submitted, Submitted::Started);
+        let taken = emulated.below.taken.pop().unwrap();
+        assert_eq!((taken.target, taken.text.as_str()), expected);
     }
 }
 
 #[test]
 fn a_discard_of_parts_of_blocks_only_is_done_at_once() {
-    let (mut emulation, mut taken) = (emulation(), Vec::new());
+    let mut emulated = emulated(Below::new());
     let discard = IoOp::Discard { offset: 512, len: 4096, secure: false };
-    let (locks, ticket) = (BlockLocks::new(4096), Ticket::new(1, 2));
-    let submitted = emulation.submit(&locks, &FILE, &discard, ticket, all_taken(&mut taken));
+    let submitted = emulated.submit(&blocks(), &discard, Ticket::new(1, 2), By::Worker);
     let done = Completion { ticket: Ticket::new(1, 2), result: 0 };
     assert_eq!(submitted, Submitted::Done(done));
-    assert!(taken.is_empty() && emulation.is_idle());
+    assert!(emulated.below.taken.is_empty() && emulated.is_idle());
 }
 
 #[test]
 fn an_error_below_is_the_requests_error_and_gives_everything_back() {
-    let locks = BlockLocks::new(4096);
-    let pages = LocalPages::new(1);
+    let (blocks, pages) = (blocks(), LocalPages::new(1));
     let part = [pages.page(0).part(0, 512).unwrap()];
+    let is_locked =
+        || blocks.locks.as_ref().is_some_and(|locks| locks.try_own(0, Waker::noop()).is_none());
     for (read, written) in [(-libc::EIO, None), (512, None), (4096, Some(-libc::ENOSPC))] {
-        let (mut emulation, mut taken, mut done) = (emulation(), Vec::new(), Vec::new());
+        let mut emulated = emulated(Below::new());
         let write = IoOp::Write { offset: 512, buffers: &part };
-        let ticket = Ticket::new(1, 2);
-        let _ = emulation.submit(&locks, &FILE, &write, ticket, all_taken(&mut taken));
-        assert!(locks.try_own(0, Waker::noop()).is_none());
-        let mut results = std::iter::once(read).chain(written);
-        while let Some((_, ticket)) = taken.pop() {
-            done.push(Completion { ticket, result: results.next().unwrap() });
-            let mut below = all_taken(&mut taken);
-            emulation.complete(&mut done, 0, &mut below);
+        let _ = emulated.submit(&blocks, &write, Ticket::new(1, 2), By::Worker);
+        let mut done = Vec::new();
+        for result in std::iter::once(read).chain(written) {
+            assert!(is_locked() && done.is_empty());
+            emulated.below.complete(result);
+            emulated.reap(&mut done);
         }
         assert!(done.len() == 1 && done[0].result < 0, "{done:?}");
-        assert!(emulation.is_idle() && locks.try_own(0, Waker::noop()).is_some());
+        assert!(emulated.is_idle() && emulated.in_flight() == 0 && !is_locked());
     }
 }
 
-/// A read of a part of block `number`, for a queue.
+/// Reads a part of block `number`, for a queue.
 fn read_part(
-    emulation: &mut Emulation,
-    locks: &Arc<BlockLocks>,
+    emulated: &mut Emulated<Below<()>>,
+    blocks: &EmulationTarget<()>,
     (queue, number): (u32, u32),
-    taken: &mut Vec<(String, Ticket)>,
 ) -> Submitted {
     let pages = LocalPages::new(1);
     let part = [pages.page(0).part(0, 512).unwrap()];
     let read = IoOp::Read { offset: u64::from(number) * 4096 + 512, buffers: &part };
-    // Nothing is read into them.
+    // The data is copied to them later.
     std::mem::forget(pages);
-    emulation.submit(locks, &FILE, &read, Ticket::new(queue, number), all_taken(taken))
+    emulated.submit(blocks, &read, Ticket::new(queue, number), By::Worker)
 }
 
 #[test]
 fn a_queue_always_finds_some_memory_and_what_finds_none_goes_on_by_itself() {
-    let locks = BlockLocks::new(4096);
-    let (mut emulation, mut taken) = (emulation(), Vec::new());
+    let (mut emulated, blocks) = (emulated(Below::new()), blocks());
     let all = u32::try_from(EMULATED_PER_QUEUE + EMULATED_COMMON).unwrap();
     for number in 0..all + 2 {
-        let submitted = read_part(&mut emulation, &locks, (0, number), &mut taken);
+        let submitted = read_part(&mut emulated, &blocks, (0, number));
         assert_eq!(submitted == Submitted::Started, number < all);
     }
     for number in 0..3 {
-        let submitted = read_part(&mut emulation, &locks, (1, number), &mut taken);
+        let submitted = read_part(&mut emulated, &blocks, (1, number));
         assert_eq!(submitted == Submitted::Started, number < 2, "its own part is there");
     }
-    assert_eq!((emulation.held_back(), emulation.is_ready()), (3, false));
-    let (_, ticket) = taken.remove(0);
-    let mut done = vec![Completion { ticket, result: 4096 }];
-    emulation.complete(&mut done, 0, all_taken(&mut taken));
-    assert_eq!(done, [Completion { ticket: Ticket::new(0, 0), result: 512 }]);
-    assert_eq!(taken.last().unwrap().0, format!("read {}+4096", all * 4096));
-    assert_eq!(emulation.held_back(), 2);
+    assert_eq!((emulated.held_back(), emulated.arm().unwrap()), (3, false));
+    emulated.below.complete(4096);
+    assert_eq!(reap(&mut emulated), [Completion { ticket: Ticket::new(0, 0), result: 512 }]);
+    assert_eq!(*emulated.below.texts().last().unwrap(), format!("read {}+4096", all * 4096));
+    assert_eq!(emulated.held_back(), 2);
 }
 
 #[test]
 fn who_waits_for_another_workers_block_is_woken_when_it_is_given_back() {
-    let (locks, bells) = (BlockLocks::new(4096), [(); 2].map(|()| Doorbell::new().unwrap()));
-    let mut workers = bells.each_ref().map(|bell| Emulation::new(bell.clone()));
+    let (blocks, bells) = (blocks(), [(); 2].map(|()| Doorbell::new().unwrap()));
+    let mut workers = bells.each_ref().map(|bell| Emulated::new(Below::new(), bell.clone()));
     let pages = LocalPages::new(1);
     let write = IoOp::Write { offset: 512, buffers: &[pages.page(0).part(0, 512).unwrap()] };
-    let mut taken = [Vec::new(), Vec::new()];
     for (worker, expected) in [(0, Submitted::Started), (1, Submitted::Parked)] {
-        let (below, ticket) = (all_taken(&mut taken[worker]), Ticket::new(0, 0));
-        let submitted = workers[worker].submit(&locks, &FILE, &write, ticket, below);
+        let submitted = workers[worker].submit(&blocks, &write, Ticket::new(0, 0), By::Worker);
         assert_eq!(submitted, expected);
     }
     let rung =
         |worker: usize| park::sleep(&[bells[worker].as_fd()], Some(std::time::Duration::ZERO))[0];
-    assert!(!workers[1].is_ready() && !rung(1), "it sleeps meanwhile");
+    assert!(!workers[1].arm().unwrap() && !rung(1), "it sleeps meanwhile");
     for result in [4096, 4096] {
-        let mut done = vec![Completion { ticket: taken[0].pop().unwrap().1, result }];
-        workers[0].complete(&mut done, 0, all_taken(&mut taken[0]));
+        workers[0].below.complete(result);
+        let _ = reap(&mut workers[0]);
     }
-    assert!(workers[1].is_ready() && rung(1));
-    workers[1].complete(&mut Vec::new(), 0, all_taken(&mut taken[1]));
-    assert_eq!(taken[1].pop().unwrap().0, "read 0+4096");
+    assert!(workers[1].arm().unwrap() && rung(1));
+    assert_eq!(reap(&mut workers[1]), []);
+    assert_eq!(workers[1].below.texts(), ["read 0+4096"]);
     assert!(!workers[1].is_ready() && workers[1].held_back() == 0);
 }
 
 #[test]
 fn a_short_read_shows_nothing_that_others_read() {
-    let locks = BlockLocks::new(4096);
-    let pages = LocalPages::new(2);
+    let (mut emulated, blocks, pages) = (emulated(Below::new()), blocks(), LocalPages::new(2));
     let into = [pages.page(0), pages.page(1)];
-    let (mut emulation, mut taken) = (emulation(), Vec::new());
     for (moved, result, shown) in [(12288, 8192, 8192), (4096, 3584, 3584), (0, 0, 0)] {
         into.iter().for_each(|page| page.zero());
         let read = IoOp::Read { offset: 512, buffers: &into };
-        let mut below = |_: &Target, operation: &IoOp<'_>, ticket| {
-            let IoOp::Read { buffers, .. } = operation else { unreachable!() };
-            if moved == 12288 {
-                buffers.iter().for_each(|buffer| buffer.copy_from(&[0xee; 4096]));
-            }
-            taken.push(ticket);
-            Submitted::Started
-        };
-        let submitted = emulation.submit(&locks, &FILE, &read, Ticket::new(1, 2), &mut below);
+        let submitted = emulated.submit(&blocks, &read, Ticket::new(1, 2), By::Worker);
         assert_eq!(submitted, Submitted::Started);
-        let mut done = vec![Completion { ticket: taken.pop().unwrap(), result: moved }];
-        emulation.complete(&mut done, 0, |_, _, _| unreachable!());
-        assert_eq!(done, [Completion { ticket: Ticket::new(1, 2), result }]);
+        if moved == 12288 {
+            let buffers = &emulated.below.taken[0].buffers;
+            buffers.iter().for_each(|buffer| buffer.copy_from(&[0xee; 4096]));
+        }
+        emulated.below.complete(moved);
+        assert_eq!(reap(&mut emulated), [Completion { ticket: Ticket::new(1, 2), result }]);
         let mut data = [0; 8192];
         let (first, second) = data.split_at_mut(4096);
         pages.page(0).copy_to(first);

@@ -6,27 +6,28 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::*;
+use crate::engine::layer::test::Below;
 use crate::xen::shm::LocalPages;
 
 const PAGE: u64 = 4096;
 const BYTES: u64 = 1 << 20;
-/// The same, as the length of a buffer.
+/// [`BYTES`] as the length of a buffer.
 const LEN: usize = 1 << 20;
 
-/// No file: what succeeds has made no system call for its data.
+/// Not a file: an operation that succeeds on it made no system call.
 const NO_FILE: RawFd = -1;
 
-/// A file of tmpfs, served by its mapping.
+/// A file of tmpfs, served through its mapping.
 struct Rig {
     file: File,
-    mapping: MappedFile,
-    memory: MemoryFiles,
+    target: MemoryTarget<()>,
+    memory: MemoryFiles<Below<()>>,
     pages: LocalPages,
     _folder: Option<tempfile::TempDir>,
 }
 
 impl Rig {
-    /// A file without any page, on the tmpfs that every Linux has there.
+    /// A file without any pages, on a tmpfs that every Linux has.
     fn sparse() -> Rig {
         let folder = tempfile::tempdir_in("/dev/shm").unwrap();
         let rig = Rig::of(&folder_file(folder.path(), BYTES));
@@ -36,28 +37,41 @@ impl Rig {
     fn of(path: &Path) -> Rig {
         let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
         let mapping = MappedFile::new(&file, file.metadata().unwrap().len(), true).unwrap();
-        let (memory, pages) = (MemoryFiles::new(), LocalPages::new(16));
+        let (memory, pages) = (MemoryFiles::new(Below::new()), LocalPages::new(16));
         assert!(memory.is_guarded);
-        Rig { file, mapping, memory, pages, _folder: None }
+        let target = target(file.as_raw_fd(), Some(mapping));
+        Rig { file, target, memory, pages, _folder: None }
     }
 
-    /// All pages filled by somebody else.
+    /// A file whose pages were all written by another program.
     fn filled() -> Rig {
         let rig = Rig::sparse();
         rig.file.write_all_at(&vec![0x5a; LEN], 0).unwrap();
         rig
     }
 
+    fn run_by(&mut self, file: RawFd, operation: &IoOp<'_>) -> i32 {
+        let raw_fd = &mut self.target.file.as_mut().unwrap().raw_fd;
+        let own = std::mem::replace(raw_fd, file);
+        let result = run(&mut self.memory, &self.target, operation);
+        self.target.file.as_mut().unwrap().raw_fd = own;
+        result
+    }
+
+    fn mapping(&self) -> &MappedFile {
+        self.target.file.as_ref().and_then(|file| file.mapping.as_ref()).unwrap()
+    }
+
     fn read_by(&mut self, file: RawFd, offset: u64) -> i32 {
         self.pages.page(0).copy_from(&[0xee; 4096]);
         let read = IoOp::Read { offset, buffers: &[self.pages.page(0)] };
-        self.memory.run(file, Some(&self.mapping), &read).unwrap()
+        self.run_by(file, &read)
     }
 
     fn write_by(&mut self, file: RawFd, offset: u64, byte: u8) -> i32 {
         self.pages.page(0).copy_from(&[byte; 4096]);
         let write = IoOp::Write { offset, buffers: &[self.pages.page(0)] };
-        self.memory.run(file, Some(&self.mapping), &write).unwrap()
+        self.run_by(file, &write)
     }
 
     fn read(&mut self, offset: u64) -> i32 {
@@ -68,22 +82,23 @@ impl Rig {
         self.write_by(self.file.as_raw_fd(), offset, byte)
     }
 
-    /// Whether the page last read is of one byte only.
+    /// Whether the page that was read last holds only this byte.
     fn was_read(&self, byte: u8) -> bool {
         let mut found = [0; 4096];
         self.pages.page(0).copy_to(&mut found);
         found == [byte; 4096]
     }
 
-    /// Gives pages back as the guest.
+    /// Discards pages, as the guest does.
     fn discard(&mut self, offset: u64, len: u64) {
         let discard = IoOp::Discard { offset, len, secure: false };
-        let done = self.memory.run(self.file.as_raw_fd(), Some(&self.mapping), &discard);
-        assert_eq!(done, None, "io_uring does it");
+        let submitted = submit(&mut self.memory, &self.target, &discard);
+        assert_eq!(submitted, Submitted::Started);
+        assert_eq!(self.memory.below.texts(), [format!("discard {offset}+{len}")]);
         self.punch(offset, len);
     }
 
-    /// Gives pages back as another program.
+    /// Gives pages back, as another program may.
     fn punch(&self, offset: u64, len: u64) {
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         let [offset, len] = [offset, len].map(u64::cast_signed);
@@ -97,8 +112,31 @@ impl Rig {
     }
 
     fn learn_all(&self) {
-        self.mapping.learn(0, BYTES);
+        self.mapping().learn(0, BYTES);
     }
+}
+
+fn target(raw_fd: RawFd, mapping: Option<MappedFile>) -> MemoryTarget<()> {
+    MemoryTarget { file: Some(MemoryFile { raw_fd, mapping }), below: () }
+}
+
+fn submit(
+    memory: &mut MemoryFiles<Below<()>>,
+    target: &MemoryTarget<()>,
+    operation: &IoOp<'_>,
+) -> Submitted {
+    memory.submit(target, operation, Ticket::new(0, 0), By::Worker)
+}
+
+/// The result of an operation that is done at once.
+fn run(
+    memory: &mut MemoryFiles<Below<()>>,
+    target: &MemoryTarget<()>,
+    operation: &IoOp<'_>,
+) -> i32 {
+    let submitted = submit(memory, target, operation);
+    let Submitted::Done(completion) = submitted else { panic!("{submitted:?}") };
+    completion.result
 }
 
 fn folder_file(folder: &Path, bytes: u64) -> PathBuf {
@@ -114,24 +152,42 @@ fn data_goes_to_its_place_and_comes_back_and_an_error_is_its_errno() {
     let pages = LocalPages::new(3);
     pages.page(0).copy_from(&[1; 4096]);
     pages.page(2).copy_from(&[3; 4096]);
-    let mut memory = MemoryFiles::new();
+    let mut memory = MemoryFiles::new(Below::new());
+    let by_calls = target(file.as_raw_fd(), None);
     let apart = [pages.page(2), pages.page(0)];
     let write = IoOp::Write { offset: 4096, buffers: &apart };
-    assert_eq!(memory.run(file.as_raw_fd(), None, &write), Some(8192));
+    assert_eq!(run(&mut memory, &by_calls, &write), 8192);
     let mut found = [0; 12288];
     file.read_exact_at(&mut found, 4096).unwrap();
     assert!(found[..4096].iter().all(|byte| *byte == 3));
     assert!(found[4096..8192].iter().all(|byte| *byte == 1));
     let read = IoOp::Read { offset: 4096, buffers: &[pages.page(1)] };
-    assert_eq!(memory.run(file.as_raw_fd(), None, &read), Some(4096));
+    assert_eq!(run(&mut memory, &by_calls, &read), 4096);
     let mut copied = [0; 4096];
     pages.page(1).copy_to(&mut copied);
     assert_eq!(copied, [3; 4096]);
     let beyond = IoOp::Read { offset: 1 << 20, buffers: &[pages.page(1)] };
-    assert_eq!(memory.run(file.as_raw_fd(), None, &beyond), Some(0));
-    assert_eq!(memory.run(-1, None, &read), Some(-libc::EBADF));
+    assert_eq!(run(&mut memory, &by_calls, &beyond), 0);
+    assert_eq!(run(&mut memory, &target(NO_FILE, None), &read), -libc::EBADF);
     let read_only = File::open("/proc/self/exe").unwrap();
-    assert_eq!(memory.run(read_only.as_raw_fd(), None, &write), Some(-libc::EBADF));
+    let read_only = target(read_only.as_raw_fd(), None);
+    assert_eq!(run(&mut memory, &read_only, &write), -libc::EBADF);
+}
+
+#[test]
+fn a_file_that_is_not_in_memory_is_passed_on() {
+    let (mut memory, pages) = (MemoryFiles::new(Below::new()), LocalPages::new(1));
+    let elsewhere = MemoryTarget { file: None, below: () };
+    let read = IoOp::Read { offset: 4096, buffers: &[pages.page(0)] };
+    for operation in [read, IoOp::Flush] {
+        assert_eq!(submit(&mut memory, &elsewhere, &operation), Submitted::Started);
+    }
+    assert_eq!((memory.below.texts(), memory.in_flight()), (vec!["read 4096+4096", "flush"], 2));
+    memory.below.complete(4096);
+    assert!(memory.arm().unwrap());
+    let mut done = Vec::new();
+    memory.reap(&mut done);
+    assert_eq!(done, [Completion { ticket: Ticket::new(0, 0), result: 4096 }]);
 }
 
 #[test]
@@ -179,12 +235,12 @@ fn both_ways_move_the_same_bytes_whatever_the_pieces() {
         gathered.collect::<Vec<u8>>()
     };
     let read = IoOp::Read { offset: 5 * PAGE + 512, buffers: &pieces };
-    assert_eq!(rig.memory.run(NO_FILE, Some(&rig.mapping), &read), Some(len));
+    assert_eq!(rig.run_by(NO_FILE, &read), len);
     assert_eq!(gather(), pattern[5 * 4096 + 512..][..7680]);
 
     pieces.iter().zip(1..).for_each(|(piece, byte)| piece.copy_from(&[byte; 4096]));
     let write = IoOp::Write { offset: 63 * PAGE + 1024, buffers: &pieces };
-    assert_eq!(rig.memory.run(NO_FILE, Some(&rig.mapping), &write), Some(len));
+    assert_eq!(rig.run_by(NO_FILE, &write), len);
     let mut found = vec![0; LEN];
     rig.file.read_exact_at(&mut found, 0).unwrap();
     let mut expected = pattern;
@@ -211,7 +267,7 @@ fn reading_holes_gives_the_file_no_memory() {
 fn discarded_pages_read_as_zeroes_and_take_no_memory() {
     let mut rig = Rig::filled();
     rig.learn_all();
-    // Half of its last page stays, and with it the page.
+    // Half of the last page stays in use, so the file keeps that page.
     rig.discard(4 * PAGE, 100 * PAGE + 2048);
     let kept = BYTES - 100 * PAGE;
     for _ in 0..2 {
@@ -266,12 +322,14 @@ fn a_file_opened_for_reading_is_only_read() {
     let read_only = File::open(path).unwrap();
     let mapping = MappedFile::new(&read_only, BYTES, false).unwrap();
     mapping.learn(0, BYTES);
-    let (mut memory, pages) = (MemoryFiles::new(), LocalPages::new(1));
+    let mut target = target(NO_FILE, Some(mapping));
+    let (mut memory, pages) = (MemoryFiles::new(Below::new()), LocalPages::new(1));
     let buffers = [pages.page(0)];
     let read = IoOp::Read { offset: 0, buffers: &buffers };
-    assert_eq!(memory.run(NO_FILE, Some(&mapping), &read), Some(4096));
+    assert_eq!(run(&mut memory, &target, &read), 4096);
     let write = IoOp::Write { offset: 0, buffers: &buffers };
-    assert_eq!(memory.run(read_only.as_raw_fd(), Some(&mapping), &write), Some(-libc::EBADF));
+    target.file.as_mut().unwrap().raw_fd = read_only.as_raw_fd();
+    assert_eq!(run(&mut memory, &target, &write), -libc::EBADF);
     assert_eq!(file.metadata().unwrap().len(), BYTES);
 }
 
@@ -281,11 +339,11 @@ fn writes_by_the_mapping_leave_their_time_when_it_ends() {
     rig.learn_all();
     rig.file.set_modified(std::time::UNIX_EPOCH).unwrap();
     assert_eq!(rig.write_by(NO_FILE, 0, 1), 4096);
-    drop(rig.mapping);
+    drop(rig.target);
     assert!(rig.file.metadata().unwrap().mtime() > 0);
 }
 
-/// The folder of a full tmpfs, for the process that has one.
+/// Names the folder of a full tmpfs to the child process that has it.
 const FULL: &str = "POLLDISK_TEST_FULL_TMPFS";
 
 #[test]
@@ -298,7 +356,7 @@ fn a_full_filesystem_is_an_error_of_the_write() {
             assert_eq!(rig.write(page * PAGE, 1), 4096);
         }
         rig.punch(0, PAGE);
-        // Somebody else takes what became free.
+        // Another program takes the page that became free.
         std::fs::write(Path::new(&folder).join("other"), [0; 4096]).unwrap();
         assert_eq!(rig.write(0, 2), -libc::ENOSPC);
         assert_eq!(rig.read(0), 4096);

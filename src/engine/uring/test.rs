@@ -22,7 +22,7 @@ fn finish(uring: &mut Uring) -> Vec<(u32, i32)> {
 }
 
 fn start(uring: &mut Uring, file: &File, operation: &IoOp<'_>, slot: u32) {
-    let submitted = uring.submit(file.as_raw_fd(), operation, Ticket::new(0, slot));
+    let submitted = uring.submit(&file.as_raw_fd(), operation, Ticket::new(0, slot), By::Worker);
     assert_eq!(submitted, Submitted::Started);
 }
 
@@ -43,7 +43,7 @@ fn scattered_pages_are_written_and_read_back() {
     for index in 0..4u8 {
         pages.page(index.into()).copy_from(&[index + 1; 4096]);
     }
-    // Backwards, and the last page only in part.
+    // Backwards, and only a part of the last page.
     let from = [pages.page(3), pages.page(1), pages.page(0).part(512, 1024).unwrap()];
     let write = IoOp::Write { offset: 8192, buffers: &from };
     start(&mut uring, &file, &write, 7);
@@ -68,11 +68,12 @@ fn an_error_comes_back_as_its_errno() {
     let misaligned = [pages.page(0).part(1, 512).unwrap()];
     let read = IoOp::Read { offset: 1, buffers: &misaligned };
     start(&mut uring, &file, &read, 0);
-    assert_eq!(uring.submit(-1, &IoOp::Flush, Ticket::new(0, 1)), Submitted::Started);
+    let flush = uring.submit(&-1, &IoOp::Flush, Ticket::new(0, 1), By::Worker);
+    assert_eq!(flush, Submitted::Started);
     assert_eq!(finish(&mut uring), [(0, -libc::EINVAL), (1, -libc::EBADF)]);
 }
 
-/// The kernel is entered in between, and its list of results runs over.
+/// The kernel has to be entered in between, and its list of completions overflows.
 #[test]
 fn more_operations_than_the_ring_has_room_for_are_all_taken_and_answered() {
     const OPERATIONS: u32 = limits::URING_COMPLETIONS + 100;
@@ -87,7 +88,7 @@ fn more_operations_than_the_ring_has_room_for_are_all_taken_and_answered() {
     assert_eq!(slots, (0..OPERATIONS).collect::<Vec<_>>());
 }
 
-/// How many operations wait for the next kick after each of `count` that are submitted.
+/// How many operations wait for the kick after each of `count` submissions.
 fn waiting_after_each(uring: &mut Uring, file: &File, count: u32) -> Vec<usize> {
     let each = |slot| {
         start(uring, file, &IoOp::Flush, slot);
@@ -109,7 +110,7 @@ fn storage_without_work_gets_it_at_once_and_with_work_at_the_kick() {
     }
 }
 
-/// Registers memory of our own; its buffers say so.
+/// Registers memory of our own, and returns buffers that carry the registration.
 fn register<'a>(
     uring: &mut Uring,
     memory: &'a LocalPages,
@@ -178,7 +179,7 @@ fn a_place_in_the_table_that_was_given_back_is_the_next_memorys() {
 }
 
 #[test]
-fn where_registering_is_refused_io_goes_on_without() {
+fn if_registering_is_refused_io_works_without_it() {
     let (_folder, file) = direct_file(4096);
     let mut uring = Uring::new().unwrap();
     let pages = LocalPages::new(1);
