@@ -26,7 +26,7 @@ use polldisk::sim::grants::SimGrants;
 use polldisk::sim::{SimXen, StandIn};
 use polldisk::units::{Bytes, DomId, QueueId};
 use polldisk::worker::{Progress, Setup, Worker};
-use polldisk::xen::shm::{GuestBuf, Registration};
+use polldisk::xen::shm::{GuestBuf, PAGE_BYTES, Registration};
 use polldisk::xen::{Grants, Platform, PlatformError};
 
 /// Passes until everything that can happen has happened.
@@ -90,6 +90,8 @@ pub enum Failure {
 pub struct Taken {
     pub ticket: Ticket,
     pub is_flush: bool,
+    /// How far its buffers begin behind the starts of their pages, or'ed together.
+    pub misaligned: usize,
     bytes: i32,
 }
 
@@ -123,12 +125,13 @@ impl Engine for Scripted {
         if script.room.is_some_and(|room| script.taken.len() >= room) {
             return Submitted::Full(ticket);
         }
-        let bytes = match operation {
-            IoOp::Read { buffers, .. } | IoOp::Write { buffers, .. } => {
-                buffers.iter().map(|buffer| buffer.len().cast_signed()).sum()
-            }
-            IoOp::Flush | IoOp::Discard { .. } => 0,
+        let buffers = match *operation {
+            IoOp::Read { buffers, .. } | IoOp::Write { buffers, .. } => buffers,
+            IoOp::Flush | IoOp::Discard { .. } => &[],
         };
+        let bytes = buffers.iter().map(|buffer| buffer.len().cast_signed()).sum();
+        let starts = buffers.iter().map(|buffer| buffer.address().addr().get() % PAGE_BYTES);
+        let misaligned = starts.fold(0, |all, start| all | start);
         if let Some(clock) = &script.clock {
             let is_slow = script.slow.contains(&ticket.queue());
             clock.fetch_add(if is_slow { SLOW_SUBMIT_NS } else { SUBMIT_NS }, Ordering::Relaxed);
@@ -138,7 +141,7 @@ impl Engine for Scripted {
             script.kick_ns += KICK_NS + script.kick_page_ns * pages;
         }
         let is_flush = matches!(operation, IoOp::Flush);
-        script.taken.push(Taken { ticket, is_flush, bytes });
+        script.taken.push(Taken { ticket, is_flush, misaligned, bytes });
         match operation {
             IoOp::Flush if script.parks_flushes => Submitted::Parked,
             _ => Submitted::Started,
@@ -169,7 +172,7 @@ impl Engine for Scripted {
                 taken.push(it);
             } else {
                 left -= 1;
-                let Taken { ticket, bytes, is_flush } = it;
+                let Taken { ticket, bytes, is_flush, .. } = it;
                 if is_flush && flushed.insert(ticket.queue()) {
                     *threads_ns += *flush_ns;
                 }
