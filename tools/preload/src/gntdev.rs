@@ -285,6 +285,7 @@ mod test {
 
     #[test]
     fn polldisk_gives_all_room_back_that_it_took() {
+        let _alone = lock(&mappings::TESTS);
         let stand_in = StandIn::start_temporary().unwrap();
         let domid = DomId::try_from(5).unwrap();
         let guest = stand_in.create_domain(domid, 4).unwrap();
@@ -304,6 +305,39 @@ mod test {
         assert_eq!((rooms(), guest.mapped_grants()), (1, 1));
         drop(grants);
         assert_eq!(guest.mapped_grants(), 0, "what is left mapped goes with the device");
+    }
+
+    #[test]
+    fn polldisk_maps_what_it_may_only_read_and_copies_all_that_it_may() {
+        let _alone = lock(&mappings::TESTS);
+        let stand_in = StandIn::start_temporary().unwrap();
+        let domid = DomId::try_from(5).unwrap();
+        let guest = stand_in.create_domain(domid, 4).unwrap();
+        let page = guest.alloc_pages(1).unwrap();
+        guest.page(page).copy_from(&[7; PAGE_BYTES]);
+        let readable = guest.grant(page, DomId::DOM0, PageAccess::ReadOnly).unwrap();
+        let (_device, mut grants) = opened(&stand_in);
+
+        grants.map(domid, &[readable], PageAccess::ReadWrite).unwrap_err();
+        let pages = grants.map(domid, &[readable], PageAccess::ReadOnly).unwrap();
+        let mut data = [0; 16];
+        pages.page(0).part(512, 16).unwrap().copy_to(&mut data);
+        assert_eq!(data, [7; 16]);
+
+        let mut local = [[0; 16]; 3];
+        let mut copies = local.each_mut().map(|local| GrantCopy {
+            gref: readable,
+            offset: 8,
+            len: 16,
+            local: local.as_mut_ptr(),
+            direction: CopyDirection::FromGuest,
+            status: abi::GNTST_OKAY,
+        });
+        copies[0].direction = CopyDirection::ToGuest;
+        copies[1].gref = GrantRef(u32::MAX);
+        grants.copy(domid, &mut copies).unwrap();
+        assert_eq!(copies.map(|copy| copy.status == abi::GNTST_OKAY), [false, false, true]);
+        assert_eq!(local, [[0; 16], [0; 16], [7; 16]]);
     }
 
     fn segment(flags: u16, offset: u16, len: u16) -> GntdevCopySegment {
