@@ -235,11 +235,7 @@ impl Opening<'_> {
                 .try_into()
                 .unwrap_or(4096),
             read_only,
-            // The parts of blocks at the ends of a discard stay, which for a secure one is wrong.
-            discard: shape.discard.map(|discard| Discard {
-                secure: discard.secure && emulation.is_none(),
-                ..discard
-            }),
+            discard: shape.discard_in_sectors(emulation.is_some()),
             emulation,
             warnings: self.warnings,
             raw_fd: file.as_raw_fd(),
@@ -448,6 +444,12 @@ struct Shape {
 }
 
 impl Shape {
+    /// What a guest may discard; `emulates`: it sees smaller sectors. Then the parts of blocks at the ends
+    /// of a discard stay, which for a secure one is wrong.
+    fn discard_in_sectors(&self, emulates: bool) -> Option<Discard> {
+        self.discard.map(|discard| Discard { secure: discard.secure && !emulates, ..discard })
+    }
+
     fn with_blocks_of(self, bytes: u32) -> Shape {
         let discard = self.discard.map(|discard| Discard {
             granularity_bytes: discard.granularity_bytes.max(bytes),
@@ -624,6 +626,28 @@ mod test {
         let wanted = OFlags::DIRECT | OFlags::NOATIME;
         let flags = rustix::fs::fcntl_getfl(&*image.device_handle().file).unwrap();
         assert_eq!(flags & wanted, wanted);
+    }
+
+    #[test]
+    fn nothing_can_be_discarded_of_what_may_only_be_read() {
+        let can_be = |read_only| image_of(4096, read_only).discard().is_some();
+        assert!(can_be(false), "its filesystem knows holes");
+        assert!(!can_be(true));
+    }
+
+    #[test]
+    fn parts_of_blocks_are_not_discarded_securely() {
+        let discard = Discard { granularity_bytes: 4096, alignment_bytes: 0, secure: true };
+        let shape = Shape {
+            size: 1 << 20,
+            sector_bytes: 4096,
+            physical_sector_bytes: 4096,
+            memory_alignment: 512,
+            discard: Some(discard),
+            is_device: true,
+        };
+        let secure = |emulates| shape.discard_in_sectors(emulates).map(|discard| discard.secure);
+        assert_eq!([false, true].map(secure), [Some(true), Some(false)]);
     }
 
     #[test]

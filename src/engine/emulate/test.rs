@@ -489,6 +489,35 @@ fn who_waits_for_another_workers_block_is_woken_when_it_is_given_back() {
 }
 
 #[test]
+fn a_block_that_is_given_back_just_after_it_was_found_taken_is_tried_again() {
+    let locks = BlockLocks::new(4096);
+    let pages = LocalPages::new(1);
+    let part = [pages.page(0).part(0, 512).unwrap()];
+    let own = |block| locks.try_own(block, Waker::noop());
+    // Whichever queue has the first turn, in one of the two it is the one that has to wait on.
+    for stays_taken in [0, 1] {
+        let (mut emulation, mut begun) = (emulation(), 0);
+        let mut held = [own(0), own(1)];
+        for queue in [0, 1] {
+            let write = IoOp::Write { offset: u64::from(queue) * 4096 + 512, buffers: &part };
+            let ticket = Ticket::new(queue, 0);
+            let submitted =
+                emulation.submit(&locks, &FILE, &write, ticket, |_, _, _| unreachable!());
+            assert_eq!(submitted, Submitted::Parked);
+        }
+        drop(held[1 - stays_taken].take());
+        while emulation.is_ready() {
+            emulation.complete(&mut Vec::new(), 0, |_, _, _| {
+                begun += 1;
+                drop(held[stays_taken].take());
+                Submitted::Started
+            });
+        }
+        assert_eq!((begun, emulation.held_back()), (2, 0));
+    }
+}
+
+#[test]
 fn a_short_read_shows_nothing_that_others_read() {
     let locks = BlockLocks::new(4096);
     let pages = LocalPages::new(2);
