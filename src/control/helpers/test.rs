@@ -113,6 +113,32 @@ fn what_is_dropped_is_closed_by_a_helper() {
 }
 
 #[test]
+fn who_wants_what_waits_to_be_closed_is_told_so_from_its_drop_on() {
+    let mut rig = Rig::new();
+    fs::create_dir(rig.folder.path().join("hung")).unwrap();
+    let disk = rig.image("hung/disk");
+    let target = format!("raw:{}", disk.display());
+    let access = |user: &str| Access { user: user.to_owned(), ..Access::default() };
+    rig.helpers.open(&target, access("one"), Asker::Admin, Instant::now()).unwrap();
+    let backing = rig.answer().result.unwrap();
+    let hung: Vec<_> = (0..limits::HELPERS_PER_FOLDER)
+        .map(|number| rig.image(&format!("hung/{number}")))
+        .collect();
+    let leases: Vec<_> = hung.iter().map(|path| Lease::on(path)).collect();
+    for path in &hung {
+        rig.open(path);
+    }
+
+    drop(backing);
+    let again = || target.parse::<Spec>().unwrap().open(&access("another"));
+    let refusal = again().unwrap_err().to_string();
+    assert!(refusal.contains("one is still closing it"), "{refusal}");
+    drop(leases);
+    rig.wait_closed();
+    again().unwrap();
+}
+
+#[test]
 fn a_device_is_a_place_of_its_own_and_a_mounted_folder_is_counted_as_both() {
     let shared = |one: &str, other: &str| {
         let [Places(one), Places(other)] = [one, other].map(|path| Places::of(Path::new(path)));
