@@ -5,11 +5,14 @@ use std::time::{Duration, Instant};
 use polldisk::blkif::features::Offer;
 use polldisk::control::{Config, Control, Ended, Progress};
 use polldisk::limits::OPEN_SECONDS;
-use polldisk::msg::{Command, QueueKey, Report, WorkerId, command_channel, report_channel};
+use polldisk::msg::{
+    Command, CommandReceiver, QueueKey, Report, ReportSender, WorkerId, command_channel,
+    report_channel,
+};
 
 use super::XVDA;
 use crate::opening::hung_file;
-use crate::rig::{Rig, until};
+use crate::rig::{Areas, Guest, Rig, StorePlatform, until};
 
 #[test]
 fn time_is_what_the_caller_says() {
@@ -39,47 +42,118 @@ fn time_is_what_the_caller_says() {
     drop(lease);
 }
 
-#[test]
-fn a_disk_is_connected_once_the_last_of_its_queues_is() {
-    const QUEUES: u32 = 3;
-    let rig = Rig::without_control();
-    let (reporter, reports) = report_channel().unwrap();
-    let (sender, worker) = command_channel(WorkerId(0)).unwrap();
-    let offer = Offer { queues: 4, ..Offer::default() };
-    let config = Config { offer, ..Config::default() };
-    let name = "a test".to_owned();
-    let mut control = Control::new(rig.platform(), &config, vec![sender], reports, name).unwrap();
-    let now = Instant::now();
-    let guest = rig.guest(5);
-    let areas = rig.toolstack_disk(5, XVDA, "null:1G");
-    until("the disk is offered", || {
-        control.poll_once(now);
-        rig.state(&areas.backend) == Some(2)
-    });
-    guest.set(&areas, "multi-queue-num-queues", &QUEUES.to_string());
-    for queue in 0..QUEUES {
-        for (node, value) in [("ring-ref", 8 + queue), ("event-channel", queue)] {
-            guest.set(&areas, &format!("queue-{queue}/{node}"), &value.to_string());
+/// How many queues the frontend of [`Stepped`] wants.
+const QUEUES: u32 = 3;
+
+/// A guest's drive with several queues, and a worker that says what the test has it say.
+struct Stepped {
+    rig: Rig,
+    control: Control<StorePlatform>,
+    worker: CommandReceiver,
+    reporter: ReportSender,
+    areas: Areas,
+    now: Instant,
+    _guest: Guest,
+}
+
+impl Stepped {
+    /// One whose frontend has published its rings.
+    fn published() -> Stepped {
+        let rig = Rig::without_control();
+        let (reporter, reports) = report_channel().unwrap();
+        let (sender, worker) = command_channel(WorkerId(0)).unwrap();
+        let config = Config { offer: Offer { queues: 4, ..Offer::default() }, ..Config::default() };
+        let (platform, name) = (rig.platform(), "a test".to_owned());
+        let control = Control::new(platform, &config, vec![sender], reports, name).unwrap();
+        let guest = rig.guest(5);
+        let nodes = [("params", "null:1G"), ("device-type", "cdrom"), ("removable", "1")];
+        let areas = rig.toolstack_disk_with(5, XVDA, &nodes);
+        let now = Instant::now();
+        let mut stepped = Stepped { rig, control, worker, reporter, areas, now, _guest: guest };
+        stepped.until("the disk is offered", |it| it.node("state") == "2");
+        // The event of its making may have a drive take its medium anew.
+        stepped.settle();
+        let Stepped { _guest: guest, areas, .. } = &stepped;
+        guest.set(areas, "multi-queue-num-queues", &QUEUES.to_string());
+        for queue in 0..QUEUES {
+            for (node, value) in [("ring-ref", 8 + queue), ("event-channel", queue)] {
+                guest.set(areas, &format!("queue-{queue}/{node}"), &value.to_string());
+            }
         }
+        guest.set_state(areas, 3);
+        stepped
     }
-    guest.set_state(&areas, 3);
-    let mut asked: Vec<QueueKey> = Vec::new();
-    until("all queues are to be connected", || {
-        control.poll_once(now);
-        asked.extend(worker.commands.try_iter().filter_map(|command| match command {
+
+    /// A node of the backend area.
+    fn node(&self, node: &str) -> String {
+        self.rig.node(&self.areas.backend, node).unwrap_or_default()
+    }
+
+    fn until(&mut self, what: &str, mut so: impl FnMut(&Stepped) -> bool) {
+        until(what, || {
+            self.control.poll_once(self.now);
+            so(self)
+        });
+    }
+
+    /// All that follows from what has happened.
+    fn settle(&mut self) {
+        while self.control.poll_once(self.now) == Progress::Worked {}
+    }
+
+    /// The worker is asked something of every queue, and says so of one after the other, in no order of
+    /// theirs; before the last one has its answer `node` is to hold `before`.
+    fn answer_each(
+        &mut self,
+        asked: impl Fn(&Command) -> Option<QueueKey>,
+        answer: impl Fn(QueueKey) -> Report,
+        (node, before): (&str, &str),
+    ) {
+        let mut queues = Vec::new();
+        self.until("all queues are asked", |it| {
+            queues.extend(it.worker.commands.try_iter().filter_map(|command| asked(&command)));
+            queues.len() == QUEUES as usize
+        });
+        queues.rotate_left(1);
+        for queue in queues {
+            self.settle();
+            assert_eq!(self.node(node), before, "{queue:?} has not answered yet");
+            self.reporter.send(answer(queue));
+        }
+        self.settle();
+    }
+
+    fn connect(&mut self) {
+        let asked = |command: &Command| match command {
             Command::Connect(connect) => Some(connect.key),
             _ => None,
-        }));
-        asked.len() == QUEUES as usize
-    });
-
-    // In no order of theirs.
-    asked.rotate_left(1);
-    for key in asked {
-        while control.poll_once(now) == Progress::Worked {}
-        assert_eq!(rig.state(&areas.backend), Some(2), "{key:?} is not connected yet");
-        reporter.send(Report::Connected(key));
+        };
+        self.answer_each(asked, Report::Connected, ("state", "2"));
     }
-    while control.poll_once(now) == Progress::Worked {}
-    assert_eq!(rig.state(&areas.backend), Some(4));
+
+    fn replace(&mut self, before: &str) {
+        let asked = |command: &Command| match command {
+            Command::ReplaceImage(replace) => Some(replace.key),
+            _ => None,
+        };
+        self.answer_each(asked, Report::ImageReplaced, ("sectors", before));
+    }
+}
+
+#[test]
+fn a_disk_is_connected_once_the_last_of_its_queues_is() {
+    let mut stepped = Stepped::published();
+    stepped.connect();
+    assert_eq!(stepped.node("state"), "4");
+}
+
+#[test]
+fn a_drive_has_another_medium_once_the_last_of_its_queues_has() {
+    let mut stepped = Stepped::published();
+    stepped.connect();
+    stepped.rig.toolstack_sets_medium(&stepped.areas, "null:2G");
+    stepped.replace("2097152");
+    assert_eq!(stepped.node("sectors"), "0", "it is ejected first");
+    stepped.replace("0");
+    assert_eq!(stepped.node("sectors"), "4194304");
 }

@@ -88,6 +88,8 @@ fn storage_that_hangs_keeps_a_few_threads_and_leaves_the_others_to_everybody_els
 
     // Those that nobody waits for any more, and that have not begun, never do.
     asked[limits::HELPERS_PER_FOLDER..].iter().for_each(|id| rig.helpers.abandon(*id));
+    let waits_to_open = |job: &Job| matches!(job.task, Task::Open { .. });
+    assert!(!rig.helpers.pool.state().waiting.iter().any(waits_to_open));
     drop(leases);
     let mut answered: Vec<_> = (0..limits::HELPERS_PER_FOLDER).map(|_| rig.answer().id).collect();
     answered.sort();
