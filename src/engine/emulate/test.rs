@@ -489,6 +489,24 @@ fn who_waits_for_another_workers_block_is_woken_when_it_is_given_back() {
 }
 
 #[test]
+fn a_discard_and_a_write_of_a_part_of_its_block_wait_for_each_other() {
+    let locks = BlockLocks::new(4096);
+    let pages = LocalPages::new(1);
+    let part = [pages.page(0).part(0, 512).unwrap()];
+    let write = IoOp::Write { offset: 4096 + 512, buffers: &part };
+    let discard = IoOp::Discard { offset: 0, len: 3 * 4096, secure: false };
+    for operations in [[&write, &discard], [&discard, &write]] {
+        let (mut emulation, mut taken) = (emulation(), Vec::new());
+        for (queue, operation) in (0..).zip(operations) {
+            let ticket = Ticket::new(queue, 0);
+            let submitted =
+                emulation.submit(&locks, &FILE, operation, ticket, all_taken(&mut taken));
+            assert_eq!(submitted == Submitted::Parked, queue == 1, "{operation:?}");
+        }
+    }
+}
+
+#[test]
 fn a_block_that_is_given_back_just_after_it_was_found_taken_is_tried_again() {
     let locks = BlockLocks::new(4096);
     let pages = LocalPages::new(1);
