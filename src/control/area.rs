@@ -464,4 +464,35 @@ mod test {
         assert!(written(Hotplug::None) && !written(Hotplug::Ours) && !written(Hotplug::Foreign));
         assert!(shape(0, &geometry).contains(&(keys::SECTORS, (1 << 21).to_string())));
     }
+
+    #[test]
+    fn what_is_meant_for_an_area_lands_in_no_other_and_on_no_other_state() {
+        use crate::sim::store::{Quota, StoreServer};
+        use crate::xen::store::StoreClient;
+        use XenbusState::{Closing, InitWait, Initialising};
+        let folder = tempfile::tempdir().unwrap();
+        let server = StoreServer::start(&folder.path().join("store"), Quota::default()).unwrap();
+        let store = StoreClient::connect_unix(server.socket()).unwrap();
+        let take_on = |mark: &str| {
+            let taken = Area::take_on(&store, "/area".to_owned(), mark.to_owned(), |_| true);
+            taken.unwrap().unwrap().0
+        };
+        let read = |node| store.read(&format!("/area/{node}")).ok().map(String::from);
+        let nodes = [("node", "1".to_owned())];
+        let switch = |area: &Area, states| area.switch_state(&store, states, &nodes, None).unwrap();
+        store.write("/area/state", "1").unwrap();
+        let area = take_on("first");
+
+        store.write("/area/state", "5").unwrap();
+        assert_eq!(switch(&area, [Initialising, InitWait]), Written::Overtaken);
+        assert_eq!((read("state").as_deref(), read("node")), (Some("5"), None));
+
+        let next = take_on("second");
+        assert_eq!(switch(&area, [Closing, InitWait]), Written::Gone);
+        assert_eq!(area.write(&store, &nodes).unwrap(), Written::Gone);
+        assert_eq!(area.standing(&store).unwrap(), None);
+        assert_eq!((read("state").as_deref(), read("node")), (Some("5"), None));
+        assert_eq!(switch(&next, [Closing, InitWait]), Written::Done);
+        assert_eq!((read("state").as_deref(), read("node").as_deref()), (Some("2"), Some("1")));
+    }
 }
