@@ -466,6 +466,17 @@ mod test {
     }
 
     #[test]
+    fn an_error_line_is_no_longer_than_fits_and_ends_with_a_whole_character() {
+        for text in ["u".repeat(2 * limits::ERROR_TEXT_MAX), "ü".repeat(limits::ERROR_TEXT_MAX)] {
+            let line = error_line(&Failure { errno: 22, text: text.clone() });
+            assert!(
+                line.len() == limits::ERROR_TEXT_MAX || line.len() == limits::ERROR_TEXT_MAX - 1
+            );
+            assert!(text.starts_with(line.strip_prefix("22 ").unwrap()));
+        }
+    }
+
+    #[test]
     fn what_is_meant_for_an_area_lands_in_no_other_and_on_no_other_state() {
         use crate::sim::store::{Quota, StoreServer};
         use crate::xen::store::StoreClient;
