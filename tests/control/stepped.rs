@@ -4,11 +4,13 @@ use std::time::{Duration, Instant};
 
 use polldisk::blkif::features::Offer;
 use polldisk::control::{Config, Control, Ended, Progress};
-use polldisk::limits::OPEN_SECONDS;
+use polldisk::limits::{OPEN_SECONDS, STORE_RETRY_SECONDS};
 use polldisk::msg::{
     Command, CommandReceiver, QueueKey, Report, ReportSender, WorkerId, command_channel,
     report_channel,
 };
+use polldisk::xen::store::StoreClient;
+use xenstore_rs::Xs;
 
 use super::XVDA;
 use crate::opening::hung_file;
@@ -53,7 +55,7 @@ struct Stepped {
     reporter: ReportSender,
     areas: Areas,
     now: Instant,
-    _guest: Guest,
+    guest: Guest,
 }
 
 impl Stepped {
@@ -69,11 +71,11 @@ impl Stepped {
         let nodes = [("params", "null:1G"), ("device-type", "cdrom"), ("removable", "1")];
         let areas = rig.toolstack_disk_with(5, XVDA, &nodes);
         let now = Instant::now();
-        let mut stepped = Stepped { rig, control, worker, reporter, areas, now, _guest: guest };
+        let mut stepped = Stepped { rig, control, worker, reporter, areas, now, guest };
         stepped.until("the disk is offered", |it| it.node("state") == "2");
         // The event of its making may have a drive take its medium anew.
         stepped.settle();
-        let Stepped { _guest: guest, areas, .. } = &stepped;
+        let Stepped { guest, areas, .. } = &stepped;
         guest.set(areas, "multi-queue-num-queues", &QUEUES.to_string());
         for queue in 0..QUEUES {
             for (node, value) in [("ring-ref", 8 + queue), ("event-channel", queue)] {
@@ -93,6 +95,13 @@ impl Stepped {
         until(what, || {
             self.control.poll_once(self.now);
             so(self)
+        });
+    }
+
+    fn until_lost(&mut self) {
+        until("the connection to xenstored is lost", || {
+            self.control.poll_once(self.now);
+            self.control.store_fd().is_none()
         });
     }
 
@@ -156,4 +165,35 @@ fn a_drive_has_another_medium_once_the_last_of_its_queues_has() {
     assert_eq!(stepped.node("sectors"), "0", "it is ejected first");
     stepped.replace("0");
     assert_eq!(stepped.node("sectors"), "4194304");
+}
+
+/// A node with all below it, and what they hold.
+fn copy_of(store: &StoreClient, path: &str, nodes: &mut Vec<(String, Box<str>)>) {
+    nodes.push((path.to_owned(), store.read(path).unwrap()));
+    for name in store.directory(path).unwrap() {
+        copy_of(store, &format!("{path}/{name}"), nodes);
+    }
+}
+
+#[test]
+fn a_frontend_is_watched_again_once_xenstored_has_come_back() {
+    let mut stepped = Stepped::published();
+    stepped.connect();
+    let mut nodes = Vec::new();
+    for area in [&stepped.areas.backend, &stepped.areas.frontend] {
+        copy_of(&stepped.rig.dom0, area, &mut nodes);
+    }
+    stepped.rig.kill_server();
+    stepped.until_lost();
+    stepped.rig.restart_server();
+    stepped.guest = stepped.rig.guest(5);
+    for (path, value) in nodes {
+        stepped.rig.dom0.write(&path, &value).unwrap();
+    }
+    stepped.now += Duration::from_secs(STORE_RETRY_SECONDS);
+    stepped.settle();
+    assert!(stepped.control.store_fd().is_some());
+    assert_eq!(stepped.node("state"), "4", "it is served all the time");
+    stepped.rig.dom0.write(&format!("{}/state", stepped.areas.frontend), "5").unwrap();
+    stepped.until("the frontend is heard", |it| it.node("state") == "5");
 }
