@@ -279,6 +279,23 @@ mod test {
     }
 
     #[test]
+    fn a_write_by_the_mapping_is_seen_in_the_files_time_of_modification() {
+        use std::time::SystemTime;
+        let file = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.set_len(4096).unwrap();
+        for writes in [false, true] {
+            let mapped = MappedFile::new(&file, 4096, true).unwrap();
+            mapped.wrote(0, 4096);
+            file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+            let place = if writes { mapped.place_to_write(0, 512) } else { mapped.place(0, 512) };
+            assert!(place.is_some());
+            drop(mapped);
+            let modified = file.metadata().unwrap().modified().unwrap();
+            assert_eq!(modified > SystemTime::UNIX_EPOCH, writes);
+        }
+    }
+
+    #[test]
     fn only_what_is_allocated_is_learnt() {
         use std::os::unix::fs::{FileExt, MetadataExt};
         let file = tempfile::tempfile_in("/dev/shm").unwrap();

@@ -116,7 +116,8 @@ impl Image {
     pub fn memory_alignment(&self) -> u16 {
         match self {
             Image::Raw(image) => image.memory_alignment(),
-            Image::Null(_) | Image::Empty => 1,
+            Image::Null(image) => image.memory_alignment(),
+            Image::Empty => 1,
         }
     }
 

@@ -11,12 +11,23 @@ use crate::units::Bytes;
 pub struct NullImage {
     size: Bytes,
     read_zeroes: bool,
+    memory_alignment: u16,
 }
 
 impl NullImage {
     /// A disk of `size` bytes, a multiple of 512.
     pub fn new(size: Bytes, read_zeroes: bool) -> Self {
-        NullImage { size, read_zeroes }
+        NullImage { size, read_zeroes, memory_alignment: 1 }
+    }
+
+    /// The same, as if it were storage that takes only buffers of this alignment, a power of two.
+    pub fn with_memory_alignment(self, memory_alignment: u16) -> Self {
+        NullImage { memory_alignment, ..self }
+    }
+
+    /// What buffer addresses must be a multiple of.
+    pub fn memory_alignment(&self) -> u16 {
+        self.memory_alignment
     }
 
     /// Whether reads fill the buffer with zeroes.

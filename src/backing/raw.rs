@@ -158,10 +158,7 @@ impl Opening<'_> {
             always_waits: lies_on == Some(libc::FUSE_SUPER_MAGIC),
         };
         let tail = tail_file.as_ref().map(|file| tail(file, geometry.size, &open_file));
-        // Parts of blocks at the ends of a discard keep their data, which a secure one must not do.
-        let discard = shape
-            .discard
-            .map(|discard| Discard { secure: discard.secure && emulation.is_none(), ..discard });
+        let discard = shape.discard_in_sectors(emulation.is_some());
         let blocks = EmulationTarget { locks: emulation, tail, below: open_file };
         let image = RawImage {
             target: MemoryTarget { file: memory_file, below: blocks },
@@ -390,6 +387,12 @@ struct Shape {
 }
 
 impl Shape {
+    /// What a guest may discard; `emulates`: it sees smaller sectors. Then the parts of blocks at the ends
+    /// of a discard stay, which for a secure one is wrong.
+    fn discard_in_sectors(&self, emulates: bool) -> Option<Discard> {
+        self.discard.map(|discard| Discard { secure: discard.secure && !emulates, ..discard })
+    }
+
     fn with_blocks_of(self, bytes: u32) -> Shape {
         let discard = self.discard.map(|discard| Discard {
             granularity_bytes: discard.granularity_bytes.max(bytes),
@@ -542,11 +545,15 @@ mod test {
     }
 
     /// A file of this size, which is deleted with its folder but stays open.
-    fn image_of(len: u64, read_only: bool) -> RawImage {
+    fn opened(len: u64, read_only: bool) -> OpenedRaw {
         let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = folder.path().join("disk.img");
         File::create(&path).unwrap().set_len(len).unwrap();
-        open(&path, read_only).unwrap().image
+        open(&path, read_only).unwrap()
+    }
+
+    fn image_of(len: u64, read_only: bool) -> RawImage {
+        opened(len, read_only).image
     }
 
     #[test]
@@ -566,6 +573,28 @@ mod test {
         let wanted = OFlags::DIRECT | OFlags::NOATIME;
         let flags = rustix::fs::fcntl_getfl(&*image.file.file).unwrap();
         assert_eq!(flags & wanted, wanted);
+    }
+
+    #[test]
+    fn nothing_can_be_discarded_of_what_may_only_be_read() {
+        let can_be = |read_only| opened(4096, read_only).discard.is_some();
+        assert!(can_be(false), "its filesystem knows holes");
+        assert!(!can_be(true));
+    }
+
+    #[test]
+    fn parts_of_blocks_are_not_discarded_securely() {
+        let discard = Discard { granularity_bytes: 4096, alignment_bytes: 0, secure: true };
+        let shape = Shape {
+            size: 1 << 20,
+            sector_bytes: 4096,
+            physical_sector_bytes: 4096,
+            memory_alignment: 512,
+            discard: Some(discard),
+            is_device: true,
+        };
+        let secure = |emulates| shape.discard_in_sectors(emulates).map(|discard| discard.secure);
+        assert_eq!([false, true].map(secure), [Some(true), Some(false)]);
     }
 
     #[test]

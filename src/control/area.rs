@@ -462,4 +462,46 @@ mod test {
         assert!(written(Hotplug::None) && !written(Hotplug::Ours) && !written(Hotplug::Foreign));
         assert!(shape(0, &geometry).contains(&(keys::SECTORS, (1 << 21).to_string())));
     }
+
+    #[test]
+    fn an_error_line_is_no_longer_than_fits_and_ends_with_a_whole_character() {
+        for text in ["u".repeat(2 * limits::ERROR_TEXT_MAX), "ü".repeat(limits::ERROR_TEXT_MAX)] {
+            let line = error_line(&Failure { errno: 22, text: text.clone() });
+            assert!(
+                line.len() == limits::ERROR_TEXT_MAX || line.len() == limits::ERROR_TEXT_MAX - 1
+            );
+            assert!(text.starts_with(line.strip_prefix("22 ").unwrap()));
+        }
+    }
+
+    #[test]
+    fn what_is_meant_for_an_area_lands_in_no_other_and_on_no_other_state() {
+        use crate::sim::store::{Quota, StoreServer};
+        use crate::xen::store::StoreClient;
+        use XenbusState::{Closing, InitWait, Initialising};
+        let folder = tempfile::tempdir().unwrap();
+        let server = StoreServer::start(&folder.path().join("store"), Quota::default()).unwrap();
+        let store = StoreClient::connect_unix(server.socket()).unwrap();
+        let take_on = |mark: &str| {
+            let taken = Area::take_on(&store, "/area".to_owned(), mark.to_owned(), |_| true);
+            taken.unwrap().unwrap().0
+        };
+        let read = |node| store.read(&format!("/area/{node}")).ok().map(String::from);
+        let nodes = [("node", "1".to_owned())];
+        let switch = |area: &Area, states| area.switch_state(&store, states, &nodes, None).unwrap();
+        store.write("/area/state", "1").unwrap();
+        let area = take_on("first");
+
+        store.write("/area/state", "5").unwrap();
+        assert_eq!(switch(&area, [Initialising, InitWait]), Written::Overtaken);
+        assert_eq!((read("state").as_deref(), read("node")), (Some("5"), None));
+
+        let next = take_on("second");
+        assert_eq!(switch(&area, [Closing, InitWait]), Written::Gone);
+        assert_eq!(area.write(&store, &nodes).unwrap(), Written::Gone);
+        assert_eq!(area.standing(&store).unwrap(), None);
+        assert_eq!((read("state").as_deref(), read("node")), (Some("5"), None));
+        assert_eq!(switch(&next, [Closing, InitWait]), Written::Done);
+        assert_eq!((read("state").as_deref(), read("node").as_deref()), (Some("2"), Some("1")));
+    }
 }

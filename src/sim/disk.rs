@@ -13,7 +13,7 @@ use super::random::Random;
 use crate::backing::Image;
 use crate::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
 use crate::park::Doorbell;
-use crate::xen::shm::{GuestBuf, Registration};
+use crate::xen::shm::{GuestBuf, PAGE_BYTES, Registration};
 
 /// Time that it takes to submit an operation, if there is a clock.
 const SUBMIT_NS: u64 = 300;
@@ -89,6 +89,8 @@ pub struct Taken {
     pub ticket: Ticket,
     /// It is a flush.
     pub is_flush: bool,
+    /// How far its buffers begin behind the starts of their pages, or'ed together.
+    pub misaligned: usize,
     bytes: i32,
     transfer: Option<Transfer>,
 }
@@ -177,19 +179,20 @@ impl Engine for ScriptedDisk {
 
 impl Script {
     fn take(&mut self, operation: &IoOp<'_>, ticket: Ticket) -> Submitted {
-        let bytes = match operation {
-            IoOp::Read { buffers, .. } | IoOp::Write { buffers, .. } => {
-                buffers.iter().map(|buffer| buffer.len().cast_signed()).sum()
-            }
-            IoOp::Flush | IoOp::Discard { .. } => 0,
+        let buffers = match *operation {
+            IoOp::Read { buffers, .. } | IoOp::Write { buffers, .. } => buffers,
+            IoOp::Flush | IoOp::Discard { .. } => &[],
         };
+        let bytes = buffers.iter().map(|buffer| buffer.len().cast_signed()).sum();
+        let starts = buffers.iter().map(|buffer| buffer.address().addr().get() % PAGE_BYTES);
+        let misaligned = starts.fold(0, |all, start| all | start);
         if let Some(trace) = &mut self.trace {
             trace.push(in_words(operation, &ticket, bytes));
         }
         self.pass_time(&ticket, bytes);
         let is_flush = matches!(operation, IoOp::Flush);
         let transfer = self.contents.is_some().then(|| Transfer::of(operation)).flatten();
-        self.taken.push(Taken { ticket, is_flush, bytes, transfer });
+        self.taken.push(Taken { ticket, is_flush, misaligned, bytes, transfer });
         match operation {
             IoOp::Flush if self.parks_flushes => Submitted::Parked,
             _ => Submitted::Started,

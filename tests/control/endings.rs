@@ -2,9 +2,10 @@
 
 use polldisk::control::Ended;
 use polldisk::control::admin::protocol::{Detach, Request};
+use polldisk::xen::Store;
 use xenstore_rs::Xs;
 
-use super::{XVDA, XVDB};
+use super::{XVDA, XVDB, connected};
 use crate::rig::{Areas, Rig, open_files_of, until, xvd};
 
 /// Control answers, and nothing of the disk is left.
@@ -243,4 +244,31 @@ fn a_daemon_that_ends_in_order_says_so() {
     let (_guest, _areas) = super::connected(&rig, 5);
     rig.ring_stop();
     assert_eq!(rig.join(), Ended::Drained);
+}
+
+#[test]
+fn a_connection_that_has_ended_leaves_its_workers_as_free_as_before() {
+    let rig = Rig::start();
+    let (guest, areas) = connected(&rig, 5);
+    for _ in 0..3 {
+        assert_eq!(rig.list()[0].workers, [0], "the first of those without queues");
+        guest.close(&rig, &areas);
+        guest.set_state(&areas, 1);
+        guest.connect(&rig, &areas);
+    }
+}
+
+#[test]
+fn a_frontend_that_says_connected_with_another_ring_is_served_on_that() {
+    let rig = Rig::start();
+    let (guest, areas) = connected(&rig, 5);
+    // As if it had closed and begun anew while nobody looked.
+    let anew = [("ring-ref", "78"), ("state", "4")];
+    let written = guest.store.atomically(|span| {
+        let mut nodes = anew.iter();
+        nodes.try_for_each(|(node, value)| span.write(&format!("{}/{node}", areas.frontend), value))
+    });
+    written.unwrap();
+    until("it is connected anew", || rig.plane().connects == 2 && rig.served(5) == 1);
+    assert_eq!(rig.plane().disconnects, 1);
 }

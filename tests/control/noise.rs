@@ -92,6 +92,33 @@ fn full_storage_is_a_state_until_writes_succeed_again() {
 }
 
 #[test]
+fn what_storage_failed_is_forgotten_with_the_connection_that_it_failed_for() {
+    let rig = Rig::start();
+    let (guest, areas) = connected(&rig, 65);
+    let (_other, _) = connected(&rig, 66);
+    let fail = |queue| {
+        rig.worker_reports.send(Report::StorageFailed(queue, failure(libc::ENOSPC, 1)));
+    };
+    let is_full = |domid| {
+        let disks = rig.list();
+        let disk = disks.iter().find(|disk| disk.domid == domid).unwrap();
+        disk.failure.contains("no space is left")
+    };
+    let ended = rig.queue_of(65);
+    fail(ended);
+    until("it is told", || is_full(65));
+    guest.close(&rig, &areas);
+    guest.set_state(&areas, 1);
+    guest.connect(&rig, &areas);
+    assert!(!is_full(65));
+    // A worker may have had more to say of it.
+    fail(ended);
+    fail(rig.queue_of(66));
+    until("what came after it is told", || is_full(66));
+    assert!(!is_full(65));
+}
+
+#[test]
 fn a_guest_that_rewrites_its_state_makes_few_requests_of_xenstore() {
     let rig = Rig::start();
     let (guest, areas) = connected(&rig, 74);

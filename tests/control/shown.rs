@@ -3,7 +3,7 @@
 use std::process::{Command, Output};
 
 use super::rig::Rig;
-use super::{XVDA, XVDB};
+use super::{XVDA, XVDB, connected};
 
 fn polldisk(rig: &Rig, arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_polldisk"))
@@ -56,4 +56,14 @@ fn no_name_and_no_failure_breaks_a_table_or_a_terminal() {
     let said = String::from_utf8(polldisk(&rig, &attach).stderr).unwrap();
     assert!(said.contains("raw:/no\\nsuch") && said.lines().count() == 1, "{said:?}");
     assert!(!said.contains('\u{1b}'), "{said:?}");
+}
+
+#[test]
+fn each_list_asks_for_the_latencies_since_the_last() {
+    let rig = Rig::start();
+    let (_guest, _areas) = connected(&rig, 5);
+    for lists in 1..4 {
+        let told = rig.list()[0].latency.iter().map(|(_, count)| count).sum::<u64>();
+        assert_eq!(told, lists, "the worker has one more each time");
+    }
 }

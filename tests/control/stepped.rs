@@ -2,13 +2,19 @@
 
 use std::time::{Duration, Instant};
 
+use polldisk::blkif::features::Offer;
 use polldisk::control::{Config, Control, Ended, Progress};
-use polldisk::limits::OPEN_SECONDS;
-use polldisk::msg::report_channel;
+use polldisk::limits::{OPEN_SECONDS, STORE_RETRY_SECONDS};
+use polldisk::msg::{
+    Command, CommandReceiver, QueueKey, Report, ReportSender, WorkerId, command_channel,
+    report_channel,
+};
+use polldisk::xen::store::StoreClient;
+use xenstore_rs::Xs;
 
 use super::XVDA;
 use crate::opening::hung_file;
-use crate::rig::{Rig, until};
+use crate::rig::{Areas, Guest, Rig, StorePlatform, until};
 
 #[test]
 fn time_is_what_the_caller_says() {
@@ -36,4 +42,158 @@ fn time_is_what_the_caller_says() {
     control.end(due);
     assert_eq!(control.poll_once(due), Progress::Ended(Ended::Drained));
     drop(lease);
+}
+
+/// How many queues the frontend of [`Stepped`] wants.
+const QUEUES: u32 = 3;
+
+/// A guest's drive with several queues, and a worker that says what the test has it say.
+struct Stepped {
+    rig: Rig,
+    control: Control<StorePlatform>,
+    worker: CommandReceiver,
+    reporter: ReportSender,
+    areas: Areas,
+    now: Instant,
+    guest: Guest,
+}
+
+impl Stepped {
+    /// One whose frontend has published its rings.
+    fn published() -> Stepped {
+        let rig = Rig::without_control();
+        let (reporter, reports) = report_channel().unwrap();
+        let (sender, worker) = command_channel(WorkerId(0)).unwrap();
+        let config = Config { offer: Offer { queues: 4, ..Offer::default() }, ..Config::default() };
+        let (platform, name) = (rig.platform(), "a test".to_owned());
+        let control = Control::new(platform, &config, vec![sender], reports, name).unwrap();
+        let guest = rig.guest(5);
+        let nodes = [("params", "null:1G"), ("device-type", "cdrom"), ("removable", "1")];
+        let areas = rig.toolstack_disk_with(5, XVDA, &nodes);
+        let now = Instant::now();
+        let mut stepped = Stepped { rig, control, worker, reporter, areas, now, guest };
+        stepped.until("the disk is offered", |it| it.node("state") == "2");
+        // The event of its making may have a drive take its medium anew.
+        stepped.settle();
+        let Stepped { guest, areas, .. } = &stepped;
+        guest.set(areas, "multi-queue-num-queues", &QUEUES.to_string());
+        for queue in 0..QUEUES {
+            for (node, value) in [("ring-ref", 8 + queue), ("event-channel", queue)] {
+                guest.set(areas, &format!("queue-{queue}/{node}"), &value.to_string());
+            }
+        }
+        guest.set_state(areas, 3);
+        stepped
+    }
+
+    /// A node of the backend area.
+    fn node(&self, node: &str) -> String {
+        self.rig.node(&self.areas.backend, node).unwrap_or_default()
+    }
+
+    fn until(&mut self, what: &str, mut so: impl FnMut(&Stepped) -> bool) {
+        until(what, || {
+            self.control.poll_once(self.now);
+            so(self)
+        });
+    }
+
+    fn until_lost(&mut self) {
+        until("the connection to xenstored is lost", || {
+            self.control.poll_once(self.now);
+            self.control.store_fd().is_none()
+        });
+    }
+
+    /// All that follows from what has happened.
+    fn settle(&mut self) {
+        while self.control.poll_once(self.now) == Progress::Worked {}
+    }
+
+    /// The worker is asked something of every queue, and says so of one after the other, in no order of
+    /// theirs; before the last one has its answer `node` is to hold `before`.
+    fn answer_each(
+        &mut self,
+        asked: impl Fn(&Command) -> Option<QueueKey>,
+        answer: impl Fn(QueueKey) -> Report,
+        (node, before): (&str, &str),
+    ) {
+        let mut queues = Vec::new();
+        self.until("all queues are asked", |it| {
+            queues.extend(it.worker.commands.try_iter().filter_map(|command| asked(&command)));
+            queues.len() == QUEUES as usize
+        });
+        queues.rotate_left(1);
+        for queue in queues {
+            self.settle();
+            assert_eq!(self.node(node), before, "{queue:?} has not answered yet");
+            self.reporter.send(answer(queue));
+        }
+        self.settle();
+    }
+
+    fn connect(&mut self) {
+        let asked = |command: &Command| match command {
+            Command::Connect(connect) => Some(connect.key),
+            _ => None,
+        };
+        self.answer_each(asked, Report::Connected, ("state", "2"));
+    }
+
+    fn replace(&mut self, before: &str) {
+        let asked = |command: &Command| match command {
+            Command::ReplaceImage(replace) => Some(replace.key),
+            _ => None,
+        };
+        self.answer_each(asked, Report::ImageReplaced, ("sectors", before));
+    }
+}
+
+#[test]
+fn a_disk_is_connected_once_the_last_of_its_queues_is() {
+    let mut stepped = Stepped::published();
+    stepped.connect();
+    assert_eq!(stepped.node("state"), "4");
+}
+
+#[test]
+fn a_drive_has_another_medium_once_the_last_of_its_queues_has() {
+    let mut stepped = Stepped::published();
+    stepped.connect();
+    stepped.rig.toolstack_sets_medium(&stepped.areas, "null:2G");
+    stepped.replace("2097152");
+    assert_eq!(stepped.node("sectors"), "0", "it is ejected first");
+    stepped.replace("0");
+    assert_eq!(stepped.node("sectors"), "4194304");
+}
+
+/// A node with all below it, and what they hold.
+fn copy_of(store: &StoreClient, path: &str, nodes: &mut Vec<(String, Box<str>)>) {
+    nodes.push((path.to_owned(), store.read(path).unwrap()));
+    for name in store.directory(path).unwrap() {
+        copy_of(store, &format!("{path}/{name}"), nodes);
+    }
+}
+
+#[test]
+fn a_frontend_is_watched_again_once_xenstored_has_come_back() {
+    let mut stepped = Stepped::published();
+    stepped.connect();
+    let mut nodes = Vec::new();
+    for area in [&stepped.areas.backend, &stepped.areas.frontend] {
+        copy_of(&stepped.rig.dom0, area, &mut nodes);
+    }
+    stepped.rig.kill_server();
+    stepped.until_lost();
+    stepped.rig.restart_server();
+    stepped.guest = stepped.rig.guest(5);
+    for (path, value) in nodes {
+        stepped.rig.dom0.write(&path, &value).unwrap();
+    }
+    stepped.now += Duration::from_secs(STORE_RETRY_SECONDS);
+    stepped.settle();
+    assert!(stepped.control.store_fd().is_some());
+    assert_eq!(stepped.node("state"), "4", "it is served all the time");
+    stepped.rig.dom0.write(&format!("{}/state", stepped.areas.frontend), "5").unwrap();
+    stepped.until("the frontend is heard", |it| it.node("state") == "5");
 }

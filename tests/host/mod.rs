@@ -109,7 +109,18 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
+        let name = self.path.file_name().unwrap_or_default();
+        let below = Path::new("/sys/block").join(name).join("loop/backing_file");
+        let below = || std::fs::read_to_string(&below).ok();
+        let before = below();
         let _ = Command::new("losetup").arg("-d").arg(&self.path).status();
+        // While another test looks what it is over, the kernel keeps it until that test has closed it.
+        for _ in 0..100 {
+            if before.is_none() || below() != before {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 

@@ -5,6 +5,7 @@
 //! `POLLDISK_PROTOCOL_SEED=<seed>` plays only that connection. `POLLDISK_PROTOCOL_CASES=<number>`
 //! makes a run longer.
 
+mod alignment;
 mod alone;
 mod budget;
 mod chaos;

@@ -57,6 +57,21 @@ fn a_discard_beyond_the_disk_or_of_nothing_fails_alone() {
 }
 
 #[test]
+fn a_secure_discard_where_none_is_offered_is_refused_and_discards_nothing() {
+    let rig = Rig::start();
+    let path = rig.image("full.img");
+    std::fs::write(&path, vec![0x55; 1 << 20]).unwrap();
+    let guest = rig.guest(1, &raw(&path));
+    let mut device = guest.connect(Options::default());
+    let offered = guest.xenbus.store().read(&guest.xenbus.theirs("discard-secure")).unwrap();
+    assert_eq!(&*offered, "0");
+    let secure = RawDiscard { flag: 1, handle: 0, id: 0, sector: 0, nr_sectors: 8 };
+    assert_eq!(ask(&mut device, &[RawRequest::Discard(secure)]), [NOT_SUPPORTED]);
+    assert!(std::fs::read(&path).unwrap().iter().all(|byte| *byte == 0x55));
+    guest.close(device);
+}
+
+#[test]
 fn a_read_only_disk_offers_no_discard_and_keeps_its_data() {
     let rig = Rig::start();
     let path = rig.image("kept.img");

@@ -129,6 +129,8 @@ fn bad_grants_fail_their_request_only() {
     with_all_options(|guest, device| {
         let (page, good) = guest.grant(PageAccess::ReadWrite);
         guest.domain.page(page).copy_from(&[0x3c; 4096]);
+        // Of the read that fails, which may fill it all the same.
+        let read_into = guest.grant(PageAccess::ReadWrite).1;
         let read_only = guest.grant(PageAccess::ReadOnly).1;
         let never_granted = guest.domain.reserve_refs(1).unwrap()[0];
         let copy_fails = guest.grant(PageAccess::ReadWrite).1;
@@ -143,7 +145,7 @@ fn bad_grants_fail_their_request_only() {
         let requests = [
             request(op::WRITE, 0, &[good; 11]),
             request(op::WRITE, 1, &[good, never_granted, good]),
-            request(op::READ, 2, &[good, GrantRef(u32::MAX)]),
+            request(op::READ, 2, &[read_into, GrantRef(u32::MAX)]),
             request(op::WRITE, 3, &[good]),
             request(op::READ, 4, &[copy_fails]),
             request(op::WRITE, 5, &[copy_fails, good]),
@@ -163,7 +165,7 @@ fn bad_grants_fail_their_request_only() {
         assert_eq!(ask(device, &[raw_request(op::READ, 0, 11 * 128, &[whole(good)])]), [OKAY]);
         let mut data = [0; 4096];
         guest.domain.page(page).copy_to(&mut data);
-        assert!(data.iter().all(|byte| *byte == 0x3c || *byte == 0));
+        assert!(data.iter().all(|byte| *byte == 0x3c));
     });
 }
 

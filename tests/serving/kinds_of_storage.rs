@@ -6,11 +6,12 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use polldisk::backing::{Access, Backing};
+use polldisk::backing::{Access, Backing, Image};
 use polldisk::blkif::op;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::sim::blkfront::load::Load;
 use polldisk::xen::PageAccess;
+use rustix::fs::OFlags;
 
 use crate::fuse;
 use crate::host::{self, BLOCKS_4KN, Filesystem, LoopDevice, Mounted, folder};
@@ -51,6 +52,41 @@ fn bytes_that_fill_no_sector_cause_a_warning() {
     host::file(&path, IMAGE_BYTES + 7 * 512 + 1);
     let told = warnings(",emulate-512", &path);
     assert!(told.contains("last 1 bytes") && !told.contains("emulate-512"), "{told}");
+}
+
+/// How storage was opened, and its end, if that is read and written by a descriptor of its own.
+fn flags_of(options: &str, path: &Path, read_only: bool) -> [Option<OFlags>; 2] {
+    let backing = open(options, path, read_only).unwrap();
+    let Image::Raw(image) = &**backing.image() else { panic!("{backing:?}") };
+    let flags = |fd| {
+        let told = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap();
+        let flags = told.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+        OFlags::from_bits_retain(u32::from_str_radix(flags.trim(), 8).unwrap())
+            & (OFlags::DIRECT | OFlags::RWMODE | OFlags::CLOEXEC)
+    };
+    let blocks = &image.target().below;
+    let tail = blocks.tail.as_ref().map(|tail| flags(tail.below.raw_fd));
+    [Some(flags(blocks.below.raw_fd)), tail]
+}
+
+#[test]
+fn storage_is_opened_past_the_page_cache_and_for_writing_only_if_its_guest_may_write() {
+    let folder = folder();
+    let path = file(folder.path(), IMAGE_BYTES);
+    let device = LoopDevice::new_4kn(&folder.path().join("device.img"), IMAGE_BYTES);
+    let filesystem = Filesystem::new("ext4", folder.path(), 64 << 20, &BLOCKS_4KN);
+    let uneven = filesystem.as_ref().map(|on| file(on.folder(), IMAGE_BYTES + 7 * 512));
+    for (read_only, mode) in [(true, OFlags::RDONLY), (false, OFlags::RDWR)] {
+        let end = mode | OFlags::CLOEXEC;
+        let direct = end | OFlags::DIRECT;
+        assert_eq!(flags_of("", &path, read_only), [Some(direct), None]);
+        if let Some(device) = &device {
+            assert_eq!(flags_of("", &device.path, read_only), [Some(direct), None]);
+        }
+        if let Some(uneven) = &uneven {
+            assert_eq!(flags_of(",emulate-512", uneven, read_only), [Some(direct), Some(end)]);
+        }
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ use polldisk::sim::blkfront::load::Load;
 use polldisk::sim::blkfront::xenbus::Wanted;
 use polldisk::units::GrantRef;
 use polldisk::xen::PageAccess;
+use polldisk::xen::keys::XenbusState;
 use xenstore_rs::Xs;
 
 use crate::host::{self, BLOCKS_4KN, Filesystem, LoopDevice};
@@ -204,12 +205,12 @@ fn a_drive_refuses_a_medium_with_larger_blocks_than_its_guest_was_told() {
     rig.detach_by_force(1);
 
     // The admin is told before the medium in the drive is taken out.
-    let guest = rig.drive(3, &raw(&rig.image("kept.img")), false);
-    let device = guest.connect(Options::default());
+    let told_512 = rig.drive(3, &raw(&rig.image("kept.img")), false);
+    let device = told_512.connect(Options::default());
     let refusal = rig.try_changer(3)(&disk.target("")).unwrap_err();
     assert!(refusal.contains("emulate-512"), "{refusal}");
-    assert_eq!(guest.xenbus.disk().unwrap().sectors.0, IMAGE_BYTES / 512);
-    guest.close(device);
+    assert_eq!(told_512.xenbus.disk().unwrap().sectors.0, IMAGE_BYTES / 512);
+    told_512.close(device);
 
     // A drive that was told of large blocks takes media with small ones.
     let guest = rig.drive(2, &disk.target(""), false);
@@ -219,6 +220,18 @@ fn a_drive_refuses_a_medium_with_larger_blocks_than_its_guest_was_told() {
     assert_eq!((told.sectors.0, told.sector_bytes), (IMAGE_BYTES / 512, 4096));
     run_verified(&mut device, load(2, 4096), 1_000);
     guest.close(device);
+
+    // Whoever connects next is told anew.
+    rig.changer(3)(&disk.target(""));
+    for (guest, sector_bytes) in [(guest, 512), (told_512, 4096)] {
+        guest.xenbus.start_over().unwrap();
+        guest.xenbus.wait_for(&[XenbusState::InitWait]).unwrap();
+        let offered = guest.xenbus.store().read(&guest.xenbus.theirs("sector-size")).unwrap();
+        assert_eq!(&*offered, sector_bytes.to_string());
+        let (device, told) = guest.connect_and_look(Options::default());
+        assert_eq!((told.sectors.0, told.sector_bytes), (IMAGE_BYTES / 512, sector_bytes));
+        guest.close(device);
+    }
 }
 
 #[test]

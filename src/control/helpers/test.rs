@@ -88,6 +88,8 @@ fn storage_that_hangs_keeps_a_few_threads_and_leaves_the_others_to_everybody_els
 
     // Abandoned opens that have not begun never do.
     asked[limits::HELPERS_PER_FOLDER..].iter().for_each(|id| rig.helpers.abandon(*id));
+    let waits_to_open = |job: &Job| matches!(job.task, Task::Open { .. });
+    assert!(!rig.helpers.pool.state().waiting.iter().any(waits_to_open));
     drop(leases);
     let mut answered: Vec<_> = (0..limits::HELPERS_PER_FOLDER).map(|_| rig.answer().id).collect();
     answered.sort();
@@ -110,6 +112,32 @@ fn what_is_dropped_is_closed_by_a_helper() {
     drop(backing);
     rig.wait_closed();
     assert_ne!(fs::read_link(&link).ok(), Some(path));
+}
+
+#[test]
+fn who_wants_what_waits_to_be_closed_is_told_so_from_its_drop_on() {
+    let mut rig = Rig::new();
+    fs::create_dir(rig.folder.path().join("hung")).unwrap();
+    let disk = rig.image("hung/disk");
+    let target = format!("raw:{}", disk.display());
+    let access = |user: &str| Access { user: user.to_owned(), ..Access::default() };
+    rig.helpers.open(&target, access("one"), Asker::Admin, Instant::now()).unwrap();
+    let backing = rig.answer().result.unwrap();
+    let hung: Vec<_> = (0..limits::HELPERS_PER_FOLDER)
+        .map(|number| rig.image(&format!("hung/{number}")))
+        .collect();
+    let leases: Vec<_> = hung.iter().map(|path| Lease::on(path)).collect();
+    for path in &hung {
+        rig.open(path);
+    }
+
+    drop(backing);
+    let again = || target.parse::<Spec>().unwrap().open(&access("another"));
+    let refusal = again().unwrap_err().to_string();
+    assert!(refusal.contains("one is still closing it"), "{refusal}");
+    drop(leases);
+    rig.wait_closed();
+    again().unwrap();
 }
 
 #[test]

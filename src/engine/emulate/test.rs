@@ -1,4 +1,4 @@
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::rc::Rc;
@@ -546,6 +546,72 @@ fn who_waits_for_another_workers_block_is_woken_when_it_is_given_back() {
     assert_eq!(reap(&mut workers[1]), []);
     assert_eq!(workers[1].below.texts(), ["read 0+4096"]);
     assert!(!workers[1].is_ready() && workers[1].held_back() == 0);
+}
+
+#[test]
+fn a_discard_and_a_write_of_a_part_of_its_block_wait_for_each_other() {
+    let (blocks, pages) = (blocks(), LocalPages::new(1));
+    let part = [pages.page(0).part(0, 512).unwrap()];
+    let write = IoOp::Write { offset: 4096 + 512, buffers: &part };
+    let discard = IoOp::Discard { offset: 0, len: 3 * 4096, secure: false };
+    for operations in [[&write, &discard], [&discard, &write]] {
+        let mut emulated = emulated(Below::new());
+        for (queue, operation) in (0..).zip(operations) {
+            let submitted = emulated.submit(&blocks, operation, Ticket::new(queue, 0), By::Worker);
+            assert_eq!(submitted == Submitted::Parked, queue == 1, "{operation:?}");
+        }
+    }
+}
+
+/// Starts everything, and calls the test for each operation.
+struct OnSubmit<F>(F);
+
+impl<F: FnMut()> Layer for OnSubmit<F> {
+    type Target = ();
+
+    fn submit(&mut self, (): &(), _: &IoOp<'_>, _: Ticket, _: By) -> Submitted {
+        (self.0)();
+        Submitted::Started
+    }
+
+    fn kick(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn reap(&mut self, _: &mut Vec<Completion>) {}
+
+    fn in_flight(&self) -> usize {
+        0
+    }
+
+    fn arm(&mut self) -> io::Result<bool> {
+        Ok(false)
+    }
+}
+
+#[test]
+fn a_block_that_is_given_back_just_after_it_was_found_taken_is_tried_again() {
+    let (blocks, pages) = (blocks(), LocalPages::new(1));
+    let part = [pages.page(0).part(0, 512).unwrap()];
+    let own = |block| blocks.locks.as_ref().and_then(|locks| locks.try_own(block, Waker::noop()));
+    // Whichever queue has the first turn, in one of the two cases it is the one that has to wait on.
+    for stays_taken in [0, 1] {
+        let (held, begun) = (RefCell::new([own(0), own(1)]), Cell::new(0));
+        let mut emulated = emulated(OnSubmit(|| {
+            begun.set(begun.get() + 1);
+            drop(held.borrow_mut()[stays_taken].take());
+        }));
+        for queue in [0, 1] {
+            let write = IoOp::Write { offset: u64::from(queue) * 4096 + 512, buffers: &part };
+            let submitted = emulated.submit(&blocks, &write, Ticket::new(queue, 0), By::Worker);
+            assert_eq!(submitted, Submitted::Parked);
+        }
+        drop(held.borrow_mut()[1 - stays_taken].take());
+        while emulated.is_ready() {
+            emulated.reap(&mut Vec::new());
+        }
+        assert_eq!((begun.get(), emulated.held_back()), (2, 0));
+    }
 }
 
 #[test]

@@ -88,6 +88,41 @@ fn more_operations_than_the_ring_has_room_for_are_all_taken_and_answered() {
     assert_eq!(slots, (0..OPERATIONS).collect::<Vec<_>>());
 }
 
+/// Queues what the kernel refuses to begin, after which it takes no more of the same kick.
+fn stop_the_kernel(uring: &mut Uring, slot: u32) {
+    let user_data = Ticket::new(0, slot).into_user_data();
+    let entry = opcode::Nop::new().build().personality(u16::MAX).user_data(user_data);
+    // SAFETY: it uses no memory.
+    unsafe { uring.ring.submission().push(&entry) }.unwrap();
+    uring.in_flight += 1;
+}
+
+#[test]
+fn what_the_kernel_did_not_take_yet_keeps_its_vectors() {
+    let (folder, file) = direct_file(1 << 20);
+    let mut uring = Uring::new().unwrap();
+    let pages = LocalPages::new(8);
+    (0..8u8).for_each(|index| pages.page(index.into()).copy_from(&[index + 1; 4096]));
+    // Of pages apart, so that each takes several vectors.
+    let write = |uring: &mut Uring, slot: u32| {
+        let first = slot as usize;
+        let buffers = [pages.page(first), pages.page(first + 4), pages.page(first + 2)];
+        let offset = u64::from(slot) * 3 * 4096;
+        start(uring, &file, &IoOp::Write { offset, buffers: &buffers }, slot);
+    };
+    stop_the_kernel(&mut uring, 2);
+    write(&mut uring, 0);
+    uring.kick().unwrap();
+    assert_eq!(uring.ring.submission().len(), 1, "the kernel took the first one only");
+    write(&mut uring, 1);
+    assert_eq!(finish(&mut uring), [(0, 3 * 4096), (1, 3 * 4096), (2, -libc::EINVAL)]);
+    assert!(uring.vectors.is_empty());
+
+    let written = std::fs::read(folder.path().join("disk.img")).unwrap();
+    let firsts = written.chunks(4096).take(6).map(|page| page[0]);
+    assert_eq!(firsts.collect::<Vec<_>>(), [1, 5, 3, 2, 6, 4]);
+}
+
 /// How many operations wait for the kick after each of `count` submissions.
 fn waiting_after_each(uring: &mut Uring, file: &File, count: u32) -> Vec<usize> {
     let each = |slot| {

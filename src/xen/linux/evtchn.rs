@@ -163,6 +163,8 @@ mod test {
         kernel.send(&queued).unwrap();
         assert_eq!(evtchn.pending(&mut ports).unwrap(), 2);
         assert_eq!(ports[..2], [Port(7), Port(1 << 16)]);
+        let mut too_many = [Port(0); PORTS_PER_READ + 1];
+        assert_eq!(evtchn.pending(&mut too_many).unwrap(), 0);
     }
 
     #[test]

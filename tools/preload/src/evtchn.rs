@@ -29,6 +29,8 @@ pub struct Evtchn {
     partner: Option<DomId>,
     toll: Toll,
     ports: Vec<Port>,
+    /// Events were lost: reads fail until the program resets the device. Only tests have this happen.
+    has_overflowed: bool,
 }
 
 /// What a read found.
@@ -49,6 +51,7 @@ impl Evtchn {
             partner: None,
             toll: settings.toll,
             ports: vec![Port(0); PORTS_MAX],
+            has_overflowed: false,
         })
     }
 
@@ -70,6 +73,9 @@ impl Evtchn {
     /// Takes pending ports. If the program was woken without one, which may happen when events cross, the
     /// error is EINTR: a program that polls and then reads must not be made to wait.
     pub fn read(&mut self, buffer: &mut [u8]) -> io::Result<Taken> {
+        if self.has_overflowed {
+            return Err(errno(libc::EFBIG));
+        }
         let (places, _) = buffer.as_chunks_mut::<PORT_BYTES>();
         let wanted = places.len().min(PORTS_MAX);
         if wanted == 0 {
@@ -120,6 +126,7 @@ impl Evtchn {
             Call::Reset => {
                 // Ports that are taken stay masked, like ports that the kernel forgets.
                 while self.events.take_pending(&mut self.ports).0 > 0 {}
+                self.has_overflowed = false;
                 Ok(0)
             }
             Call::Restrict { domid } => {
@@ -206,7 +213,43 @@ fn errno(errno: c_int) -> io::Error {
 
 #[cfg(test)]
 mod test {
+    use std::fs::File;
+    use std::os::fd::FromRawFd;
+
+    use polldisk::sim::StandIn;
+    use polldisk::xen::linux::evtchn::Evtchn as LinuxEvtchn;
+
     use super::*;
+    use crate::handles::{self, Device};
+
+    #[test]
+    fn polldisk_suspects_every_port_that_it_still_has_once_events_were_lost() {
+        let stand_in = StandIn::start_temporary().unwrap();
+        let domid = DomId::try_from(5).unwrap();
+        let _guest = stand_in.create_domain(domid, 4).unwrap();
+        let settings = Settings { folder: stand_in.folder().to_owned(), toll: Toll::None };
+        let device = Evtchn::open(&settings, libc::O_NONBLOCK).unwrap();
+        let fd = handles::insert(Device::Evtchn(Box::new(device))).unwrap();
+        // SAFETY: opened just now, and closed by nobody else.
+        let mut events = LinuxEvtchn::new(unsafe { File::from_raw_fd(fd) });
+        let ports = [(); 4].map(|()| events.alloc_unbound(domid).unwrap());
+        events.unbind(ports[0]).unwrap();
+        let mut pending = [Port(0); 4];
+        assert_eq!(events.pending(&mut pending).unwrap(), 0);
+
+        handles::with(fd, |device| match device {
+            Device::Evtchn(device) => device.has_overflowed = true,
+            Device::Gntdev { .. } => unreachable!(),
+        });
+        assert_eq!(events.pending(&mut pending[..1]).unwrap(), 1);
+        let left: Vec<Port> =
+            ports[1..].iter().copied().filter(|port| *port != pending[0]).collect();
+        assert_eq!(left.len(), 2);
+        events.unbind(left[0]).unwrap();
+        assert_eq!(events.pending(&mut pending).unwrap(), 1);
+        assert_eq!(pending[0], left[1]);
+        assert_eq!(events.pending(&mut pending).unwrap(), 0);
+    }
 
     fn call<T>(number: c_ulong, mut argument: T) -> Option<Call> {
         // SAFETY: each test passes the structure of its number.

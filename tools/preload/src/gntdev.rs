@@ -263,9 +263,83 @@ fn errno(errno: c_int) -> io::Error {
 
 #[cfg(test)]
 mod test {
+    use std::fs::File;
+    use std::os::fd::FromRawFd;
+
+    use polldisk::sim::StandIn;
     use polldisk::xen::abi::{GntdevCopySide, GntdevForeign};
+    use polldisk::xen::linux::gntdev::Gntdev as LinuxGntdev;
 
     use super::*;
+    use crate::handles::{self, Device};
+
+    /// A device, and polldisk's own user of it: the functions of this library take the place of the C
+    /// library's in this program, too.
+    fn opened(stand_in: &StandIn) -> (Arc<Mutex<Gntdev>>, LinuxGntdev) {
+        let settings = Settings { folder: stand_in.folder().to_owned(), toll: Toll::None };
+        let device = Arc::new(Mutex::new(Gntdev::open(&settings).unwrap()));
+        let fd = File::open("/dev/null").unwrap().into();
+        let fd = handles::insert(Device::Gntdev { fd, device: Arc::clone(&device) }).unwrap();
+        // SAFETY: opened just now, and closed by nobody else.
+        (device, LinuxGntdev::new(unsafe { File::from_raw_fd(fd) }))
+    }
+
+    #[test]
+    fn polldisk_gives_all_room_back_that_it_took() {
+        let _alone = lock(&mappings::TESTS);
+        let stand_in = StandIn::start_temporary().unwrap();
+        let domid = DomId::try_from(5).unwrap();
+        let guest = stand_in.create_domain(domid, 4).unwrap();
+        let page = guest.alloc_pages(1).unwrap();
+        let good = [(); 2].map(|()| guest.grant(page, DomId::DOM0, PageAccess::ReadWrite).unwrap());
+        let bad = guest.reserve_refs(1).unwrap()[0];
+        let (device, mut grants) = opened(&stand_in);
+        let rooms = || lock(&device).rooms.len();
+
+        let mapped = good.map(|gref| grants.map(domid, &[gref], PageAccess::ReadWrite).unwrap());
+        assert_eq!((rooms(), guest.mapped_grants()), (2, 2));
+        let refused = grants.map(domid, &[good[0], bad], PageAccess::ReadWrite).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EINVAL), "of the mmap, whose room it had");
+        assert_eq!((rooms(), guest.mapped_grants()), (2, 2));
+        let [first, _kept] = mapped;
+        grants.unmap(first).unwrap();
+        assert_eq!((rooms(), guest.mapped_grants()), (1, 1));
+        drop(grants);
+        assert_eq!(guest.mapped_grants(), 0, "what is left mapped goes with the device");
+    }
+
+    #[test]
+    fn polldisk_maps_what_it_may_only_read_and_copies_all_that_it_may() {
+        let _alone = lock(&mappings::TESTS);
+        let stand_in = StandIn::start_temporary().unwrap();
+        let domid = DomId::try_from(5).unwrap();
+        let guest = stand_in.create_domain(domid, 4).unwrap();
+        let page = guest.alloc_pages(1).unwrap();
+        guest.page(page).copy_from(&[7; PAGE_BYTES]);
+        let readable = guest.grant(page, DomId::DOM0, PageAccess::ReadOnly).unwrap();
+        let (_device, mut grants) = opened(&stand_in);
+
+        grants.map(domid, &[readable], PageAccess::ReadWrite).unwrap_err();
+        let pages = grants.map(domid, &[readable], PageAccess::ReadOnly).unwrap();
+        let mut data = [0; 16];
+        pages.page(0).part(512, 16).unwrap().copy_to(&mut data);
+        assert_eq!(data, [7; 16]);
+
+        let mut local = [[0; 16]; 3];
+        let mut copies = local.each_mut().map(|local| GrantCopy {
+            gref: readable,
+            offset: 8,
+            len: 16,
+            local: local.as_mut_ptr(),
+            direction: CopyDirection::FromGuest,
+            status: abi::GNTST_OKAY,
+        });
+        copies[0].direction = CopyDirection::ToGuest;
+        copies[1].gref = GrantRef(u32::MAX);
+        grants.copy(domid, &mut copies).unwrap();
+        assert_eq!(copies.map(|copy| copy.status == abi::GNTST_OKAY), [false, false, true]);
+        assert_eq!(local, [[0; 16], [0; 16], [7; 16]]);
+    }
 
     fn segment(flags: u16, offset: u16, len: u16) -> GntdevCopySegment {
         let foreign = GntdevCopySide { foreign: GntdevForeign { gref: 77, offset, domid: 5 } };

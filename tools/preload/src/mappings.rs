@@ -32,6 +32,10 @@ impl Mapping {
 /// All mappings, by first address. They do not overlap.
 static MAPPINGS: Mutex<BTreeMap<usize, Mapping>> = Mutex::new(BTreeMap::new());
 
+/// Held by each test that has some: all tests of the program share them.
+#[cfg(test)]
+pub static TESTS: Mutex<()> = Mutex::new(());
+
 /// The number of mappings. A program without any pays only this load for each munmap.
 static COUNT: AtomicUsize = AtomicUsize::new(0);
 
@@ -89,6 +93,7 @@ mod test {
 
     #[test]
     fn only_a_whole_mapping_is_removed() {
+        let _alone = lock(&TESTS);
         let stand_in = StandIn::start_temporary().unwrap();
         let settings = Settings { folder: stand_in.folder().to_owned(), toll: Toll::None };
         let device = Arc::new(Mutex::new(Gntdev::open(&settings).unwrap()));
