@@ -8,9 +8,8 @@ use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
 use polldisk::limits::SEGMENTS_MAPPED_MIN;
 use polldisk::msg::{Command, GrantMode, ReplaceImage, Report};
-use polldisk::units::Bytes;
-
 use polldisk::sim::disk::Script;
+use polldisk::units::Bytes;
 
 use crate::scripted::{Bench, Shape, bench, rules};
 

@@ -1,5 +1,4 @@
 //! Random connections, driven through workers alone.
-
 use polldisk::sim::random::Random;
 
 use crate::draw::{Combination, Request};
