@@ -21,10 +21,8 @@ const XVDA: u32 = 51712;
 
 #[test]
 fn a_guest_is_served_from_initialising_to_closed_in_one_thread_and_its_seed_replays() {
-    let threads = entries("/proc/self/task");
     // Opened by a helper's job; what is in it is the world's storage.
-    let file = tempfile::NamedTempFile::new().unwrap();
-    file.as_file().set_len(DISK_BYTES as u64).unwrap();
+    let file = image();
     let targets = [format!("raw:{}", file.path().display()), format!("null:{DISK_BYTES}")];
     let run = |seed: u64| run(seed, &targets[usize::from(seed > 4)]);
     for seed in 1..=8 {
@@ -37,8 +35,25 @@ fn a_guest_is_served_from_initialising_to_closed_in_one_thread_and_its_seed_repl
         assert_eq!(trace.len(), again.len(), "seed {seed}");
     }
     assert_ne!(run(1).0, run(2).0, "seeds matter");
-    assert_eq!(entries("/proc/self/task"), threads, "no thread was started");
+    assert_eq!(threads_named_by_polldisk(), 0, "no thread was started");
     assert_eq!(sockets(), 0, "no socket was opened");
+}
+
+#[test]
+fn a_drive_opens_its_first_medium_once() {
+    let file = image();
+    for seed in 1..=8 {
+        let mut world = World::new(seed, 1, DISK_BYTES, &Config::default()).unwrap();
+        let domid = DomId::try_from(7).unwrap();
+        let guest = world.create_domain(domid, 1).unwrap();
+        make_disk(&world, domid, &format!("raw:{}", file.path().display()), "cdrom");
+        let store = guest.open_store().unwrap();
+        let xenbus = Xenbus::find(&store, VbdId(XVDA)).unwrap().unwrap();
+        wait(&mut world, &xenbus, XenbusState::InitWait);
+        (0..1000).for_each(|_| world.step().unwrap());
+        let jobs = world.trace().iter().filter(|line| line.ends_with("Helper")).count();
+        assert_eq!(jobs, 1, "seed {seed}: it is not closed and opened again");
+    }
 }
 
 /// A guest's whole life on a host of two workers: what happened, and what the guest saw.
@@ -52,7 +67,7 @@ fn run(seed: u64, target: &str) -> (Vec<String>, Report) {
     let domid = DomId::try_from(7).unwrap();
     let pages = u32::try_from(wanted.pages()).unwrap();
     let guest = Arc::new(world.create_domain(domid, pages).unwrap());
-    make_disk(&world, domid, target);
+    make_disk(&world, domid, target, "disk");
     let store = guest.open_store().unwrap();
     let xenbus = Xenbus::find(&store, VbdId(XVDA)).unwrap().unwrap();
     wait(&mut world, &xenbus, XenbusState::InitWait);
@@ -114,8 +129,8 @@ fn wait(world: &mut World, xenbus: &Xenbus, wanted: XenbusState) {
         .unwrap();
 }
 
-/// What a toolstack does for a disk.
-fn make_disk(world: &World, domid: DomId, target: &str) {
+/// What a toolstack does for a disk; `kind` is `disk` or `cdrom`.
+fn make_disk(world: &World, domid: DomId, target: &str, kind: &str) {
     let dom0 = world.stand_in().platform().open_store().unwrap();
     let vbd = VbdId(XVDA);
     let frontend = keys::frontend_area(domid, vbd);
@@ -135,6 +150,7 @@ fn make_disk(world: &World, domid: DomId, target: &str) {
             (keys::ONLINE, "1"),
             (keys::DEV, "xvda"),
             (keys::MODE, "w"),
+            (keys::DEVICE_TYPE, kind),
             (keys::PARAMS, target),
             (keys::STATE, "1"),
         ];
@@ -148,8 +164,19 @@ fn make_disk(world: &World, domid: DomId, target: &str) {
     .unwrap();
 }
 
-fn entries(folder: &str) -> usize {
-    std::fs::read_dir(folder).unwrap().count()
+fn image() -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(DISK_BYTES as u64).unwrap();
+    file
+}
+
+/// Threads of the daemon and of the stand-in, which all have names.
+fn threads_named_by_polldisk() -> usize {
+    const NAMES: [&str; 5] = ["storage", "discard", "worker-", "hypervisor", "sim-xenstored"];
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let names =
+        tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    names.filter(|name| NAMES.iter().any(|ours| name.starts_with(ours))).count()
 }
 
 fn sockets() -> usize {

@@ -234,7 +234,14 @@ impl World {
     }
 
     fn trace_store(&mut self) -> io::Result<()> {
-        while let Some(event) = self.watcher.next_event()? {
+        let mut silences = 0;
+        // Between two events nothing may be here for once.
+        while silences < 2 {
+            let Some(event) = self.watcher.next_event()? else {
+                silences += 1;
+                continue;
+            };
+            silences = 0;
             let value = self.watcher.read(&event.path);
             let value = value.map_or_else(|error| format!("({})", error.kind()), String::from);
             self.trace.push(format!("  xenstore: {} = {value}", event.path));

@@ -73,8 +73,6 @@ impl Stepped {
         let now = Instant::now();
         let mut stepped = Stepped { rig, control, worker, reporter, areas, now, guest };
         stepped.until("the disk is offered", |it| it.node("state") == "2");
-        // The event of its making may have a drive take its medium anew.
-        stepped.settle();
         let Stepped { guest, areas, .. } = &stepped;
         guest.set(areas, "multi-queue-num-queues", &QUEUES.to_string());
         for queue in 0..QUEUES {

@@ -24,8 +24,14 @@ impl Disk {
         around: &mut Surroundings<'_, S>,
     ) -> Result<Option<OpenBacking>, Failure> {
         self.description = None;
-        let description = Description::read(around.store, self.area.path(), &self.key)
+        let mut description = Description::read(around.store, self.area.path(), &self.key)
             .map_err(|error| Failure::of(&error))?;
+        // To a drive each write of `params` is a medium. Those before this are not another one.
+        if description.is_drive()
+            && let Ok(Some(target)) = self.target(around.store)
+        {
+            description.target = target;
+        }
         let target = self.description.insert(description).target.clone();
         self.begin_to_open_target(&target, around)
     }

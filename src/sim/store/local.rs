@@ -1,8 +1,9 @@
 //! The core in its callers' threads: a request is answered before the call that sent it returns.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
+use std::iter;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -41,9 +42,13 @@ struct Stream {
 struct State {
     /// Requests of the client.
     inbox: Inbox,
-    /// Messages to it, of which the first `read` bytes were read.
+    /// Messages to it, in the order in which a server would have sent them.
+    messages: VecDeque<Vec<u8>>,
+    /// The one that it reads, of which the first `read` bytes were read.
     outbox: Vec<u8>,
     read: usize,
+    /// A message was read to its end since the client was last told that nothing is here.
+    pauses: bool,
 }
 
 impl LocalStore {
@@ -96,7 +101,7 @@ impl LocalStore {
 }
 
 impl Stream {
-    /// Serves what has been sent, as far as the answers are read.
+    /// Serves what has been sent, and takes all messages to the client.
     fn serve(&self, state: &mut State) -> io::Result<()> {
         self.store.change(|core| {
             while core.accepts(self.id) {
@@ -104,6 +109,7 @@ impl Stream {
                 let Some(request) = request else { break };
                 core.handle(self.id, request);
             }
+            state.messages.extend(iter::from_fn(|| core.next_message(self.id)));
             if core.is_connected(self.id) {
                 Ok(())
             } else {
@@ -112,11 +118,19 @@ impl Stream {
         })
     }
 
-    /// Makes bytes of the next message if all before it are read.
+    /// Makes bytes of the next message if all before it are read. Between two messages the client finds
+    /// nothing once, and its bell rings again: messages of a real server may arrive one by one, too.
     fn refill(&self, state: &mut State) {
-        if state.read == state.outbox.len() {
-            state.read = 0;
-            state.outbox = self.store.lock().core.next_message(self.id).unwrap_or_default();
+        if state.read < state.outbox.len() {
+            return;
+        }
+        state.read = 0;
+        state.outbox.clear();
+        if std::mem::take(&mut state.pauses) {
+            self.bell.ring();
+        } else if let Some(message) = state.messages.pop_front() {
+            state.outbox = message;
+            state.pauses = true;
         }
     }
 }
