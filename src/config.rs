@@ -87,23 +87,23 @@ pub struct Config {
 
 /// An option that is not valid.
 #[derive(Debug, thiserror::Error)]
-#[error("{option}: {what}; {mend}")]
+#[error("{option}: {what}; {remedy}")]
 pub struct ConfigError {
     /// The option, or the file.
     pub option: String,
     /// What is wrong with it.
     pub what: String,
     /// What to do instead.
-    pub mend: String,
+    pub remedy: String,
 }
 
 impl ServeOptions {
     /// Reads the options of a TOML file.
     pub fn from_file(path: &Path) -> Result<ServeOptions, ConfigError> {
-        let fail = |what: String, mend: &str| ConfigError {
+        let fail = |what: String, remedy: &str| ConfigError {
             option: format!("--config {}", path.display()),
             what,
-            mend: mend.to_owned(),
+            remedy: remedy.to_owned(),
         };
         let text = read_bounded(path)
             .map_err(|error| fail(error.to_string(), "name a readable TOML file"))?;
@@ -149,7 +149,7 @@ impl ServeOptions {
                 return Err(ConfigError {
                     option: format!("--backend-type {backend_type}"),
                     what: "it is named twice".to_owned(),
-                    mend: "name each type once".to_owned(),
+                    remedy: "name each type once".to_owned(),
                 });
             }
         }
@@ -228,7 +228,7 @@ fn check_range<N: PartialOrd + std::fmt::Display>(
     Err(ConfigError {
         option: format!("{option} {value}"),
         what: why.to_owned(),
-        mend: format!("give {} to {}", range.start(), range.end()),
+        remedy: format!("give {} to {}", range.start(), range.end()),
     })
 }
 
@@ -238,14 +238,14 @@ fn place_workers(
     cores: Option<&str>,
     available: &[usize],
 ) -> Result<Vec<Option<usize>>, ConfigError> {
-    let bad_count = |what: String, mend: String| ConfigError {
+    let bad_count = |what: String, remedy: String| ConfigError {
         option: format!("--workers {}", workers.unwrap_or_default()),
         what,
-        mend,
+        remedy,
     };
     if workers.is_some_and(|count| count == 0 || count > limits::WORKERS_MAX) {
-        let mend = format!("give 1 to {}", limits::WORKERS_MAX);
-        return Err(bad_count("this is not a sensible number of threads".to_owned(), mend));
+        let remedy = format!("give 1 to {}", limits::WORKERS_MAX);
+        return Err(bad_count("this is not a sensible number of threads".to_owned(), remedy));
     }
     let Some(list) = cores else {
         let count = workers.unwrap_or((available.len() / 2).max(1));
@@ -256,14 +256,14 @@ fn place_workers(
         return Err(ConfigError {
             option: format!("--cores {list}"),
             what: format!("this process can't use core {missing}"),
-            mend: format!("choose from {}", ranges(available)),
+            remedy: format!("choose from {}", ranges(available)),
         });
     }
     let count = workers.unwrap_or(cores.len());
     if count > cores.len() {
         let what = format!("--cores {list} names only {} cores", cores.len());
-        let mend = "two polling workers on one core slow each other down: give each its own core";
-        return Err(bad_count(what, mend.to_owned()));
+        let remedy = "two polling workers on one core slow each other down: give each its own core";
+        return Err(bad_count(what, remedy.to_owned()));
     }
     Ok(cores.into_iter().take(count).map(Some).collect())
 }
@@ -273,7 +273,7 @@ pub fn parse_cores(list: &str) -> Result<Vec<usize>, ConfigError> {
     let bad = |what: String| ConfigError {
         option: format!("--cores {list}"),
         what,
-        mend: "write numbers and ranges, such as 2-5,8".to_owned(),
+        remedy: "write numbers and ranges, such as 2-5,8".to_owned(),
     };
     let number = |text: &str| {
         text.parse::<usize>()
@@ -308,7 +308,7 @@ fn check_poll(poll_us: Option<u64>) -> Result<Duration, ConfigError> {
         return Err(ConfigError {
             option: format!("--poll-us {poll_us}"),
             what: "a worker would burn its core".to_owned(),
-            mend: format!("give 0 to {POLL_US_MAX}; {POLL_US_DEFAULT} suits most hosts"),
+            remedy: format!("give 0 to {POLL_US_MAX}; {POLL_US_DEFAULT} suits most hosts"),
         });
     }
     Ok(Duration::from_micros(poll_us))
@@ -321,7 +321,7 @@ fn check_admin(path: Option<PathBuf>) -> Result<PathBuf, ConfigError> {
         return Err(ConfigError {
             option: format!("--admin \"{}\"", path.display()),
             what: "a socket can't have this path".to_owned(),
-            mend: format!("give a path such as {ADMIN_SOCKET}"),
+            remedy: format!("give a path such as {ADMIN_SOCKET}"),
         });
     }
     Ok(path)
@@ -333,7 +333,7 @@ fn check_backend_type(name: &str) -> Result<(), ConfigError> {
         return Err(ConfigError {
             option: format!("--backend-type {name}"),
             what: "it is not the name of a xenstore area".to_owned(),
-            mend: "give vbd, or the name that your toolstack writes under backend/".to_owned(),
+            remedy: "give vbd, or the name that your toolstack writes under backend/".to_owned(),
         });
     }
     Ok(())

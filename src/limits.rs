@@ -140,6 +140,9 @@ pub const EMULATED_COMMON: usize = 64;
 pub const EMULATED_PAGES: u32 = 16;
 const _: () = assert!(EMULATED_PAGES as usize > SEGMENTS_PER_REQUEST);
 
+/// The oldest Linux that dom0 can run: io_uring reads and writes without a vector (`IORING_OP_READ`) since then.
+pub const LINUX_MIN: &str = "5.6";
+
 /// Entries of a worker's io_uring: the most that one call hands to the kernel. A pass with more makes
 /// several calls.
 pub const URING_ENTRIES: u32 = 1024;
@@ -157,7 +160,7 @@ pub const FILE_DISCARDS_PER_QUEUE: usize = 4;
 /// Discards of block devices that one queue has at a time, each in a thread of the daemon.
 pub const DEVICE_DISCARDS_PER_QUEUE: usize = 1;
 
-/// Seconds that such a thread waits for another discard: a guest's `fstrim` sends them one after the other.
+/// Seconds that such a thread waits for another discard: a guest's `fstrim` sends them one after another.
 pub const DISCARD_THREAD_IDLE_SECONDS: u64 = 10;
 
 /// Ranges of memory that one worker registers with its io_uring: as many as the kernel's table can have

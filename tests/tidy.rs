@@ -271,10 +271,34 @@ fn nothing_is_printed_in_a_way_that_can_panic() {
     }
 }
 
+#[test]
+fn the_readme_names_the_oldest_linux() {
+    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
+    let named = format!("Linux {} or later", polldisk::limits::LINUX_MIN);
+    assert!(readme.contains(&named), "README.md does not say \"{named}\"");
+}
+
 /// Phrases that a native reader stumbles over, in comments and messages.
 #[test]
 fn no_text_reads_as_if_it_were_translated() {
-    const PHRASES: &[&str] = &["of no use", "to be had", "in vain", "so much of", "of so many"];
+    const PHRASES: &[&str] = &[
+        "of no use",
+        "to be had",
+        "in vain",
+        "so much of",
+        "of so many",
+        "`None` where",
+        "none where",
+        "tells of",
+        "tell of",
+        "more seldom",
+        "by then",
+        "akes note",
+        "such a one",
+        "hoever",
+        "one after the other",
+        "inside of",
+    ];
     for folder in ["src", "tests", "tools", "benches"] {
         for path in rust_files(folder) {
             let name = relative(&path);

@@ -15,11 +15,11 @@ use super::device;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Advice {
     pub what: &'static str,
-    pub mend: &'static str,
+    pub remedy: &'static str,
 }
 
-const fn advice(what: &'static str, mend: &'static str) -> Advice {
-    Advice { what, mend }
+const fn advice(what: &'static str, remedy: &'static str) -> Advice {
+    Advice { what, remedy }
 }
 
 /// A file or device without a single sector.
@@ -212,7 +212,7 @@ mod test {
 
     #[test]
     fn an_empty_device_is_not_to_be_truncated() {
-        assert!(!empty(true).mend.contains("truncate"));
+        assert!(!empty(true).remedy.contains("truncate"));
         let Some(device) = empty_loop_device() else {
             return eprintln!("skipped: there is no loop device without a file");
         };
@@ -248,7 +248,7 @@ mod test {
         ] {
             assert_ne!(told(errno), other, "{errno}");
         }
-        assert!(told(libc::EMFILE).mend.contains("ulimit -n"));
+        assert!(told(libc::EMFILE).remedy.contains("ulimit -n"));
         assert_ne!(told(libc::EMFILE), told(libc::ENFILE));
         assert_ne!(told(libc::EACCES), told(libc::EPERM));
     }

@@ -49,7 +49,7 @@ impl Holder {
     }
 
     /// How to free the storage.
-    pub fn mend(&self) -> String {
+    pub fn remedy(&self) -> String {
         match self {
             Holder::Mount { point, .. } => {
                 format!("unmount it (umount {})", point.display())

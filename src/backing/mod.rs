@@ -209,14 +209,14 @@ pub struct Discard {
 
 /// The reason why a disk's contents can't be served.
 #[derive(Debug, thiserror::Error)]
-#[error("{target}: {what}; {mend}")]
+#[error("{target}: {what}; {remedy}")]
 pub struct BackingError {
     /// The target as it was given.
     pub target: String,
     /// What is wrong with it.
     pub what: String,
     /// What the admin can do.
-    pub mend: String,
+    pub remedy: String,
     /// The system's own error, if it was one.
     #[source]
     pub source: Option<std::io::Error>,
@@ -227,18 +227,19 @@ impl BackingError {
     pub fn new(
         target: &str,
         what: &str,
-        mend: &str,
+        remedy: &str,
         source: Option<std::io::Error>,
     ) -> BackingError {
-        let [target, what, mend] = [target, what, mend].map(|text| printable(text).into_owned());
-        BackingError { target, what, mend, source }
+        let [target, what, remedy] =
+            [target, what, remedy].map(|text| printable(text).into_owned());
+        BackingError { target, what, remedy, source }
     }
 
     /// The error for storage that was not opened within `limits::OPEN_SECONDS`.
     pub fn too_slow(target: &str) -> BackingError {
         let what = format!("it could not be opened within {} s", limits::OPEN_SECONDS);
-        let mend = "check that its storage answers (a hung server or automount, a lease), then \
+        let remedy = "check that its storage answers (a hung server or automount, a lease), then \
                     try again";
-        BackingError::new(target, &what, mend, None)
+        BackingError::new(target, &what, remedy, None)
     }
 }

@@ -179,19 +179,19 @@ impl Opening<'_> {
         Ok(OpenedRaw { image, discard, warnings: self.warnings })
     }
 
-    fn fail(&self, what: &str, mend: &str, source: Option<io::Error>) -> BackingError {
+    fn fail(&self, what: &str, remedy: &str, source: Option<io::Error>) -> BackingError {
         let target = format!("raw{}:{}", self.options, self.path.display());
-        BackingError::new(&target, what, mend, source)
+        BackingError::new(&target, what, remedy, source)
     }
 
     fn cannot_open(&self, error: io::Error) -> BackingError {
-        let Advice { what, mend } = advice::on_open(self.path, &error);
-        self.fail(what, mend, Some(error))
+        let Advice { what, remedy } = advice::on_open(self.path, &error);
+        self.fail(what, remedy, Some(error))
     }
 
     fn shared(&self, error: SharingError) -> BackingError {
         match error {
-            SharingError::InUse { what, mend } => self.fail(&what, &mend, None),
+            SharingError::InUse { what, remedy } => self.fail(&what, &remedy, None),
             SharingError::Open(error) => self.cannot_open(error),
         }
     }
@@ -218,8 +218,8 @@ impl Opening<'_> {
             && self.usage.writes
             && device::is_read_only(located.metadata.rdev())
         {
-            let Advice { what, mend } = advice::READ_ONLY_DEVICE;
-            return Err(self.fail(what, mend, None));
+            let Advice { what, remedy } = advice::READ_ONLY_DEVICE;
+            return Err(self.fail(what, remedy, None));
         }
         Ok(located)
     }
@@ -245,8 +245,8 @@ impl Opening<'_> {
             return Ok(direct);
         }
         if self.options.direct == Direct::Required {
-            let mend = "put it on another filesystem, or remove direct=required";
-            return Err(self.fail("its filesystem refuses O_DIRECT", mend, None));
+            let remedy = "put it on another filesystem, or remove direct=required";
+            return Err(self.fail("its filesystem refuses O_DIRECT", remedy, None));
         }
         let file = self.open_file(located, 0).map_err(|error| self.cannot_open(error))?;
         self.warnings.push(
@@ -302,8 +302,8 @@ impl Opening<'_> {
         let sector = u64::from(sector_bytes);
         let left_over = shape.size % sector;
         if shape.size < sector {
-            let Advice { what, mend } = advice::empty(shape.is_device);
-            return Err(self.fail(what, mend, None));
+            let Advice { what, remedy } = advice::empty(shape.is_device);
+            return Err(self.fail(what, remedy, None));
         }
         if left_over > 0 {
             self.warnings.push(format!(
@@ -598,7 +598,7 @@ mod test {
     }
 
     #[test]
-    fn what_cannot_be_opened_is_named_with_the_mend() {
+    fn what_cannot_be_opened_is_named_with_the_remedy() {
         let folder = tempfile::tempdir().unwrap();
         let missing = open(&folder.path().join("none"), false).unwrap_err();
         assert!(missing.to_string().contains("does not exist"), "{missing}");

@@ -22,7 +22,7 @@ pub enum SharingError {
         /// Who uses it, and how.
         what: String,
         /// How to free it.
-        mend: String,
+        remedy: String,
     },
     /// It can't be opened at all.
     Open(io::Error),
@@ -133,9 +133,10 @@ fn patiently<T>(mut attempt: impl FnMut() -> T, is_taken: impl Fn(&T) -> bool) -
 fn refuse_swap(file: Storage) -> Result<(), SharingError> {
     match holders::swap_in_file(file) {
         None => Ok(()),
-        Some(swap) => {
-            Err(SharingError::InUse { what: format!("it {swap} of this host"), mend: swap.mend() })
-        }
+        Some(swap) => Err(SharingError::InUse {
+            what: format!("it {swap} of this host"),
+            remedy: swap.remedy(),
+        }),
     }
 }
 
@@ -149,7 +150,7 @@ fn refuse_loops(claim: &Claim, file: Storage, usage: Usage) -> Result<(), Sharin
 
 fn refused(Refusal { user, reason }: Refusal) -> SharingError {
     let user = if user.is_empty() { "another disk" } else { &user };
-    let (what, mend) = match reason {
+    let (what, remedy) = match reason {
         Reason::Used => (
             format!("{user} uses it"),
             "detach that disk first; disks can share an image only if all only read it, or if all of them \
@@ -166,21 +167,21 @@ fn refused(Refusal { user, reason }: Refusal) -> SharingError {
             (format!("{user} is still closing it"), "try again; if this goes on, its storage hangs")
         }
     };
-    SharingError::InUse { what, mend: mend.to_owned() }
+    SharingError::InUse { what, remedy: remedy.to_owned() }
 }
 
 fn in_use_by(holder: &Holder, usage: Usage) -> SharingError {
-    let mut mend = holder.mend();
+    let mut remedy = holder.remedy();
     if usage.writes && holder.only_reads() {
-        mend.push_str(", or attach the disk read-only (mode r)");
+        remedy.push_str(", or attach the disk read-only (mode r)");
     }
-    SharingError::InUse { what: format!("it {holder}"), mend }
+    SharingError::InUse { what: format!("it {holder}"), remedy }
 }
 
 fn in_use_by_somebody() -> SharingError {
     SharingError::InUse {
         what: "somebody else holds it exclusively".to_owned(),
-        mend: "unmount or release it first".to_owned(),
+        remedy: "unmount or release it first".to_owned(),
     }
 }
 
@@ -188,11 +189,11 @@ fn locked(file: Storage) -> SharingError {
     match holders::of_file(file).first() {
         Some(holder) => SharingError::InUse {
             what: format!("it {holder}, which has locked it"),
-            mend: holder.mend(),
+            remedy: holder.remedy(),
         },
         None => SharingError::InUse {
             what: "another program has locked it, maybe on another host".to_owned(),
-            mend: "end that program, or detach the disk from it".to_owned(),
+            remedy: "end that program, or detach the disk from it".to_owned(),
         },
     }
 }

@@ -181,13 +181,13 @@ impl FromStr for DataPath {
 }
 
 fn bad(target: &str, what: &str) -> BackingError {
-    let mend = "write raw:/path/to/file-or-device, a bare absolute path, or null:SIZE";
-    BackingError::new(target, what, mend, None)
+    let remedy = "write raw:/path/to/file-or-device, a bare absolute path, or null:SIZE";
+    BackingError::new(target, what, remedy, None)
 }
 
 fn bad_option(target: &str, what: &str) -> BackingError {
-    let mend = format!("give {OPTIONS}, as in raw,data-path=copy:/path");
-    BackingError::new(target, what, &mend, None)
+    let remedy = format!("give {OPTIONS}, as in raw,data-path=copy:/path");
+    BackingError::new(target, what, &remedy, None)
 }
 
 impl fmt::Display for Spec {

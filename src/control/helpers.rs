@@ -2,7 +2,7 @@
 //!
 //! Opening a file on a hung NFS server, behind an automount or under a lease may take seconds or for ever,
 //! and so may closing it. Control asks for an open with [`Helpers::open`], goes on, and gets the answer
-//! from [`Helpers::next_answer`]. What was opened is also closed here, whoever drops it ([`OpenBacking`]).
+//! from [`Helpers::next_answer`]. What was opened is also closed here, on whichever thread it is dropped ([`OpenBacking`]).
 //!
 //! Threads are started as needed, at most `limits::HELPERS_MAX`. Storage that hangs blocks the threads that
 //! use it, so only a few may be at one file (`limits::HELPERS_PER_FILE`), in one folder
@@ -313,8 +313,8 @@ impl Pool {
             match task {
                 Task::Open { id, spec, .. } => {
                     let what = format!("no thread can be started to open it ({error})");
-                    let mend = "raise the limit on threads (TasksMax= under systemd)";
-                    let error = BackingError::new(&spec.to_string(), &what, mend, None);
+                    let remedy = "raise the limit on threads (TasksMax= under systemd)";
+                    let error = BackingError::new(&spec.to_string(), &what, remedy, None);
                     self.answer(id, &spec, places, Err(error));
                 }
                 // Closed on this thread, because its file would stay open for good otherwise.
@@ -366,8 +366,8 @@ impl Pool {
                 let opened = catch_unwind(AssertUnwindSafe(|| spec.open(&access)));
                 let result = opened.unwrap_or_else(|_| {
                     let what = "opening it failed in polldisk itself";
-                    let mend = "see the log, and report it as a bug in polldisk";
-                    Err(BackingError::new(&spec.to_string(), what, mend, None))
+                    let remedy = "see the log, and report it as a bug in polldisk";
+                    Err(BackingError::new(&spec.to_string(), what, remedy, None))
                 });
                 self.answer(id, &spec, job.places, result);
             }

@@ -61,7 +61,10 @@ impl Uring {
         if !ring.params().is_feature_submit_stable() || !ring.params().is_feature_nodrop() {
             return Err(io::Error::new(
                 io::ErrorKind::Unsupported,
-                "io_uring of this kernel is too old: Linux 5.5 or later is needed",
+                format!(
+                    "this kernel's io_uring is too old: use Linux {} or later",
+                    limits::LINUX_MIN
+                ),
             ));
         }
         let vectors =

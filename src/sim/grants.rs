@@ -91,7 +91,7 @@ impl Grants for SimGrants {
         let (words, _) = self.connection.call(Request::Map { domid, access, refs: &refs })?;
         let [mapping, frames @ ..] = words else { return Err(io::ErrorKind::InvalidData.into()) };
         let mapping = *mapping;
-        // A guest that ended and was made anew meanwhile has other memory than we know.
+        // A guest that was destroyed and created again meanwhile has other memory than this.
         let range = if guest.is_alive() && frames.len() == refs.len() {
             guest.map_frames(frames, access)
         } else {

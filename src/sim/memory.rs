@@ -240,7 +240,7 @@ impl MappedRange {
         Ok(MappedRange { base: mapped(base)?, len })
     }
 
-    /// The range as its user sees it. Whoever holds it keeps the range.
+    /// The range as its user sees it. While it exists, the range stays mapped.
     pub fn pages(&self, cookie: u64) -> GuestPages {
         // SAFETY: `map_frames` mapped every page; the range goes only when the GuestPages, which
         // is not Clone, was given back to `unmap`, or the Grants that holds it is closed.

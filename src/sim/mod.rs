@@ -47,7 +47,7 @@ use crate::units::DomId;
 use crate::xen::store::StoreClient;
 use crate::xen::{NodeAccess, Nodes, Permission, Platform, PlatformError, Store};
 
-/// The name of xenstore's socket in the run folder. Whoever can open it is dom0.
+/// The name of xenstore's socket in the run folder. A client that can open it acts as dom0.
 pub const XENSTORE_SOCKET: &str = "xenstore.sock";
 
 /// A running stand-in. Dropping it ends it.
@@ -253,7 +253,7 @@ impl SimXen {
     fn unreachable(&self, what: &str, source: io::Error) -> PlatformError {
         PlatformError {
             what: format!("cannot reach the {what} of {}", self.endpoint),
-            mend: "check that it runs and that the folder is the one it was started with"
+            remedy: "check that it runs and that the folder is the one it was started with"
                 .to_owned(),
             source,
         }

@@ -13,6 +13,7 @@ use super::Worker;
 use crate::backing::Image;
 use crate::engine::Engine;
 use crate::engine::host::HostEngine;
+use crate::limits::LINUX_MIN;
 use crate::msg::{
     Command, CommandReceiver, CommandSender, Report, ReportSender, WorkerId, command_channel,
 };
@@ -60,7 +61,7 @@ pub enum SpawnError {
     /// io_uring can't be set up.
     #[error(
         "cannot set up io_uring: allow it (sysctl kernel.io_uring_disabled=0), raise the memlock \
-         limit (ulimit -l), and use Linux 5.6 or later"
+         limit (ulimit -l), and use Linux {LINUX_MIN} or later"
     )]
     Engine(#[source] io::Error),
     /// The core can't be used.

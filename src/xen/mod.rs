@@ -40,12 +40,12 @@ pub trait Platform: Clone + Send + Sync + 'static {
 
 /// Why a part of the platform is missing, and what to do about it.
 #[derive(Debug, thiserror::Error)]
-#[error("{what}: {mend}")]
+#[error("{what}: {remedy}")]
 pub struct PlatformError {
     /// What failed, named: "cannot open /dev/xen/gntdev".
     pub what: String,
     /// What the admin can do.
-    pub mend: String,
+    pub remedy: String,
     /// The system's own error.
     #[source]
     pub source: io::Error,

@@ -262,13 +262,13 @@ fn a_connection_that_has_ended_leaves_its_workers_as_free_as_before() {
 fn a_frontend_that_says_connected_with_another_ring_is_served_on_that() {
     let rig = Rig::start();
     let (guest, areas) = connected(&rig, 5);
-    // As if it had closed and begun anew while nobody looked.
+    // As if it had closed and started over while nobody looked.
     let anew = [("ring-ref", "78"), ("state", "4")];
     let written = guest.store.atomically(|span| {
         let mut nodes = anew.iter();
         nodes.try_for_each(|(node, value)| span.write(&format!("{}/{node}", areas.frontend), value))
     });
     written.unwrap();
-    until("it is connected anew", || rig.plane().connects == 2 && rig.served(5) == 1);
+    until("it is connected again", || rig.plane().connects == 2 && rig.served(5) == 1);
     assert_eq!(rig.plane().disconnects, 1);
 }

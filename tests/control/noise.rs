@@ -106,7 +106,7 @@ fn what_storage_failed_is_forgotten_with_the_connection_that_it_failed_for() {
     };
     let ended = rig.queue_of(65);
     fail(ended);
-    until("it is told", || is_full(65));
+    until("it is reported", || is_full(65));
     guest.close(&rig, &areas);
     guest.set_state(&areas, 1);
     guest.connect(&rig, &areas);
@@ -114,7 +114,7 @@ fn what_storage_failed_is_forgotten_with_the_connection_that_it_failed_for() {
     // A worker may have had more to say of it.
     fail(ended);
     fail(rig.queue_of(66));
-    until("what came after it is told", || is_full(66));
+    until("what came after it is reported", || is_full(66));
     assert!(!is_full(65));
 }
 

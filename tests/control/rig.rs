@@ -48,7 +48,7 @@ impl Platform for StorePlatform {
     fn open_store(&self) -> Result<StoreClient, PlatformError> {
         StoreClient::connect_unix(&self.socket).map_err(|source| PlatformError {
             what: "cannot reach the store".into(),
-            mend: "start it".into(),
+            remedy: "start it".into(),
             source,
         })
     }

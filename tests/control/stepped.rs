@@ -47,7 +47,7 @@ fn time_is_what_the_caller_says() {
 /// How many queues the frontend of [`Stepped`] wants.
 const QUEUES: u32 = 3;
 
-/// A guest's drive with several queues, and a worker that says what the test has it say.
+/// A guest's drive with several queues, and a worker played by the test.
 struct Stepped {
     rig: Rig,
     control: Control<StorePlatform>,
@@ -103,13 +103,13 @@ impl Stepped {
         });
     }
 
-    /// All that follows from what has happened.
+    /// Runs passes until control has nothing left to do.
     fn settle(&mut self) {
         while self.control.poll_once(self.now) == Progress::Worked {}
     }
 
-    /// The worker is asked something of every queue, and says so of one after the other, in no order of
-    /// theirs; before the last one has its answer `node` is to hold `before`.
+    /// Answers what control asked of each queue, not in their order. Until the last answer, `node` must
+    /// hold `before`.
     fn answer_each(
         &mut self,
         asked: impl Fn(&Command) -> Option<QueueKey>,

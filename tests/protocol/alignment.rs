@@ -27,8 +27,8 @@ fn guest_on(shape: Shape, memory_alignment: u16) -> (Bench, Rc<RefCell<Script>>)
     (bench, script)
 }
 
-/// Writes whole pages but for the last, which begins at this sector of its page. How far from alignment
-/// the buffers were that storage got, and how many segments were copied to bounce memory.
+/// Writes whole pages except for the last, which begins at this sector of its page. Returns how far the buffers
+/// that storage got were from page alignment, and how many segments were copied to bounce memory.
 fn write(bench: &mut Bench, script: &RefCell<Script>, last_from: u8) -> (usize, u64) {
     let device = &mut bench.guests[0];
     let buffer = device.free_buffer().unwrap();

@@ -42,7 +42,7 @@ fn a_request_of_the_largest_size_always_finds_bounce_memory() {
     assert!(bench.settle());
     bench.ask(victim, op::WRITE, 2, PAGES);
     assert!(bench.settle());
-    assert_eq!(bench.answers(victim), 2, "one after the other");
+    assert_eq!(bench.answers(victim), 2, "one after another");
 }
 
 #[test]

@@ -129,7 +129,7 @@ fn bad_grants_fail_their_request_only() {
     with_all_options(|guest, device| {
         let (page, good) = guest.grant(PageAccess::ReadWrite);
         guest.domain.page(page).copy_from(&[0x3c; 4096]);
-        // Of the read that fails, which may fill it all the same.
+        // For the read that fails, which may fill it nevertheless.
         let read_into = guest.grant(PageAccess::ReadWrite).1;
         let read_only = guest.grant(PageAccess::ReadOnly).1;
         let never_granted = guest.domain.reserve_refs(1).unwrap()[0];

@@ -1,4 +1,4 @@
-//! What storage is like, and what its admin is told about that: sizes, sectors, filesystems without
+//! What storage is like, and what its admin is told about it: sizes, sectors, filesystems without
 //! O_DIRECT, read-only devices. Finding it out changes nothing.
 
 use std::fs::File;
@@ -54,7 +54,7 @@ fn bytes_that_fill_no_sector_cause_a_warning() {
     assert!(told.contains("last 1 bytes") && !told.contains("emulate-512"), "{told}");
 }
 
-/// How storage was opened, and its end, if that is read and written by a descriptor of its own.
+/// The flags that storage was opened with, and those of its tail, if that has a descriptor of its own.
 fn flags_of(options: &str, path: &Path, read_only: bool) -> [Option<OFlags>; 2] {
     let backing = open(options, path, read_only).unwrap();
     let Image::Raw(image) = &**backing.image() else { panic!("{backing:?}") };

@@ -221,7 +221,7 @@ fn a_drive_refuses_a_medium_with_larger_blocks_than_its_guest_was_told() {
     run_verified(&mut device, load(2, 4096), 1_000);
     guest.close(device);
 
-    // Whoever connects next is told anew.
+    // The next connection starts with the new sizes.
     rig.changer(3)(&disk.target(""));
     for (guest, sector_bytes) in [(guest, 512), (told_512, 4096)] {
         guest.xenbus.start_over().unwrap();

@@ -58,7 +58,7 @@ impl Oracle {
         }
     }
 
-    /// Takes note that sectors were written with what those from `from` on hold.
+    /// Records that sectors were written with what those from `from` on hold.
     ///
     /// # Panics
     /// If either reaches beyond the disk.
@@ -66,7 +66,7 @@ impl Oracle {
         self.contents.copy_within(from..from + sectors.len(), sectors.start);
     }
 
-    /// Takes note that sectors were given back: they hold zeroes.
+    /// Records that sectors were discarded: they hold zeroes.
     ///
     /// # Panics
     /// If they reach beyond the disk.

@@ -20,7 +20,7 @@ use crate::limits::{SIM_STORE_CLIENTS_MAX, SIM_STORE_REQUESTS_PER_TURN};
 use crate::units::DomId;
 use crate::xen::store::wire::{Inbox, MESSAGE_MAX};
 
-/// A running xenstore server. Whoever can open its socket is dom0; guests get their ends from
+/// A running xenstore server. Clients of its socket act as dom0; guests get their ends from
 /// [`StoreServer::connect_as`]. Dropping it closes every connection and removes the socket.
 #[derive(Debug)]
 pub struct StoreServer {

@@ -220,7 +220,7 @@ impl Session<'_> {
         self.tree.get(&parent).map(drop).ok_or(libc::ENOENT)
     }
 
-    /// Removes an existing node with all below it, whoever owns them.
+    /// Removes an existing node with all below it, of any owner.
     pub(super) fn remove(&mut self, path: &NodePath) {
         for gone in self.tree.below(path) {
             let reach = if gone == *path { Reach::Subtree } else { Reach::Exact };

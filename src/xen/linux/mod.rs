@@ -60,7 +60,8 @@ impl LinuxXen {
         }
         Err(PlatformError {
             what: "the kernel's xen-blkback already serves disks of type vbd".to_owned(),
-            mend: "unload it (modprobe -r xen-blkback) or choose another --backend-type".to_owned(),
+            remedy: "unload it (modprobe -r xen-blkback) or choose another --backend-type"
+                .to_owned(),
             source: io::ErrorKind::ResourceBusy.into(),
         })
     }
@@ -77,7 +78,7 @@ impl LinuxXen {
                     return no_xen(source);
                 }
                 let what = format!("cannot open /dev/xen/{name}");
-                PlatformError { what, mend: device_mend(&source, module), source }
+                PlatformError { what, remedy: device_remedy(&source, module), source }
             })
     }
 }
@@ -85,13 +86,13 @@ impl LinuxXen {
 fn no_xen(source: io::Error) -> PlatformError {
     PlatformError {
         what: "this machine does not run on Xen".to_owned(),
-        mend: "run in dom0 or a driver domain, or try `polldisk demo`, which needs no Xen"
+        remedy: "run in dom0 or a driver domain, or try `polldisk demo`, which needs no Xen"
             .to_owned(),
         source,
     }
 }
 
-fn device_mend(error: &io::Error, module: &str) -> String {
+fn device_remedy(error: &io::Error, module: &str) -> String {
     match error.raw_os_error() {
         Some(libc::ENOENT | libc::ENODEV | libc::ENXIO) => {
             format!("load its kernel module (modprobe {module})")
@@ -183,7 +184,7 @@ mod test {
     #[test]
     fn missing_rights_are_named() {
         for errno in [libc::EACCES, libc::EPERM] {
-            assert_eq!(device_mend(&io::Error::from_raw_os_error(errno), "m"), "run as root");
+            assert_eq!(device_remedy(&io::Error::from_raw_os_error(errno), "m"), "run as root");
         }
     }
 

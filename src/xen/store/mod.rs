@@ -51,13 +51,13 @@ pub struct StoreTransaction {
 }
 
 impl StoreClient {
-    /// Connects as Xen's own tools do: to `$XENSTORED_PATH` where that is set, else to xenstored's
+    /// Connects as Xen's own tools do: to `$XENSTORED_PATH` if that is set, else to xenstored's
     /// socket, else to the kernel's device.
     pub fn connect() -> Result<StoreClient, PlatformError> {
         let transport = transport::find()?;
         StoreClient::over(transport).map_err(|source| PlatformError {
             what: "cannot poll the xenstore connection".to_owned(),
-            mend: "raise the limit on open files (ulimit -n)".to_owned(),
+            remedy: "raise the limit on open files (ulimit -n)".to_owned(),
             source,
         })
     }
@@ -268,7 +268,7 @@ impl Scope {
         Err(io::Error::from_raw_os_error(libc::EAGAIN))
     }
 
-    /// The whole list of one generation of the node; `None` where the generation changed midway.
+    /// The whole list of one generation of the node; `None` if the generation changed midway.
     fn one_generation(&self, path: &str) -> io::Result<Option<Vec<u8>>> {
         let mut list: Vec<u8> = Vec::new();
         let mut generation: Option<Vec<u8>> = None;

@@ -49,8 +49,8 @@ impl Socket {
 }
 
 impl Transport for Socket {
-    /// Messages fit the socket's buffer. If they do not go in at once all the same, this waits like a
-    /// blocking socket.
+    /// Messages fit the socket's buffer. If they do not go in at once, this waits like a blocking
+    /// socket.
     fn send(&self, messages: &[u8]) -> io::Result<()> {
         send_to_socket(&self.0, messages)
     }
@@ -176,7 +176,7 @@ fn unreachable_store(failures: Vec<(PathBuf, io::Error)>) -> PlatformError {
     let told = |(_, error): &(PathBuf, io::Error)| error.kind() == ErrorKind::NotFound;
     let source = failures.into_iter().min_by_key(told).map(|(_, error)| error);
     let source = source.unwrap_or_else(|| ErrorKind::NotFound.into());
-    let mend = match source.kind() {
+    let remedy = match source.kind() {
         ErrorKind::PermissionDenied => "run polldisk as root",
         _ => {
             "start xenstored (on most systems with the xencommons or xenstored service); \
@@ -185,7 +185,7 @@ fn unreachable_store(failures: Vec<(PathBuf, io::Error)>) -> PlatformError {
     };
     PlatformError {
         what: format!("cannot reach xenstore (tried {})", tried.join(", ")),
-        mend: mend.to_owned(),
+        remedy: remedy.to_owned(),
         source,
     }
 }
@@ -195,7 +195,7 @@ mod test {
     use super::*;
 
     #[test]
-    fn a_store_that_is_nowhere_is_told_with_each_place_and_the_mend() {
+    fn a_store_that_is_nowhere_is_told_with_each_place_and_the_remedy() {
         let home = tempfile::tempdir().unwrap();
         let missing = home.path().join("missing");
         let stale = home.path().join("stale");

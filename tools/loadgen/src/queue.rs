@@ -3,7 +3,7 @@
 //! A request's segments never change: its pages are granted once and always hold the same data. So
 //! starting a request only sets its operation and sector and copies it onto the ring. A frontend without
 //! persistent grants grants its pages in the same way and just does not announce the feature: granting
-//! them anew for each request would only cost the guest time, and make no difference to the backend.
+//! them again for each request would only cost the guest time, and make no difference to the backend.
 
 use polldisk::blkif::codec::{
     RawDirect, RawDiscard, RawIndirect, RawRequest, RawResponse, RawSegment, SEGMENT_BYTES,

@@ -29,7 +29,7 @@ pub struct Evtchn {
     partner: Option<DomId>,
     toll: Toll,
     ports: Vec<Port>,
-    /// Events were lost: reads fail until the program resets the device. Only tests have this happen.
+    /// Events were lost: reads fail until the program resets the device. Only tests make this happen.
     has_overflowed: bool,
 }
 
