@@ -186,4 +186,15 @@ mod test {
         let link = Link::find_among(vec![home.path().join("missing"), socket]).unwrap();
         assert!(matches!(link, Link::Socket(_)));
     }
+
+    #[test]
+    fn what_the_system_says_of_a_lost_connection_is_passed_on() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let link = Link::from_stream(ours).unwrap();
+        assert_eq!(link.receive(&mut [0]).unwrap(), None);
+        link.send(b"a request that nobody reads").unwrap();
+        drop(theirs);
+        let kinds = [(); 2].map(|()| link.receive(&mut [0]).unwrap_err().kind());
+        assert_eq!(kinds, [ErrorKind::ConnectionReset, ErrorKind::UnexpectedEof]);
+    }
 }
