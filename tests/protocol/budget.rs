@@ -89,6 +89,24 @@ fn pages_that_a_guest_no_longer_uses_are_unmapped() {
     assert_eq!(budget.left(), BUDGET);
 }
 
+#[test]
+fn a_request_is_copied_while_others_have_all_mappings() {
+    let (mut bench, script) = bench();
+    let host = Arc::new(HostBudget::new(BUDGET, 1));
+    let budget = Arc::new(GrantBudget::within(host, BUDGET));
+    let shape = Shape { grant_mode: GrantMode::Map, ..Shape::copied(2) };
+    let guest = bench.guest_with(shape, null(false), Arc::clone(&budget));
+    for _ in 0..2 {
+        script.borrow_mut().hung.insert(guest);
+        bench.ask(guest, op::READ, 2, 11);
+        assert!(bench.settle());
+        assert_eq!(budget.left(), BUDGET - 11);
+        script.borrow_mut().hung.clear();
+        assert!(bench.settle());
+        assert_eq!((bench.answers(guest), budget.left()), (2, BUDGET));
+    }
+}
+
 /// A process may have a limited number of mappings, whatever is in them.
 const MAX_MAP_COUNT: usize = 400;
 
