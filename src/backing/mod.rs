@@ -45,7 +45,8 @@ pub struct Access {
     pub user: String,
 }
 
-/// Opened storage as control holds it: the [`Image`] that workers do I/O on, and the options of the disk.
+/// Opened storage as control holds it: the [`Image`] that workers do I/O on, and what only control needs to
+/// know about it.
 #[derive(Debug)]
 pub struct Backing {
     image: Arc<Image>,

@@ -100,7 +100,11 @@ impl Endpoint {
                 let (_, mut fds) = connection.call(Request::OpenStore)?;
                 StoreClient::from_stream(fds.pop().ok_or(io::ErrorKind::InvalidData)?.into())
             }
-            Endpoint::Local(local) => local.store.connect_as(domid),
+            Endpoint::Local(local) => {
+                // A domain that has ended is refused.
+                connection.call(Request::Memory { domid })?;
+                local.store.connect_as(domid)
+            }
         }
     }
 }

@@ -159,6 +159,9 @@ impl Transport for Stream {
         let count = rest.len().min(space.len());
         space[..count].copy_from_slice(&rest[..count]);
         state.read += count;
+        if state.read < state.outbox.len() || !state.messages.is_empty() {
+            self.bell.ring();
+        }
         Ok((count > 0).then_some(count))
     }
 
@@ -183,5 +186,29 @@ impl Drop for Stream {
 impl AsFd for Stream {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.bell.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use std::time::Duration;
+
+    use xenstore_rs::Xs;
+
+    use super::*;
+    use crate::park;
+    use crate::xen::Store;
+
+    #[test]
+    fn the_descriptor_is_readable_while_an_event_waits_behind_an_answer() {
+        let client = LocalStore::new(Quota::default()).connect_as(DomId::DOM0).unwrap();
+        let is_readable = || park::sleep(&[client.as_fd()], Some(Duration::ZERO))[0];
+        client.watch("/a", "token").unwrap();
+        while client.next_event().unwrap().is_some() || client.next_event().unwrap().is_some() {}
+        assert!(!is_readable());
+        client.write("/a", "1").unwrap();
+        assert!(is_readable());
+        let events = [(); 2].map(|()| client.next_event().unwrap());
+        assert_eq!(events.iter().flatten().count(), 1);
     }
 }
