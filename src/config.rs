@@ -18,7 +18,7 @@ use crate::limits;
 use crate::patience::Policy;
 use crate::text::ranges;
 
-/// Where `polldisk serve` listens for `attach`, `detach` and `list` by default.
+/// Where `polldisk serve` listens for the other commands by default.
 pub const ADMIN_SOCKET: &str = "/run/polldisk/admin.sock";
 
 /// Options of `polldisk serve`, unchecked: from the command line, or from keys of the TOML file.
@@ -64,7 +64,7 @@ pub struct ServeOptions {
     #[arg(long, value_name = "PATH", value_enum)]
     pub data_path: Option<DataPath>,
 
-    /// Socket for attach, detach and list [default: /run/polldisk/admin.sock]
+    /// Socket for all other commands [default: /run/polldisk/admin.sock]
     #[arg(long, value_name = "PATH")]
     pub admin: Option<PathBuf>,
 

@@ -46,6 +46,19 @@
 //! So `control` and `worker` share only `msg`. [`sim`] and [`xen::linux`] provide the hypervisor's side;
 //! only the binary, tests, benches and tools name them. `tests/tidy.rs` checks this.
 //!
+//! # Where to change what
+//!
+//! | | |
+//! |---|---|
+//! | another image format or transport | the plan in [`engine`]; `backing::Contents` names and opens it, `backing::Image` is what workers get |
+//! | a resource that queues share | [`pool`] |
+//! | what a disk does when its guest or toolstack does something | `TABLE` in `control/machine.rs` |
+//! | a bound | [`limits`] |
+//! | an option of `polldisk serve` | [`config`], then `cli/serve.rs` of the binary |
+//! | a column of `polldisk list` | `DiskReport` in `control/admin/protocol.rs`; `control/admin/mod.rs` fills it, `cli/list.rs` shows it |
+//! | a feature of the protocol | `FEATURES` in [`blkif::features`], `control/frontend.rs` for what frontends answer |
+//! | a test of a whole guest, stepped | `tests/simulation.rs` with [`sim::world`] |
+//!
 //! # Words
 //!
 //! *Queue*: one ring of a disk. *Worker*: a pinned thread. *Backing*: where a disk's data is stored.

@@ -1,4 +1,5 @@
-//! Every bound in the program, with its reason. Relations between them are asserted here.
+//! Bounds that a guest, an admin or several parts of the program can reach, with their reasons. Relations
+//! between them are asserted here. What tunes one file only is in that file.
 
 /// Segments in a direct request: `BLKIF_MAX_SEGMENTS_PER_REQUEST` of Xen's `public/io/blkif.h`.
 pub const SEGMENTS_PER_REQUEST: usize = 11;
@@ -21,7 +22,7 @@ pub const INDIRECT_SEGMENTS_DEFAULT: u16 = 256;
 /// request while the first ones run.
 pub const TABLES_PER_QUEUE: usize = 4;
 
-/// ... and how many more all queues of a worker share: 12 MiB for requests of 256 segments.
+/// ... and how many more all queues of a worker share: 3 MiB for requests of 256 segments.
 /// Further indirect requests wait in their rings; direct ones need no table.
 pub const TABLES_COMMON: usize = 512;
 
@@ -42,13 +43,12 @@ pub const RING_PAGE_ORDER_DEFAULT: u32 = 4;
 /// Pages of the largest ring.
 pub const RING_PAGES_MAX: usize = 1 << RING_PAGE_ORDER_MAX;
 
-/// Pages that one queue keeps mapped for a guest. blkback's figure
-/// (`max_persistent_grants`): a 32-entry ring with three quarters of its indirect segments.
+/// Pages that one queue keeps mapped for a guest: blkback's figure (`max_persistent_grants`).
 pub const PERSISTENT_GRANTS_PER_QUEUE: usize = 1056;
 
 /// Pages that all queues of one domain keep mapped: those of sixteen full queues. However many disks a
-/// guest has, it takes at most a quarter of the mappings that a process can have (`vm.max_map_count`,
-/// 65530), even if each page is a mapping of its own; and an eighth of what Xen lets dom0 map
+/// guest has, it takes about a quarter of the mappings at most that a process can have (`vm.max_map_count`,
+/// 65530), even if each page is a mapping of its own; and about an eighth of what Xen lets dom0 map
 /// ([`PAGES_MAPPED_MAX`]). So one guest does not keep the others from mapping (XSA-300).
 pub const PERSISTENT_GRANTS_PER_DOMAIN: usize = 16 * PERSISTENT_GRANTS_PER_QUEUE;
 
@@ -384,15 +384,15 @@ pub const fn device_tags_of_worker(tags: usize) -> usize {
 /// 6.18).
 pub const OPERATION_WEIGHT: u32 = 25;
 
+/// About how much of the worker's time a unit of effort takes.
+pub const EFFORT_NS: u64 = 10;
+
 /// What a queue's turn in a pass may cost while others have work too, in units of [`EFFORT_NS`]: a full
 /// one-page ring of single-page requests that are answered at once, or 16 pages that the worker itself
 /// copies, or the operations that the kernel can begin in that time, as the worker has measured. So a turn
 /// lasts some microseconds, however much the guest asks for, and no queue waits long for another.
 pub const TURN_EFFORT: u32 = 512;
 const _: () = assert!(TURN_EFFORT == 32 * (REQUEST_EFFORT + SEGMENT_EFFORT));
-
-/// About how much of the worker's time a unit of effort takes.
-pub const EFFORT_NS: u64 = 10;
 
 /// ... for a queue that has had more than its share, while queues that have not are about to have work again,
 pub const TURN_EFFORT_AHEAD: u32 = TURN_EFFORT / 4;

@@ -52,7 +52,7 @@ pub enum Command {
     TakeLatency(QueueKey),
     /// Report what is in flight: [`Report::InFlight`]. For an unknown key, nothing is.
     TellInFlight(QueueKey),
-    /// Disconnect every queue without reports, and end the thread.
+    /// Disconnect every queue, then end the thread: [`Report::Stopped`].
     Stop,
 }
 
@@ -124,9 +124,10 @@ pub enum Report {
     Latency(QueueKey, Option<Box<Histogram<u64>>>),
     /// The answer to [`Command::TellInFlight`].
     InFlight(QueueKey, InFlight),
-    /// Storage failed a request: the first of the connection, the second, the fourth, and so on.
+    /// Storage failed a request: the first of the queue, the second, the fourth, and so on, and the first that
+    /// finds storage full.
     StorageFailed(QueueKey, StorageFailure),
-    /// A write succeeded again after one had failed with ENOSPC; at most once a second.
+    /// A write succeeded again after one had failed with ENOSPC or EDQUOT; at most once a second.
     SpaceLeft(QueueKey),
     /// The worker ended; the reason is empty after [`Command::Stop`].
     Stopped(WorkerId, String),

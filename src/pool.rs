@@ -11,6 +11,10 @@
 //!
 //! A pool only counts: its owner decides who waits, and who is served when something was given back.
 //! [`Lanes`] is a pool together with the items that wait for it.
+//!
+//! To add a pool that the queues of a worker share: its amounts go to `limits`, the pool to
+//! [`Resources`](crate::queue::Resources), and a [`Share`] to the queue. A queue that finds nothing left
+//! keeps its request and waits. A give-back must count up `Resources::give_backs`, or those queues wait on.
 
 use std::collections::VecDeque;
 

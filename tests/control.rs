@@ -681,13 +681,18 @@ fn a_worker_that_dies_takes_only_its_own_disks_down() {
 }
 
 #[test]
-fn a_signal_ends_control_as_its_caller_does() {
+fn a_signal_ends_control_as_its_caller_does_unless_it_is_sighup() {
     let mut rig = Rig::with(Config { signals: true, ..Config::default() });
     rig.guest(5);
     rig.attach(5, "xvdb", "null:1G").unwrap();
-    let own = std::process::id().to_string();
-    let sent = std::process::Command::new("kill").args(["-TERM", &own]).status().unwrap();
-    assert!(sent.success());
+    let send = |signal, to: &str| {
+        let sent = std::process::Command::new("kill").args([signal, to]).status().unwrap();
+        assert!(sent.success());
+    };
+    // To the thread itself, whose wait it interrupts.
+    send("-HUP", rig.thread());
+    assert_eq!(rig.list().len(), 1);
+    send("-TERM", &std::process::id().to_string());
     rig.join();
     assert_eq!(rig.read(&Areas::new(5, XVDB).backend), None);
 }

@@ -104,6 +104,12 @@ impl MappedFile {
         Some(unsafe { self.base.add(usize::try_from(offset).ok()?) })
     }
 
+    /// The address of the byte at `offset`, for a prefetch: it may lie outside the mapping.
+    #[inline]
+    pub fn address(&self, offset: u64) -> *const u8 {
+        self.base.as_ptr().wrapping_add(usize::try_from(offset).unwrap_or(0))
+    }
+
     /// The same for bytes that are to be written. The kernel takes no note of writes to mapped tmpfs files,
     /// so the file's modification time is set when the mapping ends.
     #[inline]

@@ -217,12 +217,13 @@ impl Disk {
 
     /// Whether it is being closed for good, or its areas are gone.
     pub fn is_leaving(&self) -> bool {
-        !self.machine.online() || self.machine.is_gone()
+        !self.machine.online() || self.machine.is_gone_or_deserted()
     }
 
     /// Whether it waits only for its requests in flight, not for its guest.
     pub fn is_draining(&self) -> bool {
-        self.machine.connection() == ConnectionState::Disconnecting || self.machine.is_gone()
+        self.machine.connection() == ConnectionState::Disconnecting
+            || self.machine.is_gone_or_deserted()
     }
 
     /// When it was found.

@@ -24,14 +24,14 @@ struct Guest {
 
 /// Permission to write one line.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Leave {
+pub struct LogPermit {
     /// Lines suppressed since the last one that was written.
     pub suppressed: u64,
 }
 
 impl Guests {
     /// Asks to write a log line that this guest has caused.
-    pub fn may_log(&mut self, domid: DomId, now: Instant) -> Option<Leave> {
+    pub fn may_log(&mut self, domid: DomId, now: Instant) -> Option<LogPermit> {
         self.known.entry(domid).or_default().log.ask(now)
     }
 
@@ -73,7 +73,7 @@ struct LogBudget {
 }
 
 impl LogBudget {
-    fn ask(&mut self, now: Instant) -> Option<Leave> {
+    fn ask(&mut self, now: Instant) -> Option<LogPermit> {
         let since = *self.since.get_or_insert(now);
         if now.saturating_duration_since(since) >= Duration::from_secs(limits::GUEST_LOG_SECONDS) {
             self.since = Some(now);
@@ -84,14 +84,14 @@ impl LogBudget {
             return None;
         }
         self.lines += 1;
-        Some(Leave { suppressed: std::mem::take(&mut self.suppressed) })
+        Some(LogPermit { suppressed: std::mem::take(&mut self.suppressed) })
     }
 }
 
 /// A limit on how often something is done: a burst at once, then a number of times per second.
 #[derive(Debug, Default)]
 pub struct Pace {
-    /// When the steady rate will have caught up with what was done.
+    /// Until when everything done so far would have taken at the steady rate.
     paid_until: Option<Instant>,
 }
 
@@ -114,10 +114,10 @@ impl Pace {
 macro_rules! guest_log {
     ($around:expr, $domid:expr, $level:ident, $($message:tt)+) => {
         match $around.guests.may_log($domid, $around.now) {
-            Some($crate::control::guests::Leave { suppressed: 0 }) => {
+            Some($crate::control::guests::LogPermit { suppressed: 0 }) => {
                 tracing::$level!($($message)+)
             }
-            Some($crate::control::guests::Leave { suppressed }) => {
+            Some($crate::control::guests::LogPermit { suppressed }) => {
                 tracing::$level!(suppressed, $($message)+)
             }
             None => {}
@@ -140,14 +140,14 @@ mod test {
         let start = Instant::now();
         let mut guests = Guests::default();
         for _ in 0..limits::GUEST_LOG_LINES {
-            assert_eq!(guests.may_log(domid(1), start), Some(Leave { suppressed: 0 }));
+            assert_eq!(guests.may_log(domid(1), start), Some(LogPermit { suppressed: 0 }));
         }
         assert_eq!(guests.may_log(domid(1), start), None);
         assert_eq!(guests.may_log(domid(1), start), None);
-        assert_eq!(guests.may_log(domid(2), start), Some(Leave { suppressed: 0 }));
+        assert_eq!(guests.may_log(domid(2), start), Some(LogPermit { suppressed: 0 }));
         let later = start + Duration::from_secs(limits::GUEST_LOG_SECONDS);
-        assert_eq!(guests.may_log(domid(1), later), Some(Leave { suppressed: 2 }));
-        assert_eq!(guests.may_log(domid(1), later), Some(Leave { suppressed: 0 }));
+        assert_eq!(guests.may_log(domid(1), later), Some(LogPermit { suppressed: 2 }));
+        assert_eq!(guests.may_log(domid(1), later), Some(LogPermit { suppressed: 0 }));
     }
 
     #[test]

@@ -15,6 +15,9 @@
 //!   different ring from the connection's, has started over: the connection is ended first;
 //! - if a toolstack writes Initialising again, the disk is opened afresh;
 //! - a drive may be empty, and its medium may change while it is connected.
+//!
+//! To change it: edit the table, run its tests with `UPDATE_SNAPSHOTS=1`, and review the difference in
+//! `machine/table.txt`. A new input also goes into `any_input` of the tests.
 
 use std::fmt;
 
@@ -155,7 +158,7 @@ const ANY: &[XenbusState] = &XenbusState::ALL;
 /// A frontend that will not answer: missing, closed, or not started yet.
 const DEAD: &[XenbusState] = &[Unknown, Initialising, Closed, Reconfiguring, Reconfigured];
 /// A frontend whose ring is published.
-const READY: &[XenbusState] = &[Initialised, Connected];
+const PUBLISHED: &[XenbusState] = &[Initialised, Connected];
 /// A frontend that is gone or has closed.
 const LEFT: &[XenbusState] = &[Unknown, Closed];
 /// Backend states in which a disk that is not online waits for nobody.
@@ -211,7 +214,7 @@ pub static TABLE: &[Row] = &[
         On::Just(Input::Ready),
         &[
             When::Backend(&[InitWait]),
-            When::Frontend(READY),
+            When::Frontend(PUBLISHED),
             When::Connection(&[ConnectionState::Down]),
             When::Online(true),
         ],
@@ -290,14 +293,14 @@ pub static TABLE: &[Row] = &[
         &[When::Backend(&[Closing]), When::Connection(&[ConnectionState::Down])],
         &[SetState(Closed), Forget],
     ),
-    row(On::Frontend(READY), &[When::Failed], &[]),
+    row(On::Frontend(PUBLISHED), &[When::Failed], &[]),
     row(
-        On::Frontend(READY),
+        On::Frontend(PUBLISHED),
         &[When::Backend(&[Closing]), When::Connection(&[ConnectionState::Up]), When::Online(true)],
         &[SetState(Connected)],
     ),
     row(
-        On::Frontend(READY),
+        On::Frontend(PUBLISHED),
         &[
             When::Backend(&[InitWait, Closed]),
             When::Connection(&[ConnectionState::Down]),
@@ -364,7 +367,7 @@ pub static TABLE: &[Row] = &[
     row(On::Just(Input::ConnectionDown), &[When::Failed], &[]),
     row(
         On::Just(Input::ConnectionDown),
-        &[When::Online(true), When::Frontend(READY), When::Ready],
+        &[When::Online(true), When::Frontend(PUBLISHED), When::Ready],
         &[Connect],
     ),
     // Another medium in the drive.
@@ -430,7 +433,7 @@ impl Machine {
     }
 
     /// Whether the backend area is gone, or the guest is.
-    pub fn is_gone(&self) -> bool {
+    pub fn is_gone_or_deserted(&self) -> bool {
         self.gone || self.deserted
     }
 
@@ -445,7 +448,8 @@ impl Machine {
         self.online = online;
     }
 
-    /// Takes one input; returns the effects to carry out in order.
+    /// Takes one input; returns the effects to carry out in order. The answer to an open that is no longer
+    /// under way has none.
     pub fn step(&mut self, input: Input) -> &'static [Effect] {
         let answers_open =
             matches!(input, Input::Opened | Input::OpenFailed | Input::OpenFailedScript);

@@ -97,7 +97,7 @@ enum Place {
 
 impl<S: Store> Registry<S> {
     /// Watches the backend types; the first events lead to existing disks. `instance` is a unique name of
-    /// this run of the daemon; `opened` is rung when storage was opened.
+    /// this run of the daemon.
     pub fn new(
         store: S,
         kinds: &[String],

@@ -134,6 +134,7 @@ impl Workers {
 #[cfg(test)]
 mod test {
     use super::*;
+    use crate::units::VbdId;
 
     #[test]
     fn what_a_full_worker_does_not_take_is_kept_in_order_and_a_worker_that_ended_is_told() {
@@ -171,5 +172,15 @@ mod test {
         drop(another);
         workers.budget(domain(3));
         assert_eq!(workers.budgets.len(), 1, "domains without queues are forgotten");
+    }
+
+    #[test]
+    fn a_connection_that_has_ended_is_nobodys() {
+        let mut workers = Workers::new(Vec::new());
+        let disk = DiskKey { kind: "vbd".into(), domid: DomId::DOM0, vbd: VbdId(51712) };
+        let connections = [(); 3].map(|()| workers.begin_connection(&disk));
+        assert_eq!(connections.map(|connection| workers.owner(connection)), [Some(&disk); 3]);
+        connections.iter().for_each(|connection| workers.end_connection(*connection));
+        assert!(workers.owners.is_empty());
     }
 }

@@ -11,7 +11,7 @@
 //! the copy by a system call that follows fails with EFAULT.
 #![allow(unsafe_code)]
 
-pub use arch::{copy, install, prefetch};
+pub use arch::{copy, install, prefetch, prefetch_line};
 
 #[cfg(target_arch = "x86_64")]
 mod arch {
@@ -80,6 +80,14 @@ mod arch {
             // SAFETY: only a hint, which never faults.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(to.as_ptr().wrapping_add(line).cast()) };
         }
+    }
+
+    /// Makes the processor look up a page and fetch one cache line of it.
+    #[inline]
+    pub fn prefetch_line(address: *const u8) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint, which touches nothing and never faults.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
     }
 
     /// Installs the signal handler that guards [`copy`], once. Returns whether it is there.
@@ -169,6 +177,9 @@ mod arch {
 
     /// Nothing will be copied.
     pub fn prefetch(_: std::ptr::NonNull<u8>, _: usize) {}
+
+    /// Nothing will be copied.
+    pub fn prefetch_line(_: *const u8) {}
 
     /// Copies are not guarded.
     pub fn install() -> bool {

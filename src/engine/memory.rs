@@ -140,6 +140,8 @@ impl<B> MemoryFiles<B> {
         buffers: &[GuestBuf],
         way: Way,
     ) -> Option<i32> {
+        // The processor looks up the file's page while the following is done; else the copy waits for it.
+        guarded::prefetch_line(mapping.address(offset));
         let len = bytes(buffers);
         let mut place = match way.place(mapping, offset, len) {
             Some(place) => place,

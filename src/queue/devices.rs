@@ -29,9 +29,9 @@ struct Device {
     number: u64,
     tags: Pool,
     /// Tags that the requests in flight would take if each page of data took one.
-    pages: usize,
-    /// The worker itself submits until `pages` exceeds this.
-    most: usize,
+    worst_tags: usize,
+    /// The worker itself submits until `worst_tags` exceeds this.
+    worker_submits_up_to: usize,
     rings: usize,
 }
 
@@ -41,19 +41,19 @@ pub struct DeviceShare {
     device: usize,
     share: Share,
     /// Pages of data that fit into one request of the device.
-    pages: usize,
+    pages_per_request: usize,
 }
 
 impl DeviceShare {
     /// How many requests of the device the kernel makes of one with this number of segments, if the file is
     /// contiguous. A flush or discard has no segments.
     fn requests(&self, segments: usize) -> usize {
-        segments.div_ceil(self.pages).max(1)
+        segments.div_ceil(self.pages_per_request).max(1)
     }
 }
 
 impl Devices {
-    /// No devices yet; `workers` is how many the host has.
+    /// No devices yet; `workers` is how many workers share each device.
     pub fn new(workers: usize) -> Devices {
         Devices { workers, devices: Slab::new() }
     }
@@ -73,7 +73,7 @@ impl Devices {
             }
         };
         self.devices[device].rings += 1;
-        DeviceShare { device, share: Share::default(), pages: queue.pages.max(1) }
+        DeviceShare { device, share: Share::default(), pages_per_request: queue.pages.max(1) }
     }
 
     /// Removes a ring, which must have nothing in flight, from its device.
@@ -107,7 +107,7 @@ impl Devices {
     #[inline(never)]
     fn submitter_to(&self, share: &DeviceShare) -> By {
         let device = &self.devices[share.device];
-        if device.pages > device.most { By::Thread } else { By::Worker }
+        if device.worst_tags > device.worker_submits_up_to { By::Thread } else { By::Worker }
     }
 
     /// Takes the tags of a request with this number of segments.
@@ -122,7 +122,7 @@ impl Devices {
     fn take_tags(&mut self, share: &mut DeviceShare, segments: usize) {
         let requests = share.requests(segments);
         let device = &mut self.devices[share.device];
-        device.pages += segments.max(1);
+        device.worst_tags += segments.max(1);
         device.tags.take_beyond(&mut share.share, requests);
     }
 
@@ -138,7 +138,7 @@ impl Devices {
     fn give_back_tags(&mut self, share: &mut DeviceShare, segments: usize) {
         let requests = share.requests(segments);
         let device = &mut self.devices[share.device];
-        device.pages -= segments.max(1);
+        device.worst_tags -= segments.max(1);
         device.tags.give_back(&mut share.share, requests);
     }
 }
@@ -146,8 +146,9 @@ impl Devices {
 impl Device {
     fn new(number: u64, tags: usize) -> Device {
         let common = (tags / DEVICE_TAGS_COMMON_DIVISOR).max(1);
-        let most = device_tags_of_worker(tags);
-        Device { number, tags: Pool::new(DEVICE_TAGS_PER_QUEUE, common), pages: 0, most, rings: 0 }
+        let (tags, worker_submits_up_to) =
+            (Pool::new(DEVICE_TAGS_PER_QUEUE, common), device_tags_of_worker(tags));
+        Device { number, tags, worst_tags: 0, worker_submits_up_to, rings: 0 }
     }
 }
 

@@ -23,7 +23,7 @@ pub struct Indirect {
 }
 
 impl Queue {
-    /// Begins an indirect request. If there is no table for it, it waits in [`Queue::parked`], and so do the
+    /// Begins an indirect request. If there is no table for it, it waits in [`Queue::waiting_head`], and so do the
     /// requests behind it on the ring.
     pub(super) fn take_indirect<G, E>(&mut self, io: &mut Resources<G, E>, head: IndirectHead) {
         match io.tables.take(&mut self.tables) {
@@ -32,7 +32,7 @@ impl Queue {
                 io.devices.take(&mut self.device, head.segment_count());
                 io.scratch.indirect.push(Indirect { head, table, failed: false });
             }
-            None => self.parked = Some(head),
+            None => self.waiting_head = Some(head),
         }
     }
 
@@ -136,6 +136,6 @@ impl Queue {
     ) {
         io.tables.give_back(table, &mut self.tables);
         io.devices.give_back(&mut self.device, head.segment_count());
-        io.freed += 1;
+        io.give_backs += 1;
     }
 }

@@ -24,7 +24,7 @@ impl Queue {
             let slot = self.slots.get_mut(*slot_index);
             for index in 0..slot.segments().len() {
                 let segment = slot.segments()[index];
-                match mapped(persistent, segment, self.memory_alignment) {
+                match persistent_buffer(persistent, segment, self.memory_alignment) {
                     Some(buffer) => slot.set_buffer(index, buffer),
                     None => unmapped.push((*slot_index, index)),
                 }
@@ -74,7 +74,7 @@ impl Queue {
             transient.map(&mut io.grants, self.frontend, slot, self.memory_alignment, wanted);
         }
         wanted.clear();
-        unmapped.retain(|(slot, _)| self.slots.get_mut(*slot).mapped.is_empty());
+        unmapped.retain(|(slot, _)| self.slots.get_mut(*slot).own_pages.is_empty());
         self.counters.grants_mapped.set(transient.count() as u64);
     }
 
@@ -93,7 +93,7 @@ impl Queue {
         }
         io.scratch.unmapped = unmapped;
         io.scratch.unmapped.clear();
-        if !self.stalled.is_empty() || !self.fetched.is_empty() {
+        if !self.stalled.is_empty() || !self.to_fetch.is_empty() {
             let (slots, stalled) = (&mut self.slots, &self.stalled);
             io.scratch
                 .fresh
@@ -106,7 +106,8 @@ impl Queue {
         segments.iter().all(|(slot, index)| {
             let slot = self.slots.get_mut(*slot);
             let segment = slot.segments()[*index];
-            let buffer = mapped(self.data_grants.persistent(), segment, self.memory_alignment);
+            let buffer =
+                persistent_buffer(self.data_grants.persistent(), segment, self.memory_alignment);
             buffer.inspect(|buffer| slot.set_buffer(*index, *buffer)).is_some()
         })
     }
@@ -132,7 +133,7 @@ impl Queue {
             }
         }
         if slot.request.kind != Kind::Read {
-            self.fetched.push_back(index);
+            self.to_fetch.push_back(index);
         } else if !self.image.fills_reads() {
             // It may hold another guest's data.
             slot.zero();
@@ -143,7 +144,7 @@ impl Queue {
     /// Copies the data of writes from the guest to bounce memory, as much as this turn allows, and submits
     /// the writes whose data is complete.
     pub(super) fn fetch<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
-        let mut waiting = std::mem::take(&mut self.fetched);
+        let mut waiting = std::mem::take(&mut self.to_fetch);
         self.copy(io, waiting.iter(), CopyDirection::FromGuest);
         while let Some(slot) = waiting.pop_front_if(|slot| self.slots.get_mut(*slot).is_copied()) {
             if self.slots.get_mut(slot).failed {
@@ -152,19 +153,19 @@ impl Queue {
                 self.submit(io, slot);
             }
         }
-        self.fetched = waiting;
+        self.to_fetch = waiting;
     }
 
     /// Copies the data of finished reads from bounce memory to the guest, as much as this turn allows, and
     /// answers the reads whose data is complete.
     pub(super) fn copy_reads_out<G: Grants, E>(&mut self, io: &mut Resources<G, E>) {
-        let mut waiting = std::mem::take(&mut self.copied_out);
+        let mut waiting = std::mem::take(&mut self.to_copy_out);
         self.copy(io, waiting.iter(), CopyDirection::ToGuest);
         while let Some(slot) = waiting.pop_front_if(|slot| self.slots.get_mut(*slot).is_copied()) {
             let failed = self.slots.get_mut(slot).failed;
             self.answer(io, slot, if failed { Status::Error } else { Status::Okay });
         }
-        self.copied_out = waiting;
+        self.to_copy_out = waiting;
     }
 
     /// Copies segments of these slots, in order, as many as this turn allows. If a copy fails, its slot is
@@ -211,20 +212,22 @@ impl DataGrants {
 
 /// Gives every segment of a request its buffer; `false`: not all of their pages are mapped.
 #[inline]
-pub(super) fn locate_mapped(
+pub(super) fn locate_persistent(
     persistent: Option<&PersistentGrants>,
     slot: &mut Slot,
     memory_alignment: u16,
 ) -> bool {
     let (segments, buffers) = slot.segments_and_buffers();
     segments.iter().zip(buffers).all(|(segment, buffer)| {
-        mapped(persistent, *segment, memory_alignment).map(|page| *buffer = page).is_some()
+        persistent_buffer(persistent, *segment, memory_alignment)
+            .map(|page| *buffer = page)
+            .is_some()
     })
 }
 
-/// The guest's page of a segment, if it is mapped and the segment is aligned for direct I/O.
+/// The guest's page of a segment, if it stays mapped and the segment is aligned for direct I/O.
 #[inline]
-fn mapped(
+fn persistent_buffer(
     persistent: Option<&PersistentGrants>,
     segment: Segment,
     memory_alignment: u16,

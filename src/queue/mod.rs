@@ -13,7 +13,7 @@
 //!
 //! If a request needs something that the worker's queues share and none is left, it *waits*, and so do the
 //! requests behind it on the ring. It is tried again only after something was given back
-//! ([`Resources::freed`]).
+//! ([`Resources::give_backs`]).
 //!
 //! The steady path neither allocates nor makes a system call per request, with one exception that the admin
 //! must choose: mapping pages for the duration of a request ([`transient`]).
@@ -71,7 +71,7 @@ pub struct Resources<G, E> {
     /// When the pass began, or when its completions were reaped.
     pub now_ns: u64,
     /// Changes whenever something that a queue may be waiting for is given back.
-    pub freed: u64,
+    pub give_backs: u64,
     /// Reports to control.
     pub outbox: Outbox,
     /// Requests in flight.
@@ -93,7 +93,7 @@ impl<G, E> Resources<G, E> {
             grants,
             engine,
             now_ns: 0,
-            freed: 0,
+            give_backs: 0,
             outbox,
             requests: Pool::new(REQUESTS_PER_QUEUE, REQUESTS_COMMON),
             devices: Devices::new(workers),
@@ -140,26 +140,26 @@ pub struct Queue {
     /// The worker itself moves its data.
     moves_data: bool,
     slots: Slots,
-    /// This queue's share of the worker's requests in flight,
+    /// This queue's share of the worker's requests in flight.
     requests: Share,
-    /// ... of its tables,
+    /// This queue's share of the worker's tables.
     tables: Share,
-    /// ... and of the tags of the block device that its disk is on.
+    /// This queue's share of the tags of the block device that its disk is on.
     device: Option<DeviceShare>,
     /// Its own bounce memory, used when too little is left of the worker's.
     bounce: BouncePool,
     /// Slots whose next step the engine had no room for.
-    refused: VecDeque<u32>,
+    no_room: VecDeque<u32>,
     /// Slots that wait for bounce memory.
     stalled: VecDeque<u32>,
     /// An indirect request that waits for a table.
-    parked: Option<IndirectHead>,
-    /// [`Resources::freed`] when the waiting requests were last tried; `None`: nothing waits.
+    waiting_head: Option<IndirectHead>,
+    /// [`Resources::give_backs`] when the waiting requests were last tried; `None`: nothing waits.
     waits_since: Option<u64>,
     /// Writes whose data is being copied to bounce memory.
-    fetched: VecDeque<u32>,
+    to_fetch: VecDeque<u32>,
     /// Reads whose data is being copied from bounce memory to the guest.
-    copied_out: VecDeque<u32>,
+    to_copy_out: VecDeque<u32>,
     /// Slots whose next step must wait for the next turn.
     interrupted: VecDeque<u32>,
     /// Effort left in this turn.
@@ -190,7 +190,7 @@ pub struct Queue {
 pub struct Turn {
     /// The turn ends when this is spent.
     pub effort: u32,
-    /// The effort of submitting one operation without data to storage.
+    /// The effort of submitting one operation without data to storage; 0: not charged.
     pub operation_effort: u32,
 }
 
@@ -260,12 +260,12 @@ impl Queue {
             requests: Share::default(),
             tables: Share::default(),
             device,
-            refused: list(),
+            no_room: list(),
             stalled: list(),
-            parked: None,
+            waiting_head: None,
             waits_since: None,
-            fetched: list(),
-            copied_out: list(),
+            to_fetch: list(),
+            to_copy_out: list(),
             interrupted: list(),
             effort: 0,
             operation_effort: 0,
@@ -362,14 +362,14 @@ impl Queue {
     }
 
     /// Asks the frontend for a notification, unless the queue has work or waits for something other
-    /// than requests. `true`: there is work now. `freed` is [`Resources::freed`].
-    pub fn arm(&mut self, freed: u64) -> bool {
-        self.has_work_off_ring(freed).unwrap_or_else(|| self.ring.arm())
+    /// than requests. `true`: there is work now. `give_backs` is [`Resources::give_backs`].
+    pub fn arm(&mut self, give_backs: u64) -> bool {
+        self.has_work_off_ring(give_backs).unwrap_or_else(|| self.ring.arm())
     }
 
     /// Whether data waits to be copied to the guest.
     pub fn has_copies(&self) -> bool {
-        !self.copied_out.is_empty()
+        !self.to_copy_out.is_empty()
     }
 
     /// Denies the queue a turn in this pass.
@@ -394,24 +394,24 @@ impl Queue {
         self.waits_since.is_some()
     }
 
-    /// Whether what it waits for may be available, now that something was given back.
+    /// False if it waits only for tags of its device, and none is free.
     pub fn may_go_on<G, E>(&self, io: &Resources<G, E>) -> bool {
         self.has_waiting() || self.has_unfinished() || io.devices.has_room(&self.device)
     }
 
-    /// Whether a turn would find anything to do; `freed` is [`Resources::freed`].
-    pub fn has_work(&self, freed: u64) -> bool {
+    /// Whether a turn would find anything to do; `give_backs` is [`Resources::give_backs`].
+    pub fn has_work(&self, give_backs: u64) -> bool {
         let on_ring = || !matches!(self.ring.requests(), Ok(0));
-        self.has_work_off_ring(freed).unwrap_or_else(on_ring)
+        self.has_work_off_ring(give_backs).unwrap_or_else(on_ring)
     }
 
     /// As [`Queue::has_work`], without a look at the ring; `None`: it depends on the ring.
-    fn has_work_off_ring(&self, freed: u64) -> Option<bool> {
+    fn has_work_off_ring(&self, give_backs: u64) -> Option<bool> {
         if self.has_unfinished() {
             return Some(true);
         }
         if let Some(since) = self.waits_since {
-            return Some(since != freed);
+            return Some(since != give_backs);
         }
         match self.barrier {
             // Completions of the requests in flight bring the worker back.

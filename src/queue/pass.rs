@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 
-use super::locate::locate_mapped;
+use super::locate::locate_persistent;
 use super::slots::{Advance, Step};
 use super::{Barrier, DataGrants, Queue, Resources, Turn};
 use crate::backing::Image;
@@ -37,7 +37,7 @@ impl Queue {
             self.go_on(io);
         }
         self.take_requests(io)?;
-        Ok(self.effort < effort || self.ring.unpublished() > 0 || !self.copied_out.is_empty())
+        Ok(self.effort < effort || self.ring.unpublished() > 0 || !self.to_copy_out.is_empty())
     }
 
     #[inline]
@@ -45,16 +45,16 @@ impl Queue {
         &mut self,
         io: &mut Resources<G, E>,
     ) -> Result<(), RingFault> {
-        let freed = io.freed;
+        let give_backs = io.give_backs;
         if let Some(since) = self.waits_since {
-            if since == freed {
+            if since == give_backs {
                 return Ok(());
             }
             self.waits_since = None;
             self.retry(io);
         }
         if self.has_waiting() {
-            self.waits_since = Some(freed);
+            self.waits_since = Some(give_backs);
             return Ok(());
         }
         if self.barrier != Barrier::None {
@@ -83,7 +83,7 @@ impl Queue {
         let is_full =
             taken < count && self.barrier == Barrier::None && !io.devices.has_room(&self.device);
         if room == 0 || self.has_waiting() || is_full {
-            self.waits_since = Some(freed);
+            self.waits_since = Some(give_backs);
         }
         Ok(())
     }
@@ -119,7 +119,7 @@ impl Queue {
     #[inline]
     fn takes_more<G, E>(&self, io: &Resources<G, E>) -> bool {
         self.barrier == Barrier::None
-            && self.parked.is_none()
+            && self.waiting_head.is_none()
             && self.effort > 0
             && io.devices.has_room(&self.device)
     }
@@ -171,7 +171,7 @@ impl Queue {
             Ok((request, count)) => {
                 slot.begin(request, count, None, io.now_ns);
                 let is_mapped =
-                    locate_mapped(self.data_grants.persistent(), slot, self.memory_alignment);
+                    locate_persistent(self.data_grants.persistent(), slot, self.memory_alignment);
                 io.devices.take(&mut self.device, count);
                 self.spend_on_request(count);
                 if request.is_barrier() {
@@ -220,7 +220,7 @@ impl Queue {
             self.submit(io, slot);
         }
         io.scratch.fresh.clear();
-        if !self.fetched.is_empty() {
+        if !self.to_fetch.is_empty() {
             self.fetch(io);
         }
     }
@@ -228,16 +228,16 @@ impl Queue {
     /// Whether any request that was taken waits for something that others hold.
     #[inline]
     pub(super) fn has_waiting(&self) -> bool {
-        !self.refused.is_empty() || !self.stalled.is_empty() || self.parked.is_some()
+        !self.no_room.is_empty() || !self.stalled.is_empty() || self.waiting_head.is_some()
     }
 
     /// Retries the waiting requests, in order, until there is no room for one.
     #[cold]
     fn retry<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
-        while let Some(slot) = self.refused.pop_front() {
-            let others = self.refused.len();
+        while let Some(slot) = self.no_room.pop_front() {
+            let others = self.no_room.len();
             self.submit(io, slot);
-            if stays_first(&mut self.refused, others) {
+            if stays_first(&mut self.no_room, others) {
                 break;
             }
         }
@@ -250,10 +250,10 @@ impl Queue {
                 self.submit(io, slot);
             }
         }
-        if !self.fetched.is_empty() {
+        if !self.to_fetch.is_empty() {
             self.fetch(io);
         }
-        if let Some(head) = self.parked.take() {
+        if let Some(head) = self.waiting_head.take() {
             self.take_indirect(io, head);
             if !io.scratch.indirect.is_empty() {
                 self.read_indirect(io);
@@ -265,13 +265,13 @@ impl Queue {
     /// Whether the previous turn left anything to do.
     #[inline]
     pub(super) fn has_unfinished(&self) -> bool {
-        !self.interrupted.is_empty() || !self.fetched.is_empty() || !self.copied_out.is_empty()
+        !self.interrupted.is_empty() || !self.to_fetch.is_empty() || !self.to_copy_out.is_empty()
     }
 
     /// Continues what the previous turn left, beginning with the requests closest to completion.
     #[cold]
     fn go_on<G: Grants, E: Engine<Target = Image>>(&mut self, io: &mut Resources<G, E>) {
-        if !self.copied_out.is_empty() {
+        if !self.to_copy_out.is_empty() {
             self.copy_reads_out(io);
         }
         while let Some(slot) = self.interrupted.pop_front() {
@@ -281,7 +281,7 @@ impl Queue {
                 break;
             }
         }
-        if !self.fetched.is_empty() {
+        if !self.to_fetch.is_empty() {
             self.fetch(io);
         }
     }
@@ -310,8 +310,8 @@ impl Queue {
                 }
                 Submitted::Full(_) => {
                     // Set here, because `complete` may also submit a step, outside any turn.
-                    self.waits_since.get_or_insert(io.freed);
-                    return self.refused.push_back(slot_index);
+                    self.waits_since.get_or_insert(io.give_backs);
+                    return self.no_room.push_back(slot_index);
                 }
             }
         }
@@ -384,7 +384,7 @@ impl Queue {
         let advance = slot.advance(result);
         let needs_copy = slot.is_bounced() && slot.request.kind == Kind::Read;
         match advance {
-            Advance::Done if needs_copy => self.copied_out.push_back(slot_index),
+            Advance::Done if needs_copy => self.to_copy_out.push_back(slot_index),
             Advance::Done => self.answer(io, slot_index, Status::Okay),
             Advance::Again => return true,
             Advance::Failed(errno) => {
@@ -399,7 +399,7 @@ impl Queue {
     /// responses. `true`: notify the frontend.
     #[inline]
     pub fn finish_pass<G: Grants, E>(&mut self, io: &mut Resources<G, E>) -> bool {
-        if !self.copied_out.is_empty() {
+        if !self.to_copy_out.is_empty() {
             self.copy_reads_out(io);
         }
         self.settle(io);
@@ -416,7 +416,7 @@ impl Queue {
         let answered = self.requests.used() - self.ring.in_flight() as usize;
         if answered > 0 {
             io.requests.give_back(&mut self.requests, answered);
-            io.freed += 1;
+            io.give_backs += 1;
         }
     }
 
@@ -446,7 +446,7 @@ impl Queue {
             self.barrier = Barrier::None;
         }
         self.ring.answer(&RawResponse::new(request.id, request.operation, status));
-        io.freed += 1;
+        io.give_backs += 1;
         self.latency.record(io.now_ns.saturating_sub(taken_ns));
         self.count(io, &request, status);
     }

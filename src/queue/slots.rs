@@ -23,7 +23,7 @@ pub struct Slot {
     pub failed: bool,
     /// Pages mapped for this request only, in the order of its segments, in ranges of
     /// `limits::GRANTS_PER_MAP_BATCH` pages; the last one may be shorter.
-    pub mapped: Vec<GuestPages>,
+    pub own_pages: Vec<GuestPages>,
     in_use: bool,
     /// Bytes that storage has moved so far.
     moved_bytes: u32,
@@ -112,7 +112,7 @@ impl Slot {
             },
             taken_ns: 0,
             failed: false,
-            mapped: Vec::new(),
+            own_pages: Vec::new(),
             in_use: false,
             moved_bytes: 0,
             steps: &[],
@@ -189,11 +189,12 @@ impl Slot {
         }
     }
 
-    /// Points every segment at its page in [`Slot::mapped`].
-    pub fn point_at_mapped(&mut self) {
+    /// Points every segment at its page in [`Slot::own_pages`].
+    pub fn point_at_own_pages(&mut self) {
         for index in 0..self.segments().len() {
             let segment = self.segments()[index];
-            let page = self.mapped[index / GRANTS_PER_MAP_BATCH].page(index % GRANTS_PER_MAP_BATCH);
+            let page =
+                self.own_pages[index / GRANTS_PER_MAP_BATCH].page(index % GRANTS_PER_MAP_BATCH);
             let buffer = page.part(segment.offset.into(), segment.len.into());
             self.set_buffer(index, buffer.expect("a segment lies within its page"));
         }

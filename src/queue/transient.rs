@@ -65,27 +65,27 @@ impl TransientGrants {
         };
         for batch in wanted.chunks(GRANTS_PER_MAP_BATCH) {
             match grants.map(domid, batch, access) {
-                Ok(pages) => slot.mapped.push(pages),
+                Ok(pages) => slot.own_pages.push(pages),
                 Err(_) => {
                     self.refusals += 1;
                     return self.unmap(grants, slot);
                 }
             }
         }
-        slot.point_at_mapped();
+        slot.point_at_own_pages();
     }
 
     /// Unmaps a request's pages; storage must be done with them.
     #[inline]
     pub fn release<G: Grants>(&mut self, grants: &mut G, slot: &mut Slot) {
-        if !slot.mapped.is_empty() {
+        if !slot.own_pages.is_empty() {
             self.unmap(grants, slot);
         }
     }
 
     /// Unmaps a request's pages and gives back all of its share, even if only some of them were mapped.
     fn unmap<G: Grants>(&mut self, grants: &mut G, slot: &mut Slot) {
-        for pages in slot.mapped.drain(..) {
+        for pages in slot.own_pages.drain(..) {
             if let Err(error) = grants.unmap(pages) {
                 // The host is at fault: map no more for this queue, because that might fail, too.
                 self.refusals = MAP_REFUSALS_MAX;

@@ -75,7 +75,7 @@ impl Mailbox {
 
     /// Silences the bell and takes those of the first `slots` that are pending and unmasked, which
     /// become masked. `take` gets each and says whether there is room for more. Returns whether the
-    /// bell had rung: it may have without a slot being ready, if the slot was taken before its bell was heard.
+    /// bell had rung. It may ring with no slot ready: an earlier call may have taken that slot.
     pub fn take_pending(&self, slots: usize, mut take: impl FnMut(usize) -> bool) -> bool {
         let rang = self.silence();
         let words = slots.div_ceil(64);
@@ -87,7 +87,7 @@ impl Mailbox {
                 self.masked(word).fetch_or(bit(slot), Ordering::SeqCst);
                 self.pending(word).fetch_and(!bit(slot), Ordering::SeqCst);
                 if !take(slot) {
-                    // Who rang for the others was silenced: the descriptor stays readable.
+                    // Ring again for the slots that are left, because the bell was silenced above.
                     if ready != 0 || (word + 1..words).any(|word| self.ready(word) != 0) {
                         self.ring();
                     }

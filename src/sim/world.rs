@@ -60,7 +60,7 @@ pub enum WorldError {
     #[error(transparent)]
     Io(#[from] io::Error),
     /// What was waited for can't happen any more.
-    #[error("it did not happen in {STEPS_MAX} steps: {0}")]
+    #[error("it has not happened in {STEPS_MAX} steps: {0}")]
     Hangs(String),
 }
 
@@ -237,7 +237,7 @@ impl World {
 
     fn trace_store(&mut self) -> io::Result<()> {
         let mut silences = 0;
-        // Between two events nothing may be here for once.
+        // `next_event` may return `None` once between two events.
         while silences < 2 {
             let Some(event) = self.watcher.next_event()? else {
                 silences += 1;

@@ -61,8 +61,8 @@ pub struct Worker<P: Platform, E> {
     polled: Vec<usize>,
     /// Queues to look at again once something was given back.
     waiting: Vec<usize>,
-    /// [`Resources::freed`] when they were last looked at.
-    freed: u64,
+    /// [`Resources::give_backs`] when they were last looked at.
+    give_backs: u64,
     /// Queues that get another image, or are disconnected, once they are drained.
     draining: Vec<usize>,
     turns: Turns,
@@ -116,7 +116,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             by_port: FxHashMap::default(),
             polled,
             waiting,
-            freed: 0,
+            give_backs: 0,
             draining,
             turns: Turns::default(),
             unmask,
@@ -171,7 +171,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     /// Whether something was given back since the waiting queues were last looked at.
     #[inline]
     fn has_new_for_waiting(&self) -> bool {
-        !self.waiting.is_empty() && self.freed != self.resources.freed
+        !self.waiting.is_empty() && self.give_backs != self.resources.give_backs
     }
 
     /// Does what [`Worker::run`] does after a pass without work, but neither spins nor sleeps; says whether
@@ -489,7 +489,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     /// Polls those waiting queues again that may go on, now that something was given back.
     #[cold]
     fn look_at_waiting(&mut self, now_ns: u64) {
-        self.freed = self.resources.freed;
+        self.give_backs = self.resources.give_backs;
         let mut waiting = std::mem::take(&mut self.waiting);
         waiting.retain(|index| {
             if !self.queues[*index].queue.may_go_on(&self.resources) {
@@ -546,7 +546,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
                 served.queue.put_off();
                 served.part = 0;
                 if put_off.is_none_or(|(used, _)| served.used < used)
-                    && served.queue.has_work(self.resources.freed)
+                    && served.queue.has_work(self.resources.give_backs)
                 {
                     put_off = Some((served.used, index));
                 }
@@ -621,7 +621,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         if worked {
             let now_ns = clock_ns();
             self.resources.now_ns = now_ns;
-            self.resources.freed += 1;
+            self.resources.give_backs += 1;
             for Completion { ticket, result } in done.drain(..) {
                 self.poll_queue(ticket.queue(), now_ns);
                 let served = &mut self.queues[ticket.queue()];
@@ -664,13 +664,13 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
     /// Arms polled queues: all of them if the worker no longer spins, otherwise those that have been idle for
     /// longer than it ever spins.
     fn arm_idle(&mut self, pause: Pause) -> io::Result<()> {
-        let (last_work_ns, freed) = (self.last_work_ns, self.resources.freed);
+        let (last_work_ns, give_backs) = (self.last_work_ns, self.resources.give_backs);
         let (queues, unmask, waiting) = (&mut self.queues, &mut self.unmask, &mut self.waiting);
         self.polled.retain(|index| {
             let served = &mut queues[*index];
             // Both are the start of a pass, so that the length of the queue's last pass doesn't count.
             let quiet_ns = pause.lasted_ns + last_work_ns.saturating_sub(served.last_work_ns);
-            if (pause.spins && quiet_ns < pause.limit_ns) || served.queue.arm(freed) {
+            if (pause.spins && quiet_ns < pause.limit_ns) || served.queue.arm(give_backs) {
                 return true;
             }
             served.polled = false;

@@ -1,9 +1,9 @@
 //! Memory that a guest can write while we look at it.
 //!
 //! [`GuestPages`] owns a mapping, [`SharedPage`] views one as a ring, [`GuestBuf`] names a piece of
-//! memory. These are the only types that touch guest memory, and none of them ever forms a Rust
-//! reference or slice over it: every access is one volatile or atomic load or store, so each byte
-//! is fetched once and what is validated is what is used (XSA-155).
+//! memory. These types and [`crate::engine`]'s guarded copies are all that touches guest memory, and none of
+//! them ever forms a Rust reference or slice over it. Words of a ring are read by one volatile or atomic load
+//! each; data is copied once. Only the copy is validated and used (XSA-155).
 #![allow(unsafe_code)]
 
 use std::alloc::Layout;
@@ -124,7 +124,7 @@ impl GuestBuf {
         self.registration
     }
 
-    /// Where it starts. Only the kernel dereferences it.
+    /// Where it starts. Only the kernel and guarded copies dereference it.
     pub fn address(self) -> NonNull<u8> {
         self.address
     }

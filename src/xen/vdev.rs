@@ -227,6 +227,19 @@ mod test {
         assert_eq!(Vdev::from(VbdId(id("d1048575p255"))).to_string(), "xvdbgqcv255");
     }
 
+    #[test]
+    fn disks_of_every_kind_print_as_their_names() {
+        for name in [
+            "hda", "hda1", "hdb63", "hdc", "hdd2", "sda1", "sdp15", "xvda15", "xvdp1", "xvdq",
+            "xvda16",
+        ] {
+            assert_eq!(name.parse::<Vdev>().unwrap().to_string(), name);
+        }
+        for number in 0..=u16::MAX.into() {
+            assert_eq!(id(&Vdev::from(VbdId(number)).to_string()), number);
+        }
+    }
+
     proptest! {
         #[test]
         fn every_number_prints_as_a_name_that_parses_back(number in 0..=NUMBER_MAX) {

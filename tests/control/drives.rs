@@ -5,6 +5,7 @@ use polldisk::control::Config;
 use polldisk::control::admin::protocol::{Eject, Insert, Request};
 
 use super::XVDA;
+use crate::log;
 use crate::rig::{Areas, Guest, Rig, until, xvd};
 
 const CDROM: [(&str, &str); 3] = [("device-type", "cdrom"), ("removable", "1"), ("mode", "r")];
@@ -322,4 +323,16 @@ fn a_medium_that_the_toolstack_takes_back_before_it_is_in_is_closed() {
     let _ = inserted.join().unwrap();
     let attached = rig.attach(6, "xvda", &target);
     assert!(attached.is_ok(), "{attached:?}");
+}
+
+#[test]
+fn another_name_in_the_params_of_a_disk_that_is_no_drive_is_told_in_the_log() {
+    log::keep();
+    let rig = Rig::start();
+    rig.guest(77);
+    let areas = rig.toolstack_disk(77, XVDA, "null:1G");
+    rig.wait_state(&areas.backend, 2);
+    rig.toolstack_sets_medium(&areas, "null:77G");
+    let words = ["null:77G", "still served"];
+    until("it is told", || log::lines(&words).len() == 1);
 }

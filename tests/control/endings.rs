@@ -16,6 +16,17 @@ fn is_gone(rig: &Rig, areas: &Areas) {
 }
 
 #[test]
+fn a_disk_whose_state_somebody_removed_goes_on_and_ends_in_order() {
+    let rig = Rig::start();
+    let (guest, areas) = super::connected(&rig, 5);
+    rig.dom0.rm(&format!("{}/state", areas.backend)).unwrap();
+    until("it is seen", || rig.list().iter().any(|disk| disk.state == "Unknown"));
+    guest.close(&rig, &areas);
+    rig.toolstack_removes(&areas, false);
+    until("it is gone", || rig.list().is_empty());
+}
+
+#[test]
 fn a_disk_detached_before_its_guest_connects_is_gone_at_once() {
     let rig = Rig::start();
     let guest = rig.guest(5);

@@ -26,6 +26,30 @@ fn opens_given_up(disks: &str) -> usize {
 }
 
 #[test]
+fn the_open_of_a_disk_that_was_removed_is_not_begun() {
+    let rig = Rig::start();
+    rig.guest(5);
+    let mut hung: Vec<_> = (0..=HELPERS_PER_FOLDER)
+        .map(|number| {
+            let (lease, target) = hung_file(&rig, &format!("{number}.img"));
+            let areas = rig.toolstack_disk(5, xvd(u32::try_from(number).unwrap()).0, &target);
+            until("it is being opened", || rig.list().len() == number + 1);
+            (lease, areas)
+        })
+        .collect();
+    // The last one waits for a thread.
+    let (lease, removed) = hung.pop().unwrap();
+    rig.toolstack_removes(&removed, true);
+    until("it is gone", || rig.list().len() == HELPERS_PER_FOLDER);
+    File::create_new(rig.folder().join("next.img")).unwrap().set_len(1 << 20).unwrap();
+    let target = format!("raw:{}", rig.folder().join("next.img").display());
+    let next = rig.toolstack_disk(5, xvd(9).0, &target);
+    drop(hung);
+    rig.wait_state(&next.backend, 2);
+    assert!(lease.is_untouched());
+}
+
+#[test]
 fn an_open_that_hangs_costs_its_own_disk_only() {
     let rig = Rig::start();
     let guest = rig.guest(5);

@@ -143,6 +143,8 @@ pub struct Rig {
     pub worker_reports: ReportSender,
     server: Option<StoreServer>,
     control: Option<JoinHandle<Result<Ended, ControlError>>>,
+    /// Its thread, below `/proc`.
+    task: PathBuf,
     stop: Doorbell,
     folder: tempfile::TempDir,
 }
@@ -172,6 +174,7 @@ impl Rig {
             worker_reports: reports,
             server: Some(server),
             control: None,
+            task: PathBuf::new(),
             stop,
             folder,
         }
@@ -196,9 +199,12 @@ impl Rig {
         let platform = self.platform();
         let stop = self.stop.clone();
         self.worker_reports = reports;
+        let (sender, task) = std::sync::mpsc::channel();
         self.control = Some(std::thread::spawn(move || {
+            sender.send(std::fs::read_link("/proc/thread-self").unwrap()).unwrap();
             control::run(&platform, &config, senders, receiver, &stop)
         }));
+        self.task = task.recv().unwrap();
         until("the admin socket answers", || self.ask(&Request::List).is_ok());
     }
 
@@ -211,6 +217,11 @@ impl Rig {
     /// Waits for the control loop to end by itself.
     pub fn join(&mut self) -> Ended {
         self.control.take().unwrap().join().unwrap().unwrap()
+    }
+
+    /// The number of the control loop's thread.
+    pub fn thread(&self) -> &str {
+        self.task.file_name().unwrap().to_str().unwrap()
     }
 
     /// Asks the control loop to end, without waiting.

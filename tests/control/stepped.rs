@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use polldisk::blkif::features::Offer;
 use polldisk::control::{Config, Control, Ended, Progress};
-use polldisk::limits::{OPEN_SECONDS, STORE_RETRY_SECONDS};
+use polldisk::limits::{DRAIN_SECONDS, OPEN_SECONDS, STORE_RETRY_SECONDS};
 use polldisk::msg::{
-    Command, CommandReceiver, QueueKey, Report, ReportSender, WorkerId, command_channel,
+    Command, CommandReceiver, InFlight, QueueKey, Report, ReportSender, WorkerId, command_channel,
     report_channel,
 };
 use polldisk::xen::store::StoreClient;
@@ -194,4 +194,47 @@ fn a_frontend_is_watched_again_once_xenstored_has_come_back() {
     assert_eq!(stepped.node("state"), "4", "it is served all the time");
     stepped.rig.dom0.write(&format!("{}/state", stepped.areas.frontend), "5").unwrap();
     stepped.until("the frontend is heard", |it| it.node("state") == "5");
+}
+
+#[test]
+fn a_worker_that_reports_nothing_is_waited_for_a_second_only() {
+    let mut stepped = Stepped::published();
+    stepped.connect();
+    stepped.control.end(stepped.now);
+    stepped.now += Duration::from_secs(DRAIN_SECONDS);
+    stepped.settle();
+    let ask = |command: &Command| matches!(command, Command::TellInFlight(_));
+    let asked = stepped.worker.commands.try_iter().filter(ask).count();
+    assert_eq!(asked, QUEUES as usize, "the log is to name what is in flight");
+    stepped.now += Duration::from_secs(1);
+    assert_eq!(stepped.control.poll_once(stepped.now), Progress::Ended(Ended::GaveUp));
+}
+
+#[test]
+fn a_worker_that_reports_what_is_in_flight_is_waited_for_no_longer() {
+    let mut stepped = Stepped::published();
+    stepped.connect();
+    stepped.control.end(stepped.now);
+    stepped.now += Duration::from_secs(DRAIN_SECONDS);
+    stepped.settle();
+    for command in stepped.worker.commands.try_iter() {
+        if let Command::TellInFlight(queue) = command {
+            stepped.reporter.send(Report::InFlight(queue, InFlight::default()));
+        }
+    }
+    let now = stepped.now;
+    let ended = std::iter::repeat_with(|| stepped.control.poll_once(now));
+    let ended = ended.take(10).find(|progress| *progress != Progress::Worked);
+    assert_eq!(ended, Some(Progress::Ended(Ended::GaveUp)));
+}
+
+#[test]
+fn a_pass_returns_whether_it_found_anything_to_do() {
+    let mut stepped = Stepped::published();
+    stepped.connect();
+    assert_eq!(stepped.control.poll_once(stepped.now), Progress::Idle);
+    // A report after which nothing follows.
+    stepped.reporter.send(Report::Stopped(WorkerId(7), String::new()));
+    assert_eq!(stepped.control.poll_once(stepped.now), Progress::Worked);
+    assert_eq!(stepped.control.poll_once(stepped.now), Progress::Idle);
 }

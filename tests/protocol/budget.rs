@@ -9,6 +9,7 @@ use polldisk::blkif::op;
 use polldisk::budget::{GrantBudget, HostBudget};
 use polldisk::engine::host::HostEngine;
 use polldisk::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
+use polldisk::limits::{PERSISTENT_IDLE_SWEEPS, PERSISTENT_SWEEP_SECONDS};
 use polldisk::msg::GrantMode;
 use polldisk::sim::LocalStandIn;
 use polldisk::sim::blkfront::device::Options;
@@ -20,7 +21,7 @@ use polldisk::xen::{GrantCopy, Grants, PageAccess};
 use crate::alone;
 use crate::draw::{Combination, Request, SECTORS};
 use crate::guest::{Disk, Guest, HANG};
-use crate::scripted::{Bench, InFront, Shape, WithGrants, null, storage};
+use crate::scripted::{Bench, InFront, Shape, WithGrants, bench, null, storage};
 use crate::workers::Rig;
 
 /// Far below what four queues of large requests would map.
@@ -68,6 +69,41 @@ fn the_queues_of_a_domain_map_no_more_than_its_budget_and_copy_the_rest() {
             assert_eq!(rig.domain.mapped_grants(), BUDGET + rings, "all of it was used");
         }
         rig.disconnect(guest.into_devices());
+    }
+}
+
+#[test]
+fn pages_that_a_guest_no_longer_uses_are_unmapped() {
+    let (mut bench, _) = bench();
+    let budget = Arc::new(GrantBudget::new(BUDGET));
+    let guest = bench.guest_with(Shape::mapped(8), null(false), Arc::clone(&budget));
+    bench.ask(guest, op::READ, 8, 1);
+    assert!(bench.settle());
+    assert_eq!((bench.answers(guest), budget.left()), (8, BUDGET - 8));
+    // The first sweep finds that they were used, and all that follow that they were not.
+    for _ in 0..=PERSISTENT_IDLE_SWEEPS {
+        assert_eq!(budget.left(), BUDGET - 8);
+        bench.now_ns += PERSISTENT_SWEEP_SECONDS * 1_000_000_000;
+        assert!(bench.settle());
+    }
+    assert_eq!(budget.left(), BUDGET);
+}
+
+#[test]
+fn a_request_is_copied_while_others_have_all_mappings() {
+    let (mut bench, script) = bench();
+    let host = Arc::new(HostBudget::new(BUDGET, 1));
+    let budget = Arc::new(GrantBudget::within(host, BUDGET));
+    let shape = Shape { grant_mode: GrantMode::Map, ..Shape::copied(2) };
+    let guest = bench.guest_with(shape, null(false), Arc::clone(&budget));
+    for _ in 0..2 {
+        script.borrow_mut().hung.insert(guest);
+        bench.ask(guest, op::READ, 2, 11);
+        assert!(bench.settle());
+        assert_eq!(budget.left(), BUDGET - 11);
+        script.borrow_mut().hung.clear();
+        assert!(bench.settle());
+        assert_eq!((bench.answers(guest), budget.left()), (2, BUDGET));
     }
 }
 

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
+use polldisk::backing::Image;
 use polldisk::blkif::op;
 use polldisk::msg::{Command, ReplaceImage, Report};
 use polldisk::sim::{LocalStandIn, SimXen};
@@ -76,6 +77,24 @@ fn each_of_several_replacements_is_reported_when_the_queue_is_drained() {
     bench.ask(guest, op::READ, 2, 1);
     assert!(bench.settle());
     assert_eq!(bench.answers(guest), 3);
+}
+
+#[test]
+fn requests_published_after_an_ejection_are_not_done_on_the_old_medium() {
+    let (mut bench, script) = bench();
+    let guest = bench.guest(Shape::mapped(8));
+    script.borrow_mut().hung.insert(guest);
+    bench.ask(guest, op::READ, 2, 1);
+    let (key, image) = (bench.key(guest), Image::Empty);
+    let replace = ReplaceImage { key, rules: rules(&image, 0), image: Arc::new(image) };
+    bench.commands.send(Command::ReplaceImage(Box::new(replace))).unwrap();
+    bench.pass();
+    bench.ask(guest, op::READ, 2, 1);
+    assert!(bench.settle());
+    assert_eq!(script.borrow().taken.len(), 2, "the others wait for the next medium");
+    script.borrow_mut().hung.clear();
+    assert!(bench.settle());
+    assert_eq!(bench.statuses(guest), [0, 0, -1, -1]);
 }
 
 #[test]

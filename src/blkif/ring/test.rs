@@ -204,6 +204,9 @@ proptest! {
             }
             prop_assert_eq!(ends.back.requests().unwrap() as usize, on_ring.len());
             prop_assert_eq!(ends.back.in_flight() as usize, taken.len());
+            let unanswered = put.len() + on_ring.len() + taken.len();
+            let on_their_way = answered.len() + back_on_ring.len();
+            prop_assert_eq!(ends.front.in_flight() as usize, unanswered + on_their_way);
         }
     }
 }

@@ -28,7 +28,7 @@ impl Disk {
         let is_open = self.backing.is_some()
             && (self.machine.is_opening() || self.machine.backend() != XenbusState::Initialising);
         let Some(description) = self.description.as_ref().filter(|_| is_open) else {
-            // The toolstack starts the disk over, or has to, and then it is opened afresh.
+            // The disk is about to be opened from scratch, which reads `params` anyway.
             return Ok(());
         };
         let Some(target) = self.target(around.store)? else { return Ok(()) };

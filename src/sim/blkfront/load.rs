@@ -13,7 +13,7 @@ use crate::blkif::op;
 /// How long the guest looks for an answer before it sleeps for one.
 const LOOKS_BEFORE_SLEEP: u32 = 2_000;
 
-/// Notifications for answers that were taken before they arrived: one can be under way.
+/// Wake-ups without an answer that are allowed: the notification of an answer already taken may arrive late.
 const WAKE_UPS_WITHOUT_ANSWER: u32 = 4;
 
 /// A backend that has answered nothing for this long is broken.

@@ -46,7 +46,7 @@ pub struct Xenbus {
     backend: String,
 }
 
-/// What a frontend would like to be. It becomes what of that the backend offers.
+/// What a frontend asks for. It gets the part of it that the backend offers.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted {
     /// Rings of the disk, each a [`Device`].

@@ -217,4 +217,15 @@ mod test {
         let transport = find_among(vec![home.path().join("missing"), socket]).unwrap();
         assert!(transport.takes_batches(), "a socket");
     }
+
+    #[test]
+    fn the_systems_error_of_a_lost_connection_is_passed_on() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let socket = Socket::from_stream(ours).unwrap();
+        assert_eq!(socket.receive(&mut [0]).unwrap(), None);
+        socket.send(b"a request that nobody reads").unwrap();
+        drop(theirs);
+        let kinds = [(); 2].map(|()| socket.receive(&mut [0]).unwrap_err().kind());
+        assert_eq!(kinds, [ErrorKind::ConnectionReset, ErrorKind::UnexpectedEof]);
+    }
 }

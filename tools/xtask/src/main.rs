@@ -3,6 +3,7 @@
 mod abi_check;
 mod compare;
 mod lab;
+mod mutants;
 
 use std::process::ExitCode;
 
@@ -16,6 +17,7 @@ enum Command {
     AbiCheck(abi_check::Arguments),
     Compare(compare::Arguments),
     Lab(lab::Arguments),
+    Mutants(mutants::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -23,6 +25,7 @@ fn main() -> ExitCode {
         Command::AbiCheck(arguments) => abi_check::run(&arguments),
         Command::Compare(arguments) => compare::run(&arguments),
         Command::Lab(arguments) => lab::run(arguments),
+        Command::Mutants(arguments) => mutants::run(&arguments),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
