@@ -405,6 +405,28 @@ mod test {
     }
 
     #[test]
+    fn one_of_two_options_says_when_workers_poll() {
+        let policy = |poll, poll_us| {
+            let set = options(|options| (options.poll, options.poll_us) = (poll, poll_us));
+            set.check(&[0]).map(|config| config.poll)
+        };
+        let up_to = |limit_us| Policy::UpTo(Duration::from_micros(limit_us));
+        assert_eq!(policy(Some(Poll::Auto), None).unwrap(), Policy::Auto);
+        assert_eq!(policy(Some(Poll::Latency), None).unwrap(), up_to(50));
+        assert_eq!(policy(Some(Poll::Never), None).unwrap(), up_to(0));
+        assert_eq!(policy(None, Some(7)).unwrap(), up_to(7));
+        let error = policy(Some(Poll::Auto), Some(7)).unwrap_err().to_string();
+        assert!(error.starts_with("--poll-us 7: --poll auto already says"), "{error}");
+        let file = options(|options| options.poll_us = Some(7));
+        let config = options(|options| options.poll = Some(Poll::Auto)).or(file).check(&[0]);
+        assert_eq!(
+            config.unwrap().poll,
+            Policy::Auto,
+            "the command line replaces both of the file"
+        );
+    }
+
+    #[test]
     fn a_worker_gets_a_core_of_its_own() {
         let pinned = options(|options| options.cores = Some("2-3,0".to_owned()));
         assert_eq!(

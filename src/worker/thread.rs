@@ -33,7 +33,7 @@ pub struct Setup<P> {
     pub core: Option<CoreId>,
     /// When it spins while it has no work.
     pub policy: Policy,
-    /// The cost of sleeping; [`spawn`] measures it.
+    /// The cost of sleeping; [`spawn`] measures it if the policy needs it.
     pub sleep_cost: SleepCost,
     /// Commands from control.
     pub commands: CommandReceiver,
@@ -147,7 +147,10 @@ fn prepare<P: Platform>(setup: Setup<P>) -> Result<Worker<P, HostEngine>, SpawnE
         return Err(SpawnError::Pin(core.id));
     }
     let engine = HostEngine::new().map_err(SpawnError::Engine)?;
-    let sleep_cost = park::measure_sleep().unwrap_or_default();
+    let sleep_cost = match setup.policy {
+        Policy::Auto => park::measure_sleep().unwrap_or_default(),
+        Policy::UpTo(_) => setup.sleep_cost,
+    };
     Ok(Worker::new(Setup { sleep_cost, ..setup }, engine)?)
 }
 
