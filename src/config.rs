@@ -3,6 +3,7 @@
 //! The command line overrides the file, which overrides the defaults. Every error names the option and a
 //! valid value.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use serde::Deserialize;
 use crate::backing::DataPath;
 use crate::blkif::features::Offer;
 use crate::limits;
+use crate::patience::Policy;
 use crate::text::ranges;
 
 /// Where `polldisk serve` listens for the other commands by default.
@@ -32,7 +34,11 @@ pub struct ServeOptions {
     #[arg(long, value_name = "LIST")]
     pub cores: Option<String>,
 
-    /// Longest time in microseconds that a worker polls without work before it sleeps, or twice that while
+    /// When a worker without work polls before it sleeps [default: latency]
+    #[arg(long, value_name = "WHEN", value_enum)]
+    pub poll: Option<Poll>,
+
+    /// Instead of --poll: longest time in microseconds that a worker polls without work before it sleeps, or twice that while
     /// requests are in flight at storage; 0: never poll
     #[arg(long, value_name = "N")]
     pub poll_us: Option<u64>,
@@ -68,13 +74,35 @@ pub struct ServeOptions {
     pub log: Option<String>,
 }
 
+/// When a worker without work polls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Poll {
+    /// If that is expected to cost less CPU time than to sleep and to be woken
+    Auto,
+    /// If work usually comes within 50 us: --poll-us 50
+    Latency,
+    /// Never: --poll-us 0
+    Never,
+}
+
+impl fmt::Display for Poll {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Poll::Auto => "auto",
+            Poll::Latency => "latency",
+            Poll::Never => "never",
+        })
+    }
+}
+
 /// The checked options of `polldisk serve`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
     /// One entry per worker: the core that it is pinned to, if any.
     pub workers: Vec<Option<usize>>,
-    /// Longest time a worker polls without work.
-    pub poll: Duration,
+    /// When workers without work poll.
+    pub poll: Policy,
     /// What frontends are offered.
     pub offer: Offer,
     /// `backend/<type>` areas served.
@@ -117,10 +145,16 @@ impl ServeOptions {
     /// These options; those that are not set come from `file`.
     #[must_use]
     pub fn or(self, file: ServeOptions) -> ServeOptions {
+        // Two options for one thing: either here replaces both there.
+        let (poll, poll_us) = match (self.poll, self.poll_us) {
+            (None, None) => (file.poll, file.poll_us),
+            ours => ours,
+        };
         ServeOptions {
             workers: self.workers.or(file.workers),
             cores: self.cores.or(file.cores),
-            poll_us: self.poll_us.or(file.poll_us),
+            poll,
+            poll_us,
             backend_type: if self.backend_type.is_empty() {
                 file.backend_type
             } else {
@@ -155,7 +189,7 @@ impl ServeOptions {
         }
         Ok(Config {
             workers,
-            poll: check_poll(self.poll_us)?,
+            poll: check_poll(self.poll, self.poll_us)?,
             offer,
             backend_types,
             admin: check_admin(self.admin)?,
@@ -302,8 +336,20 @@ pub fn parse_cores(list: &str) -> Result<Vec<usize>, ConfigError> {
 const POLL_US_MAX: u64 = 1_000_000;
 const POLL_US_DEFAULT: u64 = 50;
 
-fn check_poll(poll_us: Option<u64>) -> Result<Duration, ConfigError> {
-    let poll_us = poll_us.unwrap_or(POLL_US_DEFAULT);
+fn check_poll(poll: Option<Poll>, poll_us: Option<u64>) -> Result<Policy, ConfigError> {
+    let poll_us = match (poll, poll_us) {
+        (Some(poll), Some(poll_us)) => {
+            return Err(ConfigError {
+                option: format!("--poll-us {poll_us}"),
+                what: format!("--poll {poll} already says when workers poll"),
+                remedy: "give one of the two".to_owned(),
+            });
+        }
+        (Some(Poll::Auto), None) => return Ok(Policy::Auto),
+        (Some(Poll::Never), None) => 0,
+        (Some(Poll::Latency), None) => POLL_US_DEFAULT,
+        (None, poll_us) => poll_us.unwrap_or(POLL_US_DEFAULT),
+    };
     if poll_us > POLL_US_MAX {
         return Err(ConfigError {
             option: format!("--poll-us {poll_us}"),
@@ -311,7 +357,7 @@ fn check_poll(poll_us: Option<u64>) -> Result<Duration, ConfigError> {
             remedy: format!("give 0 to {POLL_US_MAX}; {POLL_US_DEFAULT} suits most hosts"),
         });
     }
-    Ok(Duration::from_micros(poll_us))
+    Ok(Policy::UpTo(Duration::from_micros(poll_us)))
 }
 
 fn check_admin(path: Option<PathBuf>) -> Result<PathBuf, ConfigError> {
@@ -353,9 +399,31 @@ mod test {
     fn defaults_leave_half_of_the_host_to_others() {
         let config = ServeOptions::default().check(&[0, 1, 2, 3]).unwrap();
         assert_eq!(config.workers, [None, None]);
-        assert_eq!(config.poll, Duration::from_micros(50));
+        assert_eq!(config.poll, Policy::UpTo(Duration::from_micros(50)));
         assert_eq!(config.backend_types, ["vbd"]);
         assert_eq!(config.admin, Path::new(ADMIN_SOCKET));
+    }
+
+    #[test]
+    fn one_of_two_options_says_when_workers_poll() {
+        let policy = |poll, poll_us| {
+            let set = options(|options| (options.poll, options.poll_us) = (poll, poll_us));
+            set.check(&[0]).map(|config| config.poll)
+        };
+        let up_to = |limit_us| Policy::UpTo(Duration::from_micros(limit_us));
+        assert_eq!(policy(Some(Poll::Auto), None).unwrap(), Policy::Auto);
+        assert_eq!(policy(Some(Poll::Latency), None).unwrap(), up_to(50));
+        assert_eq!(policy(Some(Poll::Never), None).unwrap(), up_to(0));
+        assert_eq!(policy(None, Some(7)).unwrap(), up_to(7));
+        let error = policy(Some(Poll::Auto), Some(7)).unwrap_err().to_string();
+        assert!(error.starts_with("--poll-us 7: --poll auto already says"), "{error}");
+        let file = options(|options| options.poll_us = Some(7));
+        let config = options(|options| options.poll = Some(Poll::Auto)).or(file).check(&[0]);
+        assert_eq!(
+            config.unwrap().poll,
+            Policy::Auto,
+            "the command line replaces both of the file"
+        );
     }
 
     #[test]
@@ -435,7 +503,7 @@ mod test {
         let file = ServeOptions::from_file(&path).unwrap();
         let config = options(|options| options.workers = Some(1)).or(file).check(&[0, 1]).unwrap();
         assert_eq!(config.workers.len(), 1);
-        assert_eq!(config.poll, Duration::from_micros(7));
+        assert_eq!(config.poll, Policy::UpTo(Duration::from_micros(7)));
         assert_eq!(config.backend_types, ["vbd", "vbd3"]);
 
         std::fs::write(&path, "worker = 3\n").unwrap();

@@ -25,7 +25,8 @@
 //! units
 //! limits
 //! text
-//! park
+//! patience
+//! park     patience
 //! metrics
 //! pool
 //! budget   limits
@@ -33,13 +34,13 @@
 //! backing  limits text units
 //! xen      limits park units
 //! blkif    backing limits units xen
-//! config   backing blkif limits text
+//! config   backing blkif limits patience text
 //! msg      backing blkif budget limits metrics park units
 //! engine   backing limits park pool xen
 //! queue    backing blkif budget engine limits metrics msg pool units xen
-//! worker   backing engine limits metrics msg park queue units xen
+//! worker   backing engine limits metrics msg park patience queue units xen
 //! control  backing blkif budget limits metrics msg park text units xen
-//! sim      backing blkif control engine limits msg park units worker xen
+//! sim      backing blkif control engine limits msg park patience units worker xen
 //! ```
 //!
 //! So `control` and `worker` share only `msg`. [`sim`] and [`xen::linux`] provide the hypervisor's side;
@@ -76,6 +77,7 @@ pub mod metrics;
 pub mod msg;
 pub mod output;
 pub mod park;
+pub mod patience;
 pub mod pool;
 pub mod queue;
 pub mod sim;

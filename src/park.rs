@@ -1,6 +1,6 @@
 //! How a thread waits: spin, arm, sleep, wake.
 //!
-//! A worker that finds no work spins for a time that follows the load ([`Patience`]). Then it *arms* every
+//! A worker that finds no work spins for a time that follows the load ([`crate::patience`]). Then it *arms* every
 //! source (asks each guest for a notification, which includes a fence and a second look). Only if that
 //! finds nothing does it wait in [`sleep`] until a descriptor is readable. A thread that gives it work
 //! first writes the work and then rings the [`Doorbell`], so no wake-up is lost: either the second look
@@ -11,6 +11,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
+
+use crate::patience::SleepCost;
 
 /// An eventfd that wakes one thread. Clones ring the same bell.
 #[derive(Clone, Debug)]
@@ -75,109 +77,79 @@ pub fn sleep(sources: &[BorrowedFd<'_>], timeout: Option<Duration>) -> [bool; SO
     polled.map(|slot| slot.revents != 0)
 }
 
-/// How long a worker looks for work before it sleeps.
-///
-/// Pauses while requests are in flight at storage are unlike those while none are, so each kind has its own
-/// budget. Results from storage are sure to come, and guests often ask for more only after them, so the
-/// worker may look for them twice as long.
-#[derive(Debug)]
-pub struct Patience {
-    guests: SpinBudget,
-    storage: SpinBudget,
-    pause: Option<Begun>,
-}
+/// Sleeps that [`measure_sleep`] takes the median of.
+const MEASURED_SLEEPS: usize = 33;
 
-#[derive(Clone, Copy, Debug)]
-struct Begun {
-    at_ns: u64,
-    storage_works: bool,
-}
+/// How long each of them is, about: long enough for the core to fall asleep.
+const MEASURED_SLEEP: Duration = Duration::from_micros(60);
 
-/// A time without work that has not ended yet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pause {
-    /// How long it has lasted so far.
-    pub lasted_ns: u64,
-    /// Whether to keep looking for work.
-    pub spins: bool,
-    /// The longest time to spin in a pause of its kind.
-    pub limit_ns: u64,
-}
-
-impl Patience {
-    /// The limit while storage has requests, as a multiple of that for guests.
-    const STORAGE_LIMITS: u32 = 2;
-
-    /// Patience of at most `limit` for guests' requests; zero means never spin.
-    pub fn new(limit: Duration) -> Patience {
-        let storage = SpinBudget::new(Self::STORAGE_LIMITS * limit);
-        Patience { guests: SpinBudget::new(limit), storage, pause: None }
+/// Measures what a sleep costs the calling thread where it runs now: some milliseconds of short sleeps.
+pub fn measure_sleep() -> io::Result<SleepCost> {
+    let (mut cpu_ns, mut delay_ns) = (Vec::new(), Vec::new());
+    let timer = Timer::new()?;
+    for _ in 0..MEASURED_SLEEPS {
+        timer.start(MEASURED_SLEEP)?;
+        let (asleep_ns, used_ns) = (clock_ns(libc::CLOCK_MONOTONIC), thread_ns());
+        sleep(&[timer.fd.as_fd()], None);
+        timer.silence();
+        let slept_ns = clock_ns(libc::CLOCK_MONOTONIC) - asleep_ns;
+        cpu_ns.push(thread_ns() - used_ns);
+        let wanted_ns = u64::try_from(MEASURED_SLEEP.as_nanos()).unwrap_or(u64::MAX);
+        delay_ns.push(slept_ns.saturating_sub(wanted_ns));
     }
+    let median = |mut values: Vec<u64>| {
+        values.sort_unstable();
+        values[MEASURED_SLEEPS / 2]
+    };
+    Ok(SleepCost { cpu_ns: median(cpu_ns), delay_ns: median(delay_ns) })
+}
 
-    /// There is no work now. `storage_works` counts only at the beginning of a pause.
-    #[inline]
-    pub fn goes_on(&mut self, now_ns: u64, storage_works: bool) -> Pause {
-        let pause = *self.pause.get_or_insert(Begun { at_ns: now_ns, storage_works });
-        let budget = self.budget(pause);
-        let lasted_ns = now_ns - pause.at_ns;
-        Pause { lasted_ns, spins: lasted_ns < budget.budget_ns, limit_ns: budget.limit_ns }
-    }
+/// A timer with a descriptor that is readable once its time has passed.
+struct Timer {
+    fd: OwnedFd,
+}
 
-    /// There was work at `now_ns`, after a pause or not.
-    #[inline]
-    pub fn ended(&mut self, now_ns: u64) {
-        if let Some(pause) = self.pause.take() {
-            self.budget(pause).paused(now_ns.saturating_sub(pause.at_ns));
+impl Timer {
+    fn new() -> io::Result<Timer> {
+        let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
+        // SAFETY: no pointers; a negative result is an error, otherwise the descriptor is ours.
+        let raw = unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) };
+        if raw < 0 {
+            return Err(io::Error::last_os_error());
         }
+        // SAFETY: freshly made and owned by nobody else.
+        Ok(Timer { fd: unsafe { OwnedFd::from_raw_fd(raw) } })
     }
 
-    #[inline]
-    fn budget(&mut self, pause: Begun) -> &mut SpinBudget {
-        if pause.storage_works { &mut self.storage } else { &mut self.guests }
+    fn start(&self, after: Duration) -> io::Result<()> {
+        let never = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        let value = libc::timespec { tv_sec: 0, tv_nsec: after.subsec_nanos().into() };
+        let times = libc::itimerspec { it_interval: never, it_value: value };
+        let raw = self.fd.as_raw_fd();
+        // SAFETY: `times` outlives the call; the old value is not asked for.
+        let result = unsafe { libc::timerfd_settime(raw, 0, &times, std::ptr::null_mut()) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    fn silence(&self) {
+        let mut count = [0u8; 8];
+        // SAFETY: `count` is 8 writable bytes; EAGAIN says that its time has not passed.
+        unsafe { libc::read(self.fd.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
     }
 }
 
-/// How long to spin in pauses of one kind.
-///
-/// Spinning pays only if work comes before it ends. Falling asleep and waking up cost some microseconds, so
-/// a shorter spin saves nothing. So the budget follows the pauses between work: it is twice the last ones,
-/// never below that cost, and halves with each pause that was longer than the limit. After several of those
-/// in a row it is zero: a loaded worker spins, an idle one costs nothing.
-#[derive(Debug)]
-struct SpinBudget {
-    limit_ns: u64,
-    budget_ns: u64,
-    /// Pauses in a row that were longer than the limit.
-    long_pauses: u32,
+/// CPU time of the calling thread.
+fn thread_ns() -> u64 {
+    clock_ns(libc::CLOCK_THREAD_CPUTIME_ID)
 }
 
-impl SpinBudget {
-    /// About what it costs to fall asleep and to be woken.
-    const SLEEP_COST_NS: u64 = 10_000;
-
-    /// After this number of long pauses in a row the worker counts as idle.
-    const LONG_PAUSES_MAX: u32 = 8;
-
-    /// A budget of at most `limit`; zero means never spin.
-    fn new(limit: Duration) -> SpinBudget {
-        let limit_ns = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
-        SpinBudget { limit_ns, budget_ns: limit_ns, long_pauses: 0 }
-    }
-
-    /// Work came after a pause, spun or slept.
-    fn paused(&mut self, pause_ns: u64) {
-        let least_ns = Self::SLEEP_COST_NS.min(self.limit_ns);
-        if pause_ns <= self.limit_ns {
-            self.long_pauses = 0;
-            let wanted_ns = pause_ns.saturating_mul(2).clamp(least_ns, self.limit_ns);
-            self.budget_ns = wanted_ns.max(self.budget_ns - self.budget_ns / 8);
-        } else if self.long_pauses < Self::LONG_PAUSES_MAX {
-            self.long_pauses += 1;
-            self.budget_ns = least_ns.max(self.budget_ns / 2);
-        } else {
-            self.budget_ns = 0;
-        }
-    }
+fn clock_ns(clock: libc::clockid_t) -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is writable and outlives the call, which can't fail for these clocks.
+    unsafe { libc::clock_gettime(clock, &mut time) };
+    let [seconds, nanoseconds] =
+        [time.tv_sec, time.tv_nsec].map(|part| u64::try_from(part).unwrap_or(0));
+    seconds * 1_000_000_000 + nanoseconds
 }
 
 #[cfg(test)]
@@ -194,79 +166,8 @@ mod test {
     }
 
     #[test]
-    fn what_storage_works_on_is_looked_for_longer() {
-        let mut patience = Patience::new(Duration::from_micros(50));
-        let waits = |patience: &mut Patience, lasted_ns: u64, storage_works: bool| {
-            patience.ended(0);
-            patience.goes_on(0, storage_works);
-            patience.goes_on(lasted_ns, !storage_works)
-        };
-        for (storage_works, limit_ns) in [(false, 50_000), (true, 100_000)] {
-            for (lasted_ns, spins) in [(limit_ns - 1, true), (limit_ns, false)] {
-                let pause = waits(&mut patience, lasted_ns, storage_works);
-                assert_eq!(pause, Pause { lasted_ns, spins, limit_ns });
-            }
-        }
-    }
-
-    #[test]
-    fn each_kind_of_pause_has_its_own_past() {
-        let mut patience = Patience::new(Duration::from_micros(50));
-        for _ in 0..20 {
-            for (storage_works, lasts_ns) in [(true, 1_000_000), (false, 20_000)] {
-                patience.goes_on(0, storage_works);
-                patience.ended(lasts_ns);
-            }
-        }
-        assert!(!patience.goes_on(0, true).spins, "storage takes its time");
-        patience.ended(0);
-        patience.goes_on(0, false);
-        assert!(patience.goes_on(30_000, false).spins, "guests come within twice 20 us");
-    }
-
-    #[test]
-    fn work_without_a_pause_tells_nothing() {
-        let mut patience = Patience::new(Duration::from_micros(50));
-        (0..100).for_each(|at_us| patience.ended(at_us * 1_000_000));
-        patience.goes_on(0, false);
-        assert!(patience.goes_on(49_999, false).spins);
-    }
-
-    #[test]
-    fn the_budget_is_twice_the_pauses_and_no_less_than_a_sleep_costs() {
-        let mut budget = SpinBudget::new(Duration::from_micros(50));
-        assert_eq!(budget.budget_ns, 50_000);
-        (0..100).for_each(|_| budget.paused(8_000));
-        assert_eq!(budget.budget_ns, 16_000);
-        (0..100).for_each(|_| budget.paused(10));
-        assert_eq!(budget.budget_ns, 10_000);
-        budget.paused(20_000);
-        assert_eq!(budget.budget_ns, 40_000);
-        budget.paused(50_000);
-        assert_eq!(budget.budget_ns, 50_000);
-    }
-
-    #[test]
-    fn only_a_row_of_long_pauses_ends_all_spinning() {
-        let mut budget = SpinBudget::new(Duration::from_micros(50));
-        for _ in 0..100 {
-            budget.paused(1_000_000);
-            budget.paused(1_000);
-        }
-        assert_eq!(budget.budget_ns, 10_000);
-        (0..9).for_each(|_| budget.paused(1_000_000));
-        assert_eq!(budget.budget_ns, 0);
-        budget.paused(1_000_000);
-        assert_eq!(budget.budget_ns, 0);
-        budget.paused(5_000);
-        assert_eq!(budget.budget_ns, 10_000);
-    }
-
-    #[test]
-    fn a_limit_of_zero_never_spins() {
-        let mut budget = SpinBudget::new(Duration::ZERO);
-        budget.paused(0);
-        budget.paused(1_000);
-        assert_eq!(budget.budget_ns, 0);
+    fn a_sleep_costs_something() {
+        let SleepCost { cpu_ns, .. } = measure_sleep().unwrap();
+        assert!(cpu_ns > 0);
     }
 }

@@ -14,6 +14,7 @@ use polldisk::control::admin::client::request;
 use polldisk::control::admin::protocol::{Attach, Request};
 use polldisk::msg::report_channel;
 use polldisk::park::Doorbell;
+use polldisk::patience::Policy;
 use polldisk::sim::StandIn;
 use polldisk::sim::blkfront::device::Options;
 use polldisk::sim::blkfront::load::{Load, Runner};
@@ -93,8 +94,8 @@ fn allocations(target: &str, options: Options) -> u64 {
     let stand_in = StandIn::start_temporary().unwrap();
     let platform = stand_in.platform();
     let (reporter, reports) = report_channel().unwrap();
-    let poll = Duration::from_micros(50);
-    let (senders, workers) = spawn_all(&platform, &[None], poll, &reporter).unwrap();
+    let policy = Policy::UpTo(Duration::from_micros(50));
+    let (senders, workers) = spawn_all(&platform, &[None], policy, &reporter).unwrap();
     let admin = stand_in.folder().join("admin.sock");
     let config = control::Config { admin_path: Some(admin.clone()), ..control::Config::default() };
     let stop = Doorbell::new().unwrap();

@@ -10,7 +10,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("units", &[]),
     ("limits", &[]),
     ("text", &[]),
-    ("park", &[]),
+    ("patience", &[]),
+    ("park", &["patience"]),
     ("metrics", &[]),
     ("pool", &[]),
     ("budget", &["limits"]),
@@ -18,7 +19,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("backing", &["limits", "text", "units"]),
     ("xen", &["limits", "park", "units"]),
     ("blkif", &["backing", "limits", "units", "xen"]),
-    ("config", &["backing", "blkif", "limits", "text"]),
+    ("config", &["backing", "blkif", "limits", "patience", "text"]),
     ("msg", &["backing", "blkif", "budget", "limits", "metrics", "park", "units"]),
     ("engine", &["backing", "limits", "park", "pool", "xen"]),
     (
@@ -28,7 +29,13 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "xen",
         ],
     ),
-    ("worker", &["backing", "engine", "limits", "metrics", "msg", "park", "queue", "units", "xen"]),
+    (
+        "worker",
+        &[
+            "backing", "engine", "limits", "metrics", "msg", "park", "patience", "queue", "units",
+            "xen",
+        ],
+    ),
     (
         "control",
         &["backing", "blkif", "budget", "limits", "metrics", "msg", "park", "text", "units", "xen"],
@@ -36,8 +43,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     (
         "sim",
         &[
-            "backing", "blkif", "control", "engine", "limits", "msg", "park", "units", "worker",
-            "xen",
+            "backing", "blkif", "control", "engine", "limits", "msg", "park", "patience", "units",
+            "worker", "xen",
         ],
     ),
 ];

@@ -13,6 +13,7 @@ use polldisk::msg::{
     Command, CommandSender, Connect, ConnectionId, GrantMode, QueueKey, ReportReceiver, WorkerId,
     command_channel, report_channel,
 };
+use polldisk::patience::{Policy, SleepCost};
 use polldisk::sim::blkfront::device::{Device, Options};
 use polldisk::sim::{SimXen, StandIn};
 use polldisk::units::{DomId, QueueId};
@@ -44,7 +45,8 @@ impl Rig {
             workers: 1,
             platform: stand_in.platform(),
             core: None,
-            poll: Duration::from_micros(50),
+            policy: Policy::UpTo(Duration::from_micros(50)),
+            sleep_cost: SleepCost::default(),
             commands: receiver,
             reporter,
         };

@@ -76,7 +76,7 @@ fn tell(config: &Config) {
         version = %env!("CARGO_PKG_VERSION"),
         workers = config.workers.len(),
         cores = %cores,
-        poll_us = config.poll.as_micros(),
+        poll = %config.poll,
         backend_types = %config.backend_types.join(","),
         data_path = %data_path,
         ring_pages = 1u32 << ring_page_order,

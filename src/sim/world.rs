@@ -13,6 +13,7 @@ use super::random::Random;
 use super::{Domain, LocalStandIn, SimXen};
 use crate::control::{Config, Control, ControlError, Progress};
 use crate::msg::{Command, CommandSender, WorkerId, command_channel, report_channel};
+use crate::patience::{Policy, SleepCost};
 use crate::units::DomId;
 use crate::worker::{self, Setup, Worker};
 use crate::xen::store::StoreClient;
@@ -100,7 +101,8 @@ impl World {
                 workers,
                 platform: platform.clone(),
                 core: None,
-                poll: Duration::ZERO,
+                policy: Policy::UpTo(Duration::ZERO),
+                sleep_cost: SleepCost::default(),
                 commands: receiver,
                 reporter: reporter.clone(),
             };

@@ -28,7 +28,8 @@ use crate::limits::{
     TURN_EFFORT_AHEAD, TURN_EFFORT_ALONE,
 };
 use crate::msg::{Command, CommandReceiver, Connect, Outbox, QueueKey, ReplaceImage, Report};
-use crate::park::{self, Patience, Pause};
+use crate::park;
+use crate::patience::{Patience, Pause};
 use crate::queue::{Queue, Resources, Turn};
 use crate::units::Port;
 use crate::xen::shm::PAGE_BYTES;
@@ -121,7 +122,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
             unmask,
             done: Vec::with_capacity(REQUESTS_COMMON),
             commands: setup.commands,
-            patience: Patience::new(setup.poll),
+            patience: Patience::new(setup.policy, setup.sleep_cost),
             last_work_ns: 0,
             last_event_check_ns: 0,
             passes_since_event_check: 0,
@@ -201,6 +202,7 @@ impl<P: Platform, E: Engine<Target = Image>> Worker<P, E> {
         if !self.arm_engine()? {
             return Ok(());
         }
+        self.patience.sleeps();
         let asleep_ns = clock_ns();
         let [notified, completed, commanded, _] = park::sleep(
             &[

@@ -4,7 +4,6 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use core_affinity::CoreId;
 use crossbeam::channel::bounded;
@@ -17,6 +16,8 @@ use crate::limits::LINUX_MIN;
 use crate::msg::{
     Command, CommandReceiver, CommandSender, Report, ReportSender, WorkerId, command_channel,
 };
+use crate::park;
+use crate::patience::{Policy, SleepCost};
 use crate::xen::{Platform, PlatformError};
 
 /// What a worker is made from.
@@ -30,8 +31,10 @@ pub struct Setup<P> {
     pub platform: P,
     /// The core it is pinned to; `None`: wherever the scheduler puts it.
     pub core: Option<CoreId>,
-    /// The longest it polls without work before it sleeps.
-    pub poll: Duration,
+    /// When it spins while it has no work.
+    pub policy: Policy,
+    /// The cost of sleeping; [`spawn`] measures it if the policy needs it.
+    pub sleep_cost: SleepCost,
     /// Commands from control.
     pub commands: CommandReceiver,
     /// Reports to control.
@@ -77,7 +80,7 @@ pub enum SpawnError {
 pub fn spawn_all<P: Platform>(
     platform: &P,
     cores: &[Option<usize>],
-    poll: Duration,
+    policy: Policy,
     reporter: &ReportSender,
 ) -> Result<(Vec<CommandSender>, Vec<WorkerThread>), SpawnError> {
     let mut senders: Vec<CommandSender> = Vec::new();
@@ -90,7 +93,8 @@ pub fn spawn_all<P: Platform>(
             workers: cores.len(),
             platform: platform.clone(),
             core: core.map(|id| CoreId { id }),
-            poll,
+            policy,
+            sleep_cost: SleepCost::default(),
             commands,
             reporter: reporter.clone(),
         };
@@ -143,7 +147,11 @@ fn prepare<P: Platform>(setup: Setup<P>) -> Result<Worker<P, HostEngine>, SpawnE
         return Err(SpawnError::Pin(core.id));
     }
     let engine = HostEngine::new().map_err(SpawnError::Engine)?;
-    Ok(Worker::new(setup, engine)?)
+    let sleep_cost = match setup.policy {
+        Policy::Auto => park::measure_sleep().unwrap_or_default(),
+        Policy::UpTo(_) => setup.sleep_cost,
+    };
+    Ok(Worker::new(Setup { sleep_cost, ..setup }, engine)?)
 }
 
 /// Runs a worker to its end; returns why it ended, unless it was told to.

@@ -12,6 +12,7 @@ use polldisk::msg::{
     Command, CommandSender, Connect, ConnectionId, GrantMode, QueueKey, ReportReceiver, WorkerId,
     command_channel, report_channel,
 };
+use polldisk::patience::{Policy, SleepCost};
 use polldisk::sim::LocalStandIn;
 use polldisk::sim::blkfront::device::{Device, Options};
 use polldisk::units::{DomId, QueueId};
@@ -65,7 +66,17 @@ pub fn worker<P: Platform, E: Engine<Target = Image>>(
         counters: Arc::new(QueueCounters::default()),
     };
     commands.send(Command::Connect(Box::new(connect))).unwrap();
-    let (id, poll) = (WorkerId(0), Duration::ZERO);
-    let setup = Setup { id, workers: 1, platform, core: None, poll, commands: receiver, reporter };
+    let (id, policy) = (WorkerId(0), Policy::UpTo(Duration::ZERO));
+    let sleep_cost = SleepCost::default();
+    let setup = Setup {
+        id,
+        workers: 1,
+        platform,
+        core: None,
+        policy,
+        sleep_cost,
+        commands: receiver,
+        reporter,
+    };
     Alone { worker: Worker::new(setup, engine).unwrap(), commands, budget, _reports: reports }
 }

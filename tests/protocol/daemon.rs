@@ -11,6 +11,7 @@ use polldisk::control::admin::protocol::{Attach, DiskReport, Reply, Request};
 use polldisk::control::{self, ControlError, Ended};
 use polldisk::msg::report_channel;
 use polldisk::park::Doorbell;
+use polldisk::patience::Policy;
 use polldisk::sim::blkfront::xenbus::Xenbus;
 use polldisk::sim::{Domain, StandIn};
 use polldisk::units::{DomId, VbdId};
@@ -39,8 +40,8 @@ impl Daemon {
         let stand_in = StandIn::start_temporary().unwrap();
         let platform = stand_in.platform();
         let (reporter, reports) = report_channel().unwrap();
-        let poll = Duration::from_micros(50);
-        let (senders, workers) = spawn_all(&platform, &[None, None], poll, &reporter).unwrap();
+        let policy = Policy::UpTo(Duration::from_micros(50));
+        let (senders, workers) = spawn_all(&platform, &[None, None], policy, &reporter).unwrap();
         let admin = stand_in.folder().join("admin.sock");
         let config = control::Config {
             admin_path: Some(admin.clone()),

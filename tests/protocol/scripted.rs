@@ -16,6 +16,7 @@ use polldisk::msg::{
     Command, CommandSender, Connect, ConnectionId, GrantMode, QueueKey, Report, ReportReceiver,
     WorkerId, command_channel, report_channel,
 };
+use polldisk::patience::{Policy, SleepCost};
 use polldisk::sim::blkfront::device::{Device, Options};
 use polldisk::sim::disk::{Script, ScriptedDisk};
 use polldisk::sim::grants::SimGrants;
@@ -110,9 +111,18 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
     pub fn on(platform: P, engine: E, stand_in: LocalStandIn) -> Bench<P, E> {
         let (commands, receiver) = command_channel(WorkerId(0)).unwrap();
         let (reporter, reports) = report_channel().unwrap();
-        let (id, poll) = (WorkerId(0), Duration::ZERO);
-        let setup =
-            Setup { id, workers: 1, platform, core: None, poll, commands: receiver, reporter };
+        let (id, policy) = (WorkerId(0), Policy::UpTo(Duration::ZERO));
+        let sleep_cost = SleepCost::default();
+        let setup = Setup {
+            id,
+            workers: 1,
+            platform,
+            core: None,
+            policy,
+            sleep_cost,
+            commands: receiver,
+            reporter,
+        };
         let worker = Worker::new(setup, engine).unwrap();
         let (guests, counters) = Default::default();
         Bench { worker, guests, counters, commands, reports, now_ns: 1, stand_in }

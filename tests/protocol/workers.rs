@@ -12,6 +12,7 @@ use polldisk::metrics::QueueCounters;
 use polldisk::msg::{
     Command, CommandSender, Connect, ConnectionId, QueueKey, Report, ReportReceiver, report_channel,
 };
+use polldisk::patience::Policy;
 use polldisk::sim::blkfront::device::Device;
 use polldisk::sim::{Domain, StandIn};
 use polldisk::units::{DomId, QueueId};
@@ -61,9 +62,9 @@ impl Rig {
         let domid = DomId::try_from(1).unwrap();
         let domain = Arc::new(stand_in.create_domain(domid, GUEST_PAGES).unwrap());
         let (reporter, reports) = report_channel().unwrap();
-        let poll = Duration::from_micros(50);
+        let policy = Policy::UpTo(Duration::from_micros(50));
         let (senders, threads) =
-            spawn_all(&stand_in.platform(), &[None, None], poll, &reporter).unwrap();
+            spawn_all(&stand_in.platform(), &[None, None], policy, &reporter).unwrap();
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let path = zeroes(folder.path());
         Rig {

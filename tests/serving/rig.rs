@@ -16,6 +16,7 @@ use polldisk::control::admin::protocol::{
 use polldisk::control::{self, ControlError, Ended};
 use polldisk::msg::report_channel;
 use polldisk::park::Doorbell;
+use polldisk::patience::Policy;
 use polldisk::sim::blkfront::device::{Device, Options};
 use polldisk::sim::blkfront::load::{Load, Report, Runner};
 use polldisk::sim::blkfront::xenbus::{Disk, Xenbus};
@@ -63,9 +64,9 @@ impl Rig {
         let stand_in = StandIn::start_temporary().unwrap();
         let platform = stand_in.platform();
         let (reporter, reports) = report_channel().unwrap();
-        let poll = Duration::from_micros(50);
+        let policy = Policy::UpTo(Duration::from_micros(50));
         let (senders, workers) =
-            spawn_all(&platform, &vec![None; count.into()], poll, &reporter).unwrap();
+            spawn_all(&platform, &vec![None; count.into()], policy, &reporter).unwrap();
         let admin = stand_in.folder().join("admin.sock");
         let config = control::Config {
             admin_path: Some(admin.clone()),
