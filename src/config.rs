@@ -78,7 +78,8 @@ pub struct ServeOptions {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Poll {
-    /// If that is expected to cost less CPU time than to sleep and to be woken
+    /// If that is expected to cost less CPU time than to sleep and to be woken; slower for guests that wait for
+    /// each answer
     Auto,
     /// If work usually comes within 50 us: --poll-us 50
     Latency,

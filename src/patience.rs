@@ -15,6 +15,9 @@
 //! [`Policy::Auto`] starts with the first and turns to the second as it observes pauses. It keeps one
 //! distribution for pauses while storage has requests, whose results are sure to come, and one for others.
 //!
+//! What this does not know yet: a guest that waits for each answer sleeps because the worker does, so its
+//! pauses are longer than they would be if both spun. Then neither ever finds out that spinning is cheaper.
+//!
 //! [`Policy::UpTo`] buys latency with CPU time: it spins whenever work usually comes within its limit.
 
 use std::fmt;
