@@ -40,7 +40,7 @@
 //! queue    backing blkif budget engine limits metrics msg pool units xen
 //! worker   backing engine limits metrics msg park patience queue units xen
 //! control  backing blkif budget limits metrics msg park text units xen
-//! sim      backing blkif control engine limits msg park patience units worker xen
+//! sim      backing blkif control engine limits msg park units worker xen
 //! ```
 //!
 //! So `control` and `worker` share only `msg`. [`sim`] and [`xen::linux`] provide the hypervisor's side;

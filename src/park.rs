@@ -10,7 +10,12 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use rustix::time::{
+    ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime,
+    timerfd_create, timerfd_settime,
+};
 
 use crate::patience::SleepCost;
 
@@ -85,71 +90,30 @@ const MEASURED_SLEEP: Duration = Duration::from_micros(60);
 
 /// Measures what a sleep costs the calling thread where it runs now: some milliseconds of short sleeps.
 pub fn measure_sleep() -> io::Result<SleepCost> {
-    let (mut cpu_ns, mut delay_ns) = (Vec::new(), Vec::new());
-    let timer = Timer::new()?;
+    let (mut cpu, mut delays) = (Vec::new(), Vec::new());
+    let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC)?;
+    let zero = Timespec { tv_sec: 0, tv_nsec: 0 };
+    let once = Timespec { tv_nsec: MEASURED_SLEEP.subsec_nanos().into(), ..zero };
     for _ in 0..MEASURED_SLEEPS {
-        timer.start(MEASURED_SLEEP)?;
-        let (asleep_ns, used_ns) = (clock_ns(libc::CLOCK_MONOTONIC), thread_ns());
-        sleep(&[timer.fd.as_fd()], None);
-        timer.silence();
-        let slept_ns = clock_ns(libc::CLOCK_MONOTONIC) - asleep_ns;
-        cpu_ns.push(thread_ns() - used_ns);
-        let wanted_ns = u64::try_from(MEASURED_SLEEP.as_nanos()).unwrap_or(u64::MAX);
-        delay_ns.push(slept_ns.saturating_sub(wanted_ns));
+        // Setting it again also makes it unreadable.
+        let times = Itimerspec { it_interval: zero, it_value: once };
+        timerfd_settime(&timer, TimerfdTimerFlags::empty(), &times)?;
+        let (asleep, used) = (Instant::now(), thread_time());
+        sleep(&[timer.as_fd()], None);
+        delays.push(asleep.elapsed().saturating_sub(MEASURED_SLEEP));
+        cpu.push(thread_time().saturating_sub(used));
     }
-    let median = |mut values: Vec<u64>| {
-        values.sort_unstable();
-        values[MEASURED_SLEEPS / 2]
+    let median_ns = |mut times: Vec<Duration>| {
+        times.sort_unstable();
+        u64::try_from(times[MEASURED_SLEEPS / 2].as_nanos()).unwrap_or(u64::MAX)
     };
-    Ok(SleepCost { cpu_ns: median(cpu_ns), delay_ns: median(delay_ns) })
-}
-
-/// A timer with a descriptor that is readable once its time has passed.
-struct Timer {
-    fd: OwnedFd,
-}
-
-impl Timer {
-    fn new() -> io::Result<Timer> {
-        let flags = libc::TFD_CLOEXEC | libc::TFD_NONBLOCK;
-        // SAFETY: no pointers; a negative result is an error, otherwise the descriptor is ours.
-        let raw = unsafe { libc::timerfd_create(libc::CLOCK_MONOTONIC, flags) };
-        if raw < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: freshly made and owned by nobody else.
-        Ok(Timer { fd: unsafe { OwnedFd::from_raw_fd(raw) } })
-    }
-
-    fn start(&self, after: Duration) -> io::Result<()> {
-        let never = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        let value = libc::timespec { tv_sec: 0, tv_nsec: after.subsec_nanos().into() };
-        let times = libc::itimerspec { it_interval: never, it_value: value };
-        let raw = self.fd.as_raw_fd();
-        // SAFETY: `times` outlives the call; the old value is not asked for.
-        let result = unsafe { libc::timerfd_settime(raw, 0, &times, std::ptr::null_mut()) };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
-    }
-
-    fn silence(&self) {
-        let mut count = [0u8; 8];
-        // SAFETY: `count` is 8 writable bytes; EAGAIN says that its time has not passed.
-        unsafe { libc::read(self.fd.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
-    }
+    Ok(SleepCost { cpu_ns: median_ns(cpu), delay_ns: median_ns(delays) })
 }
 
 /// CPU time of the calling thread.
-fn thread_ns() -> u64 {
-    clock_ns(libc::CLOCK_THREAD_CPUTIME_ID)
-}
-
-fn clock_ns(clock: libc::clockid_t) -> u64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `time` is writable and outlives the call, which can't fail for these clocks.
-    unsafe { libc::clock_gettime(clock, &mut time) };
-    let [seconds, nanoseconds] =
-        [time.tv_sec, time.tv_nsec].map(|part| u64::try_from(part).unwrap_or(0));
-    seconds * 1_000_000_000 + nanoseconds
+fn thread_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    time.try_into().unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -43,8 +43,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     (
         "sim",
         &[
-            "backing", "blkif", "control", "engine", "limits", "msg", "park", "patience", "units",
-            "worker", "xen",
+            "backing", "blkif", "control", "engine", "limits", "msg", "park", "units", "worker",
+            "xen",
         ],
     ),
 ];

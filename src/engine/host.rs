@@ -87,7 +87,7 @@ impl RegisterBuffers for HostEngine {
     }
 }
 
-impl Engine for HostEngine {
+impl Layer for HostEngine {
     type Target = Image;
 
     #[inline(always)]
@@ -126,7 +126,9 @@ impl Engine for HostEngine {
     fn arm(&mut self) -> io::Result<bool> {
         self.layers.arm()
     }
+}
 
+impl Engine for HostEngine {
     fn disarm(&mut self, signalled: bool) {
         self.transport_mut().disarm(signalled);
     }

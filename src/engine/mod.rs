@@ -42,6 +42,8 @@ mod transport;
 mod uring;
 mod vectors;
 
+pub use layer::Layer;
+
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -59,40 +61,12 @@ pub trait RegisterBuffers {
     fn unregister(&mut self, registration: Registration);
 }
 
-/// Executes operations on targets of one type.
-pub trait Engine: RegisterBuffers {
-    /// What operations go to.
-    type Target;
-
-    /// Takes one operation, does it at once, or has no room for it now. Its buffers stay mapped and its
-    /// target stays open until the ticket is back. The operation may not start before the next
-    /// [`Engine::kick`].
-    fn submit(
-        &mut self,
-        target: &Self::Target,
-        operation: &IoOp<'_>,
-        ticket: Ticket,
-        by: By,
-    ) -> Submitted;
-
-    /// Starts everything taken that is not under way, with at most one system call. After an error
-    /// nothing is lost, and the next call tries again.
-    fn kick(&mut self) -> io::Result<()>;
-
-    /// Appends what has completed; never waits.
-    fn reap(&mut self, done: &mut Vec<Completion>);
-
-    /// Operations taken and not yet reaped.
-    fn in_flight(&self) -> usize;
-
-    /// Gets ready for a sleep: makes the next completion visible on [`Engine::completion_fd`], then
-    /// looks once more. `true`: don't sleep, because there is something to do.
-    fn arm(&mut self) -> io::Result<bool>;
-
+/// What a worker does I/O with: the layers as one, and what it takes to sleep until something completes.
+pub trait Engine: Layer + RegisterBuffers {
     /// Ends a sleep. `signalled`: [`Engine::completion_fd`] was readable.
     fn disarm(&mut self, signalled: bool);
 
-    /// Readable when something has completed since [`Engine::arm`].
+    /// Readable when something has completed since [`Layer::arm`].
     fn completion_fd(&self) -> BorrowedFd<'_>;
 }
 
@@ -227,14 +201,14 @@ impl Ticket {
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "the ticket may be inside"]
 pub enum Submitted {
-    /// It was taken: [`Engine::reap`] will return its result.
+    /// It was taken: [`Layer::reap`] will return its result.
     Started,
     /// It is done already.
     Done(Completion),
     /// There is no room for it now. Submit it again after something was reaped: something is in flight.
     Full(Ticket),
     /// The engine keeps it, and starts it by itself when whatever it waits for is there. Then
-    /// [`Engine::reap`] returns its result.
+    /// [`Layer::reap`] returns its result.
     Parked,
 }
 

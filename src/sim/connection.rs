@@ -90,22 +90,13 @@ impl Endpoint {
     }
 
     /// Connects to xenstore with the rights of the domain that `connection` acts for.
-    pub fn open_store_of(
-        &self,
-        domid: DomId,
-        connection: &mut Connection,
-    ) -> io::Result<StoreClient> {
-        match self {
-            Endpoint::Folder(_) => {
-                let (_, mut fds) = connection.call(Request::OpenStore)?;
-                StoreClient::from_stream(fds.pop().ok_or(io::ErrorKind::InvalidData)?.into())
-            }
-            Endpoint::Local(local) => {
-                // A domain that has ended is refused.
-                connection.call(Request::Memory { domid })?;
-                local.store.connect_as(domid)
-            }
+    pub fn open_store_of(&self, connection: &mut Connection) -> io::Result<StoreClient> {
+        if let (Endpoint::Local(local), Peer::Local { number, .. }) = (self, &connection.peer) {
+            let domid = lock(&local.hypervisor).domid_of(*number)?;
+            return local.store.connect_as(domid);
         }
+        let (_, mut fds) = connection.call(Request::OpenStore)?;
+        StoreClient::from_stream(fds.pop().ok_or(io::ErrorKind::InvalidData)?.into())
     }
 }
 

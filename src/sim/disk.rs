@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::random::Random;
 use crate::backing::Image;
-use crate::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
+use crate::engine::{By, Completion, Engine, IoOp, Layer, RegisterBuffers, Submitted, Ticket};
 use crate::park::Doorbell;
 use crate::xen::shm::{GuestBuf, PAGE_BYTES, Registration};
 
@@ -134,7 +134,7 @@ impl RegisterBuffers for ScriptedDisk {
     }
 }
 
-impl Engine for ScriptedDisk {
+impl Layer for ScriptedDisk {
     type Target = Image;
 
     fn submit(&mut self, _: &Image, operation: &IoOp<'_>, ticket: Ticket, _: By) -> Submitted {
@@ -169,7 +169,9 @@ impl Engine for ScriptedDisk {
     fn arm(&mut self) -> io::Result<bool> {
         Ok(self.script.borrow().arming_finds_a_completion)
     }
+}
 
+impl Engine for ScriptedDisk {
     fn disarm(&mut self, _signalled: bool) {}
 
     fn completion_fd(&self) -> BorrowedFd<'_> {

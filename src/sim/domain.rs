@@ -82,7 +82,7 @@ impl Domain {
 
     /// A xenstore connection with the domain's own rights.
     pub fn open_store(&self) -> io::Result<StoreClient> {
-        self.endpoint.open_store_of(self.domid, &mut lock(&self.connection))
+        self.endpoint.open_store_of(&mut lock(&self.connection))
     }
 
     /// Allocates `count` consecutive pages and returns the first; ENOMEM if there are none.

@@ -11,6 +11,7 @@ impl Random {
     }
 
     /// Any number.
+    #[inline]
     #[expect(clippy::should_implement_trait, reason = "there is no end to iterate to")]
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -38,6 +39,19 @@ impl Random {
     pub fn between_by_size(&mut self, low: usize, high: usize) -> usize {
         let bound = low.max(1) << self.between(0, (high / low.max(1)).ilog2() + 1);
         self.between(low, bound.clamp(low, high))
+    }
+
+    /// A number below `end`.
+    ///
+    /// # Panics
+    /// If `end` is 0.
+    pub fn below(&mut self, end: usize) -> usize {
+        self.between(0, end - 1)
+    }
+
+    /// Whether something that happens once in `count` times happens now.
+    pub fn one_in(&mut self, count: usize) -> bool {
+        self.below(count) == 0
     }
 
     /// Whether something that happens in `percent` of 100 cases happens now.

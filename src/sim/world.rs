@@ -13,7 +13,6 @@ use super::random::Random;
 use super::{Domain, LocalStandIn, SimXen};
 use crate::control::{Config, Control, ControlError, Progress};
 use crate::msg::{Command, CommandSender, WorkerId, command_channel, report_channel};
-use crate::patience::{Policy, SleepCost};
 use crate::units::DomId;
 use crate::worker::{self, Setup, Worker};
 use crate::xen::store::StoreClient;
@@ -96,16 +95,7 @@ impl World {
                 trace: Some(Vec::new()),
                 ..Script::default()
             })?;
-            let setup = Setup {
-                id,
-                workers,
-                platform: platform.clone(),
-                core: None,
-                policy: Policy::UpTo(Duration::ZERO),
-                sleep_cost: SleepCost::default(),
-                commands: receiver,
-                reporter: reporter.clone(),
-            };
+            let setup = Setup::stepped(id, workers, platform.clone(), receiver, reporter.clone());
             simulated.push(Simulated { worker: Worker::new(setup, disk)?, script });
             commands.push(sender);
         }
@@ -140,19 +130,9 @@ impl World {
         self.stand_in.create_domain(domid, pages)
     }
 
-    /// What a worker's storage does from now on.
-    pub fn script(&self, worker: usize) -> &Rc<RefCell<Script>> {
-        &self.workers[worker].script
-    }
-
     /// The time.
     pub fn now(&self) -> Instant {
         self.start + Duration::from_nanos(self.now_ns)
-    }
-
-    /// Lets time pass in which nobody does anything.
-    pub fn pass(&mut self, time: Duration) {
-        self.now_ns += u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
     }
 
     /// Everything that has happened so far, a line each.

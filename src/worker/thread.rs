@@ -4,6 +4,7 @@ use std::io;
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use core_affinity::CoreId;
 use crossbeam::channel::bounded;
@@ -39,6 +40,20 @@ pub struct Setup<P> {
     pub commands: CommandReceiver,
     /// Reports to control.
     pub reporter: ReportSender,
+}
+
+impl<P> Setup<P> {
+    /// For a worker that its owner steps: on any core, and it never spins.
+    pub fn stepped(
+        id: WorkerId,
+        workers: usize,
+        platform: P,
+        commands: CommandReceiver,
+        reporter: ReportSender,
+    ) -> Setup<P> {
+        let (policy, sleep_cost) = (Policy::UpTo(Duration::ZERO), SleepCost::default());
+        Setup { id, workers, platform, core: None, policy, sleep_cost, commands, reporter }
+    }
 }
 
 /// A running worker.

@@ -108,6 +108,16 @@ impl Stepped {
         while self.control.poll_once(self.now) == Progress::Worked {}
     }
 
+    /// One that is connected, and whose control has waited for storage for as long as it does at its end.
+    fn drained() -> Stepped {
+        let mut stepped = Stepped::published();
+        stepped.connect();
+        stepped.control.end(stepped.now);
+        stepped.now += Duration::from_secs(DRAIN_SECONDS);
+        stepped.settle();
+        stepped
+    }
+
     /// Answers what control asked of each queue, not in their order. Until the last answer, `node` must
     /// hold `before`.
     fn answer_each(
@@ -198,11 +208,7 @@ fn a_frontend_is_watched_again_once_xenstored_has_come_back() {
 
 #[test]
 fn a_worker_that_reports_nothing_is_waited_for_a_second_only() {
-    let mut stepped = Stepped::published();
-    stepped.connect();
-    stepped.control.end(stepped.now);
-    stepped.now += Duration::from_secs(DRAIN_SECONDS);
-    stepped.settle();
+    let mut stepped = Stepped::drained();
     let ask = |command: &Command| matches!(command, Command::TellInFlight(_));
     let asked = stepped.worker.commands.try_iter().filter(ask).count();
     assert_eq!(asked, QUEUES as usize, "the log is to name what is in flight");
@@ -212,11 +218,7 @@ fn a_worker_that_reports_nothing_is_waited_for_a_second_only() {
 
 #[test]
 fn a_worker_that_reports_what_is_in_flight_is_waited_for_no_longer() {
-    let mut stepped = Stepped::published();
-    stepped.connect();
-    stepped.control.end(stepped.now);
-    stepped.now += Duration::from_secs(DRAIN_SECONDS);
-    stepped.settle();
+    let mut stepped = Stepped::drained();
     for command in stepped.worker.commands.try_iter() {
         if let Command::TellInFlight(queue) = command {
             stepped.reporter.send(Report::InFlight(queue, InFlight::default()));

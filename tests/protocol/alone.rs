@@ -1,7 +1,6 @@
 //! A worker in the test's own thread, with the test's engine and one ring of one guest.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use polldisk::backing::Image;
 use polldisk::blkif::request::DiskRules;
@@ -12,7 +11,6 @@ use polldisk::msg::{
     Command, CommandSender, Connect, ConnectionId, GrantMode, QueueKey, ReportReceiver, WorkerId,
     command_channel, report_channel,
 };
-use polldisk::patience::{Policy, SleepCost};
 use polldisk::sim::LocalStandIn;
 use polldisk::sim::blkfront::device::{Device, Options};
 use polldisk::units::{DomId, QueueId};
@@ -66,17 +64,6 @@ pub fn worker<P: Platform, E: Engine<Target = Image>>(
         counters: Arc::new(QueueCounters::default()),
     };
     commands.send(Command::Connect(Box::new(connect))).unwrap();
-    let (id, policy) = (WorkerId(0), Policy::UpTo(Duration::ZERO));
-    let sleep_cost = SleepCost::default();
-    let setup = Setup {
-        id,
-        workers: 1,
-        platform,
-        core: None,
-        policy,
-        sleep_cost,
-        commands: receiver,
-        reporter,
-    };
+    let setup = Setup::stepped(WorkerId(0), 1, platform, receiver, reporter);
     Alone { worker: Worker::new(setup, engine).unwrap(), commands, budget, _reports: reports }
 }

@@ -8,7 +8,7 @@ use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
 use polldisk::budget::{GrantBudget, HostBudget};
 use polldisk::engine::host::HostEngine;
-use polldisk::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
+use polldisk::engine::{By, Completion, Engine, IoOp, Layer, RegisterBuffers, Submitted, Ticket};
 use polldisk::limits::{PERSISTENT_IDLE_SWEEPS, PERSISTENT_SWEEP_SECONDS};
 use polldisk::msg::GrantMode;
 use polldisk::sim::LocalStandIn;
@@ -201,7 +201,7 @@ impl RegisterBuffers for Failing {
     }
 }
 
-impl Engine for Failing {
+impl Layer for Failing {
     type Target = Image;
 
     fn submit(&mut self, target: &Image, op: &IoOp<'_>, ticket: Ticket, by: By) -> Submitted {
@@ -224,7 +224,9 @@ impl Engine for Failing {
     fn arm(&mut self) -> io::Result<bool> {
         self.engine.arm()
     }
+}
 
+impl Engine for Failing {
     fn disarm(&mut self, signalled: bool) {
         self.engine.disarm(signalled);
     }

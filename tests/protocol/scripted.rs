@@ -4,7 +4,6 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
 
 use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
@@ -16,7 +15,6 @@ use polldisk::msg::{
     Command, CommandSender, Connect, ConnectionId, GrantMode, QueueKey, Report, ReportReceiver,
     WorkerId, command_channel, report_channel,
 };
-use polldisk::patience::{Policy, SleepCost};
 use polldisk::sim::blkfront::device::{Device, Options};
 use polldisk::sim::disk::{Script, ScriptedDisk};
 use polldisk::sim::grants::SimGrants;
@@ -111,18 +109,7 @@ impl<P: Platform, E: Engine<Target = Image>> Bench<P, E> {
     pub fn on(platform: P, engine: E, stand_in: LocalStandIn) -> Bench<P, E> {
         let (commands, receiver) = command_channel(WorkerId(0)).unwrap();
         let (reporter, reports) = report_channel().unwrap();
-        let (id, policy) = (WorkerId(0), Policy::UpTo(Duration::ZERO));
-        let sleep_cost = SleepCost::default();
-        let setup = Setup {
-            id,
-            workers: 1,
-            platform,
-            core: None,
-            policy,
-            sleep_cost,
-            commands: receiver,
-            reporter,
-        };
+        let setup = Setup::stepped(WorkerId(0), 1, platform, receiver, reporter);
         let worker = Worker::new(setup, engine).unwrap();
         let (guests, counters) = Default::default();
         Bench { worker, guests, counters, commands, reports, now_ns: 1, stand_in }

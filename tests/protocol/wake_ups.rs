@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use polldisk::backing::{Image, NullImage};
 use polldisk::blkif::op;
-use polldisk::engine::{By, Completion, Engine, IoOp, RegisterBuffers, Submitted, Ticket};
+use polldisk::engine::{By, Completion, Engine, IoOp, Layer, RegisterBuffers, Submitted, Ticket};
 use polldisk::msg::{Command, CommandSender};
 use polldisk::park::Doorbell;
 use polldisk::sim::blkfront::device::Device;
@@ -87,7 +87,7 @@ impl RegisterBuffers for Late {
     }
 }
 
-impl Engine for Late {
+impl Layer for Late {
     type Target = Image;
 
     fn submit(&mut self, _: &Image, _: &IoOp<'_>, ticket: Ticket, _: By) -> Submitted {
@@ -132,7 +132,9 @@ impl Engine for Late {
         }
         Ok(false)
     }
+}
 
+impl Engine for Late {
     fn disarm(&mut self, signalled: bool) {
         if signalled {
             self.bell.silence();

@@ -9,27 +9,11 @@ use super::*;
 use crate::backing::Tail;
 use crate::engine::layer::test::Below;
 use crate::park;
+use crate::sim::random::Random;
 
 const BLOCK: usize = 4096;
 const SECTOR: usize = 512;
 const SECTORS: usize = 400;
-
-/// xorshift64.
-#[derive(Debug)]
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, end: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        usize::try_from(self.0 >> 16).unwrap() % end
-    }
-
-    fn one_in(&mut self, count: usize) -> bool {
-        self.below(count) == 0
-    }
-}
 
 /// Storage of whole blocks. It does some operations at once, and the others in any order as it completes
 /// them.
@@ -243,11 +227,11 @@ struct World {
 
 impl World {
     fn new(seed: u64) -> World {
-        let mut random = Random(seed | 1);
+        let mut random = Random::new(seed);
         let data: Vec<u8> =
             (0..SECTORS * SECTOR).map(|_| u8::try_from(random.below(256)).unwrap()).collect();
         let storage = Rc::new(RefCell::new(Storage {
-            random: Random(seed.rotate_left(32) | 1),
+            random: Random::new(seed.rotate_left(32)),
             data: data.clone(),
             taken: Vec::new(),
             completed: Default::default(),

@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::device::{Answer, BackendFault, Device};
 use super::oracle::{Oracle, SECTOR};
 use crate::blkif::op;
+use crate::sim::random::Random;
 
 /// How long the guest looks for an answer before it sleeps for one.
 const LOOKS_BEFORE_SLEEP: u32 = 2_000;
@@ -81,7 +82,7 @@ pub struct Runner<'a> {
     busy: Vec<bool>,
     /// By buffer: what it is in flight for.
     under_way: Vec<Option<Request>>,
-    random: u64,
+    random: Random,
     data: Vec<u8>,
     report: Report,
 }
@@ -107,7 +108,7 @@ impl<'a> Runner<'a> {
             oracle: Oracle::new(load.seed, if load.keeps_data { sectors } else { 0 }),
             busy: vec![false; blocks],
             under_way: vec![None; device.options().buffers],
-            random: load.seed | 1,
+            random: Random::new(load.seed),
             data: vec![0; load.block_bytes],
             report: Report::default(),
             load,
@@ -182,12 +183,12 @@ impl<'a> Runner<'a> {
     }
 
     fn put_random(&mut self) {
-        let choice = self.next_random();
+        let choice = self.random.next();
         if self.load.flush_every > 0 && choice.is_multiple_of(self.load.flush_every) {
             return self.put(op::FLUSH_DISKCACHE, 0);
         }
-        let wants_read = self.next_random() % 100 < self.load.read_percent;
-        let mut block = usize::try_from(self.next_random() >> 16).unwrap_or(0) % self.busy.len();
+        let wants_read = self.random.next() % 100 < self.load.read_percent;
+        let mut block = usize::try_from(self.random.next() >> 16).unwrap_or(0) % self.busy.len();
         while self.busy[block] {
             block = (block + 1) % self.busy.len();
         }
@@ -271,14 +272,6 @@ impl<'a> Runner<'a> {
             op::WRITE => self.report.writes += 1,
             _ => self.report.flushes += 1,
         }
-    }
-
-    /// xorshift64.
-    fn next_random(&mut self) -> u64 {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        self.random
     }
 }
 

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use polldisk::blkif::op;
+use polldisk::sim::random::Random;
 use polldisk::units::SECTOR_BYTES;
 
 /// A stream of operations and sectors, a few nanoseconds each.
@@ -14,7 +15,7 @@ pub struct Pattern {
     blocks: u64,
     /// Reads among 65536 requests.
     reads: u64,
-    random: u64,
+    random: Random,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -53,7 +54,7 @@ impl Shape {
             block_sectors,
             blocks,
             reads: self.read_percent * 65536 / 100,
-            random: seed,
+            random: Random::new(seed),
         })
     }
 }
@@ -62,7 +63,7 @@ impl Pattern {
     /// The operation and the first sector of the next request.
     #[inline]
     pub fn next_request(&mut self) -> (u8, u64) {
-        let random = self.next_random();
+        let random = self.random.next();
         let block = match &mut self.order {
             // The high half of the product is evenly spread over 0..blocks.
             Order::Random => random.carrying_mul(self.blocks, 0).1,
@@ -74,16 +75,6 @@ impl Pattern {
         };
         let operation = if random & 0xffff < self.reads { op::READ } else { op::WRITE };
         (operation, self.first_sector + block * self.block_sectors)
-    }
-
-    /// splitmix64.
-    #[inline]
-    fn next_random(&mut self) -> u64 {
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.random;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
     }
 }
 
